@@ -1,0 +1,47 @@
+"""From what the user names (`--data`) to an open data set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from hvd_lb.data.folder import open_folder
+from hvd_lb.data.images import Dataset
+from hvd_lb.data.named import open_digits, open_fashion_mnist
+from hvd_lb.data.synthetic import open_synthetic
+from hvd_lb.errors import UserError
+
+CHOICES = "digits, fashion-mnist, synthetic[:N], or a folder with train/ and val/"
+_USUAL_FOLDER = Path("/data")
+_FIXED_SPLITS = {"digits": open_digits, "fashion-mnist": open_fashion_mnist}
+
+Progress = Callable[[str, int, int], None]
+
+
+def open_dataset(
+    spec: str, *, val_fraction: float | None = None, seed: int = 0, on_progress: Progress | None = None
+) -> Dataset:
+    """The data set `spec`: digits | fashion-mnist | synthetic[:N] | PATH.
+
+    `val_fraction` and `seed` divide a single folder of class folders; `on_progress(label, done, total)` is told how
+    far the reading of image headers has come. Raises UserError.
+    """
+    if spec in _FIXED_SPLITS:
+        opened = _FIXED_SPLITS[spec]()
+    elif spec == "synthetic" or spec.startswith("synthetic:"):
+        opened = open_synthetic(spec.partition(":")[2])
+    else:
+        return open_folder(Path(spec).expanduser(), val_fraction=val_fraction, seed=seed, on_progress=on_progress)
+    if val_fraction is not None:
+        raise UserError(f"--val-fraction {val_fraction}: {spec} has its own validation set; leave the option out")
+    return opened
+
+
+def default_data() -> str:
+    """What to train on when nothing is named: $HVD_LB_DATA, then /data if it is there."""
+    if named := os.environ.get("HVD_LB_DATA"):
+        return named
+    if _USUAL_FOLDER.is_dir():
+        return str(_USUAL_FOLDER)
+    raise UserError(f"no data: give --data ({CHOICES}), or set HVD_LB_DATA")

@@ -1,0 +1,141 @@
+"""Microbatches to tensors: what both loaders have in common, and the choice between them.
+
+A loader knows nothing of epochs, ranks or processes: it executes a stream of microbatches (image ids, crop windows,
+flips), which the plan made. Two threads work ahead of the consumer: one reads bytes, one turns them into tensors.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Protocol, Self
+
+import numpy as np
+import torch
+
+from hvd_lb.data.images import Images
+from hvd_lb.data.readahead import ReadAhead
+from hvd_lb.plan.augment import Microbatch
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+_READ_DEPTH = 4
+_READY_DEPTH = 2
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a tensor looks like: `image_size` squared, normalised by mean and std of colours in [0, 1]."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    antialias: bool
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """A microbatch and what was read for it: one uint8 array an image, as `Images.read` gives them."""
+
+    microbatch: Microbatch
+    data: list[np.ndarray]
+
+
+class Loader(Protocol):
+    """Iterates (x float32 (b, 3, S, S) contiguous, y int64 (b,)) on the device, in the order of the microbatches.
+
+    Also a context manager. UserError for an image that cannot be read or decoded.
+    """
+
+    @property
+    def wait_seconds(self) -> float:
+        """The time the consumer has spent waiting in `__next__` so far."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+Decode = Callable[[Images, Iterator[RawBatch]], Iterator[Batch]]
+"""Turns what was read into tensors on the device, in order; one generator a loader."""
+
+
+class ThreadedLoader:
+    """The Loader around a decoding generator; see the module's docstring."""
+
+    def __init__(self, images: Images, microbatches: Iterable[Microbatch], batch_size: int, decode: Decode) -> None:
+        self._read = ReadAhead(_read(images, microbatches, batch_size), _READ_DEPTH, "hvd-lb read")
+        self._ready = ReadAhead(decode(images, self._read), _READY_DEPTH, "hvd-lb decode")
+        # Also when the loader is dropped without `close`, and before the interpreter ends under running threads.
+        self._close = weakref.finalize(self, _close, self._read, self._ready)
+
+    @property
+    def wait_seconds(self) -> float:
+        return self._ready.wait_seconds
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        x, y = next(self._ready)
+        if x.is_cuda:
+            # Made on the decoding thread's stream, which has been waited for; used on the consumer's from here on.
+            stream = torch.cuda.current_stream(x.device)
+            x.record_stream(stream)
+            y.record_stream(stream)
+        return x, y
+
+    def close(self) -> None:
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_loader(
+    kind: Literal["dali", "torchvision"],
+    images: Images,
+    microbatches: Iterable[Microbatch],
+    pixels: Pixels,
+    *,
+    batch_size: int,
+    device: torch.device,
+    threads: int,
+) -> Loader:
+    """A loader of `kind` for microbatches of at most `batch_size` images each, decoding with `threads` threads."""
+    if threads < 1 or batch_size < 1:
+        raise ValueError(f"threads={threads}, batch_size={batch_size}: expected positive numbers")
+    # Imported when chosen: DALI exists for fewer platforms than torchvision.
+    if kind == "dali":
+        from hvd_lb.data.dali import dali_decoder as decoder
+    else:
+        from hvd_lb.data.torch_loader import torchvision_decoder as decoder
+    return ThreadedLoader(images, microbatches, batch_size, decoder(pixels, batch_size, device, threads))
+
+
+def _close(*stages: ReadAhead) -> None:
+    """In this order: a later stage may be waiting for an earlier one."""
+    for stage in stages:
+        stage.close()
+
+
+def _read(images: Images, microbatches: Iterable[Microbatch], batch_size: int) -> Iterator[RawBatch]:
+    for microbatch in microbatches:
+        if not 1 <= len(microbatch.image_ids) <= batch_size:
+            raise ValueError(f"a microbatch of {len(microbatch.image_ids)} images; expected 1 to {batch_size}")
+        yield RawBatch(microbatch, images.read(microbatch.image_ids))
