@@ -1,0 +1,125 @@
+"""SGD in both momentum forms of the paper (section 3), Nesterov or not, momentum correction (remark 2).
+
+With g the gradient plus weight decay, m the momentum and η the learning rate:
+  form 9    u ← m u + g            w ← w − η u       Nesterov: w ← w − η (g + m u)      torch.optim.SGD
+  form 10   v ← m (η/η') v + η g   w ← w − v         Nesterov: w ← w − (η g + m v)
+η' is the rate v is expressed in: that of the parameter's previous update. Without the correction the
+factor η/η' is left out, and a change of η changes the effective momentum. With it v = η u always, so form
+10 equals form 9 for every schedule.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class SGD(Optimizer):
+    """Momentum SGD; every option may differ between parameter groups.
+
+    Per-parameter state: `velocity` (u or v, shaped like the parameter) and, for form 10 with the
+    correction, `reference_lr` (η', the last rate that was not zero: at η = 0 the weights stay, and v
+    gathers gradients in terms of η'). Parameters without a gradient are skipped, as in torch. Raises
+    `ValueError` for numbers out of range and for form 9 with `momentum_correction=False`: form 9 has
+    nothing to correct.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        form: Literal[9, 10] = 10,
+        momentum_correction: bool = True,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "nesterov": nesterov,
+                "weight_decay": weight_decay,
+                "form": form,
+                "momentum_correction": momentum_correction,
+            },
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for (
+            parameter,
+            state,
+        ) in self.state.items():  # stored velocities may have lost the parameter's memory format
+            state["velocity"] = torch.empty_like(parameter).copy_(state["velocity"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Updates every parameter that has a gradient; returns what `closure` (called once, first) does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, group)
+        return loss
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        eta, m = float(group["lr"]), group["momentum"]
+        grads = [p.grad for p in params if p.grad is not None]
+        if any(grad.is_sparse for grad in grads):
+            raise RuntimeError("SGD was given a sparse gradient; build the embedding with sparse=False")
+        if group["weight_decay"]:
+            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            if "velocity" not in state:
+                state["velocity"] = torch.zeros_like(p)
+                if group["form"] == 10 and group["momentum_correction"]:
+                    state["reference_lr"] = 1.0  # of a zero velocity, any rate is right
+        velocities = [state["velocity"] for state in states]
+        if group["form"] == 9:
+            torch._foreach_mul_(velocities, m)
+            torch._foreach_add_(velocities, grads)
+            step = torch._foreach_add(grads, velocities, alpha=m) if group["nesterov"] else velocities
+            torch._foreach_add_(params, step, alpha=-eta)
+            return
+        if group["momentum_correction"]:
+            rates = [eta or state["reference_lr"] for state in states]
+            factors = [m * rate / state["reference_lr"] for rate, state in zip(rates, states, strict=True)]
+            for rate, state in zip(rates, states, strict=True):
+                state["reference_lr"] = rate
+        else:
+            rates, factors = [eta] * len(params), [m] * len(params)
+        scaled = torch._foreach_mul(grads, rates)
+        torch._foreach_mul_(velocities, factors)
+        torch._foreach_add_(velocities, scaled)
+        if eta == 0 and group["momentum_correction"]:
+            return
+        if group["nesterov"]:
+            torch._foreach_add_(scaled, velocities, alpha=m)
+            torch._foreach_sub_(params, scaled)
+        else:
+            torch._foreach_sub_(params, velocities)
+
+
+def check(options: dict[str, Any]) -> None:
+    """Raises `ValueError` for options of a parameter group that are out of range or have no meaning."""
+    for name in ("lr", "weight_decay"):
+        if not options[name] >= 0:
+            raise ValueError(f"SGD was given {name}={options[name]}; it must be at least 0")
+    if not 0 <= options["momentum"] < 1:
+        raise ValueError(f"SGD was given momentum={options['momentum']}; it must be in [0, 1)")
+    if options["form"] not in (9, 10):
+        raise ValueError(f"SGD was given form={options['form']}; it must be 9 or 10")
+    if options["form"] == 9 and not options["momentum_correction"]:
+        raise ValueError("momentum_correction=False has no meaning with form 9: use form=10 or leave it on")

@@ -1,0 +1,101 @@
+"""The processes of a run behind one small protocol: who am I, sum this, take that from rank 0.
+
+Sums only: the normaliser of a gradient is the global minibatch and is applied once, by the optimizer
+(paper remark 3). Every method except the ranks is collective: all processes call it with the same name,
+shapes and dtypes.
+"""
+
+import os
+from typing import Protocol
+
+from torch import Tensor
+
+#: Set by horovodrun (Gloo), Open MPI's mpirun, and the PMI launchers of MPICH, Intel and Cray MPI.
+RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
+class Handle(Protocol):
+    """A sum under way. It keeps its tensor alive; the tensor is undefined until `wait` returns."""
+
+    def wait(self) -> Tensor:
+        """Blocks until the sum is in the tensor and returns it; later calls return at once."""
+        ...
+
+
+class World(Protocol):
+    """`size` processes with ranks 0 … size − 1; `local_rank` of `local_size` counts those of one host."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def local_rank(self) -> int: ...
+    @property
+    def local_size(self) -> int: ...
+
+    def allreduce_async(self, tensor: Tensor, name: str) -> Handle:
+        """Starts summing a contiguous tensor, in place; `name` is unique among the sums under way."""
+        ...
+
+    def allreduce(self, tensor: Tensor, name: str) -> Tensor:
+        """Sums a contiguous tensor over all processes, in place, and returns it."""
+        ...
+
+    def broadcast(self, tensor: Tensor, name: str) -> Tensor:
+        """Overwrites a contiguous tensor, in place, with that of rank 0 and returns it."""
+        ...
+
+    def broadcast_bytes(self, data: bytes, name: str) -> bytes:
+        """Returns rank 0's `data` on every process; what the others pass is ignored."""
+        ...
+
+    def barrier(self) -> None:
+        """Returns when every process has called it."""
+        ...
+
+    def shutdown(self) -> None:
+        """Leaves the job; no other method may be called afterwards."""
+        ...
+
+
+_current: World | None = None
+
+
+def launched() -> bool:
+    """True in a process that horovodrun (or mpirun) has started."""
+    return any(name in os.environ for name in RANK_VARIABLES)
+
+
+def init() -> World:
+    """Joins the job this process was launched into, or makes a world of one; later calls return the same.
+
+    Raises `UserError` when the process was launched by horovodrun and Horovod is missing or does not fit
+    torch.
+    """
+    global _current
+    if _current is None:
+        if launched():
+            from hvd_lb.world.horovod import HorovodWorld
+
+            _current = HorovodWorld()
+        else:
+            from hvd_lb.world.solo import Solo
+
+            _current = Solo()
+    return _current
+
+
+def current() -> World:
+    """The world `init` has made; `RuntimeError` before that."""
+    if _current is None:
+        raise RuntimeError("no world yet: call hvd_lb.init() first")
+    return _current
+
+
+def shutdown() -> None:
+    """Leaves the world `init` has made, if any; `init` may be called again."""
+    global _current
+    if _current is not None:
+        _current.shutdown()
+        _current = None

@@ -1,0 +1,101 @@
+"""The processes of a Horovod job: NCCL for CUDA tensors, Gloo or MPI for those on the CPU.
+
+Horovod is imported when a `HorovodWorld` is made, not before: `simulate` works without it.
+"""
+
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_lb.errors import UserError
+
+MEND = "run `make train` or docker/build-horovod.sh to build it"
+
+
+def built_with() -> dict[str, Any]:
+    """What Horovod was built with (`torch`, `cuda`, ...), as recorded by docker/build-horovod.sh.
+
+    Empty when Horovod is missing or was built otherwise. Nothing of Horovod is imported.
+    """
+    spec = importlib.util.find_spec("horovod")
+    if spec is None or spec.origin is None:
+        return {}
+    record = Path(spec.origin).with_name("hvd_lb_build.json")
+    return json.loads(record.read_text()) if record.is_file() else {}
+
+
+def import_horovod() -> Any:
+    """The module horovod.torch; `UserError` when it is missing, built for another torch or does not load."""
+    if importlib.util.find_spec("horovod") is None:
+        raise UserError(f"Horovod is not installed, but several processes need it: {MEND}")
+    built = str(built_with().get("torch", torch.__version__))
+    if built.partition("+")[0] != torch.__version__.partition("+")[0]:
+        raise UserError(
+            f"Horovod was built for torch {built}, but torch {torch.__version__} runs: {MEND} again"
+        )
+    try:
+        return importlib.import_module("horovod.torch")
+    except Exception as error:  # a wrong build fails in many ways: ImportError, OSError, VersionMismatchError
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"Horovod does not load with torch {torch.__version__} ({reason}): {MEND} again"
+        ) from error
+
+
+class HorovodHandle:
+    """A sum under way in Horovod's background thread."""
+
+    def __init__(self, hvd: Any, handle: int, tensor: Tensor) -> None:
+        self._hvd, self._handle, self._tensor = hvd, handle, tensor
+
+    def wait(self) -> Tensor:
+        self._hvd.synchronize(self._handle)
+        return self._tensor
+
+
+class HorovodWorld:
+    """The job that horovodrun has started; made once per process. `HorovodInternalError` surfaces as it is.
+
+    Which CUDA device a process uses is the caller's choice, before its first CUDA tensor:
+    `torch.cuda.set_device(world.local_rank)`.
+    """
+
+    def __init__(self) -> None:
+        self._hvd = import_horovod()
+        self._hvd.init()
+        self.rank: int = self._hvd.rank()
+        self.size: int = self._hvd.size()
+        self.local_rank: int = self._hvd.local_rank()
+        self.local_size: int = self._hvd.local_size()
+
+    def allreduce_async(self, tensor: Tensor, name: str) -> HorovodHandle:
+        return HorovodHandle(
+            self._hvd, self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum), tensor
+        )
+
+    def allreduce(self, tensor: Tensor, name: str) -> Tensor:
+        return self.allreduce_async(tensor, name).wait()
+
+    def broadcast(self, tensor: Tensor, name: str) -> Tensor:
+        return self._hvd.broadcast_(tensor, root_rank=0, name=name)
+
+    def broadcast_bytes(self, data: bytes, name: str) -> bytes:
+        length = int(self.broadcast(torch.tensor([len(data)]), f"{name}.length").item())
+        if length == 0:
+            return b""
+        if self.rank == 0:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        else:
+            buffer = torch.empty(length, dtype=torch.uint8)
+        return self.broadcast(buffer, f"{name}.bytes").numpy().tobytes()
+
+    def barrier(self) -> None:
+        self._hvd.barrier()
+
+    def shutdown(self) -> None:
+        self._hvd.shutdown()
