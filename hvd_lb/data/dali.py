@@ -1,19 +1,21 @@
 """The DALI loader: one pipeline that decodes, cuts, resizes, mirrors and normalises what the plan says.
 
-One iteration of the pipeline is one microbatch: on GPUs the share decoded by hardware depends on the batch, so the
-pixels of a microbatch would else depend on its neighbours. None of DALI's own randomness, shuffling or sharding is
-used. On CUDA the JPEGs are decoded there ("mixed"); it is the same pipeline.
+One iteration of the pipeline is one microbatch: on GPUs the share decoded by hardware depends on the batch,
+so the pixels of a microbatch would else depend on its neighbours. None of DALI's own randomness, shuffling or
+sharding is used. On CUDA the JPEGs are decoded there ("mixed"); it is the same pipeline.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
+from hvd_lb.data.decode import decode_image
 from hvd_lb.data.images import Images
 from hvd_lb.data.loader import Batch, Decode, Pixels, RawBatch
 from hvd_lb.errors import UserError
@@ -80,9 +82,14 @@ def _pipeline(
     on_gpu = device.type == "cuda"
     device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
     pipeline = Pipeline(
-        batch_size, threads, device_id, prefetch_queue_depth=_PREFETCH, exec_dynamic=True, py_start_method="spawn"
+        batch_size,
+        threads,
+        device_id,
+        prefetch_queue_depth=_PREFETCH,
+        exec_dynamic=True,
+        py_start_method="spawn",
     )
-    absolute = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "WH"}
+    absolute: dict[str, Any] = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "WH"}
     with pipeline:
         data, anchor, shape, mirror = fn.external_source(source=feed, num_outputs=4, batch=True)
         if encoded:
@@ -91,7 +98,7 @@ def _pipeline(
                 anchor,
                 shape,
                 device="mixed" if on_gpu else "cpu",
-                output_type=types.RGB,
+                output_type=types.DALIImageType.RGB,
                 adjust_orientation=False,
                 jpeg_fancy_upsampling=True,  # on GPUs too, as libjpeg does on CPUs
                 **absolute,
@@ -99,17 +106,17 @@ def _pipeline(
         else:
             data = fn.reinterpret(data, layout="HWC")
             cut = fn.slice(data.gpu() if on_gpu else data, anchor, shape, **absolute)
-        resized = fn.resize(
+        resized: Any = fn.resize(
             cut,
             size=[pixels.image_size, pixels.image_size],
-            interp_type=types.INTERP_LINEAR,
+            interp_type=types.DALIInterpType.INTERP_LINEAR,
             antialias=pixels.antialias,
         )
         pipeline.set_outputs(
             fn.crop_mirror_normalize(
                 resized,
                 mirror=mirror,
-                dtype=types.FLOAT,
+                dtype=types.DALIDataType.FLOAT,
                 output_layout="CHW",
                 mean=[255 * value for value in pixels.mean],
                 std=[255 * value for value in pixels.std],
@@ -119,16 +126,32 @@ def _pipeline(
 
 
 def _blame(images: Images, batch: RawBatch, pixels: Pixels, error: RuntimeError) -> UserError:
-    """The error that names the image at fault, found by decoding the images of the failed batch one by one."""
-    for index, image_id in enumerate(batch.microbatch.image_ids):
+    """Names the image at fault. DALI itself names none of some kinds, so the batch is decoded one by one."""
+    ids = [int(image_id) for image_id in batch.microbatch.image_ids]
+    for image_id, content in zip(ids, batch.data, strict=True):
+        if images.encoded:
+            try:
+                decode_image(images, image_id, content)
+            except UserError as found:
+                return found
+    for index, image_id in enumerate(ids):
         alone = _Feed(iter([_single(batch, index)]))
         try:
             _pipeline(alone, images.encoded, pixels, 1, torch.device("cpu"), 1).run()
         except RuntimeError as reason:
             return UserError(
-                f"{images.name(int(image_id))}: cannot be decoded ({_first_line(reason)}); mend or remove it"
+                f"{images.name(image_id)}: DALI cannot decode it, PIL can ({_cause(reason)}); "
+                "convert it, or use --loader torchvision"
             )
-    return UserError(f"DALI failed on {len(batch.data)} images that it decodes one by one: {_first_line(error)}")
+    return UserError(f"DALI failed on {images.name(ids[0])} and the {len(ids) - 1} after it: {_cause(error)}")
+
+
+def _cause(error: RuntimeError) -> str:
+    """The line of DALI's message that says what happened; it follows a traceback of the pipeline's making."""
+    _, _, after = str(error).partition("encountered:")
+    return next(
+        (line.strip() for line in (after or str(error)).splitlines() if line.strip()), "no reason given"
+    )
 
 
 def _single(batch: RawBatch, index: int) -> RawBatch:
@@ -137,7 +160,9 @@ def _single(batch: RawBatch, index: int) -> RawBatch:
     return RawBatch(
         Microbatch(
             batch.microbatch.image_ids[one],
-            Windows(windows.x[one], windows.y[one], windows.width[one], windows.height[one], windows.flip[one]),
+            Windows(
+                windows.x[one], windows.y[one], windows.width[one], windows.height[one], windows.flip[one]
+            ),
         ),
         batch.data[one],
     )

@@ -24,17 +24,21 @@ def open_dataset(
 ) -> Dataset:
     """The data set `spec`: digits | fashion-mnist | synthetic[:N] | PATH.
 
-    `val_fraction` and `seed` divide a single folder of class folders; `on_progress(label, done, total)` is told how
-    far the reading of image headers has come. Raises UserError.
+    `val_fraction` and `seed` divide a single folder of class folders; `on_progress(label, done, total)` is
+    told how far the reading of image headers has come. Raises UserError.
     """
     if spec in _FIXED_SPLITS:
         opened = _FIXED_SPLITS[spec]()
     elif spec == "synthetic" or spec.startswith("synthetic:"):
         opened = open_synthetic(spec.partition(":")[2])
     else:
-        return open_folder(Path(spec).expanduser(), val_fraction=val_fraction, seed=seed, on_progress=on_progress)
+        return open_folder(
+            Path(spec).expanduser(), val_fraction=val_fraction, seed=seed, on_progress=on_progress
+        )
     if val_fraction is not None:
-        raise UserError(f"--val-fraction {val_fraction}: {spec} has its own validation set; leave the option out")
+        raise UserError(
+            f"--val-fraction {val_fraction}: {spec} has its own validation set; leave the option out"
+        )
     return opened
 
 

@@ -70,13 +70,19 @@ class Dataset:
 
 
 class ArrayImages:
-    """Pixels held in memory: uint8 (N, H, W), grey, or (N, H, W, 3). Grey is repeated to three channels when read."""
+    """Pixels in memory: uint8 (N, H, W), grey, or (N, H, W, 3). Grey becomes three channels when read."""
 
     encoded = False
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, classes: list[str], title: str) -> None:
-        if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[3] != 3):
-            raise ValueError(f"{title}: pixels are {pixels.dtype} {pixels.shape}, not uint8 (N, H, W) or (N, H, W, 3)")
+        if (
+            pixels.dtype != np.uint8
+            or pixels.ndim not in (3, 4)
+            or (pixels.ndim == 4 and pixels.shape[3] != 3)
+        ):
+            raise ValueError(
+                f"{title}: pixels are {pixels.dtype} {pixels.shape}, not uint8 (N, H, W) or (N, H, W, 3)"
+            )
         if len(pixels) != len(labels):
             raise ValueError(f"{title}: {len(pixels)} images but {len(labels)} labels")
         self._pixels = pixels

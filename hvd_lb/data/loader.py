@@ -1,7 +1,7 @@
 """Microbatches to tensors: what both loaders have in common, and the choice between them.
 
-A loader knows nothing of epochs, ranks or processes: it executes a stream of microbatches (image ids, crop windows,
-flips), which the plan made. Two threads work ahead of the consumer: one reads bytes, one turns them into tensors.
+A loader knows nothing of epochs, ranks or processes: it executes a stream of microbatches (image ids, crop
+windows, flips), which the plan made. Two threads work ahead of the consumer: one reads bytes, one makes tensors.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class RawBatch:
 
 
 class Loader(Protocol):
-    """Iterates (x float32 (b, 3, S, S) contiguous, y int64 (b,)) on the device, in the order of the microbatches.
+    """Iterates (x float32 (b, 3, S, S) contiguous, y int64 (b,)) on the device, in the microbatches' order.
 
     Also a context manager. UserError for an image that cannot be read or decoded.
     """
@@ -73,10 +73,13 @@ Decode = Callable[[Images, Iterator[RawBatch]], Iterator[Batch]]
 class ThreadedLoader:
     """The Loader around a decoding generator; see the module's docstring."""
 
-    def __init__(self, images: Images, microbatches: Iterable[Microbatch], batch_size: int, decode: Decode) -> None:
+    def __init__(
+        self, images: Images, microbatches: Iterable[Microbatch], batch_size: int, decode: Decode
+    ) -> None:
         self._read = ReadAhead(_read(images, microbatches, batch_size), _READ_DEPTH, "hvd-lb read")
         self._ready = ReadAhead(decode(images, self._read), _READY_DEPTH, "hvd-lb decode")
-        # Also when the loader is dropped without `close`, and before the interpreter ends under running threads.
+        # Also when the loader is dropped without `close`, and before the interpreter ends under running
+        # threads.
         self._close = weakref.finalize(self, _close, self._read, self._ready)
 
     @property
@@ -89,7 +92,8 @@ class ThreadedLoader:
     def __next__(self) -> Batch:
         x, y = next(self._ready)
         if x.is_cuda:
-            # Made on the decoding thread's stream, which has been waited for; used on the consumer's from here on.
+            # Made on the decoding thread's stream, which has been waited for; used on the consumer's from
+            # here on.
             stream = torch.cuda.current_stream(x.device)
             x.record_stream(stream)
             y.record_stream(stream)
@@ -117,7 +121,7 @@ def open_loader(
     device: torch.device,
     threads: int,
 ) -> Loader:
-    """A loader of `kind` for microbatches of at most `batch_size` images each, decoding with `threads` threads."""
+    """A loader of `kind` for microbatches of at most `batch_size` images, decoding with `threads` threads."""
     if threads < 1 or batch_size < 1:
         raise ValueError(f"threads={threads}, batch_size={batch_size}: expected positive numbers")
     # Imported when chosen: DALI exists for fewer platforms than torchvision.
@@ -137,5 +141,7 @@ def _close(*stages: ReadAhead) -> None:
 def _read(images: Images, microbatches: Iterable[Microbatch], batch_size: int) -> Iterator[RawBatch]:
     for microbatch in microbatches:
         if not 1 <= len(microbatch.image_ids) <= batch_size:
-            raise ValueError(f"a microbatch of {len(microbatch.image_ids)} images; expected 1 to {batch_size}")
+            raise ValueError(
+                f"a microbatch of {len(microbatch.image_ids)} images; expected 1 to {batch_size}"
+            )
         yield RawBatch(microbatch, images.read(microbatch.image_ids))

@@ -1,4 +1,4 @@
-"""Data sets known by name: `digits`, which comes with the package, and `fashion-mnist`, found locally or downloaded.
+"""Data sets known by name: `digits`, which comes with the package, and `fashion-mnist`, found or downloaded.
 
 digits has no official split here: every fifth image (index % 5 == 4) is held out, whatever the seed.
 """
@@ -53,8 +53,10 @@ def open_digits() -> Dataset:
 
 
 def open_fashion_mnist() -> Dataset:
-    """Zalando's Fashion-MNIST, 60,000 + 10,000 images of 28x28 pixels; downloaded by torchvision if not found."""
-    folder = next((folder for folder in fashion_folders() if _has_fashion(folder)), None) or _download_fashion()
+    """Zalando's Fashion-MNIST, 60,000 + 10,000 images of 28x28 pixels; torchvision downloads it if not found."""
+    folder = (
+        next((folder for folder in fashion_folders() if _has_fashion(folder)), None) or _download_fashion()
+    )
     splits = {}
     for split, (images, labels) in _FASHION_FILES.items():
         pixels = read_idx(_plain_or_gz(folder / images))
@@ -71,7 +73,7 @@ def fashion_folders() -> list[Path]:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array in an IDX file (http://yann.lecun.com/exdb/mnist), gzipped when its name ends in .gz."""
+    """The uint8 array in an IDX file (the format of MNIST), gzipped when its name ends in .gz."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         zeros, kind, dimensions = struct.unpack_from(">HBB", content)
@@ -101,6 +103,6 @@ def _download_fashion() -> Path:
         looked = ", ".join(str(folder) for folder in fashion_folders())
         raise UserError(
             f"fashion-mnist is not in {looked} and cannot be downloaded ({str(error).splitlines()[0]}); "
-            "apt-get install dataset-fashion-mnist (Debian), or copy its four IDX files to one of these folders"
+            "apt-get install dataset-fashion-mnist (Debian), or copy its four IDX files into one of them"
         ) from error
     return root / "FashionMNIST" / "raw"

@@ -16,8 +16,8 @@ _JOIN_SECONDS = 5.0
 class ReadAhead(Generic[T]):
     """Iterates `source` in a thread, at most `depth` results ahead.
 
-    What the source raises is raised to the consumer after the results before it. `close` ends the thread at its
-    next result and never blocks for long; a source that hangs is left behind in a daemon thread.
+    What the source raises is raised to the consumer after the results before it. `close` ends the thread at
+    its next result and never blocks for long; a source that hangs is left behind in a daemon thread.
     """
 
     def __init__(self, source: Iterable[T], depth: int, name: str) -> None:
@@ -66,7 +66,8 @@ class ReadAhead(Generic[T]):
         except BaseException as error:  # raised again where the results are used
             failure = error
         finally:
-            # A generator's own clean-up (it may hold the read-ahead before this one) runs here, in its thread.
+            # A generator's own clean-up (it may hold the read-ahead before this one) runs here, in its
+            # thread.
             if close := getattr(iterator, "close", None):
                 close()
         with self._changed:

@@ -1,8 +1,8 @@
 """Synthetic images: any number of labelled 224x224 pictures, made when read, for runs without data.
 
-Image = the class's smooth random pattern + a piece of a fixed noise pool chosen by (split, id). All arithmetic is
-on integers, so every machine makes the same pixels. A network can learn the classes; making an image costs less
-than decoding a JPEG, so a data pipeline measured with it is not flattered by much.
+Image = the class's smooth random pattern + a piece of a fixed noise pool chosen by (split, id). All
+arithmetic is on integers, so every machine makes the same pixels. A network can learn the classes; making an
+image costs less than decoding a JPEG, so a data pipeline measured with it is not flattered by much.
 """
 
 from __future__ import annotations

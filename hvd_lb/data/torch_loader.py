@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
-from PIL import Image
 from torchvision.transforms.v2 import functional as F  # noqa: N812 (its name everywhere)
 
+from hvd_lb.data.decode import decode_image
 from hvd_lb.data.images import Images
 from hvd_lb.data.loader import Batch, Decode, Pixels, RawBatch
-from hvd_lb.errors import UserError
 
 
 def torchvision_decoder(pixels: Pixels, batch_size: int, device: torch.device, threads: int) -> Decode:
-    """Decodes on the CPU with `threads` threads, then moves the microbatch to `device` and normalises it there."""
+    """Decodes on the CPU with `threads` threads, moves the microbatch to `device` and normalises it there."""
 
     def decode(images: Images, batches: Iterator[RawBatch]) -> Iterator[Batch]:
         with ThreadPoolExecutor(threads, "hvd-lb torchvision") as pool:
             for batch in batches:
-                cut = pool.map(lambda index, batch=batch: _cut(images, batch, index, pixels), range(len(batch.data)))
+                cut = pool.map(
+                    lambda index, batch=batch: _cut(images, batch, index, pixels), range(len(batch.data))
+                )
                 stacked = torch.stack(list(cut)).to(device)
-                x = F.normalize(F.to_dtype(stacked, torch.float32, scale=True), pixels.mean, pixels.std, inplace=True)
+                x = F.normalize(
+                    F.to_dtype(stacked, torch.float32, scale=True), pixels.mean, pixels.std, inplace=True
+                )
                 y = torch.from_numpy(images.labels[batch.microbatch.image_ids]).to(device)
                 if device.type == "cuda":
                     torch.cuda.current_stream(device).synchronize()
@@ -37,16 +38,9 @@ def _cut(images: Images, batch: RawBatch, index: int, pixels: Pixels) -> torch.T
     """uint8 (3, S, S): the window of one image, resized and perhaps mirrored."""
     windows = batch.microbatch.windows
     x, y, width, height = (int(of[index]) for of in (windows.x, windows.y, windows.width, windows.height))
-    try:
-        source = _decoded(batch.data[index]) if images.encoded else batch.data[index]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        name = images.name(int(batch.microbatch.image_ids[index]))
-        raise UserError(f"{name}: cannot be decoded ({error}); mend or remove it") from error
+    source = batch.data[index]
+    if images.encoded:
+        source = decode_image(images, int(batch.microbatch.image_ids[index]), source)
     window = torch.from_numpy(source[y : y + height, x : x + width].copy()).permute(2, 0, 1)
     resized = F.resize(window, [pixels.image_size, pixels.image_size], antialias=pixels.antialias)
     return F.horizontal_flip(resized) if windows.flip[index] else resized
-
-
-def _decoded(content: np.ndarray) -> np.ndarray:
-    with Image.open(io.BytesIO(content.tobytes())) as image:
-        return np.asarray(image.convert("RGB"))
