@@ -1,0 +1,207 @@
+"""Flat gradient buckets: `.grad` of many parameters as views of one tensor, summed by one allreduce.
+
+`p.grad` is always the truth: a bucket is brought up to date from it right before it is needed, so
+gradients that were set to None, zeroed, replaced or edited by anybody are seen. A bucket ends in one flag
+per parameter, 1 where this process has a gradient; summed along with the gradients, the flags tell on
+every process whether any process had one.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hvd_lb.world import Handle, World
+
+ALIGNMENT = 16  # elements: every view starts on a multiple of 64 bytes, as kernels on whole vectors like it
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, *HALF)
+
+
+def gathering_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype of its sums: its own, but fp32 for half precision, where sums lose bits or overflow."""
+    return torch.float32 if parameter.dtype in HALF else parameter.dtype
+
+
+def _dense(grad: Tensor) -> Tensor:
+    if grad.is_sparse:
+        raise RuntimeError(
+            "DistributedOptimizer was given a sparse gradient; make the embedding with sparse=False"
+        )
+    return grad
+
+
+class Slot:
+    """One parameter's place in a bucket.
+
+    `view` is that place, with the parameter's own sizes and strides (channels_last stays channels_last).
+    `grad` is what is put into `p.grad`: the view itself, or for half precision a rounded copy of it.
+    `stale` says that `grad` holds a gradient that a step has consumed. `version` tells whether somebody
+    has written into `grad` since.
+    """
+
+    def __init__(self, parameter: Tensor, flat: Tensor, offset: int) -> None:
+        self.parameter = parameter
+        strides = torch.empty_like(parameter, device="meta").stride()
+        # .data gives the view a version counter of its own instead of one shared by the whole bucket
+        self.view = flat.as_strided(parameter.shape, strides, offset).data
+        self.rounded = self.view.dtype != parameter.dtype
+        self.grad = torch.empty_like(self.view, dtype=parameter.dtype) if self.rounded else self.view
+        self.version = self.grad._version
+        self.stale = False
+        self.gathered = False  # the armed backward has added its gradient
+        self.present = False  # this process has a gradient for the exchange
+
+    def fits(self) -> bool:
+        """False once the parameter has another device, dtype or shape (model.cuda(), model.half())."""
+        p = self.parameter
+        return p.dtype == self.grad.dtype and p.device == self.grad.device and p.shape == self.grad.shape
+
+    def collect(self) -> None:
+        """Brings the view up to date with `p.grad`; no gradient, or a consumed one, counts as zero."""
+        grad = self.parameter.grad
+        ours = grad is self.grad
+        untouched = ours and self.grad._version == self.version
+        self.present = grad is not None and not (self.stale and untouched)
+        self.stale = False
+        if not self.present or grad is None:
+            self.view.zero_()
+        elif grad.is_sparse:
+            raise RuntimeError(
+                "DistributedOptimizer was given a sparse gradient; build the embedding with sparse=False"
+            )
+        elif self.rounded and untouched:
+            return  # the view is the exact sum of which `grad` is the rounded copy
+        elif not ours or self.rounded:
+            self.view.copy_(_dense(grad))
+
+    def publish(self) -> None:
+        """Puts the gradient into `p.grad`, in the parameter's dtype."""
+        if self.rounded:
+            self.grad.copy_(self.view)
+        if self.parameter.grad is not self.grad:
+            self.parameter.grad = self.grad
+        self.version = self.grad._version
+
+    def before_accumulation(self) -> None:
+        """Before autograd adds to `p.grad`: drops a consumed gradient, sets half precision's sum aside."""
+        if self.rounded:
+            self.collect()
+            self.parameter.grad = None
+        elif self.stale:
+            self.stale = False
+            if self.parameter.grad is self.grad and self.grad._version == self.version:
+                self.parameter.grad = None
+
+    def after_accumulation(self) -> None:
+        """After autograd has added to `p.grad`, in place or, where there was none, by a tensor of its own."""
+        if self.rounded and self.parameter.grad is not None:
+            self.view.add_(_dense(self.parameter.grad))
+            self.present = True
+        else:
+            self.collect()
+        self.publish()
+
+    def consume(self) -> None:
+        """After a step: the gradient stays readable, but the next accumulation starts from zero."""
+        self.stale = True
+        self.version = self.grad._version
+
+
+class Bucket:
+    """Parameters of one dtype and device whose gradients are exchanged together."""
+
+    def __init__(self, parameters: list[Tensor], name: str) -> None:
+        self.name = name
+        offsets = [0]
+        for parameter in parameters:
+            offsets.append(offsets[-1] + -(-parameter.numel() // ALIGNMENT) * ALIGNMENT)
+        end = offsets.pop()
+        first = parameters[0]
+        self.flat = torch.zeros(end + len(parameters), dtype=gathering_dtype(first), device=first.device)
+        self.gradients, self.flags = self.flat[:end], self.flat[end:]
+        self.slots = [Slot(p, self.flat, offset) for p, offset in zip(parameters, offsets, strict=True)]
+        self.handle: Handle | None = None
+        self.missing = len(self.slots)
+
+    def gather(self, slot: Slot) -> bool:
+        """Notes that the armed backward has added this gradient; True when the bucket is full."""
+        slot.gathered = True
+        self.missing -= 1
+        return self.missing == 0
+
+    def start(self, world: World) -> None:
+        """Starts the exchange of what this process has; until `finish`, the views are undefined."""
+        for slot in self.slots:
+            if not slot.gathered:
+                slot.collect()
+        if all(slot.present for slot in self.slots):
+            self.flags.fill_(1)
+        else:
+            self.flags.copy_(torch.tensor([slot.present for slot in self.slots]))
+        self.handle = world.allreduce_async(self.flat, self.name)
+
+    def finish(self) -> None:
+        """Waits for the sums; parameters without a gradient on any process get none."""
+        if self.handle is None:
+            raise RuntimeError(f"bucket {self.name} was not started")
+        self.handle.wait()
+        self.handle = None
+        if not all(
+            slot.present for slot in self.slots
+        ):  # reading flags waits for the device: only where it tells more
+            for slot, flag in zip(self.slots, self.flags.tolist(), strict=True):
+                slot.present = flag > 0
+        self.publish()
+
+    def divide(self, divisor: int) -> None:
+        """Divides the sums, with whatever was done to `p.grad` since they arrived."""
+        if divisor != 1:
+            for slot in self.slots:
+                slot.collect()
+            self.gradients.div_(divisor)
+            self.publish()
+
+    def publish(self) -> None:
+        for slot in self.slots:
+            if slot.present:
+                slot.publish()
+            else:
+                slot.parameter.grad = None
+
+    def consume(self) -> None:
+        """After a step: makes the bucket ready for the next backward, its gradients still readable."""
+        self.reset()
+        for slot in self.slots:
+            slot.consume()
+
+    def reset(self) -> None:
+        """Makes the bucket ready for the next backward."""
+        self.missing = len(self.slots)
+        for slot in self.slots:
+            slot.gathered = False
+
+
+def plan_buckets(parameters: Iterable[Tensor], bucket_bytes: int) -> list[list[Tensor]]:
+    """Splits parameters, given in the order of the forward pass, into the buckets' lists.
+
+    Backward produces gradients roughly in reverse, so reversed neighbours share a bucket and the first
+    bucket fills first. A bucket holds one (dtype of the sums, device) and at most `bucket_bytes`, or a
+    single larger parameter.
+    """
+    open_buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    buckets: list[list[Tensor]] = []
+    for parameter in reversed(list(parameters)):
+        if parameter.dtype not in DTYPES:
+            raise TypeError(
+                f"DistributedOptimizer was given a parameter of {parameter.dtype}; expected one of {DTYPES}"
+            )
+        dtype = gathering_dtype(parameter)
+        key = (dtype, parameter.device)
+        bucket = open_buckets.get(key)
+        elements = parameter.numel() + (sum(p.numel() for p in bucket) if bucket else 0)
+        if bucket is None or elements * dtype.itemsize > bucket_bytes:
+            open_buckets[key] = bucket = []
+            buckets.append(bucket)
+        bucket.append(parameter)
+    return buckets

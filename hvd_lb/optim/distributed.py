@@ -1,0 +1,357 @@
+"""DistributedOptimizer: any torch optimizer, fed with the gradients of the global minibatch.
+
+g_t = (1/B) Σ over all B images of a step of ∇l (sections 2.1 and 3, remark 3): each process adds up the
+gradients of its microbatches, one sum per bucket adds the processes while backward still runs, the
+division by B is done once, at the end.
+"""
+
+import enum
+import itertools
+import json
+import operator
+import weakref
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from hvd_lb.optim.buckets import Bucket, Slot, plan_buckets
+from hvd_lb.optim.state import broadcast_optimizer, broadcast_tensors
+from hvd_lb.world import Handle, World, current
+
+_instances = itertools.count()  # names agree between processes and differ between optimizers of a process
+_hooks = (
+    WeakTensorKeyDictionary()
+)  # the hooks on a parameter: a newer optimizer removes those of an older one
+_SHARED = [
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+]
+
+
+class Phase(enum.Enum):
+    """Where the gradients of this step are."""
+
+    GATHERING = "local sums"
+    EXCHANGING = "on their way"
+    REDUCED = "global sums"
+    NORMALISED = "divided by the minibatch"
+
+
+class DistributedOptimizer(Optimizer):
+    """Wraps `optimizer` for a loop like this one, in which every process calls `step` equally often:
+
+        for microbatches in loader:  # of this process: any number, even none
+            for i, (x, y) in enumerate(microbatches):
+                loss = F.cross_entropy(model(x), y, reduction="sum")
+                opt.backward(loss, last=i == len(microbatches) - 1)
+            opt.step(images=sum(len(y) for _, y in microbatches))
+
+    The plain form works too: `loss.backward(); opt.step()` averages the processes' gradients. Of several
+    backwards all but the last go into `with opt.accumulate():`; the last one starts the exchange of each
+    bucket as soon as it is full.
+
+    - `step` consumes the gradients: they stay readable, and the next backward starts from zero, with or
+      without zero_grad.
+    - Clipping: `opt.synchronize(images=n)`, clip, `opt.step()`. Between backward and `synchronize`
+      gradients are undefined.
+    - GradScaler: `scaler.step(opt, images=n)`; to clip, `opt.synchronize(images=n); scaler.unscale_(opt)`
+      before it. A process without a backward calls `synchronize` in any case, and, as GradScaler wants to
+      have scaled something, `scaler.scale(torch.zeros(()))` before its first step.
+    - `opt.zero_grad()` gives up an exchange under way, on all processes or on none.
+    - A parameter without a gradient on all processes is skipped; one without on some counts as zero there.
+    - `schedule(steps)` is the learning rate of step `steps`, counted from 0; it is set in every group,
+      times the group's "lr_scale" if there is one.
+    - A parameter belongs to the newest DistributedOptimizer made with it.
+
+    model: gives the order of the buckets, and buffers and further parameters to broadcast. Without it the
+        buckets follow the groups, where a group of all batch norms delays its bucket to the end of backward.
+        At construction rank 0's model and optimizer state overwrite those of the other processes.
+    world: the processes; by default those of `hvd_lb.init()`.
+    bucket_bytes: upper bound of a bucket, except for one with a single larger parameter.
+
+    Raises `TypeError` when `optimizer` is no plain torch optimizer or a parameter is complex, `RuntimeError`
+    when the processes disagree on the parameters.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module | None = None,
+        *,
+        world: World | None = None,
+        schedule: Callable[[int], float] | None = None,
+        bucket_bytes: int = 25 * 2**20,
+    ) -> None:
+        # Optimizer.__init__ is left out: groups, defaults, state and hooks are the wrapped optimizer's own,
+        # and its step fires the hooks, once.
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, DistributedOptimizer):
+            raise TypeError(f"expected a plain torch optimizer, got {type(optimizer).__name__}")
+        self.optimizer = optimizer
+        self.world = current() if world is None else world
+        self.steps = 0
+        for name in _SHARED:
+            setattr(self, name, getattr(optimizer, name))
+        self._schedule = schedule
+        self._bucket_bytes = bucket_bytes
+        self._name = f"hvd_lb.optimizer.{next(_instances)}"
+        self._order = {p: i for i, p in enumerate(model.parameters())} if model is not None else {}
+        self._known: set[Tensor] = set()
+        self._buckets: list[Bucket] = []
+        self._places: dict[Tensor, tuple[Bucket, Slot]] = {}
+        self._nodes: dict[Tensor, Any] = {}
+        self._phase = Phase.GATHERING
+        self._armed = True
+        self._counted: tuple[int | None, int | None] = (None, None)
+        self._divisor = 1
+        self._adopt()
+        if self.world.size > 1:
+            if model is not None:
+                further = [p for p in model.parameters() if p not in self._known]
+                broadcast_tensors(self.world, [*further, *model.buffers()], f"{self._name}.model")
+            broadcast_optimizer(self.world, optimizer, f"{self._name}.state")
+
+    # The gradients of a step
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Adds the gradients of a loss, a sum over images; the `last` call of a step starts the exchange."""
+        if last:
+            loss.backward()
+        else:
+            with self.accumulate():
+                loss.backward()
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Inside, backward only adds to this process's gradients and exchanges nothing."""
+        before, self._armed = self._armed, False
+        try:
+            yield
+        finally:
+            self._armed = before
+
+    def synchronize(self, *, images: int | None = None, global_images: int | None = None) -> None:
+        """Completes the exchange and divides, once per step, by the number of images of all processes.
+
+        That is `global_images` if given, else the sum over processes of `images` (this process's own, 0
+        is fine), else the number of processes: the average. All processes give the same one of the two.
+        Raises `ValueError` when there are no images at all, `RuntimeError` when the gradients were
+        divided by another count before.
+        """
+        counted = (images, global_images)
+        if images is not None and global_images is not None:
+            raise ValueError("give images (of this process) or global_images (of all), not both")
+        if self._phase is Phase.NORMALISED:
+            if counted not in ((None, None), self._counted):
+                raise RuntimeError(f"gradients are already divided by {self._divisor}; give the count once")
+            return
+        total: Handle | None = None
+        if images is not None:
+            if images < 0:
+                raise ValueError(f"images={images}; a process has 0 images or more")
+            count = torch.tensor([operator.index(images)])
+            total = self.world.allreduce_async(count, f"{self._name}.images")
+        if self._phase is not Phase.REDUCED:
+            self._finish()
+        if total is not None:
+            self._divisor = int(total.wait().item())
+        else:
+            self._divisor = self.world.size if global_images is None else operator.index(global_images)
+        if self._divisor <= 0:
+            raise ValueError(f"a step needs images, got {self._divisor} in all; zero_grad() gives it up")
+        for bucket in self._buckets:
+            bucket.divide(self._divisor)
+        self._counted = counted
+        self._phase = Phase.NORMALISED
+
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        images: int | None = None,
+        global_images: int | None = None,
+    ) -> Any:
+        """One update: `synchronize` (unless done), this step's learning rate, the wrapped optimizer's step.
+
+        A closure is evaluated where the wrapped optimizer wants it, each time followed by an exchange; it
+        clears the gradients, runs backward and returns the loss. What the optimizer sees, and this
+        returns, is the loss of all processes, divided like the gradients, so that all processes take the
+        same decisions (LBFGS).
+        """
+        if closure is None:
+            self.synchronize(images=images, global_images=global_images)
+        if self._schedule is not None:
+            self._set_learning_rate(self._schedule(self.steps))
+        if closure is None:
+            result = self.optimizer.step()
+        else:
+            result = self.optimizer.step(lambda: self._evaluate(closure, images, global_images))
+        for bucket in self._buckets:
+            bucket.consume()
+        self._phase = Phase.GATHERING
+        self.steps += 1
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Discards all gradients; an exchange under way is completed first, for the other processes' sake."""
+        if self._phase is Phase.EXCHANGING:
+            self._finish()
+        self.optimizer.zero_grad(set_to_none)
+        self._reset()
+
+    # What the wrapped optimizer has
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's groups, after an exchange under way: GradScaler reads gradients here."""
+        if self._phase is Phase.EXCHANGING:
+            self._finish()
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    def __repr__(self) -> str:
+        return f"DistributedOptimizer of {self.world.size} processes, {self.optimizer!r}"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the wrapped optimizer, with rank 0's weights on all processes."""
+        self.optimizer.add_param_group(param_group)
+        self._adopt()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state dict, which it can load, and "steps"."""
+        return {**self.optimizer.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads this process's state from `state_dict` of this class or of the wrapped optimizer."""
+        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "steps"})
+        self.steps = state_dict.get("steps", self.steps)
+
+    # Inside
+
+    def _adopt(self) -> None:
+        """Makes room for parameters that are new, were unfrozen or moved to another device or dtype."""
+        mine = {p: None for group in self.optimizer.param_groups for p in group["params"]}
+        parameters = sorted(mine, key=lambda p: self._order.get(p, len(self._order)))
+        unknown = [p for p in parameters if p not in self._known]
+        if any(not slot.fits() for _, slot in self._places.values()):
+            if any(bucket.handle is not None for bucket in self._buckets):
+                raise RuntimeError("parameters were moved while their gradients were exchanged; step() first")
+            self._buckets, self._places, self._nodes = [], {}, {}
+        homeless = [p for p in parameters if p.requires_grad and p not in self._places]
+        if not unknown and not homeless:
+            return
+        self._check_agreement(parameters)
+        if self.world.size > 1 and unknown:
+            broadcast_tensors(self.world, unknown, f"{self._name}.weights")
+        self._known.update(unknown)
+        for members in plan_buckets(homeless, self._bucket_bytes):
+            bucket = Bucket(members, f"{self._name}.bucket.{len(self._buckets)}")
+            self._buckets.append(bucket)
+            for slot in bucket.slots:
+                self._places[slot.parameter] = bucket, slot
+                self._watch(slot.parameter)
+
+    def _check_agreement(self, parameters: list[Tensor]) -> None:
+        described = [[list(p.shape), str(p.dtype), p.requires_grad] for p in parameters]
+        digest = zlib.crc32(json.dumps(described).encode())
+        total = int(self.world.allreduce(torch.tensor([digest]), f"{self._name}.layout").item())
+        if total != digest * self.world.size:
+            raise RuntimeError(
+                f"processes disagree on the parameters (rank {self.world.rank} has {len(parameters)}): "
+                "order, shapes, dtypes and requires_grad must be the same on all"
+            )
+
+    def _watch(self, parameter: Tensor) -> None:
+        """Calls `_before` and `_after` around autograd's addition to `parameter.grad`; keeps none alive."""
+        me, watched = weakref.ref(self), weakref.ref(parameter)
+
+        def before(_: Any) -> None:
+            optimizer, p = me(), watched()
+            if optimizer is not None and p in optimizer._places:
+                optimizer._before(*optimizer._places[p])
+
+        def after(p: Tensor) -> None:
+            optimizer = me()
+            if optimizer is not None and p in optimizer._places:
+                optimizer._after(*optimizer._places[p])
+
+        for hook in _hooks.get(parameter, ()):
+            hook.remove()
+        # a hook on the node, not on the tensor: torch.autograd.grad() runs the latter without adding anything
+        node = get_gradient_edge(parameter).node
+        self._nodes[parameter] = node  # autograd keeps nodes of parameters only while somebody does
+        _hooks[parameter] = [
+            node.register_prehook(before),
+            parameter.register_post_accumulate_grad_hook(after),
+        ]
+
+    def _before(self, bucket: Bucket, slot: Slot) -> None:
+        if slot.gathered or bucket.handle is not None:
+            raise RuntimeError(
+                "backward() after the exchange of this step has started: put all backwards of a step but the "
+                "last into `with opt.accumulate():`, or call step() or opt.zero_grad() first"
+            )
+        if self._phase in (Phase.REDUCED, Phase.NORMALISED):
+            if any(p.grad is s.grad and bool(s.grad.any()) for p, (_, s) in self._places.items()):
+                raise RuntimeError("backward() onto exchanged gradients: call step() or zero_grad() first")
+            self._reset()  # the step was skipped and the gradients were cleared behind our back
+        with torch.no_grad():
+            slot.before_accumulation()
+
+    def _after(self, bucket: Bucket, slot: Slot) -> None:
+        if not slot.fits():
+            return  # moved: `_adopt` will find it
+        with torch.no_grad():
+            slot.after_accumulation()
+            if self._armed:
+                self._phase = Phase.EXCHANGING
+                if bucket.gather(slot):
+                    bucket.start(self.world)
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """Exchanges what backward has not, and waits: afterwards `.grad` are sums over all processes."""
+        self._adopt()
+        for bucket in self._buckets:
+            if bucket.handle is None:
+                bucket.start(self.world)
+        for bucket in self._buckets:
+            bucket.finish()
+        self._phase = Phase.REDUCED
+
+    def _reset(self) -> None:
+        for bucket in self._buckets:
+            bucket.reset()
+        self._phase = Phase.GATHERING
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            scaled = learning_rate * group.get("lr_scale", 1)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(scaled)
+            else:
+                group["lr"] = scaled
+
+    def _evaluate(self, closure: Callable[[], Any], images: int | None, global_images: int | None) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        self.synchronize(images=images, global_images=global_images)
+        total = torch.as_tensor(loss).detach().to("cpu", torch.float64).reshape(1).clone()
+        return self.world.allreduce(total, f"{self._name}.loss")[0] / self._divisor

@@ -1,0 +1,80 @@
+"""State dicts as tensors plus JSON, for checkpoints and broadcasts without pickle; and the broadcasts."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hvd_lb.world import World
+
+
+def flatten_state(state: Any) -> tuple[dict[str, Tensor], Any]:
+    """Takes a state dict apart: tensors by path ("state/0/velocity"), and a JSON-able skeleton of the rest.
+
+    `state` may nest dicts (keys str or int), lists and tuples of tensors, numbers, strings and None; anything
+    else raises `TypeError`, which names its path. Tensors are detached, not copied.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def walk(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[path] = value.detach()
+            return {"tensor": path}
+        if isinstance(value, Mapping):
+            wrong = [key for key in value if not isinstance(key, str | int)]
+            if wrong:
+                raise TypeError(f"state at {path!r} has the key {wrong[0]!r}; expected strings and integers")
+            return {"dict": [[key, walk(item, f"{path}/{key}".lstrip("/"))] for key, item in value.items()]}
+        if isinstance(value, list | tuple):
+            items = [walk(item, f"{path}/{i}".lstrip("/")) for i, item in enumerate(value)]
+            return {"tuple": items} if isinstance(value, tuple) else items
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise TypeError(f"state at {path!r} is a {type(value).__name__}; expected tensors, numbers, strings")
+
+    return tensors, walk(state, "")
+
+
+def restore_state(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
+    """Puts together what `flatten_state` took apart; the tensors are used as they are."""
+    if isinstance(skeleton, list):
+        return [restore_state(tensors, item) for item in skeleton]
+    if not isinstance(skeleton, dict):
+        return skeleton
+    ((kind, content),) = skeleton.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "tuple":
+        return tuple(restore_state(tensors, item) for item in content)
+    return {key: restore_state(tensors, item) for key, item in content}
+
+
+def broadcast_tensors(world: World, tensors: Iterable[Tensor], name: str) -> None:
+    """Overwrites tensors of any dtype and memory format with rank 0's: one broadcast of bytes per device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    for index, group in enumerate(by_device.values()):
+        packed = torch.cat([tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in group])
+        world.broadcast(packed, f"{name}.{index}")
+        parts = packed.split([tensor.numel() * tensor.element_size() for tensor in group])
+        for tensor, part in zip(group, parts, strict=True):
+            tensor.detach().copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+
+
+def broadcast_optimizer(world: World, optimizer: Optimizer, name: str) -> None:
+    """Gives every process rank 0's optimizer state and group options, whatever the others had."""
+    tensors, skeleton = flatten_state(optimizer.state_dict())
+    layout = {path: [str(t.dtype).removeprefix("torch."), list(t.shape)] for path, t in tensors.items()}
+    sent = json.loads(world.broadcast_bytes(json.dumps([skeleton, layout]).encode(), f"{name}.skeleton"))
+    received = {
+        path: tensors[path].cpu() if world.rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
+        for path, (dtype, shape) in sent[1].items()
+    }
+    if received:
+        broadcast_tensors(world, received.values(), f"{name}.tensors")
+    if world.rank != 0:
+        optimizer.load_state_dict(restore_state(received, sent[0]))
