@@ -40,11 +40,13 @@ def dali_decoder(pixels: Pixels, batch_size: int, device: torch.device, threads:
                 raise _blame(images, feed.in_flight[0], pixels, error) from error
             batch = feed.in_flight.pop(0)
             y = torch.from_numpy(images.labels[batch.microbatch.image_ids])
-            # No copy: with DALI's dynamic executor outputs are not recycled while a tensor refers to them.
-            with torch.cuda.stream(stream):
-                x = torch.from_dlpack(output.as_tensor())
-                y = y.to(device)
+            # No copy on the CPU: DALI's dynamic executor recycles no output while a tensor refers to it.
+            x = torch.from_dlpack(output.as_tensor())
             if stream is not None:
+                # On a GPU Python may let go before the consumer's kernels have run; only torch's own
+                # allocator can wait for those (record_stream in ThreadedLoader).
+                with torch.cuda.stream(stream):
+                    x, y = x.clone(), y.to(device)
                 stream.synchronize()
             yield x, y
         if feed.failure is not None:

@@ -55,7 +55,7 @@ def decode_image(images: Images, image_id: int, content: np.ndarray) -> np.ndarr
     if size != indexed:
         raise UserError(
             f"{images.name(image_id)}: is {size[0]} x {size[1]} pixels now, but was "
-            f"{indexed[0]} x {indexed[1]} when the data set was opened; leave its files alone while they are in use"
+            f"{indexed[0]} x {indexed[1]} when the data set was opened; leave files in use alone"
         )
     return decoded
 

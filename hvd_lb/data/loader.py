@@ -1,7 +1,7 @@
 """Microbatches to tensors: what both loaders have in common, and the choice between them.
 
 A loader knows nothing of epochs, ranks or processes: it executes a stream of microbatches (image ids, crop
-windows, flips), which the plan made. Two threads work ahead of the consumer: one reads bytes, one makes tensors.
+windows, flips), which the plan made. Two threads work ahead of the consumer: one reads, one decodes.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def open_digits() -> Dataset:
 
 
 def open_fashion_mnist() -> Dataset:
-    """Zalando's Fashion-MNIST, 60,000 + 10,000 images of 28x28 pixels; torchvision downloads it if not found."""
+    """Zalando's Fashion-MNIST, 60,000 + 10,000 images of 28x28; torchvision downloads it if not found."""
     folder = (
         next((folder for folder in fashion_folders() if _has_fashion(folder)), None) or _download_fashion()
     )

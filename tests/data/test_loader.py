@@ -1,0 +1,314 @@
+"""Both loaders execute the same microbatches: same pixels, order, errors and ends."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hvd_lb.data.images import ArrayImages, Images
+from hvd_lb.data.loader import Loader, Pixels, open_loader
+from hvd_lb.errors import UserError
+from hvd_lb.plan.augment import Microbatch, RandomWindows, Windows
+
+KINDS = ["dali", "torchvision"]
+CPU = torch.device("cpu")
+
+
+class BlobImages:
+    """Encoded images in memory."""
+
+    encoded = True
+    classes = ["any"]
+
+    def __init__(self, blobs: list[np.ndarray], sizes: list[tuple[int, int]]) -> None:
+        self.blobs = blobs
+        self.labels = np.arange(len(blobs), dtype=np.int64)
+        self.widths, self.heights = np.array(sizes, np.int32).T
+
+    def __len__(self) -> int:
+        return len(self.blobs)
+
+    def read(self, ids: np.ndarray) -> list[np.ndarray]:
+        return [self.blobs[i] for i in ids]
+
+    def name(self, image_id: int) -> str:
+        return f"blob {image_id}"
+
+
+def as_levels(size: int, antialias: bool = True) -> Pixels:
+    """Tensors that hold the levels 0 to 255."""
+    return Pixels(size, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), antialias)
+
+
+def random_batches(images: Images, count: int, seed: int = 0) -> list[Microbatch]:
+    ids = np.arange(len(images), dtype=np.int64)
+    windows = RandomWindows(seed)
+    return [
+        Microbatch(ids, windows.windows(epoch, ids, images.widths, images.heights)) for epoch in range(count)
+    ]
+
+
+def one_window(ids: list[int], x: int, y: int, size: int, flip: bool) -> Microbatch:
+    def full(value: int) -> np.ndarray:
+        return np.full(len(ids), value, np.int32)
+
+    return Microbatch(
+        np.array(ids, np.int64), Windows(full(x), full(y), full(size), full(size), full(flip).astype(bool))
+    )
+
+
+def load(kind: str, images: Images, batches: list[Microbatch], pixels: Pixels) -> list[torch.Tensor]:
+    size = max(len(batch.image_ids) for batch in batches)
+    with open_loader(kind, images, batches, pixels, batch_size=size, device=CPU, threads=2) as loader:
+        return [x.clone() for x, _ in loader]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_window_of_the_tensor_size_is_cut_out_unchanged(kind, flip, make_photo, encode) -> None:
+    picture = make_photo(60, 50)
+    expected = np.asarray(picture)[7 : 7 + 32, 11 : 11 + 32].transpose(2, 0, 1)
+    if flip:
+        expected = expected[:, :, ::-1]
+    decoded = ArrayImages(np.asarray(picture)[None], np.zeros(1), ["any"], "array")
+    for images in (decoded, BlobImages([encode(picture, "PNG")], [(60, 50)])):
+        (x,) = load(kind, images, [one_window([0], 11, 7, 32, flip)], as_levels(32))
+        assert x.dtype == torch.float32
+        assert x.is_contiguous()
+        np.testing.assert_allclose(x[0].numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_colours_are_normalised_per_channel(kind: str) -> None:
+    level = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(1, 4, 4, 3)
+    pixels = Pixels(4, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True)
+    (x,) = load(
+        kind, ArrayImages(level, np.zeros(1), ["any"], "array"), [one_window([0], 0, 0, 4, False)], pixels
+    )
+    expected = (level[0] / 255 - np.array(pixels.mean)) / np.array(pixels.std)
+    np.testing.assert_allclose(x[0].numpy(), expected.transpose(2, 0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("codec", ["PNG", "JPEG"])
+def test_resized_pixels_are_those_of_torchvision(codec: str, make_photo, encode) -> None:
+    sizes = [(500, 375), (333, 499), (64, 64), (30, 40), (900, 600), (20, 300)]
+    images = BlobImages([encode(make_photo(*size), codec) for size in sizes], sizes)
+    batches = random_batches(images, 3)
+    for antialias in (False, True):
+        ours, theirs = (torch.stack(load(kind, images, batches, as_levels(64, antialias))) for kind in KINDS)
+        difference = (ours - theirs).abs()
+        assert difference[..., 1:-1, 1:-1].max() <= 1 + 1e-3
+        assert difference.mean() < 0.5
+        # An antialiasing filter reaches over the window's edge, where only DALI repeats pixels.
+        assert difference.max() <= (16 if antialias else 1) + 1e-3
+
+
+def test_small_decoded_images_are_enlarged_alike() -> None:
+    rng = np.random.default_rng(0)
+    images = ArrayImages(rng.integers(0, 256, (16, 8, 8), dtype=np.uint8), np.zeros(16), ["any"], "grey")
+    ours, theirs = (
+        torch.stack(load(kind, images, random_batches(images, 4), as_levels(32))) for kind in KINDS
+    )
+    assert (ours - theirs).abs().max() <= 1 + 1e-3
+    assert torch.equal(ours[:, :, 0], ours[:, :, 1])
+
+
+SOURCES = {
+    "grey PNG": ("L", "PNG", {}),
+    "RGBA PNG": ("RGBA", "PNG", {}),
+    "palette PNG": ("P", "PNG", {}),
+    "1-bit PNG": ("1", "PNG", {}),
+    "CMYK JPEG": ("CMYK", "JPEG", {}),
+    "progressive JPEG": ("RGB", "JPEG", {"progressive": True}),
+    "WebP": ("RGB", "WEBP", {}),
+    "BMP": ("RGB", "BMP", {}),
+    "PPM": ("RGB", "PPM", {}),
+    "TIFF": ("RGB", "TIFF", {"compression": "tiff_lzw"}),
+    "turned TIFF": ("RGB", "TIFF", {"tiffinfo": {274: 6}}),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_kind_of_file_gives_the_same_pixels(source: str, make_photo, encode) -> None:
+    mode, codec, options = SOURCES[source]
+    images = BlobImages([encode(make_photo(40, 30).convert(mode), codec, **options)], [(40, 30)])
+    batches = [one_window([0], 9, 0, 30, False)]
+    ours, theirs = (load(kind, images, batches, as_levels(30))[0] for kind in KINDS)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_16_bit_grey_is_scaled_not_cut_off(encode) -> None:
+    levels = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    images = BlobImages([encode(Image.fromarray(levels), "PNG")], [(32, 32)])
+    for kind in KINDS:
+        (x,) = load(kind, images, [one_window([0], 0, 0, 32, False)], as_levels(32))
+        np.testing.assert_allclose(x[0, 0].numpy(), np.rint(levels / 257), atol=1e-4)
+
+
+@pytest.mark.parametrize("codec", ["JPEG", "PNG"])
+def test_exif_orientation_is_ignored(codec: str, make_photo, encode) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    plain, turned = (encode(make_photo(40, 30), codec, **options) for options in ({}, {"exif": exif}))
+    for kind in KINDS:
+        x = load(
+            kind,
+            BlobImages([plain, turned], [(40, 30)] * 2),
+            [one_window([0, 1], 9, 0, 30, False)],
+            as_levels(30),
+        )
+        assert torch.equal(x[0][0], x[0][1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_labels_and_varying_sizes(kind: str) -> None:
+    images = ArrayImages(
+        np.arange(50, dtype=np.uint8).repeat(16).reshape(50, 4, 4), np.arange(50), ["any"] * 50, "n"
+    )
+    rng = np.random.default_rng(1)
+    chosen = [rng.permutation(50)[: rng.integers(1, 9)].tolist() for _ in range(20)]
+    batches = (one_window(ids, 0, 0, 4, False) for ids in chosen)
+    with open_loader(kind, images, batches, as_levels(4), batch_size=8, device=CPU, threads=2) as loader:
+        for ids, (x, y) in zip(chosen, loader, strict=True):
+            assert y.dtype == torch.int64
+            assert y.tolist() == ids
+            assert x[:, 0, 0, 0].round().tolist() == ids
+        with pytest.raises(StopIteration):
+            next(loader)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_stay_valid_while_later_ones_are_made(kind: str) -> None:
+    images = ArrayImages(
+        np.arange(40, dtype=np.uint8).repeat(64).reshape(40, 8, 8), np.arange(40), ["any"] * 40, "n"
+    )
+    batches = [one_window([i], 0, 0, 8, False) for i in range(40)]
+    with open_loader(kind, images, batches, as_levels(8), batch_size=1, device=CPU, threads=1) as loader:
+        kept = list(loader)
+    assert [int(x.mean().round()) for x, _ in kept] == list(range(40))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_restarted_in_its_middle_gives_the_same_bits(kind: str, make_photo, encode) -> None:
+    sizes = [(60, 40), (50, 70), (33, 44)]
+    images = BlobImages([encode(make_photo(*size), "JPEG") for size in sizes], sizes)
+    batches = random_batches(images, 6)
+    whole, rest = load(kind, images, batches, as_levels(32)), load(kind, images, batches[4:], as_levels(32))
+    assert all(torch.equal(a, b) for a, b in zip(whole[4:], rest, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("content", [b"no image at all" * 9, b"\xff\xd8\xff\xe0" + bytes(3000), "cut off"])
+def test_a_broken_image_is_named_after_the_good_batches(kind, content, make_photo, encode) -> None:
+    sizes = [(60, 50)] * 4
+    blobs = [encode(make_photo(*size, seed), "JPEG") for seed, size in enumerate(sizes)]
+    broken = blobs[2][:700].tobytes() if content == "cut off" else content
+    blobs[2] = np.frombuffer(broken, np.uint8)
+    batches = [
+        *(one_window([0, 1], 0, 0, 50, False) for _ in range(5)),
+        one_window([3, 2, 1], 0, 0, 50, False),
+    ]
+    with open_loader(
+        kind, BlobImages(blobs, sizes), batches, as_levels(16), batch_size=3, device=CPU, threads=2
+    ) as loader:
+        for _ in range(5):
+            next(loader)
+        with pytest.raises(UserError, match="^blob 2: cannot be decoded .*; mend or remove it$"):
+            next(loader)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_that_changed_its_size_is_named(kind: str, make_photo, encode) -> None:
+    images = BlobImages([encode(make_photo(20, 20), "PNG")], [(60, 50)])
+    with pytest.raises(UserError, match="blob 0: is 20 x 20 pixels now, but was 60 x 50"):
+        load(kind, images, [one_window([0], 0, 0, 50, False)], as_levels(16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_and_planning_errors_reach_the_consumer(kind: str) -> None:
+    images = ArrayImages(np.zeros((4, 8, 8), np.uint8), np.zeros(4), ["any"], "array")
+
+    def failing() -> Iterator[Microbatch]:
+        yield one_window([0], 0, 0, 8, False)
+        raise RuntimeError("the plan failed")
+
+    def run(batches: Iterator[Microbatch]) -> Loader:
+        return open_loader(kind, images, batches, as_levels(8), batch_size=2, device=CPU, threads=1)
+
+    with run(failing()) as loader:
+        next(loader)
+        with pytest.raises(RuntimeError, match="the plan failed"):
+            next(loader)
+    for ids in ([], [0, 1, 2]):
+        with (
+            run(iter([one_window(ids, 0, 0, 8, False)])) as loader,
+            pytest.raises(ValueError, match="expected 1 to 2"),
+        ):
+            next(loader)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_endless_stream_is_read_a_bounded_way_ahead_and_closed(kind: str) -> None:
+    images = ArrayImages(np.zeros((4, 8, 8), np.uint8), np.zeros(4), ["any"], "array")
+    taken = itertools.count()
+    last = 0
+
+    def endless() -> Iterator[Microbatch]:
+        nonlocal last
+        while True:
+            last = next(taken)
+            yield one_window([0], 0, 0, 8, False)
+
+    before = threading.active_count()
+    loader = open_loader(kind, images, endless(), as_levels(8), batch_size=1, device=CPU, threads=1)
+    for _ in range(10):
+        next(loader)
+    time.sleep(0.2)
+    assert last < 30
+    assert loader.wait_seconds > 0
+    loader.close()
+    loader.close()
+    assert threading.active_count() <= before
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+def test_a_dropped_loader_ends_its_threads() -> None:
+    images = ArrayImages(np.zeros((4, 8, 8), np.uint8), np.zeros(4), ["any"], "array")
+    before = threading.active_count()
+    loader = open_loader(
+        "torchvision",
+        images,
+        itertools.repeat(one_window([0], 0, 0, 8, False)),
+        as_levels(8),
+        batch_size=1,
+        device=CPU,
+        threads=1,
+    )
+    next(loader)
+    del loader
+    assert threading.active_count() <= before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_on_a_gpu_are_those_of_the_cpu(kind: str, make_photo: Callable, encode: Callable) -> None:
+    sizes = [(500, 375), (333, 499), (64, 64)]
+    images = BlobImages([encode(make_photo(*size), "JPEG") for size in sizes], sizes)
+    batches = random_batches(images, 8)
+    cpu = load(kind, images, batches, as_levels(64))
+    device = torch.device("cuda", 0)
+    with open_loader(kind, images, batches, as_levels(64), batch_size=3, device=device, threads=2) as loader:
+        for expected, (x, y) in zip(cpu, loader, strict=True):
+            assert x.device == y.device == device
+            difference = (x.cpu() - expected).abs()
+            assert difference.mean() < 1
+            assert y.tolist() == [0, 1, 2]
