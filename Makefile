@@ -1,0 +1,72 @@
+# Every target sets up what it needs: .venv with torch, DALI, a Horovod built for that torch, and hvd-lb itself.
+# Set-up runs once; it runs again when setup.cfg, pyproject.toml or the Horovod build change.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: help train test check bench clean
+
+# Leave empty to take the first of python3, python3.12, python3.11 that will do.
+PYTHON ?=
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.set-up
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	echo
+	echo "make PYTHON=/path/to/python3.12 test   picks the Python (3.11 or newer) of a new .venv"
+	echo "make ARGS='-m \"not slow\"' test         hands arguments on, here to pytest"
+
+train: $(STAMP)  ## train a small ResNet on handwritten digits with two Horovod workers on the CPU
+	@$(BIN)/hvd-lb train --data digits --gpus 2 --per-gpu-batch 32 --device cpu --output runs/digits $(ARGS)
+
+test: $(STAMP)  ## run all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## lint, formatting, types, shell scripts and Dockerfile
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/types
+	ln -sfn ../../cli build/types/hvd_lb_cli
+	$(BIN)/mypy
+	$(BIN)/shellcheck docker/*.sh .ci/run
+	if [[ -x $(BIN)/hadolint ]]; then $(BIN)/hadolint Dockerfile; fi
+
+bench: $(STAMP)  ## run the benchmarks, one after another
+	@for benchmark in benchmarks/*.py; do
+	  echo "== $$benchmark"
+	  $(BIN)/python "$$benchmark" $(ARGS)
+	done
+
+clean:  ## remove what builds and tools left (not runs/; rm -rf .venv sets up anew)
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# A venv of an interrupted set-up has no stamp; it is used again when its pip works and replaced when not.
+$(STAMP): setup.cfg pyproject.toml docker/build-horovod.sh docker/horovod_parts.py
+	@if ! $(PIP) --version >/dev/null 2>&1; then
+	  found=
+	  for candidate in $(or $(PYTHON),python3 python3.12 python3.11); do
+	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+	      found=$$candidate
+	      break
+	    fi
+	  done
+	  if [[ -z $$found ]]; then
+	    echo "make: no Python 3.11 or newer among: $(or $(PYTHON),python3 python3.12 python3.11);" \
+	      "apt-get install python3 python3-venv, or give one: make PYTHON=/path/to/python3.12" >&2
+	    exit 2
+	  fi
+	  if ! "$$found" -c 'import ensurepip, venv' 2>/dev/null; then
+	    echo "make: $$found has no venv module: apt-get install python3-venv, or give another: make PYTHON=..." >&2
+	    exit 2
+	  fi
+	  "$$found" -m venv --clear .venv
+	fi
+	$(PIP) install --editable '.[dev]'
+	wheel=$$(docker/build-horovod.sh $(BIN)/python)
+	$(PIP) install --force-reinstall --no-deps "$$wheel"
+	$(PIP) install "$$wheel"
+	touch $@

@@ -1,0 +1,200 @@
+"""What docker/build-horovod.sh needs done in Python: the cache key, the toolkit folder, the patch, the wheel.
+
+Runs under the interpreter the wheel is for, which has torch but perhaps nothing else, so only the standard
+library is used. torch's version file is read instead of importing torch, which would take seconds.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import platform
+import re
+import runpy
+import sys
+import sysconfig
+from pathlib import Path
+
+HOROVOD = "0.28.1"
+SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
+# torch 2.14's headers need C++20. The standard is set in the CMake files, so CXXFLAGS cannot raise it.
+PATCHES = {
+    "CMakeLists.txt": ("set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)"),
+    "horovod/torch/CMakeLists.txt": ("set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)"),
+}
+BUILD_TOOLS = (
+    "cmake>=4,<5",
+    "setuptools>=77",
+    "wheel",
+    "packaging",
+    "cffi>=1.4",
+    "cloudpickle",
+    "psutil",
+    "pyyaml",
+)
+CUDA_TOOLS = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime")
+# Compute capabilities for the toolkit of a CUDA major version; the last is also kept as PTX.
+ARCHITECTURES = {13: "75,80,86,90,100,110,120"}
+
+
+class BuildError(Exception):
+    """Says in one line why no wheel can be built and what to do."""
+
+
+def torch_versions() -> dict[str, str | None]:
+    """The version and CUDA version of the installed torch, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise BuildError(f"{sys.executable} has no torch: install torch 2.14.1 there first")
+    values = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    return {"torch": str(values["__version__"]), "cuda": values.get("cuda")}
+
+
+def cpu_flags() -> str:
+    """The instruction sets Horovod asks for (its half-precision sums use them) that this CPU has."""
+    if platform.machine() != "x86_64":
+        return ""
+    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    have = set(found.group(1).split()) if found else set()
+    return " ".join(f"-m{flag}" for flag in ("f16c", "avx", "fma") if flag in have)
+
+
+def describe(mpi: str, architectures: str, arch_flags: str) -> dict[str, object]:
+    """Everything that goes into the wheel. Its hash names the cache entry."""
+    versions = torch_versions()
+    cuda = versions["cuda"]
+    if cuda is not None and int(cuda.split(".")[0]) not in ARCHITECTURES:
+        raise BuildError(
+            f"torch {versions['torch']} is for CUDA {cuda}, expected CUDA 13: install torch 2.14.1 from PyPI"
+        )
+    here = Path(__file__).resolve().parent
+    scripts = hashlib.sha256()
+    for name in ("build-horovod.sh", "horovod_parts.py"):
+        scripts.update((here / name).read_bytes())
+    return {
+        "horovod": HOROVOD,
+        "sdist": SDIST_SHA256,
+        **versions,
+        "python": platform.python_version(),
+        "abi": sysconfig.get_config_var("SOABI"),
+        "platform": f"{platform.system()}-{platform.machine()}-{'-'.join(platform.libc_ver())}",
+        "mpi": mpi or None,
+        "nccl": cuda is not None,
+        "gloo": True,
+        "architectures": (architectures or ARCHITECTURES[int(cuda.split(".")[0])]) if cuda else None,
+        "cpu_flags": arch_flags or cpu_flags(),
+        "scripts": scripts.hexdigest(),
+    }
+
+
+def cache_key(description: dict[str, object]) -> str:
+    """A folder name: readable in front, the hash of all of the description behind.
+
+    Patch releases of Python share one ABI, so only `abi` counts.
+    """
+    parts = {name: value for name, value in description.items() if name != "python"}
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+    return f"horovod-{description['horovod']}-torch-{description['torch']}-{description['abi']}-{digest}"
+
+
+def requirements(description: dict[str, object]) -> list[str]:
+    """What the throw-away build environment installs: no compiler of CUDA is expected on the machine."""
+    cuda = description["cuda"]
+    if cuda is None:
+        return list(BUILD_TOOLS)
+    major, minor = str(cuda).split(".")[:2]
+    tools = [f"{name}=={major}.{minor}.*" for name in CUDA_TOOLS]
+    if find_wheel_folder("nccl/include/nccl.h") is None:
+        tools.append(f"nvidia-nccl-cu{major}")
+    return [*BUILD_TOOLS, *tools]
+
+
+def find_wheel_folder(inside: str) -> Path | None:
+    """The first `nvidia` folder on the path that holds the file `inside`."""
+    for entry in sys.path:
+        folder = Path(entry) / "nvidia"
+        if (folder / inside).exists():
+            return folder
+    return None
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Links every file of `source` into real folders below `target`; what is there already stays."""
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in source.iterdir():
+        place = target / entry.name
+        if entry.is_dir():
+            link_tree(entry, place)
+        elif not place.exists():
+            place.symlink_to(entry.resolve())
+
+
+def make_toolkit(target: Path, cuda_major: int) -> None:
+    """Gives the CUDA and NCCL wheels the shape of an installed toolkit: bin, include, nvvm, lib64.
+
+    The wheels lack the names the linker looks for (libcudart.so, libnccl.so), so those are links too.
+    """
+    for entry in sys.path:
+        cuda = Path(entry) / "nvidia" / f"cu{cuda_major}"
+        for inside, place in {"bin": "bin", "include": "include", "nvvm": "nvvm", "lib": "lib64"}.items():
+            if (cuda / inside).is_dir():
+                link_tree(cuda / inside, target / place)
+    nccl = find_wheel_folder("nccl/include/nccl.h")
+    if nccl is None:
+        raise BuildError("the NCCL wheel has no nccl.h: reinstall torch")
+    link_tree(nccl / "nccl" / "include", target / "nccl" / "include")
+    link_tree(nccl / "nccl" / "lib", target / "nccl" / "lib")
+    for needed in ("bin/nvcc", "include/cuda_runtime.h", "include/cublas_v2.h", "nvvm/bin/cicc"):
+        if not (target / needed).exists():
+            raise BuildError(f"the CUDA wheels have no {needed}: reinstall torch")
+    for folder, name in (("lib64", "libcudart.so"), ("nccl/lib", "libnccl.so")):
+        plain = target / folder / name
+        if not plain.exists():
+            plain.symlink_to(sorted((target / folder).glob(f"{name}.*"))[0].name)
+
+
+def patch(source: Path) -> None:
+    """Applies PATCHES; a text that is not there exactly once means another Horovod than was tried."""
+    for name, (old, new) in PATCHES.items():
+        text = (source / name).read_text()
+        if text.count(old) != 1:
+            raise BuildError(
+                f"{name} of Horovod {HOROVOD} has {old!r} {text.count(old)} times, expected once"
+            )
+        (source / name).write_text(text.replace(old, new))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("describe")
+    command.add_argument("--mpi", default="")
+    command.add_argument("--architectures", default="")
+    command.add_argument("--arch-flags", default="")
+    for name in ("key", "requirements"):
+        commands.add_parser(name).add_argument("description", type=Path)
+    commands.add_parser("toolkit").add_argument("target", type=Path)
+    commands.add_parser("patch").add_argument("source", type=Path)
+    commands.add_parser("sdist")
+    arguments = parser.parse_args()
+    if arguments.command == "describe":
+        described = describe(arguments.mpi, arguments.architectures, arguments.arch_flags)
+        print(json.dumps(described, indent=1, sort_keys=True))
+    elif arguments.command == "key":
+        print(cache_key(json.loads(arguments.description.read_text())))
+    elif arguments.command == "requirements":
+        print("\n".join(requirements(json.loads(arguments.description.read_text()))))
+    elif arguments.command == "toolkit":
+        cuda = torch_versions()["cuda"]
+        make_toolkit(arguments.target, int(str(cuda).split(".")[0]))
+    elif arguments.command == "patch":
+        patch(arguments.source)
+    else:
+        print(f"horovod=={HOROVOD} --hash=sha256:{SDIST_SHA256}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BuildError as error:
+        sys.exit(f"build-horovod: {error}")
