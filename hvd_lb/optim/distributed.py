@@ -174,7 +174,7 @@ class DistributedOptimizer(Optimizer):
         self._counted = counted
         self._phase = Phase.NORMALISED
 
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[[], Any] | None = None,
         *,
@@ -303,15 +303,15 @@ class DistributedOptimizer(Optimizer):
         ]
 
     def _before(self, bucket: Bucket, slot: Slot) -> None:
+        if self._phase in (Phase.REDUCED, Phase.NORMALISED):
+            if any(p.grad is s.grad and bool(s.grad.any()) for p, (_, s) in self._places.items()):
+                raise RuntimeError("backward() onto exchanged gradients: call step() or zero_grad() first")
+            self._reset()  # the step was skipped and the gradients were cleared behind our back
         if slot.gathered or bucket.handle is not None:
             raise RuntimeError(
                 "backward() after the exchange of this step has started: put all backwards of a step but the "
                 "last into `with opt.accumulate():`, or call step() or opt.zero_grad() first"
             )
-        if self._phase in (Phase.REDUCED, Phase.NORMALISED):
-            if any(p.grad is s.grad and bool(s.grad.any()) for p, (_, s) in self._places.items()):
-                raise RuntimeError("backward() onto exchanged gradients: call step() or zero_grad() first")
-            self._reset()  # the step was skipped and the gradients were cleared behind our back
         with torch.no_grad():
             slot.before_accumulation()
 
@@ -344,8 +344,8 @@ class DistributedOptimizer(Optimizer):
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             scaled = learning_rate * group.get("lr_scale", 1)
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(scaled)
+            if isinstance(group["lr"], Tensor):  # torch lets groups share one: do not write into it
+                group["lr"] = torch.full_like(group["lr"], scaled)
             else:
                 group["lr"] = scaled
 

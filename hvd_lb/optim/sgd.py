@@ -61,7 +61,7 @@ class SGD(Optimizer):
             state["velocity"] = torch.empty_like(parameter).copy_(state["velocity"])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; returns what `closure` (called once, first) does."""
         loss = None
         if closure is not None:

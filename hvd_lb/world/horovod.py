@@ -34,7 +34,7 @@ def import_horovod() -> Any:
     if importlib.util.find_spec("horovod") is None:
         raise UserError(f"Horovod is not installed, but several processes need it: {MEND}")
     built = str(built_with().get("torch", torch.__version__))
-    if built.partition("+")[0] != torch.__version__.partition("+")[0]:
+    if built != torch.__version__:
         raise UserError(
             f"Horovod was built for torch {built}, but torch {torch.__version__} runs: {MEND} again"
         )

@@ -1,0 +1,56 @@
+"""Shared by all tests: real Horovod jobs."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a Horovod job has left behind; `output` holds both of its streams."""
+
+    returncode: int
+    output: str
+
+
+@pytest.fixture(scope="session")
+def horovodrun() -> Callable[..., Job]:
+    """horovodrun(script, np, *args, timeout=90): `np` processes of a script on this machine, over Gloo."""
+    launcher = Path(sys.executable).with_name("horovodrun")
+    if importlib.util.find_spec("horovod") is None or not launcher.exists():
+        pytest.skip("Horovod is not installed; docker/build-horovod.sh builds it")
+    root = Path(__file__).parents[1]
+
+    def run(script: Path, np: int, *args: object, timeout: float = 90) -> Job:
+        command = [launcher, "--gloo", "-np", np, "-H", f"localhost:{np}", "--network-interface", "lo"]
+        command += [sys.executable, script, *args]
+        paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        job = subprocess.Popen(
+            [str(part) for part in command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = job.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            job.send_signal(signal.SIGTERM)  # horovodrun takes its workers with it
+            try:
+                output, _ = job.communicate(timeout=15)
+            except subprocess.TimeoutExpired:
+                os.killpg(job.pid, signal.SIGKILL)
+                output, _ = job.communicate()
+            pytest.fail(f"{script} was still running after {timeout} s; its output:\n{output}")
+        return Job(job.returncode, output)
+
+    return run

@@ -1,0 +1,59 @@
+"""How parameters are laid out in buckets."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from hvd_lb.optim.buckets import Bucket, plan_buckets
+from hvd_lb.world.solo import Solo
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.sampled_from([torch.float32, torch.bfloat16, torch.float64])))
+)
+def test_plan(described: list[tuple[int, torch.dtype]]) -> None:
+    parameters = [torch.zeros(n, dtype=dtype) for n, dtype in described]
+    buckets = plan_buckets(parameters, bucket_bytes=160)
+    assert sorted(id(p) for bucket in buckets for p in bucket) == sorted(map(id, parameters))
+    position = {id(p): i for i, p in enumerate(parameters)}
+    for bucket in buckets:
+        places = [position[id(p)] for p in bucket]
+        assert places == sorted(places, reverse=True)
+        assert len({p.dtype == torch.float64 for p in bucket}) == 1
+        size = 8 if bucket[0].dtype == torch.float64 else 4
+        assert len(bucket) == 1 or sum(p.numel() for p in bucket) * size <= 160
+
+
+def test_views_do_not_overlap_are_aligned_and_strided_like_the_parameters() -> None:
+    parameters = [
+        torch.zeros(4, 3, 3, 2).to(memory_format=torch.channels_last),
+        torch.zeros(()),
+        torch.zeros(5, 7).t(),
+        torch.zeros(0),
+        torch.zeros(3, 2, dtype=torch.bfloat16),
+    ]
+    bucket = Bucket(parameters, "b")
+    for i, slot in enumerate(bucket.slots):
+        assert slot.view.data_ptr() % 64 == bucket.flat.data_ptr() % 64
+        assert slot.view.stride() == slot.parameter.stride()
+        slot.view.fill_(i + 1)
+    for i, slot in enumerate(bucket.slots):
+        assert bool((slot.view == i + 1).all())
+    assert bucket.flags.tolist() == [0.0] * 5
+    assert bucket.flat.dtype == torch.float32
+
+
+def test_exchange_tells_who_had_a_gradient() -> None:
+    here, nowhere = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    bucket = Bucket([here, nowhere], "b")
+    here.grad = torch.tensor([2.0, 4.0])
+    bucket.start(Solo())
+    bucket.finish()
+    bucket.divide(2)
+    assert here.grad.tolist() == [1.0, 2.0]
+    assert nowhere.grad is None
+    assert bucket.flags.tolist() == [1.0, 0.0]
+    with pytest.raises(RuntimeError, match="not started"):
+        bucket.finish()
