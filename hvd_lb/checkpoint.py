@@ -1,0 +1,159 @@
+"""Checkpoints: `step-00001234/{model.safetensors, optimizer.safetensors, state.json}`, `last → …`, `best → …`.
+
+The number is that of steps done. A checkpoint is written under a temporary name, synced and renamed, so a name is
+either absent or whole; state.json carries the SHA-256 of the other two files and of itself, so one that was damaged
+later is recognised. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hvd_lb.errors import UserError
+
+FORMAT = 1
+_STATE = "state.json"
+_TENSORS = ("model", "optimizer")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One verified checkpoint on disk: its folder and its state (position, recipe, optimizer skeleton, …)."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.state["step"]
+
+    def model(self) -> dict[str, Tensor]:
+        """Tensors of the model's state dict, on the CPU."""
+        return load_file(self.path / "model.safetensors")
+
+    def optimizer(self) -> dict[str, Tensor]:
+        """Tensors of the optimizer's state, on the CPU (see `hvd_lb.optim.state`)."""
+        return load_file(self.path / "optimizer.safetensors")
+
+
+class CheckpointStore:
+    """The checkpoints of one run; written by rank 0 only."""
+
+    def __init__(self, folder: Path, keep: int = 3):
+        self.folder = folder
+        self._keep = keep
+
+    def save(
+        self,
+        step: int,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        *,
+        best: bool = False,
+    ) -> Path:
+        """Write the checkpoint of `step` steps done, point `last` (and `best`) at it, remove what is too old."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob(".writing-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        final = self.folder / f"step-{step:08d}"
+        writing = self.folder / f".writing-{final.name}"
+        writing.mkdir()
+        checksums = {}
+        for name, tensors in zip(_TENSORS, (model, optimizer), strict=True):
+            file = writing / f"{name}.safetensors"
+            # Contiguous copies: views into gradient buckets and channels-last tensors share or permute their memory.
+            save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, file)
+            _sync(file)
+            checksums[name] = _sha256(file)
+        content = {**state, "format": FORMAT, "step": step, "checksums": checksums}
+        content["checksum"] = _digest(content)
+        (writing / _STATE).write_text(json.dumps(content, indent=1))
+        _sync(writing / _STATE)
+        _sync(writing)
+        if final.exists():
+            shutil.rmtree(final)
+        writing.rename(final)
+        _sync(self.folder)
+        self._point("last", final)
+        if best:
+            self._point("best", final)
+        self._remove_old()
+        return final
+
+    def newest_first(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"), reverse=True)
+
+    def newest_intact(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint that can be trusted, and what is wrong with newer ones."""
+        problems = []
+        for path in self.newest_first():
+            try:
+                return open_checkpoint(path), problems
+            except UserError as error:
+                problems.append(str(error))
+        return None, problems
+
+    def _point(self, name: str, target: Path) -> None:
+        temporary = self.folder / f".{name}"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target.name)
+        os.replace(temporary, self.folder / name)
+
+    def _remove_old(self) -> None:
+        best = (self.folder / "best").resolve()
+        for path in self.newest_first()[self._keep :]:
+            if path.resolve() != best:
+                shutil.rmtree(path)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in folder `path`, every byte verified; UserError when it is missing, damaged or foreign."""
+    state_file = path / _STATE
+    if not state_file.is_file():
+        raise UserError(f"{path} is no checkpoint: expected a folder with {_STATE}, such as RUN/checkpoints/last")
+    try:
+        state = json.loads(state_file.read_text("utf-8"))
+        checksum = state.pop("checksum")
+        intact = checksum == _digest(state)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise UserError(f"checkpoint {path} is damaged: {_STATE} does not match its checksum; use another checkpoint")
+    if state["format"] != FORMAT:
+        raise UserError(f"checkpoint {path} has format {state['format']}, this hvd-lb reads format {FORMAT}")
+    for name in _TENSORS:
+        file = path / f"{name}.safetensors"
+        if not file.is_file() or _sha256(file) != state["checksums"][name]:
+            raise UserError(
+                f"checkpoint {path} is damaged: {file.name} is truncated or changed; use another checkpoint"
+            )
+    return Checkpoint(path.resolve(), state)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

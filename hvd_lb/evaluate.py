@@ -1,0 +1,78 @@
+"""Exact evaluation: every validation image counted once, for any number of processes (DESIGN.md 8).
+
+Images are cut into batches that do not depend on p; the processes share the batches, and sums and counts are added up,
+never means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from hvd_lb.data.images import Images
+from hvd_lb.data.loader import Pixels, open_loader
+from hvd_lb.plan.augment import CentreWindows, Microbatch
+from hvd_lb.plan.hosting import hosted
+from hvd_lb.recipe import LoaderKind
+from hvd_lb.world import World
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Errors in per cent, mean loss (without label smoothing), and the number of images they are over."""
+
+    top1_error: float
+    top5_error: float
+    loss: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates models on `images`, cut centrally, in batches of `batch_size`."""
+
+    images: Images
+    windows: CentreWindows
+    pixels: Pixels
+    batch_size: int
+    loader: LoaderKind
+    threads: int
+    device: torch.device
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+
+    def batches(self, rank: int, processes: int) -> Iterator[Microbatch]:
+        """The batches of process `rank`."""
+        total = len(self.images)
+        for batch in hosted(rank, processes, -(-total // self.batch_size)):
+            ids = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, total))
+            yield Microbatch(ids, self.windows.windows(self.images.widths[ids], self.images.heights[ids]))
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, world: World, autocast: AbstractContextManager[None]) -> Evaluation:
+        """Collective; puts the model into evaluation mode and back into training mode."""
+        model.eval()
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        with autocast, open_loader(
+            self.loader,
+            self.images,
+            self.batches(world.rank, world.size),
+            self.pixels,
+            batch_size=self.batch_size,
+            device=self.device,
+            threads=self.threads,
+        ) as loader:
+            for x, y in loader:
+                logits = model(x.to(self.dtype, memory_format=self.memory_format)).double()
+                ranked = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+                loss = nn.functional.cross_entropy(logits, y, reduction="sum")
+                sums += torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum(), loss, torch.tensor(len(y))])
+        model.train()
+        world.allreduce(sums, "hvd_lb.evaluation")
+        top1, top5, loss_sum, count = sums.tolist()
+        return Evaluation(100 * (1 - top1 / count), 100 * (1 - top5 / count), loss_sum / count, int(count))

@@ -1,0 +1,120 @@
+"""What this machine offers, and how a run uses it: device, processes, threads. None of it touches the mathematics."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hvd_lb.errors import UserError
+
+DeviceName = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`processes` (p) on `device`, each with `threads` CPU threads."""
+
+    device: DeviceName
+    processes: int
+    threads: int
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_device(name: str) -> DeviceName:
+    """cpu or cuda for "auto", "cpu" or "cuda"."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but there is no CUDA GPU here: use --device cpu, or see `hvd-lb doctor`")
+    return "cuda" if name == "cuda" else "cpu"
+
+
+def default_gpus(device: DeviceName) -> int:
+    """Virtual workers where nobody said how many: one per GPU of this machine."""
+    return torch.cuda.device_count() if device == "cuda" else 1
+
+
+def place(device: DeviceName, *, gpus: int, processes: int | None, threads: int | None) -> Placement:
+    """Processes and threads for `gpus` virtual workers on this machine; UserError when they cannot be had."""
+    if device == "cuda":
+        there = torch.cuda.device_count()
+        wanted = processes or gpus
+        if wanted > there:
+            raise UserError(
+                f"{wanted} GPUs are asked for and this machine has {there}: name more machines with --hosts, share "
+                f"the virtual workers with --processes {there}, use --device cpu, or try it out with `hvd-lb simulate`"
+            )
+    else:
+        wanted = processes or min(gpus, cores())
+    if not 1 <= wanted <= gpus:
+        raise UserError(
+            f"--processes {wanted} for {gpus} virtual workers: expected 1 to {gpus}, as each process hosts at least one"
+        )
+    return Placement(device, wanted, threads or max(1, cores() // wanted))
+
+
+def describe_environment(placement: Placement, command: Sequence[str]) -> dict[str, Any]:
+    """What environment.json tells about where and how a run was made."""
+    packages = ("hvd-lb", "torch", "torchvision", "nvidia-dali-cuda130", "horovod", "numpy", "pydantic", "safetensors")
+    return {
+        "command": list(command),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "cuda": torch.version.cuda,
+        "devices": _devices(placement),
+        "processes": placement.processes,
+        "threads_per_process": placement.threads,
+        "hosts": [socket.gethostname()],
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": cores(),
+        "git_commit": _git_commit(),
+        "executable": sys.executable,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices(placement: Placement) -> list[str]:
+    if placement.device == "cuda":
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ["cpu"]
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _git_commit() -> str | None:
+    """The commit of hvd-lb's own checkout, with "+changes" if it was edited; None when installed without one."""
+    git, root = shutil.which("git"), Path(__file__).resolve().parent.parent
+    if git is None or not (root / ".git").exists():
+        return None
+    run = [git, "-C", str(root)]
+    commit = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    changed = subprocess.run([*run, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
+    return (commit + ("+changes" if changed.strip() else "")) or None

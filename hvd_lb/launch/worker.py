@@ -1,0 +1,85 @@
+"""One process of a run: `python -m hvd_lb.launch.worker JOB.json`, started by the launcher, on every rank alike.
+
+It writes nothing to the terminal: rank 0 tells the run directory what happens, and a process that fails writes why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from hvd_lb import world as worlds
+from hvd_lb.checkpoint import CheckpointStore, open_checkpoint
+from hvd_lb.data import open_dataset
+from hvd_lb.job import Job
+from hvd_lb.report.metrics import RunObserver, SilentObserver
+from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.trainer import Trainer
+from hvd_lb.world import World
+
+
+def run(job: Job, world: World) -> None:
+    """This process's part of the job."""
+    torch.set_num_threads(job.threads)
+    device = torch.device(job.device, world.local_rank) if job.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    directory = RunDirectory(job.output)
+    checkpoint = open_checkpoint(job.checkpoint) if job.checkpoint else None
+    recipe = job.recipe
+    dataset = open_dataset(recipe.data or "", val_fraction=recipe.val_fraction)
+    first_step = checkpoint.step if checkpoint else 0
+    observer = RunObserver(directory, first_step) if world.rank == 0 else SilentObserver()
+    try:
+        Trainer(
+            recipe,
+            dataset,
+            world,
+            device=device,
+            threads=job.threads,
+            observer=observer,
+            store=CheckpointStore(directory.checkpoints, recipe.keep_checkpoints),
+            checkpoint=checkpoint,
+        ).fit()
+    finally:
+        observer.close()
+    world.barrier()
+
+
+def main(job_file: str) -> None:
+    job = Job.model_validate_json(Path(job_file).read_text("utf-8"))
+    rank = int(os.environ.get("HOROVOD_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
+    try:
+        world = worlds.init()
+        rank = world.rank
+        run(job, world)
+    except BaseException as error:
+        _tell(RunDirectory(job.output), rank, error)
+        traceback.print_exc()
+        sys.stderr.flush()
+        # At once, without Horovod's shutdown: it would wait for the others, who are waiting for this process.
+        os._exit(1)
+    worlds.shutdown()
+
+
+def _tell(directory: RunDirectory, rank: int, error: BaseException) -> None:
+    content = {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "time": time.time(),
+        "kind": type(error).__name__,
+        "message": " ".join(str(error).split()) or type(error).__name__,
+        "traceback": traceback.format_exc(),
+    }
+    directory.error(rank).write_text(json.dumps(content, indent=1), "utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,244 @@
+"""Every number that fixes a run, in one validated model; YAML in and out; presets in recipes/*.yaml.
+
+A field is documented once, here: the command line's options and their help are made from these fields. Hardware
+(processes, device, hosts, output folder) is not part of a recipe: it may change on the way without changing the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hvd_lb.errors import UserError
+from hvd_lb.plan.samples import LastBatch
+from hvd_lb.schedule import Rule, Schedule, Shape, Warmup
+
+Precision = Literal["fp64", "fp32", "bf16", "fp16"]
+LoaderKind = Literal["dali", "torchvision"]
+
+_EVERY = re.compile(r"(\d+) ?(steps?|epochs?)")
+
+
+def _check_every(text: str) -> str:
+    if text != "never" and not ((match := _EVERY.fullmatch(text)) and int(match[1])):
+        raise ValueError("expected a period such as 500steps, 1epoch or never")
+    return text
+
+
+Every = Annotated[str, AfterValidator(_check_every)]
+Colour = tuple[float, float, float]
+
+
+def period_in_steps(every: str, steps_per_epoch: int) -> int:
+    """An `Every` ("500steps", "2epochs", "never") as a number of steps; 0 for never."""
+    match = _EVERY.fullmatch(every)
+    if not match:
+        return 0
+    return int(match[1]) * (steps_per_epoch if match[2].startswith("epoch") else 1)
+
+
+def _free(default: Any, description: str, **limits: Any) -> Any:
+    """A field that does not touch the mathematics: a run may be resumed with another value."""
+    return Field(default, description=description, json_schema_extra={"free": True}, **limits)
+
+
+class Recipe(BaseModel):
+    """One run. Units: epochs and steps count from 0, learning rates are for a minibatch of 256 images."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    description: str = _free("", "What this recipe is for.")
+
+    # data
+    data: str | None = _free(
+        None, "digits, fashion-mnist, synthetic[:N], or a folder with train/ and val/ [default: $HVD_LB_DATA or /data]"
+    )
+    val_fraction: float | None = Field(None, gt=0, lt=1, description="Share held out where there is no val/ folder.")
+    loader: LoaderKind = Field("dali", description="What decodes and resizes the images.")
+    image_size: int = Field(224, ge=1, description="Side of the square the network sees, in pixels.")
+    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="Random crop: share of the image's area.")
+    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="Random crop: aspect ratio, width/height.")
+    flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
+    eval_crop: float = Field(0.875, gt=0, le=1, description="Evaluation: side of the centre crop / shorter side.")
+    mean: Colour = Field((0.485, 0.456, 0.406), description="Mean of the colours, 0 to 1.")
+    std: Colour = Field((0.229, 0.224, 0.225), description="Standard deviation of the colours.")
+    antialias: bool = Field(True, description="Smooth before shrinking images.")
+
+    # minibatch
+    gpus: int = Field(1, ge=1, description="Virtual workers k; the minibatch is k × per-gpu-batch.")
+    per_gpu_batch: int = Field(32, ge=1, description="Images of one virtual worker in a step, n.")
+    last_batch: LastBatch = Field("drop", description="What becomes of the rest of an epoch that fills no step.")
+    epochs: int = Field(90, ge=1, description="Length of the run; the learning rate schedule fits itself to it.")
+    steps: int | None = _free(None, "Stop after this many steps; the schedule stays that of --epochs.", ge=1)
+    seed: int = Field(0, ge=0, lt=1 << 32, description="Fixes initialisation, order and augmentation.")
+
+    # model
+    model: str = Field("resnet50", description="Any torchvision classification model, or resnet8/20/32/44/56/110.")
+    num_classes: int | None = Field(None, ge=1, description="Outputs of the network [default: the data set's classes]")
+    zero_gamma: bool = Field(True, description="Last batch norm of a residual block starts at 0 (section 5.1).")
+    bn_momentum: float = Field(0.1, gt=0, le=1, description="Weight of one step in the running statistics.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the training loss.")
+    precision: Precision = Field("fp32", description="Arithmetic; bf16 and fp16 are autocast with fp32 weights.")
+
+    # learning rate
+    learning_rate: float = Field(0.1, gt=0, description="Reference learning rate, for a minibatch of 256 images.")
+    lr_rule: Rule = Field("linear", description="How the learning rate grows with the minibatch.")
+    schedule: Shape = Field("step", description="How it falls after warmup.")
+    warmup: Warmup = Field("gradual", description="From the reference to the scaled rate, where kn > 256.")
+    warmup_epochs: float = Field(5, ge=0, description="Length of warmup.")
+    drop_epochs: tuple[float, ...] = Field((30, 60, 80), description="Step decay, in epochs of a run of 90.")
+    drop_factor: float = Field(0.1, gt=0, le=1, description="Step decay: factor at each drop.")
+    power: float = Field(2.0, gt=0, description="Exponent of the polynomial decay.")
+
+    # optimizer
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum m.")
+    nesterov: bool = Field(True, description="Nesterov momentum.")
+    momentum_form: Literal[9, 10] = Field(10, description="Momentum as in equation 9 or 10 of the paper.")
+    momentum_correction: bool = Field(True, description="Form 10: rescale the velocity when the rate changes.")
+    weight_decay: float = Field(1e-4, ge=0, description="L2 penalty λ; none on batch norm's γ and β.")
+
+    # how it is run: none of these touches the mathematics
+    threads: int | None = _free(None, "CPU threads of each process [default: cores / processes]", ge=1)
+    channels_last: bool = _free(False, "Keep images and weights in channels-last memory order.")
+    compile: bool = _free(False, "Compile the model with torch.compile.")
+    eval_every: Every = _free("1epoch", "Period of evaluation: 500steps, 1epoch, never. Always at the end.")
+    log_every: int | None = _free(None, "Steps between metrics [default: 20 times an epoch, at most every 10]", ge=1)
+    checkpoint_every: Every = _free("1epoch", "Period of checkpoints: 500steps, 1epoch, never. Always at the end.")
+    keep_checkpoints: int = _free(3, "Newest checkpoints kept, besides the best.", ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.momentum_form == 9 and not self.momentum_correction:
+            raise ValueError(
+                "no-momentum-correction with momentum_form 9 has no meaning: form 9 needs no correction; use form 10"
+            )
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0: give --momentum 0.9 or --no-nesterov")
+        for name, (low, high), most in (
+            ("crop_scale", self.crop_scale, 1.0),
+            ("crop_ratio", self.crop_ratio, float("inf")),
+        ):
+            if not 0 < low <= high <= most:
+                raise ValueError(f"{name} {low:g} to {high:g}: expected two increasing numbers above 0, at most {most:g}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std}: expected numbers above 0")
+        if list(self.drop_epochs) != sorted(self.drop_epochs) or min(self.drop_epochs, default=0) < 0:
+            raise ValueError(f"drop_epochs {list(self.drop_epochs)}: expected increasing epochs of a run of 90")
+        return self
+
+    @property
+    def global_batch(self) -> int:
+        """Images of a step, kn."""
+        return self.gpus * self.per_gpu_batch
+
+    def lr_schedule(self, steps_per_epoch: int) -> Schedule:
+        return Schedule(
+            learning_rate=self.learning_rate,
+            global_batch=self.global_batch,
+            steps_per_epoch=steps_per_epoch,
+            epochs=self.epochs,
+            rule=self.lr_rule,
+            shape=self.schedule,
+            warmup=self.warmup,
+            warmup_epochs=self.warmup_epochs,
+            drop_epochs=self.drop_epochs,
+            drop_factor=self.drop_factor,
+            power=self.power,
+        )
+
+    def mathematics(self) -> dict[str, Any]:
+        """The fields a resumed run must share, as JSON values."""
+        return self.model_dump(mode="json", exclude=FREE_FIELDS)
+
+    def digest(self) -> str:
+        """Eight hexadecimal digits that name the mathematics and the data."""
+        text = json.dumps([self.data, self.mathematics()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+FREE_FIELDS = {
+    name
+    for name, field in Recipe.model_fields.items()
+    if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("free")
+}
+
+
+def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
+    """A validated recipe; UserError in one line that names the field, what was given and what was expected."""
+    for name in values:
+        if name not in Recipe.model_fields:
+            raise UserError(f"{source}: unknown field {name!r}{nearest(str(name), Recipe.model_fields)}")
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
+        where = ".".join(str(part) for part in first["loc"])
+        given = f"{where} = {first['input']!r}: " if where else ""
+        raise UserError(f"{source}: {given}{message}") from None
+
+
+def differing_fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Fields of two recipes' `mathematics` that differ, as "name: a → b"."""
+    missing = "absent"
+    return [
+        f"{name}: {a.get(name, missing)} → {b.get(name, missing)}"
+        for name in sorted({*a, *b})
+        if a.get(name, missing) != b.get(name, missing)
+    ]
+
+
+def preset_names() -> list[str]:
+    return sorted(file.name[:-5] for file in _presets().iterdir() if file.name.endswith(".yaml"))
+
+
+def load_values(name_or_path: str) -> dict[str, Any]:
+    """The fields a preset or a YAML file sets, not yet merged or validated as a whole."""
+    if name_or_path in preset_names():
+        text, source = (_presets() / f"{name_or_path}.yaml").read_text("utf-8"), name_or_path
+    else:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise UserError(
+                f"recipe {name_or_path!r} is neither a preset ({', '.join(preset_names())}) nor a YAML file"
+                f"{nearest(name_or_path, preset_names())}"
+            )
+        try:
+            text, source = path.read_text("utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"recipe {path} cannot be read: {error}") from None
+    return _parse(text, source)
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {source} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {source}: expected `field: value` lines")
+    make_recipe(values, source)
+    return values
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """"; did you mean …?" for a misspelt name, else nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _presets() -> Any:
+    return resources.files("hvd_lb") / "recipes"

@@ -1,0 +1,176 @@
+"""Progress of a run, drawn by the launching process from what rank 0 writes: a live bar on a terminal, else lines."""
+
+from __future__ import annotations
+
+import json
+import time
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from hvd_lb.report.metrics import MetricsFollower
+from hvd_lb.report.run_directory import RunDirectory
+
+_LINE_SECONDS = 10.0
+
+
+class Display(Protocol):
+    """Shows records as they come; `beat` says how far a step is: (step, microbatch, of how many)."""
+
+    def train(self, record: dict[str, Any]) -> None: ...
+
+    def evaluation(self, record: dict[str, Any]) -> None: ...
+
+    def beat(self, step: int, microbatch: int, microbatches: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_display(console: Console, *, first_step: int, total_steps: int, steps_per_epoch: int) -> Display:
+    """A live bar where the console is a terminal, else plain lines."""
+    kind = LiveDisplay if console.is_terminal else PlainDisplay
+    return kind(console, first_step, total_steps, steps_per_epoch)
+
+
+class RunView:
+    """Reads the run directory of a job and passes what is new on to a display; call `update` now and then."""
+
+    def __init__(self, run: RunDirectory, display: Display, first_step: int):
+        self._run, self._display = run, display
+        self._follower = MetricsFollower(run.metrics, first_step)
+
+    def __enter__(self) -> RunView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.update()
+        self._display.close()
+
+    def update(self) -> None:
+        for record in self._follower.new_records():
+            (self._display.train if record["kind"] == "train" else self._display.evaluation)(record)
+        try:
+            beat = json.loads(self._run.heartbeat.read_text("utf-8"))
+        except FileNotFoundError:
+            return
+        self._display.beat(beat["step"], beat["microbatch"], beat["microbatches"])
+
+
+class LiveDisplay:
+    """One bar at the bottom; evaluations scroll by above it."""
+
+    def __init__(self, console: Console, first_step: int, total_steps: int, steps_per_epoch: int):
+        self._steps_per_epoch, self._rate = steps_per_epoch, _Rate(first_step, total_steps)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+        )
+        self._task = self._progress.add_task(
+            "starting workers", total=total_steps, completed=first_step, metrics="", left=""
+        )
+        self._progress.start()
+
+    def train(self, record: dict[str, Any]) -> None:
+        self._progress.update(self._task, metrics=_metrics(record))
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        self._progress.console.print(evaluation_line(record), highlight=False)
+
+    def beat(self, step: int, microbatch: int, microbatches: int) -> None:
+        done = step + microbatch / microbatches
+        part = f" ({microbatch}/{microbatches})" if microbatches > 1 else ""
+        self._progress.update(
+            self._task,
+            completed=done,
+            description=f"epoch {step // self._steps_per_epoch} step {step}{part}",
+            left=self._rate.left(done),
+        )
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class PlainDisplay:
+    """A line for each evaluation, and at most one every ten seconds in between."""
+
+    def __init__(self, console: Console, first_step: int, total_steps: int, steps_per_epoch: int):
+        self._console, self._total = console, total_steps
+        self._rate = _Rate(first_step, total_steps)
+        self._last = time.monotonic() - _LINE_SECONDS
+        self._shown = first_step
+
+    def train(self, record: dict[str, Any]) -> None:
+        if self._due():
+            left = self._rate.left(record["step"] + 1)
+            self._line(f"epoch {record['epoch']} step {record['step']}/{self._total}: {_metrics(record)}, {left}")
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        self._line(evaluation_line(record))
+
+    def beat(self, step: int, microbatch: int, microbatches: int) -> None:
+        if step > self._shown and self._due():
+            self._line(f"step {step}/{self._total}: microbatch {microbatch} of {microbatches}")
+
+    def close(self) -> None:
+        pass
+
+    def _due(self) -> bool:
+        return time.monotonic() - self._last >= _LINE_SECONDS
+
+    def _line(self, text: str) -> None:
+        self._last = time.monotonic()
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+class _Rate:
+    """Time left, from the steps done since this process looked first."""
+
+    def __init__(self, first_step: int, total_steps: int):
+        self._total = total_steps
+        self._first: tuple[float, float] | None = None
+
+    def left(self, done: float) -> str:
+        now = time.monotonic()
+        if self._first is None or done < self._first[0]:
+            self._first = (done, now)
+        steps, seconds = done - self._first[0], now - self._first[1]
+        if steps <= 0 or seconds <= 0:
+            return "time left unknown"
+        return f"{duration((self._total - done) * seconds / steps)} left"
+
+
+def evaluation_line(record: dict[str, Any]) -> str:
+    return (
+        f"epoch {record['epoch']} step {record['step']} evaluation: top-1 error {record['top1_error']:.2f} %, "
+        f"top-5 error {record['top5_error']:.2f} %, loss {record['loss']:.4f}, {record['images']:,} images"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words with sensible units: 12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for big, size, small, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            rest = whole % size // part
+            return f"{whole // size} {big}" + (f" {rest} {small}" if rest else "")
+    return f"{whole} s"
+
+
+def _metrics(record: dict[str, Any]) -> str:
+    return (
+        f"loss {record['loss']:.4f}, lr {record['lr']:.4g}, {record['images_per_second']:,.0f} images/s, "
+        f"{100 * record['data_wait']:.0f} % waiting for data"
+    )

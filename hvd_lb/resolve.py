@@ -1,0 +1,119 @@
+"""From what a user typed to a recipe: which data, which preset and why, every field filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hvd_lb.data import Dataset, default_data, open_dataset
+from hvd_lb.errors import UserError
+from hvd_lb.models import check_model_name
+from hvd_lb.plan.samples import SamplePlan
+from hvd_lb.recipe import Recipe, load_values, make_recipe
+from hvd_lb.schedule import Schedule
+from hvd_lb.trainer import sample_plan, total_steps
+
+_IMAGENET_CLASSES, _IMAGENET_IMAGES = 1000, 1_000_000
+_SMALL_SIDE = 64
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run that has been checked and can start, or be explained."""
+
+    recipe: Recipe
+    dataset: Dataset
+    preset: str
+    why: str
+    plan: SamplePlan
+    schedule: Schedule
+
+    @property
+    def total_steps(self) -> int:
+        return total_steps(self.recipe, self.plan)
+
+
+def resolve(
+    options: Mapping[str, Any],
+    *,
+    recipe: str | None,
+    default_gpus: int,
+    fallback_data: str | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Resolved:
+    """Merge preset < recipe file < `options` (fields the user set), open the data and check everything.
+
+    `fallback_data` is used where neither options nor recipe name data (`simulate`: synthetic); without it
+    $HVD_LB_DATA or /data is. UserError for what cannot work.
+    """
+    make_recipe(options, "options")
+    given = load_values(recipe) if recipe else {}
+    if "model" in {**given, **options}:
+        check_model_name({**given, **options}["model"])
+    spec = options.get("data") or given.get("data") or fallback_data or default_data()
+    val_fraction = options.get("val_fraction", given.get("val_fraction"))
+    dataset = open_dataset(spec, val_fraction=val_fraction, on_progress=on_progress)
+    if recipe:
+        preset, why = recipe, "as asked for"
+    else:
+        preset, why = choose_preset(spec, dataset)
+        given = load_values(preset)
+    values = {"gpus": default_gpus, "num_classes": len(dataset.train.classes), **_without_none(given), **options}
+    values["data"] = spec if _is_named(spec) else str(Path(spec).expanduser().resolve())
+    resolved = make_recipe(values, f"recipe {preset} with your options")
+    if (resolved.num_classes or 0) < len(dataset.train.classes):
+        raise UserError(
+            f"--num-classes {resolved.num_classes}, but {dataset.name} has {len(dataset.train.classes)} classes: "
+            "expected at least as many"
+        )
+    plan = sample_plan(resolved, dataset)
+    return Resolved(resolved, dataset, preset, why, plan, resolved.lr_schedule(plan.steps_per_epoch))
+
+
+def choose_preset(spec: str, dataset: Dataset) -> tuple[str, str]:
+    """The preset that fits a data set, and why."""
+    if spec in ("digits", "fashion-mnist"):
+        return spec, f"made for {spec}"
+    if spec.startswith("synthetic"):
+        return "goyal-resnet50", "synthetic images stand for ImageNet's"
+    classes, images = len(dataset.train.classes), len(dataset.train)
+    if classes == _IMAGENET_CLASSES and images >= _IMAGENET_IMAGES:
+        return "goyal-resnet50", f"{classes:,} classes and {images:,} images, like ImageNet"
+    sample = slice(0, 10_000)
+    side = int(np.median(np.minimum(dataset.train.widths[sample], dataset.train.heights[sample])))
+    if side <= _SMALL_SIDE:
+        return "small-images", f"images of about {side} pixels"
+    return "images", f"images of about {side} pixels, {classes:,} classes and {images:,} images: not ImageNet"
+
+
+def explain(resolved: Resolved) -> list[tuple[str, str]]:
+    """What a run will do, as (topic, sentence) for a person."""
+    recipe, plan = resolved.recipe, resolved.plan
+    dropped = plan.dropped_per_epoch
+    rest = f"{dropped:,} of {plan.images:,} images skipped by the last partial step" if dropped else "no image skipped"
+    length = f"{resolved.total_steps:,} steps" + (f" (--steps) of {recipe.epochs} epochs" if recipe.steps else "")
+    return [
+        ("recipe", f"{resolved.preset} ({resolved.why})"),
+        (
+            "data",
+            f"{recipe.data}: {plan.images:,} training and {len(resolved.dataset.val):,} validation images, "
+            f"{len(resolved.dataset.train.classes):,} classes",
+        ),
+        ("model", f"{recipe.model}, {recipe.image_size}×{recipe.image_size}, {recipe.precision}"),
+        ("minibatch", f"{recipe.gpus} workers × {recipe.per_gpu_batch} = {recipe.global_batch:,} images"),
+        ("epoch", f"{plan.steps_per_epoch:,} steps, {rest}"),
+        ("length", f"{recipe.epochs} epochs, {length}" if not recipe.steps else length),
+        ("learning rate", resolved.schedule.describe()),
+    ]
+
+
+def _is_named(spec: str) -> bool:
+    return spec in ("digits", "fashion-mnist") or spec.split(":")[0] == "synthetic"
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

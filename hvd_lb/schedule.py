@@ -1,0 +1,116 @@
+"""The learning rate as a pure function of the step (paper section 2.1 and 2.2, DESIGN.md 4).
+
+    linear scaling   peak = reference · kn / 256
+    gradual warmup   reference + (peak − reference) · t / T_w, the same increment at every iteration t < T_w
+    afterwards       step decay (÷ 10 at 30, 60, 80 of 90 epochs), cosine or polynomial
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from hvd_lb.errors import UserError
+
+REFERENCE_BATCH = 256
+REFERENCE_EPOCHS = 90
+
+Rule = Literal["linear", "sqrt", "none"]
+Shape = Literal["step", "cosine", "polynomial"]
+Warmup = Literal["gradual", "constant", "none"]
+
+
+def scaled_learning_rate(learning_rate: float, global_batch: int, rule: Rule = "linear") -> float:
+    """The learning rate of a minibatch of `global_batch` images, from the one of 256 (paper equation 3 and Table 2)."""
+    ratio = global_batch / REFERENCE_BATCH
+    return learning_rate * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[rule]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate of each step; `Schedule(...)(step)`, steps counted from 0 over the whole run.
+
+    `learning_rate` is the reference, for 256 images. Warmup takes place only where the scaled learning rate is above
+    the reference (kn > 256, paper section 5.1). `drop_epochs` are epochs of a run of 90, scaled to `epochs`.
+    """
+
+    learning_rate: float
+    global_batch: int
+    steps_per_epoch: int
+    epochs: int
+    rule: Rule = "linear"
+    shape: Shape = "step"
+    warmup: Warmup = "gradual"
+    warmup_epochs: float = 5
+    drop_epochs: tuple[float, ...] = (30, 60, 80)
+    drop_factor: float = 0.1
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps and self.warmup_steps >= self.total_steps:
+            raise UserError(
+                f"a warmup of {self.warmup_epochs:g} epochs in a run of {self.epochs}: give --warmup-epochs less than "
+                f"{self.epochs}, or more --epochs"
+            )
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def peak(self) -> float:
+        """The scaled learning rate, reached when warmup ends."""
+        return scaled_learning_rate(self.learning_rate, self.global_batch, self.rule)
+
+    @property
+    def warmup_steps(self) -> int:
+        if self.warmup == "none" or self.peak <= self.learning_rate:
+            return 0
+        return round(self.warmup_epochs * self.steps_per_epoch)
+
+    def __call__(self, step: int) -> float:
+        if step < 0:
+            raise ValueError(f"step {step}: steps count from 0")
+        if step < self.warmup_steps:
+            if self.warmup == "constant":
+                return self.learning_rate
+            return self.learning_rate + (self.peak - self.learning_rate) * (step / self.warmup_steps)
+        if self.shape == "step":
+            return self.peak * self.drop_factor ** sum(step >= drop for drop in self.drop_steps)
+        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        rest = 1.0 - min(progress, 1.0)
+        if self.shape == "cosine":
+            return self.peak * 0.5 * (1.0 - math.cos(math.pi * rest))
+        return self.peak * rest**self.power
+
+    @property
+    def drop_steps(self) -> tuple[int, ...]:
+        """First steps at each lower learning rate of the step decay."""
+        scale = self.total_steps / REFERENCE_EPOCHS
+        # Rounded up, but not for what is only float noise above a whole number.
+        return tuple(math.ceil(epoch * scale - 1e-6) for epoch in self.drop_epochs)
+
+    def describe(self) -> str:
+        """How the learning rate was derived, in one line for a person."""
+        formula = {
+            "linear": f"{self.learning_rate:g} × {self.global_batch}/{REFERENCE_BATCH} = {self.peak:.6g}",
+            "sqrt": f"{self.learning_rate:g} × √({self.global_batch}/{REFERENCE_BATCH}) = {self.peak:.6g}",
+            "none": f"{self.peak:.6g}, not scaled",
+        }[self.rule]
+        if self.warmup_steps:
+            start = "gradual warmup from" if self.warmup == "gradual" else "constant warmup at"
+            warmup = f"{start} {self.learning_rate:g} over {self.warmup_epochs:g} epochs ({self.warmup_steps} steps)"
+        elif self.warmup == "none":
+            warmup = "no warmup"
+        else:
+            warmup = f"no warmup, as it is not above the reference {self.learning_rate:g}"
+        return f"{formula}; {warmup}; {self._describe_decay()}"
+
+    def _describe_decay(self) -> str:
+        if self.shape == "cosine":
+            return f"then cosine to 0 at epoch {self.epochs}"
+        if self.shape == "polynomial":
+            return f"then polynomial of power {self.power:g} to 0 at epoch {self.epochs}"
+        epochs = ", ".join(f"{step / self.steps_per_epoch:.4g}" for step in self.drop_steps)
+        return f"then × {self.drop_factor:g} at epochs {epochs} of {self.epochs}"
