@@ -68,12 +68,14 @@ def broadcast_tensors(world: World, tensors: Iterable[Tensor], name: str) -> Non
 def broadcast_optimizer(world: World, optimizer: Optimizer, name: str) -> None:
     """Gives every process rank 0's optimizer state and group options, whatever the others had."""
     tensors, skeleton = flatten_state(optimizer.state_dict())
-    layout = {path: [str(t.dtype).removeprefix("torch."), list(t.shape)] for path, t in tensors.items()}
+    layout = {path: [str(t.dtype).removeprefix("torch."), t.shape, t.stride()] for path, t in tensors.items()}
     sent = json.loads(world.broadcast_bytes(json.dumps([skeleton, layout]).encode(), f"{name}.skeleton"))
     received = {
-        path: tensors[path].cpu() if world.rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
-        for path, (dtype, shape) in sent[1].items()
+        path: torch.empty_strided(shape, stride, dtype=getattr(torch, dtype))
+        for path, (dtype, shape, stride) in sent[1].items()
     }
+    if world.rank == 0:
+        received = {path: tensor.cpu() for path, tensor in tensors.items()}
     if received:
         broadcast_tensors(world, received.values(), f"{name}.tensors")
     if world.rank != 0:
