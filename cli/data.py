@@ -21,7 +21,8 @@ def data() -> None:
 @data.command(
     "prepare-imagenet",
     help=f"Unpack ImageNet as downloaded ({TRAIN_TAR}, {VAL_TAR} and {DEVKIT} in SOURCE) "
-    "to TARGET/train and TARGET/val with a folder for each class. Typed again after an interruption it goes on where it was.",
+    "to TARGET/train and TARGET/val with a folder for each class. "
+    "Typed again after an interruption it goes on where it was.",
 )
 @click.argument("source", type=_FOLDER)
 @click.argument("target", type=_FOLDER)

@@ -1,7 +1,7 @@
 """Just enough of MATLAB's level 5 MAT-file format to read an array of structs, as ImageNet's devkit has one.
 
 Format: "MAT-File Format", The MathWorks. A file is a header and data elements; an element is a tag (type,
-size) and data, padded to 8 bytes; a matrix is an element made of elements; any element may be compressed with zlib.
+size) and data, padded to 8 bytes; a matrix is an element of elements; any may be compressed with zlib.
 """
 
 from __future__ import annotations
