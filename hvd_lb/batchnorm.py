@@ -22,7 +22,7 @@ class RunningStatistics:
     def __init__(self, model: nn.Module, world: World):
         self._world = world
         self._layers = batch_norms(model)
-        self._momenta = [layer.momentum for layer in self._layers for _ in range(2)]
+        self._momenta = [layer.momentum or 0.0 for layer in self._layers for _ in range(2)]
         for layer in self._layers:
             layer.momentum = 1.0
         self._sums = [torch.zeros_like(buffer) for buffer in self._buffers()]
@@ -69,5 +69,5 @@ class RunningStatistics:
             buffer.copy_(flat[offset : offset + buffer.numel()].view_as(buffer))
             offset += buffer.numel()
         for layer in self._layers:
-            layer.num_batches_tracked.fill_(steps)  # type: ignore[union-attr, operator]
+            layer.num_batches_tracked.fill_(steps)  # type: ignore[union-attr]
         self.adopt()

@@ -74,7 +74,9 @@ class CheckpointStore:
         for name, tensors in zip(_TENSORS, (model, optimizer), strict=True):
             file = writing / f"{name}.safetensors"
             # Contiguous copies: views into gradient buckets and channels-last tensors share or permute their memory.
-            save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, file)
+            save_file(
+                {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, file
+            )
             _sync(file)
             checksums[name] = _sha256(file)
         content = {**state, "format": FORMAT, "step": step, "checksums": checksums}
@@ -97,7 +99,7 @@ class CheckpointStore:
 
     def newest_intact(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that can be trusted, and what is wrong with newer ones."""
-        problems = []
+        problems: list[str] = []
         for path in self.newest_first():
             try:
                 return open_checkpoint(path), problems
@@ -122,7 +124,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in folder `path`, every byte verified; UserError when it is missing, damaged or foreign."""
     state_file = path / _STATE
     if not state_file.is_file():
-        raise UserError(f"{path} is no checkpoint: expected a folder with {_STATE}, such as RUN/checkpoints/last")
+        raise UserError(
+            f"{path} is no checkpoint: expected a folder with {_STATE}, such as RUN/checkpoints/last"
+        )
     try:
         state = json.loads(state_file.read_text("utf-8"))
         checksum = state.pop("checksum")
@@ -130,7 +134,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except (ValueError, KeyError, AttributeError, TypeError):
         intact = False
     if not intact:
-        raise UserError(f"checkpoint {path} is damaged: {_STATE} does not match its checksum; use another checkpoint")
+        raise UserError(
+            f"checkpoint {path} is damaged: {_STATE} does not match its checksum; use another checkpoint"
+        )
     if state["format"] != FORMAT:
         raise UserError(f"checkpoint {path} has format {state['format']}, this hvd-lb reads format {FORMAT}")
     for name in _TENSORS:

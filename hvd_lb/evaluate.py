@@ -6,13 +6,13 @@ never means.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hvd_lb.data.images import Images
 from hvd_lb.data.loader import Pixels, open_loader
@@ -54,25 +54,28 @@ class Evaluator:
             yield Microbatch(ids, self.windows.windows(self.images.widths[ids], self.images.heights[ids]))
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, world: World, autocast: AbstractContextManager[None]) -> Evaluation:
-        """Collective; puts the model into evaluation mode and back into training mode."""
-        model.eval()
+    def __call__(
+        self, forward: Callable[[Tensor], Tensor], world: World, autocast: AbstractContextManager[None]
+    ) -> Evaluation:
+        """Collective; `forward` is a model in evaluation mode."""
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        with autocast, open_loader(
-            self.loader,
-            self.images,
-            self.batches(world.rank, world.size),
-            self.pixels,
-            batch_size=self.batch_size,
-            device=self.device,
-            threads=self.threads,
-        ) as loader:
+        with (
+            autocast,
+            open_loader(
+                self.loader,
+                self.images,
+                self.batches(world.rank, world.size),
+                self.pixels,
+                batch_size=self.batch_size,
+                device=self.device,
+                threads=self.threads,
+            ) as loader,
+        ):
             for x, y in loader:
-                logits = model(x.to(self.dtype, memory_format=self.memory_format)).double()
+                logits = forward(x.to(self.dtype, memory_format=self.memory_format)).double()
                 ranked = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
                 loss = nn.functional.cross_entropy(logits, y, reduction="sum")
                 sums += torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum(), loss, torch.tensor(len(y))])
-        model.train()
         world.allreduce(sums, "hvd_lb.evaluation")
         top1, top5, loss_sum, count = sums.tolist()
         return Evaluation(100 * (1 - top1 / count), 100 * (1 - top5 / count), loss_sum / count, int(count))

@@ -40,7 +40,9 @@ def choose_device(name: str) -> DeviceName:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but there is no CUDA GPU here: use --device cpu, or see `hvd-lb doctor`")
+        raise UserError(
+            "--device cuda, but there is no CUDA GPU here: use --device cpu, or see `hvd-lb doctor`"
+        )
     return "cuda" if name == "cuda" else "cpu"
 
 
@@ -70,7 +72,16 @@ def place(device: DeviceName, *, gpus: int, processes: int | None, threads: int 
 
 def describe_environment(placement: Placement, command: Sequence[str]) -> dict[str, Any]:
     """What environment.json tells about where and how a run was made."""
-    packages = ("hvd-lb", "torch", "torchvision", "nvidia-dali-cuda130", "horovod", "numpy", "pydantic", "safetensors")
+    packages = (
+        "hvd-lb",
+        "torch",
+        "torchvision",
+        "nvidia-dali-cuda130",
+        "horovod",
+        "numpy",
+        "pydantic",
+        "safetensors",
+    )
     return {
         "command": list(command),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
@@ -106,7 +117,9 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
+    )
 
 
 def _git_commit() -> str | None:
@@ -115,6 +128,10 @@ def _git_commit() -> str | None:
     if git is None or not (root / ".git").exists():
         return None
     run = [git, "-C", str(root)]
-    commit = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run([*run, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
+    commit = subprocess.run(
+        [*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    changed = subprocess.run(
+        [*run, "status", "--porcelain"], capture_output=True, text=True, check=False
+    ).stdout
     return (commit + ("+changes" if changed.strip() else "")) or None

@@ -52,12 +52,21 @@ def build_model(
         if name in SMALL_RESNETS:
             model: nn.Module = SmallResNet(SMALL_RESNETS[name], num_classes)
         else:
-            model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **_ARGUMENTS.get(name, {}))
+            model = torchvision.models.get_model(
+                name, weights=None, num_classes=num_classes, **_ARGUMENTS.get(name, {})
+            )
         if isinstance(model, ResNet | SmallResNet):
             initialise(model, zero_gamma=zero_gamma)
     for module in batch_norms(model):
         module.momentum = bn_momentum
     return model
+
+
+def parameter_count(name: str, num_classes: int) -> int:
+    """Trainable numbers of a network, found without making them."""
+    with torch.device("meta"):
+        model = build_model(name, num_classes, seed=0)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def initialise(model: nn.Module, *, zero_gamma: bool) -> None:
@@ -93,7 +102,9 @@ class SmallResNet(nn.Module):
 
     def __init__(self, blocks: int, num_classes: int):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
+        )
         stages: list[nn.Module] = []
         width_in = 16
         for width, first_stride in ((16, 1), (32, 2), (64, 2)):

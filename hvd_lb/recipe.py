@@ -60,15 +60,24 @@ class Recipe(BaseModel):
 
     # data
     data: str | None = _free(
-        None, "digits, fashion-mnist, synthetic[:N], or a folder with train/ and val/ [default: $HVD_LB_DATA or /data]"
+        None,
+        "digits, fashion-mnist, synthetic[:N], or a folder with train/ and val/ [default: $HVD_LB_DATA or /data]",
     )
-    val_fraction: float | None = Field(None, gt=0, lt=1, description="Share held out where there is no val/ folder.")
+    val_fraction: float | None = Field(
+        None, gt=0, lt=1, description="Share held out where there is no val/ folder."
+    )
     loader: LoaderKind = Field("dali", description="What decodes and resizes the images.")
     image_size: int = Field(224, ge=1, description="Side of the square the network sees, in pixels.")
-    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="Random crop: share of the image's area.")
-    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="Random crop: aspect ratio, width/height.")
+    crop_scale: tuple[float, float] = Field(
+        (0.08, 1.0), description="Random crop: share of the image's area."
+    )
+    crop_ratio: tuple[float, float] = Field(
+        (3 / 4, 4 / 3), description="Random crop: aspect ratio, width/height."
+    )
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
-    eval_crop: float = Field(0.875, gt=0, le=1, description="Evaluation: side of the centre crop / shorter side.")
+    eval_crop: float = Field(
+        0.875, gt=0, le=1, description="Evaluation: side of the centre crop / shorter side."
+    )
     mean: Colour = Field((0.485, 0.456, 0.406), description="Mean of the colours, 0 to 1.")
     std: Colour = Field((0.229, 0.224, 0.225), description="Standard deviation of the colours.")
     antialias: bool = Field(True, description="Smooth before shrinking images.")
@@ -76,21 +85,35 @@ class Recipe(BaseModel):
     # minibatch
     gpus: int = Field(1, ge=1, description="Virtual workers k; the minibatch is k × per-gpu-batch.")
     per_gpu_batch: int = Field(32, ge=1, description="Images of one virtual worker in a step, n.")
-    last_batch: LastBatch = Field("drop", description="What becomes of the rest of an epoch that fills no step.")
-    epochs: int = Field(90, ge=1, description="Length of the run; the learning rate schedule fits itself to it.")
+    last_batch: LastBatch = Field(
+        "drop", description="What becomes of the rest of an epoch that fills no step."
+    )
+    epochs: int = Field(
+        90, ge=1, description="Length of the run; the learning rate schedule fits itself to it."
+    )
     steps: int | None = _free(None, "Stop after this many steps; the schedule stays that of --epochs.", ge=1)
     seed: int = Field(0, ge=0, lt=1 << 32, description="Fixes initialisation, order and augmentation.")
 
     # model
-    model: str = Field("resnet50", description="Any torchvision classification model, or resnet8/20/32/44/56/110.")
-    num_classes: int | None = Field(None, ge=1, description="Outputs of the network [default: the data set's classes]")
-    zero_gamma: bool = Field(True, description="Last batch norm of a residual block starts at 0 (section 5.1).")
+    model: str = Field(
+        "resnet50", description="Any torchvision classification model, or resnet8/20/32/44/56/110."
+    )
+    num_classes: int | None = Field(
+        None, ge=1, description="Outputs of the network [default: the data set's classes]"
+    )
+    zero_gamma: bool = Field(
+        True, description="Last batch norm of a residual block starts at 0 (section 5.1)."
+    )
     bn_momentum: float = Field(0.1, gt=0, le=1, description="Weight of one step in the running statistics.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the training loss.")
-    precision: Precision = Field("fp32", description="Arithmetic; bf16 and fp16 are autocast with fp32 weights.")
+    precision: Precision = Field(
+        "fp32", description="Arithmetic; bf16 and fp16 are autocast with fp32 weights."
+    )
 
     # learning rate
-    learning_rate: float = Field(0.1, gt=0, description="Reference learning rate, for a minibatch of 256 images.")
+    learning_rate: float = Field(
+        0.1, gt=0, description="Reference learning rate, for a minibatch of 256 images."
+    )
     lr_rule: Rule = Field("linear", description="How the learning rate grows with the minibatch.")
     schedule: Shape = Field("step", description="How it falls after warmup.")
     warmup: Warmup = Field("gradual", description="From the reference to the scaled rate, where kn > 256.")
@@ -103,7 +126,9 @@ class Recipe(BaseModel):
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum m.")
     nesterov: bool = Field(True, description="Nesterov momentum.")
     momentum_form: Literal[9, 10] = Field(10, description="Momentum as in equation 9 or 10 of the paper.")
-    momentum_correction: bool = Field(True, description="Form 10: rescale the velocity when the rate changes.")
+    momentum_correction: bool = Field(
+        True, description="Form 10: rescale the velocity when the rate changes."
+    )
     weight_decay: float = Field(1e-4, ge=0, description="L2 penalty λ; none on batch norm's γ and β.")
 
     # how it is run: none of these touches the mathematics
@@ -111,8 +136,12 @@ class Recipe(BaseModel):
     channels_last: bool = _free(False, "Keep images and weights in channels-last memory order.")
     compile: bool = _free(False, "Compile the model with torch.compile.")
     eval_every: Every = _free("1epoch", "Period of evaluation: 500steps, 1epoch, never. Always at the end.")
-    log_every: int | None = _free(None, "Steps between metrics [default: 20 times an epoch, at most every 10]", ge=1)
-    checkpoint_every: Every = _free("1epoch", "Period of checkpoints: 500steps, 1epoch, never. Always at the end.")
+    log_every: int | None = _free(
+        None, "Steps between metrics [default: 20 times an epoch, at most every 10]", ge=1
+    )
+    checkpoint_every: Every = _free(
+        "1epoch", "Period of checkpoints: 500steps, 1epoch, never. Always at the end."
+    )
     keep_checkpoints: int = _free(3, "Newest checkpoints kept, besides the best.", ge=1)
 
     @model_validator(mode="after")
@@ -128,11 +157,15 @@ class Recipe(BaseModel):
             ("crop_ratio", self.crop_ratio, float("inf")),
         ):
             if not 0 < low <= high <= most:
-                raise ValueError(f"{name} {low:g} to {high:g}: expected two increasing numbers above 0, at most {most:g}")
+                raise ValueError(
+                    f"{name} {low:g} to {high:g}: expected two increasing numbers above 0, at most {most:g}"
+                )
         if min(self.std) <= 0:
             raise ValueError(f"std {self.std}: expected numbers above 0")
         if list(self.drop_epochs) != sorted(self.drop_epochs) or min(self.drop_epochs, default=0) < 0:
-            raise ValueError(f"drop_epochs {list(self.drop_epochs)}: expected increasing epochs of a run of 90")
+            raise ValueError(
+                f"drop_epochs {list(self.drop_epochs)}: expected increasing epochs of a run of 90"
+            )
         return self
 
     @property
@@ -165,7 +198,9 @@ class Recipe(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None)
+        return yaml.safe_dump(
+            self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None
+        )
 
 
 FREE_FIELDS = {
@@ -235,7 +270,7 @@ def _parse(text: str, source: str) -> dict[str, Any]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """"; did you mean …?" for a misspelt name, else nothing."""
+    """ "; did you mean …?" for a misspelt name, else nothing."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
 

@@ -62,7 +62,12 @@ def resolve(
     else:
         preset, why = choose_preset(spec, dataset)
         given = load_values(preset)
-    values = {"gpus": default_gpus, "num_classes": len(dataset.train.classes), **_without_none(given), **options}
+    values = {
+        "gpus": default_gpus,
+        "num_classes": len(dataset.train.classes),
+        **_without_none(given),
+        **options,
+    }
     values["data"] = spec if _is_named(spec) else str(Path(spec).expanduser().resolve())
     resolved = make_recipe(values, f"recipe {preset} with your options")
     if (resolved.num_classes or 0) < len(dataset.train.classes):
@@ -94,8 +99,14 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
     """What a run will do, as (topic, sentence) for a person."""
     recipe, plan = resolved.recipe, resolved.plan
     dropped = plan.dropped_per_epoch
-    rest = f"{dropped:,} of {plan.images:,} images skipped by the last partial step" if dropped else "no image skipped"
-    length = f"{resolved.total_steps:,} steps" + (f" (--steps) of {recipe.epochs} epochs" if recipe.steps else "")
+    rest = (
+        f"{dropped:,} of {plan.images:,} images skipped by the last partial step"
+        if dropped
+        else "no image skipped"
+    )
+    length = f"{resolved.total_steps:,} steps" + (
+        f" (--steps) of {recipe.epochs} epochs" if recipe.steps else ""
+    )
     return [
         ("recipe", f"{resolved.preset} ({resolved.why})"),
         (

@@ -1,8 +1,8 @@
 """The learning rate as a pure function of the step (paper section 2.1 and 2.2, DESIGN.md 4).
 
-    linear scaling   peak = reference · kn / 256
-    gradual warmup   reference + (peak − reference) · t / T_w, the same increment at every iteration t < T_w
-    afterwards       step decay (÷ 10 at 30, 60, 80 of 90 epochs), cosine or polynomial
+linear scaling   peak = reference · kn / 256
+gradual warmup   reference + (peak − reference) · t / T_w, the same increment at every iteration t < T_w
+afterwards       step decay (÷ 10 at 30, 60, 80 of 90 epochs), cosine or polynomial
 """
 
 from __future__ import annotations

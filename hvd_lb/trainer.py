@@ -86,7 +86,8 @@ class Trainer:
             seed=generator_seed(recipe.seed, 0),
             zero_gamma=recipe.zero_gamma,
             bn_momentum=recipe.bn_momentum,
-        ).to(device, self.dtype, memory_format=self.memory_format)
+        ).to(device, self.dtype)
+        self.model.to(memory_format=self.memory_format)
         self.forward = torch.compile(self.model) if recipe.compile else self.model
         self.loss = sum_loss(recipe.label_smoothing)
         self.optimizer = DistributedOptimizer(
@@ -126,7 +127,7 @@ class Trainer:
         eval_every = period_in_steps(self.recipe.eval_every, steps_per_epoch)
         save_every = period_in_steps(self.recipe.checkpoint_every, steps_per_epoch)
         self.model.train()
-        with self._loader() as loader:
+        with self.batches() as loader:
             clock = _Clock(loader)
             while self.step < self.end:
                 self.train_step(loader)
@@ -178,7 +179,8 @@ class Trainer:
     def _workers_with_images(self, epoch_step: int) -> list[int]:
         return [worker for worker in self.workers if len(self.plan.positions(epoch_step, worker))]
 
-    def _loader(self) -> Loader:
+    def batches(self) -> Loader:
+        """This process's microbatches as tensors, from the present step to the end."""
         return open_loader(
             self.recipe.loader,
             self.dataset.train,
@@ -204,16 +206,24 @@ class Trainer:
         if self.world.rank != 0:
             self.loss_sum.zero_()
 
-    def _log(self, clock: _Clock) -> None:
+    def take_loss(self) -> float:
+        """Mean training loss of the images since it was last taken, on rank 0; collective."""
         self._reduce_loss()
         loss = self.loss_sum.item() / self.loss_images
+        self.loss_sum.zero_()
+        self.loss_images = 0
+        return loss
+
+    def _log(self, clock: _Clock) -> None:
+        images = self.loss_images
+        loss = self.take_loss()
         seconds, waited = clock.lap()
         if self.world.rank == 0:
             record = {
                 **self._position(),
                 "lr": self.schedule(self.step - 1),
                 "loss": loss,
-                "images_per_second": self.loss_images / seconds,
+                "images_per_second": images / seconds,
                 "data_wait": waited / seconds,
             }
             self.observer.train(record)
@@ -222,8 +232,6 @@ class Trainer:
                     f"the loss is {loss} at step {self.step - 1} (epoch {record['epoch']}, learning rate "
                     f"{record['lr']:g}): lower --learning-rate, lengthen --warmup-epochs, or check the data"
                 )
-        self.loss_sum.zero_()
-        self.loss_images = 0
 
     def _evaluate(self) -> None:
         self.statistics.publish(self.step)
@@ -238,7 +246,9 @@ class Trainer:
             dtype=self.dtype,
             memory_format=self.memory_format,
         )
+        self.model.eval()
         self.last_evaluation = evaluator(self.forward, self.world, self._autocast())
+        self.model.train()
         if self.world.rank == 0:
             self.observer.evaluation({**self._position(), **asdict(self.last_evaluation)})
 
@@ -292,7 +302,11 @@ class Trainer:
 def sample_plan(recipe: Recipe, dataset: Dataset) -> SamplePlan:
     """The plan of a recipe on a data set; UserError when its minibatch is larger than the data."""
     return SamplePlan(
-        len(dataset.train), recipe.gpus, recipe.per_gpu_batch, generator_seed(recipe.seed, 2), recipe.last_batch
+        len(dataset.train),
+        recipe.gpus,
+        recipe.per_gpu_batch,
+        generator_seed(recipe.seed, 2),
+        recipe.last_batch,
     )
 
 

@@ -30,7 +30,15 @@ def worker_command(job: Job, job_file: Path) -> list[str]:
         return worker
     return [
         *(sys.executable, "-m", "horovod.runner.launch"),
-        *("--gloo", "-np", str(job.processes), "-H", f"localhost:{job.processes}", "--network-interface", "lo"),
+        *(
+            "--gloo",
+            "-np",
+            str(job.processes),
+            "-H",
+            f"localhost:{job.processes}",
+            "--network-interface",
+            "lo",
+        ),
         *("--stall-check-shutdown-time-seconds", str(_STALL_SECONDS)),
         *worker,
     ]

@@ -93,7 +93,9 @@ class CentreWindows:
         return _windows(window, np.zeros(len(side), bool))
 
 
-def _central(full_width: np.ndarray, full_height: np.ndarray, ratio: tuple[float, float]) -> tuple[np.ndarray, ...]:
+def _central(
+    full_width: np.ndarray, full_height: np.ndarray, ratio: tuple[float, float]
+) -> tuple[np.ndarray, ...]:
     """The largest central window whose aspect lies in `ratio`, as torchvision falls back to."""
     aspect = full_width / full_height
     width = np.where(aspect > ratio[1], np.round(full_height * ratio[1]), full_width)

@@ -111,7 +111,9 @@ class PlainDisplay:
     def train(self, record: dict[str, Any]) -> None:
         if self._due():
             left = self._rate.left(record["step"] + 1)
-            self._line(f"epoch {record['epoch']} step {record['step']}/{self._total}: {_metrics(record)}, {left}")
+            self._line(
+                f"epoch {record['epoch']} step {record['step']}/{self._total}: {_metrics(record)}, {left}"
+            )
 
     def evaluation(self, record: dict[str, Any]) -> None:
         self._line(evaluation_line(record))

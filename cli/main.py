@@ -1,0 +1,68 @@
+"""`hvd-lb`: the command group, and how errors look: one line, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module, metadata
+
+import rich_click as click
+from click.exceptions import NoArgsIsHelpError
+
+from hvd_lb.errors import UserError
+
+# Imported when asked for: `hvd-lb --help` need not wait for torch.
+_COMMANDS = {
+    "train": "hvd_lb_cli.train",
+    "simulate": "hvd_lb_cli.simulate",
+    "recipes": "hvd_lb_cli.recipes",
+    "data": "hvd_lb_cli.data",
+    "doctor": "hvd_lb_cli.doctor",
+}
+
+
+class _Group(click.RichGroup):
+    """Finds its commands by name, each in a module of its own."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(_COMMANDS[name]), name)
+        return command
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(metadata.version("hvd-lb"), prog_name="hvd-lb")
+def cli() -> None:
+    """Train image models with very large minibatches on many GPUs, without losing accuracy.
+
+    The recipe fixes the mathematics, the hardware only fixes the speed.
+    """
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        status = cli.main(prog_name="hvd-lb", standalone_mode=False)
+    except UserError as error:
+        _fail(str(error), 2)
+    except NoArgsIsHelpError as error:
+        print(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+    else:
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"hvd-lb: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

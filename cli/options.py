@@ -1,0 +1,128 @@
+"""The command line's options: one for each field of a recipe, made from the field, and those of the hardware."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import rich_click as click
+from pydantic.fields import FieldInfo
+
+from hvd_lb.recipe import Recipe
+
+_HIDDEN = {"description"}
+_NOT_GIVEN = None
+
+
+class _Choice(click.ParamType[Any]):
+    """One of the values of a Literal, whatever their type."""
+
+    name = "choice"
+
+    def __init__(self, values: tuple[Any, ...]):
+        self._values = {str(value): value for value in values}
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "|".join(self._values)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value) not in self._values:
+            self.fail(f"{value!r} is not one of {', '.join(self._values)}", param, ctx)
+        return self._values[str(value)]
+
+
+class _Numbers(click.ParamType[Any]):
+    """Numbers with commas between them."""
+
+    name = "numbers"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "NUMBER,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not numbers with commas between them, such as 0.08,1", param, ctx)
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds an option per field of a recipe; the command gets those that were given as `options`, a dict."""
+
+    @functools.wraps(command)
+    def wrapper(**arguments: Any) -> Any:
+        names = [name for name in Recipe.model_fields if name not in _HIDDEN]
+        options = {name: value for name in names if (value := arguments.pop(name)) is not _NOT_GIVEN}
+        return command(options=options, **arguments)
+
+    decorated: Callable[..., Any] = wrapper
+    for name, field in reversed(Recipe.model_fields.items()):
+        if name not in _HIDDEN:
+            decorated = _field_option(name, field)(decorated)
+    return decorated
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of `train` and `simulate` that are not fields of a recipe."""
+    for option in reversed(
+        (
+            click.option(
+                "--recipe", metavar="NAME|FILE", help="A preset (see `hvd-lb recipes`) or a YAML file."
+            ),
+            click.option(
+                "--device",
+                type=click.Choice(["auto", "cpu", "cuda"]),
+                default="auto",
+                show_default=True,
+                help="Where the network runs.",
+            ),
+            click.option(
+                "--output",
+                type=click.Path(path_type=Path),
+                help="Run directory [default: runs/ and a name made from the recipe]",
+            ),
+            click.option(
+                "--resume",
+                metavar="auto|PATH",
+                default="auto",
+                show_default=True,
+                help="Go on from the newest intact checkpoint in the run directory, or from this one.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _field_option(name: str, field: FieldInfo) -> Callable[..., Any]:
+    flag = "--" + name.replace("_", "-")
+    kind = _bare(field.annotation)
+    note = (
+        ""
+        if field.default is None or "[default" in (field.description or "")
+        else _default_note(field.default)
+    )
+    settings: dict[str, Any] = {"default": _NOT_GIVEN, "help": f"{field.description}{note}"}
+    if kind is bool:
+        return click.option(f"{flag}/--no-{name.replace('_', '-')}", **settings)
+    if get_origin(kind) is Literal:
+        return click.option(flag, type=_Choice(get_args(kind)), **settings)
+    if get_origin(kind) is tuple:
+        return click.option(flag, type=_Numbers(), **settings)
+    return click.option(flag, type=kind, **settings)
+
+
+def _default_note(default: Any) -> str:
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    elif isinstance(default, tuple):
+        default = ",".join(f"{number:g}" for number in default)
+    return f" [{default}]"
+
+
+def _bare(annotation: Any) -> Any:
+    """int for `int | None`, str for an annotated str."""
+    options = [part for part in get_args(annotation) if part is not type(None)]
+    return options[0] if len(options) == 1 and get_origin(annotation) not in (Literal, tuple) else annotation

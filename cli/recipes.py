@@ -1,0 +1,28 @@
+"""`hvd-lb recipes`: the presets, and one of them with every field filled in."""
+
+from __future__ import annotations
+
+import rich_click as click
+from rich.console import Console
+from rich.table import Table
+
+from hvd_lb.recipe import load_values, make_recipe, preset_names
+
+
+@click.command()
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the preset recipes, or show one whole (NAME, or a YAML file).
+
+    \b
+    hvd-lb recipes
+    hvd-lb recipes goyal-resnet50 > mine.yaml
+    """
+    if name:
+        click.echo(make_recipe(load_values(name), name).to_yaml(), nl=False)
+        return
+    table = Table("recipe", "model", "pixels", "epochs", "for", box=None)
+    for preset in preset_names():
+        recipe = make_recipe(load_values(preset), preset)
+        table.add_row(preset, recipe.model, str(recipe.image_size), str(recipe.epochs), recipe.description)
+    Console().print(table)

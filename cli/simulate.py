@@ -1,0 +1,127 @@
+"""`hvd-lb simulate`: the same run on one process, before anyone pays for 256 GPUs."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+import torch
+from rich.console import Console
+
+from hvd_lb.hardware import choose_device, place
+from hvd_lb.launch.run import default_output, run_job
+from hvd_lb.models import parameter_count
+from hvd_lb.recipe import Recipe
+from hvd_lb.report.progress import duration
+from hvd_lb.resolve import Resolved, explain, resolve
+from hvd_lb.simulate import Rehearsal, rehearse
+from hvd_lb_cli.options import recipe_options, run_options
+from hvd_lb_cli.show import index_progress, print_plan
+
+_STARTED = time.monotonic()
+_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+class _Duration(click.ParamType[float]):
+    """60s, 5min or 1h, as seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h)", str(value))
+        if not match or not float(match[1]):
+            self.fail(f"{value!r} is not a duration such as 60s, 5min or 1h", param, ctx)
+        return float(match[1]) * _UNITS[match[2]]
+
+
+@click.command()
+@click.option(
+    "--budget", type=_Duration(), default="60s", show_default=True, help="How long a rehearsal may take."
+)
+@run_options
+@recipe_options
+def simulate(
+    options: dict[str, Any], recipe: str | None, device: str, output: Path | None, resume: str, budget: float
+) -> int:
+    """Run the same steps on one process, without Horovod: same plan, same learning rate, same weights.
+
+    With --steps or --epochs it takes that many whole steps and writes a run directory as `train` does. Without, it is
+    a rehearsal within --budget that says how long a step and an epoch would take here, and writes nothing.
+
+    \b
+    hvd-lb simulate --gpus 256 --per-gpu-batch 32
+    hvd-lb simulate --gpus 256 --per-gpu-batch 32 --data /data/imagenet --steps 20
+    """
+    console = Console()
+    where = choose_device(device)
+    with index_progress(console) as on_progress:
+        resolved = resolve(
+            options, recipe=recipe, default_gpus=1, fallback_data="synthetic", on_progress=on_progress
+        )
+    placement = place(where, gpus=resolved.recipe.gpus, processes=1, threads=resolved.recipe.threads)
+    print_plan(console, [*explain(resolved), ("memory", _memory(resolved.recipe))])
+    if "steps" in options or "epochs" in options:
+        return run_job(
+            resolved,
+            placement,
+            output=output or default_output(resolved.recipe, "simulate-"),
+            resume=resume,
+            command=sys.argv,
+            console=console,
+        )
+    with console.status("rehearsing …") as status:
+        rehearsal = rehearse(
+            resolved,
+            device=torch.device(where),
+            threads=placement.threads,
+            deadline=_STARTED + budget,
+            on_microbatch=lambda step, done, of: status.update(
+                f"rehearsing: step {step}, microbatch {done}/{of}"
+            ),
+        )
+    print_plan(console, _findings(resolved, rehearsal, f"{where}, {placement.threads} threads"))
+    return 0
+
+
+def _memory(recipe: Recipe) -> str:
+    parameters = parameter_count(recipe.model, recipe.num_classes or 1)
+    size = 3 * parameters * (8 if recipe.precision == "fp64" else 4)
+    return (
+        f"{size / 1e6:,.0f} MB for weights, gradients and momentum of {parameters / 1e6:.2f} M parameters, and the "
+        f"activations of one microbatch; the same for any --gpus"
+    )
+
+
+def _findings(resolved: Resolved, rehearsal: Rehearsal, where: str) -> list[tuple[str, str]]:
+    """What a rehearsal found out, as (topic, sentence)."""
+    recipe, plan = resolved.recipe, resolved.plan
+    seconds = rehearsal.microbatch_seconds
+    how = (
+        f"measured over {rehearsal.steps} whole steps"
+        if rehearsal.steps
+        else f"{recipe.gpus} times the microbatch, as no whole step fitted into the budget"
+    )
+    losses = rehearsal.losses
+    rows = [
+        ("measured here", f"{where}: {rehearsal.microbatches} microbatches, {rehearsal.steps} whole steps"),
+        (
+            "microbatch",
+            f"{duration(seconds)} for {recipe.per_gpu_batch} images ({recipe.per_gpu_batch / seconds:,.1f} images/s)",
+        ),
+        ("a step", f"{duration(rehearsal.step_seconds)} on this one process ({how})"),
+        (
+            "an epoch",
+            f"{duration(rehearsal.step_seconds * plan.steps_per_epoch)} for {plan.steps_per_epoch:,} steps",
+        ),
+        ("the whole run", duration(rehearsal.step_seconds * resolved.total_steps)),
+        ("peak memory", f"{rehearsal.peak_memory / 1e6:,.0f} MB of this process"),
+    ]
+    if losses:
+        rows.insert(
+            1, ("loss", f"{losses[0]:.4f} in the first step, {losses[-1]:.4f} in step {len(losses) - 1}")
+        )
+    return rows

@@ -1,0 +1,156 @@
+"""A whole run as its launching process sees it: claim the run directory, start workers, watch, sum up."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from hvd_lb.hardware import Placement, describe_environment
+from hvd_lb.job import Job
+from hvd_lb.launch.local import Workers, check_launcher
+from hvd_lb.recipe import Recipe
+from hvd_lb.report.html import write_report
+from hvd_lb.report.metrics import read_metrics
+from hvd_lb.report.progress import RunView, duration, evaluation_line, open_display
+from hvd_lb.report.run_directory import RunDirectory, find_start, replace_text, write_json
+from hvd_lb.resolve import Resolved
+
+_LOOK_SECONDS = 0.2
+
+
+def default_output(recipe: Recipe, prefix: str = "") -> Path:
+    """runs/PREFIX DATA-MODEL-KxN-DIGEST: the same command finds its run again, another one gets another folder."""
+    data = Path((recipe.data or "data").replace(":", "-")).name
+    return (
+        Path("runs") / f"{prefix}{data}-{recipe.model}-{recipe.gpus}x{recipe.per_gpu_batch}-{recipe.digest()}"
+    )
+
+
+def run_job(
+    resolved: Resolved,
+    placement: Placement,
+    *,
+    output: Path | None,
+    resume: str,
+    command: Sequence[str],
+    console: Console,
+) -> int:
+    """Train as resolved; the exit status: 0 at the end, 1 when a worker failed, 128 + signal when interrupted."""
+    recipe = resolved.recipe
+    check_launcher(placement.processes)
+    run = RunDirectory((output or default_output(recipe)).expanduser().absolute())
+    start = find_start(run, recipe, resume, resolved.total_steps)
+    lock = run.lock()
+    replace_text(run.recipe, recipe.to_yaml())
+    write_json(run.environment, describe_environment(placement, command))
+    run.summary.unlink(missing_ok=True)
+    for message in start.messages:
+        console.print(f"[yellow]warning:[/] {message}", soft_wrap=True, highlight=False)
+    if start.checkpoint:
+        console.print(f"going on from step {start.step} ({start.checkpoint.path.name})", highlight=False)
+    console.print(f"writing to {run.path}", soft_wrap=True, highlight=False)
+
+    job = Job(
+        recipe=recipe,
+        output=run.path,
+        device=placement.device,
+        processes=placement.processes,
+        threads=placement.threads,
+        checkpoint=start.checkpoint.path if start.checkpoint else None,
+    )
+    display = open_display(
+        console,
+        first_step=start.step,
+        total_steps=resolved.total_steps,
+        steps_per_epoch=resolved.plan.steps_per_epoch,
+    )
+    began = time.monotonic()
+    with _interruptible():
+        workers = Workers(job, run, lock)
+        try:
+            with RunView(run, display, start.step) as view:
+                while (status := workers.wait(_LOOK_SECONDS)) is None:
+                    view.update()
+        except _Interrupted as interruption:
+            console.print("stopping the workers …", highlight=False)
+            workers.stop()
+            _sum_up(run, resolved, f"interrupted by {interruption.signal.name}", time.monotonic() - began)
+            console.print("stopped; the same command goes on from the last checkpoint", highlight=False)
+            return 128 + interruption.signal
+        finally:
+            workers.stop()
+    if status != 0:
+        failure = workers.failure(status)
+        _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began)
+        print(f"hvd-lb: error: {failure}", file=sys.stderr)
+        return 1
+    reason = "stopped at --steps" if recipe.steps else "finished"
+    figures = _sum_up(run, resolved, reason, time.monotonic() - began)
+    write_report(run, run.path.name, resolved.plan.steps_per_epoch, figures)
+    for name, value in figures:
+        console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
+    console.print(f"report: {run.report}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _sum_up(run: RunDirectory, resolved: Resolved, reason: str, seconds: float) -> list[tuple[str, str]]:
+    """Write summary.json; its figures in words."""
+    records = read_metrics(run.metrics)
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    rates = [record["images_per_second"] for record in records if record["kind"] == "train"]
+    waits = [record["data_wait"] for record in records if record["kind"] == "train"]
+    last = evaluations[-1] if evaluations else None
+    best = min(evaluations, key=lambda record: record["top1_error"], default=None)
+    steps = max((record["step"] + 1 for record in records), default=0)
+    summary: dict[str, Any] = {
+        "exit_reason": reason,
+        "steps": steps,
+        "total_steps": resolved.total_steps,
+        "epochs": steps / resolved.plan.steps_per_epoch,
+        "final": last,
+        "best": best,
+        "wall_seconds": seconds,
+        "images_per_second": statistics.median(rates) if rates else None,
+        "data_wait": statistics.median(waits) if waits else None,
+    }
+    write_json(run.summary, summary)
+    run.heartbeat.unlink(missing_ok=True)
+    figures = [("ended", reason), ("steps", f"{steps:,} of {resolved.total_steps:,}")]
+    if last and best:
+        figures.append(("last", evaluation_line(last)))
+        figures.append(("best top-1 error", f"{best['top1_error']:.2f} % (epoch {best['epoch']})"))
+    if rates:
+        figures.append(("speed", f"{statistics.median(rates):,.0f} images/s (median)"))
+    figures.append(("wall time", duration(seconds)))
+    return figures
+
+
+class _Interrupted(Exception):  # noqa: N818 - not an error
+    def __init__(self, number: int):
+        self.signal = signal.Signals(number)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM as one exception, once."""
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sign, signal.SIG_IGN)
+        raise _Interrupted(number)
+
+    before = {sign: signal.signal(sign, interrupt) for sign in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)

@@ -1,0 +1,119 @@
+"""A rehearsal of a run on one process: how long would a step and an epoch take here, found out within a time budget.
+
+The steps are the trainer's own. A step of 256 virtual workers may be longer than the budget: then its first
+microbatches are timed and the step is given up.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hvd_lb.report.metrics import SilentObserver
+from hvd_lb.resolve import Resolved
+from hvd_lb.trainer import Trainer
+from hvd_lb.world.solo import Solo
+
+# Fewer microbatches than this say little, as the first ones are slow.
+_ENOUGH_MICROBATCHES = 6
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was measured. Times in seconds, memory in bytes; `losses` are means over the images of whole steps.
+
+    Where no whole step was timed, `step_seconds` is that of its microbatches added up.
+    """
+
+    microbatches: int
+    microbatch_seconds: float
+    steps: int
+    step_seconds: float
+    losses: list[float]
+    peak_memory: int
+
+
+class _BudgetSpent(Exception):  # noqa: N818 - not an error: how a step is given up
+    pass
+
+
+class _Stopwatch(SilentObserver):
+    """Times microbatches, and ends a step that will not fit into what is left of the budget."""
+
+    def __init__(self, deadline: float, on_microbatch: Callable[[int, int, int], None]):
+        self.seconds: list[float] = []
+        self._deadline, self._tell = deadline, on_microbatch
+        self.start()
+
+    def start(self) -> None:
+        self._last = time.perf_counter()
+
+    def microbatch(self, step: int, done: int, of: int) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
+        self._tell(step, done, of)
+        left = self._deadline - time.monotonic()
+        enough = len(self.seconds) >= _ENOUGH_MICROBATCHES
+        needed = (of - done) * self.typical()
+        if done < of and ((enough and needed > left) or self.typical() > left):
+            raise _BudgetSpent
+
+    def typical(self) -> float:
+        """Median of the microbatches; the very first, which warms everything up, counts only when it is alone."""
+        return statistics.median(self.seconds[1:] or self.seconds)
+
+
+def rehearse(
+    resolved: Resolved,
+    *,
+    device: torch.device,
+    threads: int,
+    deadline: float,
+    on_microbatch: Callable[[int, int, int], None] = lambda step, done, of: None,
+) -> Rehearsal:
+    """Take steps until the next whole one would end after `deadline` (of time.monotonic); at least one microbatch."""
+    watch = _Stopwatch(deadline, on_microbatch)
+    torch.set_num_threads(threads)
+    trainer = Trainer(
+        resolved.recipe, resolved.dataset, Solo(), device=device, threads=threads, observer=watch
+    )
+    trainer.model.train()
+    steps: list[float] = []
+    losses: list[float] = []
+    with trainer.batches() as batches:
+        watch.start()
+        try:
+            while trainer.step < trainer.end:
+                if steps and time.monotonic() + steps[-1] > deadline:
+                    break
+                before = time.perf_counter()
+                trainer.train_step(batches)
+                losses.append(trainer.take_loss())
+                steps.append(time.perf_counter() - before)
+        except _BudgetSpent:
+            pass
+    typical = watch.typical()
+    return Rehearsal(
+        microbatches=len(watch.seconds),
+        microbatch_seconds=typical,
+        steps=len(steps),
+        step_seconds=statistics.median(steps[1:] or steps) if steps else typical * resolved.recipe.gpus,
+        losses=losses,
+        peak_memory=_peak_memory(device),
+    )
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
