@@ -209,6 +209,7 @@ fi
 missing=()
 [[ -n $(command -v "${CXX:-g++}") ]] || missing+=(g++)
 command -v make >/dev/null || missing+=(make)
+"$python" -m pip --version >/dev/null 2>&1 || refuse "$python has no pip: $python -m ensurepip"
 ((${#missing[@]} == 0)) || refuse "no C++ compiler or make found to build Horovod: apt-get install ${missing[*]}"
 
 exec 9>"$entry.lock"

@@ -1,0 +1,61 @@
+"""`hvd-lb doctor`: what this machine has for a run, what it lacks, and the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+
+import rich_click as click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hvd_lb.doctor import Finding, examine
+from hvd_lb.doctor.selftest import selftest
+
+_COLOURS = {"ok": "green", "missing": "yellow", "wrong": "red"}
+
+
+@click.command()
+@click.option(
+    "--selftest",
+    "with_selftest",
+    is_flag=True,
+    help="Also run a sum, DALI's pixels and ten training steps on every device here (about a minute).",
+)
+def doctor(with_selftest: bool) -> int:
+    """Check what this machine has for a run; exit code 1 when `hvd-lb train` could not run.
+
+    Each line is ok, missing or wrong, with the mend. A missing GPU or Open MPI is no failure.
+    """
+    console = Console()
+    findings = chain(examine(), selftest() if with_selftest else ())
+    shown = _show_table(console, findings) if console.is_terminal else _print_lines(findings)
+    failed = [finding.name.strip() for finding in shown if finding.prevents_training]
+    if failed:
+        click.echo(f"`hvd-lb train` cannot run here as it is: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def _show_table(console: Console, findings: Iterable[Finding]) -> list[Finding]:
+    table = Table("", "state", "found", "mend", box=box.SIMPLE_HEAD)
+    shown = []
+    with console.status("examining") as status:
+        for finding in findings:
+            status.update(f"examined {finding.name.strip()}")
+            state = Text(finding.state, style=_COLOURS[finding.state])
+            table.add_row(Text(finding.name), state, Text(finding.detail), Text(finding.mend))
+            shown.append(finding)
+    console.print(table)
+    return shown
+
+
+def _print_lines(findings: Iterable[Finding]) -> list[Finding]:
+    """One line each, as soon as it is known: for pipes and logs."""
+    shown = []
+    for finding in findings:
+        mend = f"; mend: {finding.mend}" if finding.mend else ""
+        click.echo(f"{finding.state:<8}{finding.name:<16}  {finding.detail}{mend}")
+        shown.append(finding)
+    return shown
