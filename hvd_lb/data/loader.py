@@ -6,8 +6,10 @@ windows, flips), which the plan made. Two threads work ahead of the consumer: on
 
 from __future__ import annotations
 
+import atexit
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, Self
@@ -73,14 +75,13 @@ Decode = Callable[[Images, Iterator[RawBatch]], Iterator[Batch]]
 class ThreadedLoader:
     """The Loader around a decoding generator; see the module's docstring."""
 
-    def __init__(
-        self, images: Images, microbatches: Iterable[Microbatch], batch_size: int, decode: Decode
-    ) -> None:
-        self._read = ReadAhead(_read(images, microbatches, batch_size), _READ_DEPTH, "hvd-lb read")
+    def __init__(self, images: Images, batches: Iterator[RawBatch], decode: Decode) -> None:
+        self._read = ReadAhead(batches, _READ_DEPTH, "hvd-lb read")
         self._ready = ReadAhead(decode(images, self._read), _READY_DEPTH, "hvd-lb decode")
-        # Also when the loader is dropped without `close`, and before the interpreter ends under running
-        # threads.
-        self._close = weakref.finalize(self, _close, self._read, self._ready)
+        self._close = weakref.finalize(self, _close, self._read, self._ready)  # also when it is just dropped
+        # Before the interpreter ends, and before DALI's own exit function, registered earlier, pulls its pipelines
+        # from under a running thread.
+        atexit.register(self._close)
 
     @property
     def wait_seconds(self) -> float:
@@ -101,6 +102,7 @@ class ThreadedLoader:
 
     def close(self) -> None:
         self._close()
+        atexit.unregister(self._close)
 
     def __enter__(self) -> Self:
         return self
@@ -129,7 +131,8 @@ def open_loader(
         from hvd_lb.data.dali import dali_decoder as decoder
     else:
         from hvd_lb.data.torch_loader import torchvision_decoder as decoder
-    return ThreadedLoader(images, microbatches, batch_size, decoder(pixels, batch_size, device, threads))
+    batches = _read(images, microbatches, batch_size, threads)
+    return ThreadedLoader(images, batches, decoder(pixels, batch_size, device, threads))
 
 
 def _close(*stages: ReadAhead) -> None:
@@ -138,10 +141,14 @@ def _close(*stages: ReadAhead) -> None:
         stage.close()
 
 
-def _read(images: Images, microbatches: Iterable[Microbatch], batch_size: int) -> Iterator[RawBatch]:
-    for microbatch in microbatches:
-        if not 1 <= len(microbatch.image_ids) <= batch_size:
-            raise ValueError(
-                f"a microbatch of {len(microbatch.image_ids)} images; expected 1 to {batch_size}"
-            )
-        yield RawBatch(microbatch, images.read(microbatch.image_ids))
+def _read(
+    images: Images, microbatches: Iterable[Microbatch], batch_size: int, threads: int
+) -> Iterator[RawBatch]:
+    """Reads the images of a microbatch in `threads` parts at once: files may be far away."""
+    with ThreadPoolExecutor(threads, "hvd-lb read") as pool:
+        for microbatch in microbatches:
+            ids = microbatch.image_ids
+            if not 1 <= len(ids) <= batch_size:
+                raise ValueError(f"a microbatch of {len(ids)} images; expected 1 to {batch_size}")
+            parts = pool.map(images.read, np.array_split(ids, min(threads, len(ids))))
+            yield RawBatch(microbatch, [data for part in parts for data in part])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,12 +200,15 @@ def test_tensors_stay_valid_while_later_ones_are_made(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_restarted_in_its_middle_gives_the_same_bits(kind: str, make_photo, encode) -> None:
+def test_bits_depend_neither_on_the_start_nor_on_the_neighbours(kind: str, make_photo, encode) -> None:
     sizes = [(60, 40), (50, 70), (33, 44)]
     images = BlobImages([encode(make_photo(*size), "JPEG") for size in sizes], sizes)
     batches = random_batches(images, 6)
     whole, rest = load(kind, images, batches, as_levels(32)), load(kind, images, batches[4:], as_levels(32))
     assert all(torch.equal(a, b) for a, b in zip(whole[4:], rest, strict=True))
+    last = batches[-1].windows
+    alone = Microbatch(np.array([1]), Windows(*(getattr(last, field.name)[1:2] for field in fields(last))))
+    assert torch.equal(load(kind, images, [alone], as_levels(32))[0][0], rest[-1][1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -295,6 +302,31 @@ def test_a_dropped_loader_ends_its_threads() -> None:
     next(loader)
     del loader
     assert threading.active_count() <= before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_may_end_with_its_loader_open(kind: str) -> None:
+    program = f"""if True:
+        import itertools, numpy as np, torch
+        from hvd_lb.data.images import ArrayImages
+        from hvd_lb.data.loader import Pixels, open_loader
+        from hvd_lb.plan.augment import Microbatch, RandomWindows
+        images = ArrayImages(np.zeros((4, 8, 8), np.uint8), np.zeros(4), ["any"], "array")
+        windows = RandomWindows(0).windows(0, np.arange(4), images.widths, images.heights)
+        loader = open_loader("{kind}", images, itertools.repeat(Microbatch(np.arange(4), windows)),
+                             Pixels(8, (0, 0, 0), (1, 1, 1), True), batch_size=4, device=torch.device("cpu"), threads=1)
+        next(loader)
+        raise SystemExit("the program's own end")
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert (ended.returncode, ended.stderr) == (1, "the program's own end\n")
 
 
 @pytest.mark.gpu
