@@ -37,6 +37,8 @@ def dali_decoder(pixels: Pixels, batch_size: int, device: torch.device, threads:
             except StopIteration:
                 break
             except RuntimeError as error:
+                if not feed.in_flight:  # the pipeline itself could not be made
+                    raise
                 raise _blame(images, feed.in_flight[0], pixels, error) from error
             batch = feed.in_flight.pop(0)
             y = torch.from_numpy(images.labels[batch.microbatch.image_ids])
@@ -82,11 +84,10 @@ def _pipeline(
     feed: _Feed, encoded: bool, pixels: Pixels, batch_size: int, device: torch.device, threads: int
 ) -> Pipeline:
     on_gpu = device.type == "cuda"
-    device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
     pipeline = Pipeline(
         batch_size,
         threads,
-        device_id,
+        device.index if on_gpu else None,
         prefetch_queue_depth=_PREFETCH,
         exec_dynamic=True,
         py_start_method="spawn",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from hvd_lb.data.folder import open_folder
-from hvd_lb.data.images import Dataset
+from hvd_lb.data.images import Dataset, Progress
 from hvd_lb.data.named import open_digits, open_fashion_mnist
 from hvd_lb.data.synthetic import open_synthetic
 from hvd_lb.errors import UserError
@@ -15,8 +14,6 @@ from hvd_lb.errors import UserError
 CHOICES = "digits, fashion-mnist, synthetic[:N], or a folder with train/ and val/"
 _USUAL_FOLDER = Path("/data")
 _FIXED_SPLITS = {"digits": open_digits, "fashion-mnist": open_fashion_mnist}
-
-Progress = Callable[[str, int, int], None]
 
 
 def open_dataset(

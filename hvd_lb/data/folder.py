@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hvd_lb.data.images import Dataset
-from hvd_lb.data.index import Index, Progress, open_index
+from hvd_lb.data.images import Dataset, Progress
+from hvd_lb.data.index import Index, open_index
 from hvd_lb.data.listing import class_folders
 from hvd_lb.errors import UserError
 

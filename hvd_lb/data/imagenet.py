@@ -12,12 +12,13 @@ import re
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from hvd_lb.data.images import Progress
 from hvd_lb.data.matlab import read_structs
 from hvd_lb.errors import UserError
 
@@ -30,8 +31,6 @@ _CLASS = re.compile(r"n\d{8}")
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 _IMAGE_SUFFIX = ".JPEG"
 _PARTIAL = ".partial"
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

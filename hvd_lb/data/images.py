@@ -7,10 +7,14 @@ augmentation); a loader (`hvd_lb.data.loader`) then only executes windows.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
+Progress = Callable[[str, int, int], None]
+"""Is told what is being done, how much of it is done, and of how much."""
 
 _CHUNK = 1 << 16
 

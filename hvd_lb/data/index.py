@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,13 @@ import numpy as np
 
 from hvd_lb.data.cache import cache_folder
 from hvd_lb.data.decode import read_size
+from hvd_lb.data.images import Progress
 from hvd_lb.data.listing import Listing, list_images
 from hvd_lb.errors import UserError
 
 _FORMAT = 1
 _CHUNK = 256
 _ARRAYS = {"labels": np.int64, "widths": np.int32, "heights": np.int32, "ends": np.int64, "names": np.uint8}
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

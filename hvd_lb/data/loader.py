@@ -93,8 +93,7 @@ class ThreadedLoader:
     def __next__(self) -> Batch:
         x, y = next(self._ready)
         if x.is_cuda:
-            # Made on the decoding thread's stream, which has been waited for; used on the consumer's from
-            # here on.
+            # Made on the decoding thread's stream, which has been waited for; from here on the consumer's.
             stream = torch.cuda.current_stream(x.device)
             x.record_stream(stream)
             y.record_stream(stream)
@@ -126,6 +125,8 @@ def open_loader(
     """A loader of `kind` for microbatches of at most `batch_size` images, decoding with `threads` threads."""
     if threads < 1 or batch_size < 1:
         raise ValueError(f"threads={threads}, batch_size={batch_size}: expected positive numbers")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # this thread's, not the decoding one's
     # Imported when chosen: DALI exists for fewer platforms than torchvision.
     if kind == "dali":
         from hvd_lb.data.dali import dali_decoder as decoder

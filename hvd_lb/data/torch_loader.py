@@ -1,9 +1,8 @@
 """The torchvision loader: the reference for DALI's pixels, and what runs where DALI does not.
 
 Windows are resized as tensors, not by PIL, which always antialiases; where both do they agree to 0-1 levels.
-DALI agrees to 0-1 levels too, except in the outermost pixels of an antialiased tensor: where the filter
-reaches over the window's edge DALI repeats pixels and torchvision reweighs (12 levels seen, 0.17 on the
-mean).
+DALI agrees to 0-1 levels too, except in the outermost pixels of an antialiased tensor: where the filter reaches
+over the window's edge DALI repeats pixels and torchvision reweighs (12 levels seen, 0.17 on the mean).
 """
 
 from __future__ import annotations
