@@ -90,7 +90,6 @@ def _pipeline(
         device.index if on_gpu else None,
         prefetch_queue_depth=_PREFETCH,
         exec_dynamic=True,
-        py_start_method="spawn",
     )
     absolute: dict[str, Any] = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "WH"}
     with pipeline:

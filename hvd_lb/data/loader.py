@@ -125,7 +125,7 @@ def open_loader(
     """A loader of `kind` for microbatches of at most `batch_size` images, decoding with `threads` threads."""
     if threads < 1 or batch_size < 1:
         raise ValueError(f"threads={threads}, batch_size={batch_size}: expected positive numbers")
-    if device.type == "cuda" and device.index is None:
+    if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())  # this thread's, not the decoding one's
     # Imported when chosen: DALI exists for fewer platforms than torchvision.
     if kind == "dali":
