@@ -209,8 +209,10 @@ fi
 missing=()
 [[ -n $(command -v "${CXX:-g++}") ]] || missing+=(g++)
 command -v make >/dev/null || missing+=(make)
+"$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+    missing+=(python3-dev)
 "$python" -m pip --version >/dev/null 2>&1 || refuse "$python has no pip: $python -m ensurepip"
-((${#missing[@]} == 0)) || refuse "no C++ compiler or make found to build Horovod: apt-get install ${missing[*]}"
+((${#missing[@]} == 0)) || refuse "what compiles Horovod is missing: apt-get install ${missing[*]}"
 
 exec 9>"$entry.lock"
 flock --nonblock 9 || { say "another build of the same wheel is running; waiting for it"; flock 9; }
