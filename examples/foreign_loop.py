@@ -13,7 +13,7 @@ data = FakeData(128, (3, 32, 32), num_classes=4, transform=ToTensor())
 sampler = torch.utils.data.DistributedSampler(data, world.size, world.rank)  # world.size microbatches a step
 loader = torch.utils.data.DataLoader(data, batch_size=16, sampler=sampler)
 model = shufflenet_v2_x0_5(num_classes=4).to(memory_format=torch.channels_last)
-schedule = lb.Schedule(1.0, global_batch=16 * world.size, steps_per_epoch=len(loader), epochs=8)
+schedule = lb.Schedule(0.1, global_batch=16 * world.size, steps_per_epoch=len(loader), epochs=8)
 opt = lb.DistributedOptimizer(lb.SGD(lb.parameter_groups(model)), model, schedule=schedule)
 for epoch in range(schedule.epochs):
     sampler.set_epoch(epoch)

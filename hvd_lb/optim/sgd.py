@@ -93,21 +93,21 @@ class SGD(Optimizer):
             step = torch._foreach_add(grads, velocities, alpha=m) if group["nesterov"] else velocities
             torch._foreach_add_(params, step, alpha=-eta)
             return
+        factors = [m] * len(params)
         if group["momentum_correction"]:
-            rates = [eta or state["reference_lr"] for state in states]
-            factors = [m * rate / state["reference_lr"] for rate, state in zip(rates, states, strict=True)]
-            for rate, state in zip(rates, states, strict=True):
-                state["reference_lr"] = rate
-        else:
-            rates, factors = [eta] * len(params), [m] * len(params)
-        scaled = torch._foreach_mul(grads, rates)
+            if eta == 0:
+                torch._foreach_mul_(velocities, m)
+                scaled = torch._foreach_mul(grads, [state["reference_lr"] for state in states])
+                torch._foreach_add_(velocities, scaled)
+                return
+            for i, state in enumerate(states):
+                factors[i] = m * eta / state["reference_lr"]
+                state["reference_lr"] = eta
         torch._foreach_mul_(velocities, factors)
-        torch._foreach_add_(velocities, scaled)
-        if eta == 0 and group["momentum_correction"]:
-            return
+        torch._foreach_add_(velocities, grads, alpha=eta)
         if group["nesterov"]:
-            torch._foreach_add_(scaled, velocities, alpha=m)
-            torch._foreach_sub_(params, scaled)
+            torch._foreach_add_(params, grads, alpha=-eta)
+            torch._foreach_add_(params, velocities, alpha=-m)
         else:
             torch._foreach_sub_(params, velocities)
 

@@ -48,35 +48,19 @@ def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
 @pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-class TestAgainstTorch:
-    def reference(self, schedule: str, nesterov: bool, weight_decay: float) -> list[Tensor]:
-        optimizer = torch.optim.SGD(
-            weights(), 0.1, 0.9, nesterov=nesterov, weight_decay=weight_decay, foreach=True
-        )
+def test_against_torch(schedule: str, nesterov: bool, weight_decay: float) -> None:
+    def trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
         return train(optimizer, SCHEDULES[schedule], skip=0.2)
 
-    def test_form_9_is_torch(self, schedule: str, nesterov: bool, weight_decay: float) -> None:
-        ours = SGD(weights(), form=9, nesterov=nesterov, weight_decay=weight_decay)
-        trained = train(ours, SCHEDULES[schedule], skip=0.2)
-        assert largest_difference(trained, self.reference(schedule, nesterov, weight_decay)) <= 1e-15
-
-    def test_form_10_with_correction_is_torch(
-        self, schedule: str, nesterov: bool, weight_decay: float
-    ) -> None:
-        ours = SGD(weights(), nesterov=nesterov, weight_decay=weight_decay)
-        trained = train(ours, SCHEDULES[schedule], skip=0.2)
-        assert largest_difference(trained, self.reference(schedule, nesterov, weight_decay)) < 1e-12
-
-    def test_form_10_without_correction_is_not(
-        self, schedule: str, nesterov: bool, weight_decay: float
-    ) -> None:
-        ours = SGD(weights(), nesterov=nesterov, weight_decay=weight_decay, momentum_correction=False)
-        trained = train(ours, SCHEDULES[schedule], skip=0.2)
-        difference = largest_difference(trained, self.reference(schedule, nesterov, weight_decay))
-        assert (difference < 1e-12) == (schedule == "constant")
+    options = {"momentum": 0.9, "nesterov": nesterov, "weight_decay": weight_decay}
+    reference = trained(torch.optim.SGD(weights(), 0.1, **options, foreach=True))
+    assert largest_difference(trained(SGD(weights(), form=9, **options)), reference) <= 1e-15
+    assert largest_difference(trained(SGD(weights(), **options)), reference) < 1e-12
+    uncorrected = trained(SGD(weights(), momentum_correction=False, **options))
+    assert (largest_difference(uncorrected, reference) < 1e-12) == (schedule == "constant")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     rates=st.lists(st.one_of(st.just(0.0), st.floats(1e-4, 1.0)), min_size=1, max_size=30),
     momentum=st.floats(0, 0.99),

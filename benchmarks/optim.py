@@ -1,0 +1,108 @@
+"""A step of DistributedOptimizer against Horovod's own and against torch without any exchange.
+
+`python benchmarks/optim.py` starts two Horovod processes on the CPU, one thread each, and prints medians over
+interleaved steps and their ratios; then the same for the update of SGD alone against torch.optim.SGD(foreach=True).
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hvd_lb as lb
+from hvd_lb.models import build_model
+
+STEPS = 20
+CASES = {"resnet20": (32, 32), "resnet18": (8, 64)}  # images of a process, pixels
+Step = Callable[[], object]
+
+
+def torch_sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(lb.parameter_groups(model), 0.1, 0.9, nesterov=True, foreach=True)
+
+
+def step_with(model: nn.Module, opt: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Step:
+    def step() -> None:
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+
+    return step
+
+
+def interleaved(contestants: dict[str, Step]) -> dict[str, float]:
+    """Median milliseconds of each, taken in turns so that a busy machine slows all alike; three turns warm up."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(STEPS + 3):
+        for name, run in contestants.items():
+            lb.current().barrier()
+            start = time.perf_counter()
+            run()
+            if turn >= 3:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def report(title: str, medians: dict[str, float]) -> None:
+    if lb.current().rank == 0:
+        ours, *peers = medians
+        figures = ", ".join(f"{name} {value:.2f} ms" for name, value in medians.items())
+        ratios = ", ".join(f"{medians[ours] / medians[peer]:.3f} of {peer}" for peer in peers)
+        print(f"{title}: {figures}; {ours} takes {ratios}", flush=True)
+
+
+def whole_steps() -> None:
+    import horovod.torch as hvd
+
+    for name, (images, pixels) in CASES.items():
+        x, y = torch.randn(images, 3, pixels, pixels), torch.randint(0, 10, (images,))
+        ours, theirs, alone = (build_model(name, num_classes=10, seed=0) for _ in range(3))
+        exchanging = lb.DistributedOptimizer(torch_sgd(ours), ours)
+        horovod = hvd.DistributedOptimizer(torch_sgd(theirs), named_parameters=theirs.named_parameters())
+        contestants = {
+            "hvd-lb": step_with(ours, exchanging, x, y),
+            "horovod": step_with(theirs, horovod, x, y),
+            "torch alone": step_with(alone, torch_sgd(alone), x, y),
+        }
+        report(f"step of {name}, {images} × {pixels}×{pixels}", interleaved(contestants))
+
+
+def updates() -> None:
+    for name in CASES:
+        runs: dict[str, Step] = {}
+        for label in ("hvd-lb form 10", "hvd-lb form 9", "torch foreach"):
+            model = build_model(name, num_classes=10, seed=0)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            if label == "torch foreach":
+                runs[label] = torch_sgd(model).step
+            else:
+                runs[label] = lb.SGD(lb.parameter_groups(model), form=int(label.split()[-1])).step
+        report(f"update of {name}", interleaved(runs))
+
+
+def main() -> None:
+    if "HOROVOD_RANK" in os.environ:
+        torch.set_num_threads(1)
+        lb.init()
+        whole_steps()
+        updates()
+        lb.shutdown()
+        return
+    horovodrun = Path(sys.executable).with_name("horovodrun")
+    command = [horovodrun, "--gloo", "-np", "2", "-H", "localhost:2", "--network-interface", "lo"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    raise SystemExit(
+        subprocess.run([*command, sys.executable, __file__], env=environment, check=False).returncode
+    )
+
+
+if __name__ == "__main__":
+    main()

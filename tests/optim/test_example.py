@@ -1,0 +1,18 @@
+"""The example is run as its first line says."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "foreign_loop.py"
+
+
+@pytest.mark.slow
+def test_foreign_loop(horovodrun: Callable) -> None:
+    job = horovodrun(EXAMPLE, 2, timeout=180)
+    assert job.returncode == 0, job.output
+    losses = [float(loss) for loss in re.findall(r"epoch \d+: loss ([\d.]+)", job.output)]
+    assert len(losses) == 8
+    assert min(losses[-2:]) < losses[0], job.output
