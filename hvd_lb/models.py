@@ -18,7 +18,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.recipe import nearest
 
 # Depth of each: 3 stages of (depth − 2) / 6 blocks.
-SMALL_RESNETS = {f"resnet{depth}": (depth - 2) // 6 for depth in (8, 20, 32, 44, 56, 110)}
+SMALL_RESNETS = {f"resnet{depth}": (depth - 2) // 6 for depth in (8, 14, 20, 32, 44, 56, 110)}
 
 # torchvision models that return more than logits while training, or initialise slowly, unless told otherwise.
 _ARGUMENTS: dict[str, dict[str, bool]] = {
@@ -35,7 +35,7 @@ def check_model_name(name: str) -> None:
     if name not in model_names():
         raise UserError(
             f"unknown model {name!r}{nearest(name, model_names())} "
-            "(torchvision's classification models and resnet8/20/32/44/56/110)"
+            "(torchvision's classification models and resnet8/14/20/32/44/56/110)"
         )
 
 

@@ -96,7 +96,7 @@ class Recipe(BaseModel):
 
     # model
     model: str = Field(
-        "resnet50", description="Any torchvision classification model, or resnet8/20/32/44/56/110."
+        "resnet50", description="Any torchvision classification model, or resnet8/14/20/32/44/56/110."
     )
     num_classes: int | None = Field(
         None, ge=1, description="Outputs of the network [default: the data set's classes]"

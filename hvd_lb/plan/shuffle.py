@@ -17,7 +17,7 @@ ROUNDS = 8
 # Each round is a couple of dozen passes over the array: slices this long stay in a core's cache.
 _CHUNK = 1 << 14
 # Tiny networks have few distinct round functions: small N walk inside a larger square instead.
-_SMALLEST_SIDE = 16
+_SMALLEST_SIDE = 8
 _MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
 _S32 = np.uint64(32)
 

@@ -1,0 +1,92 @@
+"""The plan of an epoch: disjoint, complete, independent of processes; the short last step; too large minibatches."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvd_lb.errors import UserError
+from hvd_lb.plan.hosting import hosted
+from hvd_lb.plan.samples import LastBatch, SamplePlan
+
+plans = st.builds(
+    SamplePlan,
+    images=st.integers(1, 400),
+    workers=st.integers(1, 12),
+    per_worker=st.integers(1, 9),
+    seed=st.integers(0, 5),
+    last_batch=st.just("keep"),
+)
+
+
+def epoch_ids(plan: SamplePlan, epoch: int) -> list[int]:
+    return [
+        int(image)
+        for step in range(plan.steps_per_epoch)
+        for worker in range(plan.workers)
+        for image in plan.image_ids(epoch, step, worker)
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans, st.integers(0, 3))
+def test_keep_serves_every_image_once(plan: SamplePlan, epoch: int) -> None:
+    assert sorted(epoch_ids(plan, epoch)) == list(range(plan.images))
+    assert sum(plan.step_images(step) for step in range(plan.steps_per_epoch)) == plan.images
+    assert plan.dropped_per_epoch == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans, st.integers(0, 3))
+def test_drop_serves_whole_steps_and_counts_the_rest(plan: SamplePlan, epoch: int) -> None:
+    if plan.global_batch > plan.images:
+        return
+    plan = SamplePlan(plan.images, plan.workers, plan.per_worker, plan.seed, "drop")
+    ids = epoch_ids(plan, epoch)
+    assert len(ids) == len(set(ids)) == plan.images - plan.dropped_per_epoch
+    assert plan.dropped_per_epoch < plan.global_batch
+    assert {plan.step_images(step) for step in range(plan.steps_per_epoch)} == {plan.global_batch}
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans, st.integers(1, 12))
+def test_processes_share_the_step_whatever_their_number(plan: SamplePlan, processes: int) -> None:
+    processes = min(processes, plan.workers)
+    last = plan.steps_per_epoch - 1
+    shared = [w for rank in range(processes) for w in hosted(rank, processes, plan.workers)]
+    assert shared == list(range(plan.workers))
+    sizes = [len(hosted(rank, processes, plan.workers)) for rank in range(processes)]
+    assert max(sizes) - min(sizes) <= 1
+    counts = [len(plan.positions(last, worker)) for worker in range(plan.workers)]
+    assert max(counts) - min(counts) <= 1
+    assert sum(counts) == plan.step_images(last)
+    assert plan.active_workers(last) == sum(count > 0 for count in counts)
+
+
+def test_virtual_worker_j_takes_the_jth_n_of_a_step() -> None:
+    plan = SamplePlan(1000, 4, 16, seed=9)
+    whole = np.concatenate([plan.image_ids(2, 3, worker) for worker in range(4)])
+    from hvd_lb.plan.shuffle import Permutation
+
+    assert np.array_equal(whole, Permutation(1000, 9, 2).slice(3 * 64, 4 * 64))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "per_gpu", "images", "told"),
+    [
+        (256, 32, 1437, "at most 44 GPUs at 32 images each"),
+        (4, 2000, 1437, "at most 1437 images per GPU"),
+    ],
+)
+def test_a_minibatch_larger_than_the_data_names_the_largest(
+    gpus: int, per_gpu: int, images: int, told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        SamplePlan(images, gpus, per_gpu, 0)
+    kept: LastBatch = "keep"
+    assert SamplePlan(images, gpus, per_gpu, 0, kept).steps_per_epoch == 1
+
+
+def test_imagenet_with_256_gpus() -> None:
+    plan = SamplePlan(1_281_167, 256, 32, 0)
+    assert (plan.steps_per_epoch, plan.dropped_per_epoch) == (156, 3215)

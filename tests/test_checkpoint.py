@@ -1,0 +1,101 @@
+"""Checkpoints: whole or absent, every byte verified, old ones removed, nothing unpickled."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hvd_lb.checkpoint import CheckpointStore, open_checkpoint
+from hvd_lb.errors import UserError
+
+MODEL = {"weight": torch.arange(6.0).reshape(2, 3), "shared": torch.ones(4)[:2]}
+OPTIMIZER = {"state/0/velocity": torch.full((2, 3), 0.5)}
+
+
+def save(store: CheckpointStore, *steps: int, best: int | None = None) -> None:
+    for step in steps:
+        store.save(step, MODEL, OPTIMIZER, {"next": {"epoch": 0, "step": step}}, best=step == best)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints")
+    save(store, 7)
+    checkpoint = open_checkpoint(tmp_path / "checkpoints" / "last")
+    assert checkpoint.step == 7
+    assert checkpoint.state["next"] == {"epoch": 0, "step": 7}
+    assert checkpoint.path.name == "step-00000007"
+    for mine, read in ((MODEL, checkpoint.model()), (OPTIMIZER, checkpoint.optimizer())):
+        assert mine.keys() == read.keys()
+        assert all(torch.equal(mine[key], read[key]) for key in mine)
+    assert sorted(p.name for p in checkpoint.path.iterdir()) == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    save(store, 1, 2, 3, 4, 5, best=2)
+    assert [path.name for path in store.newest_first()] == ["step-00000005", "step-00000004", "step-00000002"]
+    assert (tmp_path / "last").resolve().name == "step-00000005"
+    assert (tmp_path / "best").resolve().name == "step-00000002"
+
+
+def damage_truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def damage_flip(folder: Path) -> None:
+    file = folder / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def damage_missing(folder: Path) -> None:
+    (folder / "optimizer.safetensors").unlink()
+
+
+def damage_state(folder: Path) -> None:
+    state = json.loads((folder / "state.json").read_text())
+    state["next"]["step"] = 1
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def damage_json(folder: Path) -> None:
+    (folder / "state.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_missing, damage_state, damage_json])
+def test_a_damaged_checkpoint_is_recognised_and_the_one_before_used(damage, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    store = CheckpointStore(tmp_path)
+    save(store, 1, 2)
+    damage(tmp_path / "step-00000002")
+    with pytest.raises(UserError, match="is damaged"):
+        open_checkpoint(tmp_path / "last")
+    found, problems = store.newest_intact()
+    assert found is not None
+    assert found.step == 1
+    assert len(problems) == 1
+    assert "step-00000002 is damaged" in problems[0]
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no checkpoint"):
+        open_checkpoint(tmp_path)
+    assert CheckpointStore(tmp_path / "none").newest_intact() == (None, [])
+
+
+def test_an_interrupted_write_leaves_the_others_alone(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    (tmp_path / ".writing-step-00000002").mkdir()
+    (tmp_path / ".writing-step-00000002" / "model.safetensors").write_bytes(b"half")
+    found, problems = store.newest_intact()
+    assert found is not None
+    assert (found.step, problems) == (1, [])
+    save(store, 2)
+    assert not list(tmp_path.glob(".writing*"))

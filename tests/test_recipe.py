@@ -1,0 +1,95 @@
+"""Recipes: presets, YAML in and out, and one line for each mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hvd_lb.errors import UserError
+from hvd_lb.recipe import (
+    FREE_FIELDS,
+    Recipe,
+    differing_fields,
+    load_values,
+    make_recipe,
+    period_in_steps,
+    preset_names,
+)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_valid_and_survive_yaml(name: str, tmp_path: Path) -> None:
+    recipe = make_recipe(load_values(name), name)
+    assert recipe.description
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    assert make_recipe(load_values(str(file)), "file") == recipe
+
+
+def test_the_papers_preset_has_the_papers_numbers() -> None:
+    values = load_values("goyal-resnet50")
+    paper = {
+        "model": "resnet50", "per_gpu_batch": 32, "epochs": 90, "learning_rate": 0.1, "lr_rule": "linear",
+        "warmup": "gradual", "warmup_epochs": 5, "schedule": "step", "drop_epochs": [30, 60, 80], "drop_factor": 0.1,
+        "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, "zero_gamma": True, "bn_momentum": 0.1,
+        "image_size": 224, "eval_crop": 224 / 256, "flip": 0.5,
+    }  # fmt: skip
+    assert {name: values[name] for name in paper} == paper
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"gpuz": 1}, "unknown field 'gpuz'; did you mean 'gpus'"),
+        ({"gpus": 0}, "gpus = 0"),
+        ({"per_gpu_batch": -3}, "per_gpu_batch = -3"),
+        ({"epochs": "many"}, "epochs = 'many'"),
+        ({"lr_rule": "cubic"}, "lr_rule = 'cubic'"),
+        ({"momentum_form": 9, "momentum_correction": False}, "form 9 needs no correction"),
+        ({"momentum": 0.0}, "nesterov needs a momentum"),
+        ({"eval_every": "sometimes"}, "such as 500steps"),
+        ({"eval_every": "0steps"}, "such as 500steps"),
+        ({"crop_scale": [0.5, 0.1]}, "crop_scale 0.5 to 0.1"),
+        ({"crop_scale": [0.5, 1.5]}, "at most 1"),
+        ({"std": [0, 1, 1]}, "std"),
+        ({"drop_epochs": [60, 30]}, "increasing epochs"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+    ],
+)
+def test_mistakes_get_one_line(values: dict[str, object], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        make_recipe(values, "mine.yaml")
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("mine.yaml: ")
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "gpus: 1: 2", "- x"])
+def test_a_file_that_is_no_recipe(text: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"bad\.yaml"):
+        load_values(str(tmp_path / "bad.yaml"))
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'goyal-resnet50'"):
+        load_values("goyal-resnet-50")
+
+
+def test_exponents_without_a_point_are_numbers() -> None:
+    """PyYAML reads 1e-4 as text."""
+    assert make_recipe(yaml.safe_load("weight_decay: 1e-4")).weight_decay == 1e-4
+
+
+def test_periods() -> None:
+    assert period_in_steps("500steps", 7) == 500
+    assert period_in_steps("2 epochs", 7) == 14
+    assert period_in_steps("never", 7) == 0
+
+
+def test_mathematics_leaves_out_what_may_change_on_the_way() -> None:
+    assert {"steps", "log_every", "threads", "data", "checkpoint_every"} <= FREE_FIELDS
+    assert not {"seed", "gpus", "epochs", "precision", "antialias"} & FREE_FIELDS
+    a, b = Recipe(seed=1, log_every=3), Recipe(seed=2, log_every=5)
+    assert differing_fields(a.mathematics(), b.mathematics()) == ["seed: 1 → 2"]
+    assert Recipe(log_every=3).digest() == Recipe().digest() != Recipe(seed=1).digest()

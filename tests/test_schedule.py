@@ -1,0 +1,95 @@
+"""The learning rate of every step, against the paper's numbers (section 5.1, Table 2 and PAPER's recipe)."""
+
+import math
+
+import pytest
+
+from hvd_lb.errors import UserError
+from hvd_lb.schedule import Schedule, scaled_learning_rate
+
+
+def paper(gpus: int, images: int = 1_281_167, epochs: int = 90, **changes: object) -> Schedule:
+    batch = gpus * 32
+    return Schedule(
+        learning_rate=0.1, global_batch=batch, steps_per_epoch=images // batch, epochs=epochs, **changes
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("images", "rate"), [(128, 0.05), (256, 0.1), (512, 0.2), (8192, 3.2), (16384, 6.4), (65536, 25.6)]
+)
+def test_linear_scaling_gives_the_papers_rates(images: int, rate: float) -> None:
+    assert scaled_learning_rate(0.1, images) == pytest.approx(rate, rel=1e-15)
+
+
+def test_other_rules() -> None:
+    assert scaled_learning_rate(0.1, 8192, "sqrt") == pytest.approx(0.1 * math.sqrt(32))
+    assert scaled_learning_rate(0.1, 8192, "none") == 0.1
+
+
+def test_every_step_of_the_8k_run() -> None:
+    """156 steps an epoch; an independent statement of the recipe, step by step."""
+    schedule = paper(256)
+    assert schedule.steps_per_epoch == 156
+    increment = (3.2 - 0.1) / (5 * 156)
+    for step in range(90 * 156):
+        epoch = step // 156
+        expected = (
+            0.1 + increment * step if epoch < 5 else 3.2 / 10 ** sum(epoch >= drop for drop in (30, 60, 80))
+        )
+        assert schedule(step) == pytest.approx(expected, rel=1e-12), step
+
+
+def test_warmup_grows_by_the_same_amount_at_every_iteration() -> None:
+    schedule = paper(256)
+    rates = [schedule(step) for step in range(schedule.warmup_steps + 1)]
+    increments = [b - a for a, b in zip(rates, rates[1:], strict=False)]
+    assert rates[0] == 0.1
+    assert rates[-1] == schedule.peak
+    assert max(increments) - min(increments) < 1e-12
+
+
+@pytest.mark.parametrize("gpus", [4, 8])
+def test_no_warmup_up_to_256_images(gpus: int) -> None:
+    assert paper(gpus).warmup_steps == 0
+    assert paper(gpus)(0) == paper(gpus).peak
+
+
+def test_constant_warmup_and_none() -> None:
+    constant = paper(256, warmup="constant")
+    assert {constant(step) for step in range(780)} == {0.1}
+    assert constant(780) == 3.2
+    assert paper(256, warmup="none")(0) == 3.2
+
+
+@pytest.mark.parametrize("epochs", [9, 18, 45, 90, 180])
+def test_drops_scale_with_the_length_of_the_run(epochs: int) -> None:
+    schedule = paper(8, epochs=epochs)
+    for part, drop in zip((1 / 3, 2 / 3, 8 / 9), schedule.drop_steps, strict=True):
+        assert drop == round(part * epochs * schedule.steps_per_epoch)
+        assert schedule(drop) == pytest.approx(schedule(drop - 1) / 10)
+
+
+def test_cosine_and_polynomial_end_at_zero() -> None:
+    for shape in ("cosine", "polynomial"):
+        schedule = paper(256, shape=shape)
+        start, end = schedule.warmup_steps, schedule.total_steps
+        assert schedule(start) == 3.2
+        assert schedule(end) == 0
+        rates = [schedule(step) for step in range(start, end)]
+        assert rates == sorted(rates, reverse=True)
+    assert paper(256, shape="cosine")((start + end) // 2) == pytest.approx(1.6)
+    assert paper(256, shape="polynomial")((start + end) // 2) == pytest.approx(3.2 / 4)
+
+
+def test_the_derivation_is_told() -> None:
+    text = paper(256).describe()
+    assert "0.1 × 8192/256 = 3.2" in text
+    assert "gradual warmup from 0.1 over 5 epochs (780 steps)" in text
+    assert "at epochs 30, 60, 80 of 90" in text
+
+
+def test_warmup_longer_than_the_run_is_refused() -> None:
+    with pytest.raises(UserError, match="--warmup-epochs less than 5"):
+        paper(256, epochs=5)
+    paper(8, epochs=5)

@@ -1,0 +1,245 @@
+"""The training loop against a plain PyTorch program that shares nothing with it but the images it is shown."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from hvd_lb.batchnorm import RunningStatistics
+from hvd_lb.checkpoint import CheckpointStore, open_checkpoint
+from hvd_lb.data import ArrayImages, Dataset
+from hvd_lb.errors import UserError
+from hvd_lb.models import build_model
+from hvd_lb.recipe import Recipe
+from hvd_lb.report.metrics import SilentObserver
+from hvd_lb.trainer import Diverged, Trainer
+from hvd_lb.world.solo import Solo
+
+CPU = torch.device("cpu")
+
+
+def small_data(images: int = 150, val: int = 37) -> Dataset:
+    """Coloured noise of 8 × 8 pixels in 5 classes that differ in brightness."""
+    rng = np.random.default_rng(0)
+
+    def split(count: int, title: str) -> ArrayImages:
+        labels = rng.integers(0, 5, count)
+        pixels = rng.integers(0, 120, (count, 8, 8, 3)) + 25 * labels[:, None, None, None]
+        return ArrayImages(pixels.astype(np.uint8), labels, list("abcde"), title)
+
+    return Dataset("small", split(images, "train"), split(val, "val"))
+
+
+def small_recipe(**changes: Any) -> Recipe:
+    base = {
+        "model": "resnet8", "image_size": 8, "gpus": 4, "per_gpu_batch": 8, "epochs": 3, "precision": "fp64",
+        "eval_crop": 1.0, "learning_rate": 0.4, "warmup": "none", "eval_every": "never", "checkpoint_every": "never",
+    }  # fmt: skip
+    return Recipe(**{**base, **changes})
+
+
+class Records(SilentObserver):
+    def __init__(self) -> None:
+        self.training: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+
+    def train(self, record: dict[str, Any]) -> None:
+        self.training.append(record)
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        self.evaluations.append(record)
+
+
+def make_trainer(recipe: Recipe, data: Dataset | None = None, **arguments: Any) -> Trainer:
+    arguments = {"device": CPU, "threads": 1, "observer": Records(), **arguments}
+    return Trainer(recipe, data or small_data(), Solo(), **arguments)
+
+
+def reference(trainer: Trainer, steps: int) -> nn.Module:
+    """Plain PyTorch: a loop over virtual workers, torch.optim.SGD, its own learning rate and batch norm formula."""
+    recipe, plan = trainer.recipe, trainer.plan
+    model = copy.deepcopy(trainer.model)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 or name == "fc.bias"]
+    others = [p for name, p in model.named_parameters() if not (p.ndim > 1 or name == "fc.bias")]
+    optimizer = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=1.0, momentum=0.9, nesterov=True,
+    )  # fmt: skip
+    for norm in norms:
+        norm.momentum = 1.0
+    running = [(torch.zeros_like(n.running_mean), torch.ones_like(n.running_var)) for n in norms]  # type: ignore[arg-type]
+    model.train()
+    with trainer.batches() as batches:
+        for step in range(steps):
+            epoch_step = step % plan.steps_per_epoch
+            count = plan.step_images(epoch_step)
+            optimizer.zero_grad()
+            statistics = []
+            for worker in range(recipe.gpus):
+                if not len(plan.positions(epoch_step, worker)):
+                    continue
+                x, y = next(batches)
+                (F.cross_entropy(model(x.double()), y, reduction="sum") / count).backward()
+                statistics.append([(n.running_mean.clone(), n.running_var.clone()) for n in norms])  # type: ignore[operator, union-attr]
+            third = sum(step >= drop * recipe.epochs * plan.steps_per_epoch / 90 for drop in (30, 60, 80))
+            for group in optimizer.param_groups:
+                group["lr"] = 0.4 * recipe.gpus * recipe.per_gpu_batch / 256 * 0.1**third
+            optimizer.step()
+            for i, (mean, var) in enumerate(running):
+                running[i] = (
+                    0.9 * mean + 0.1 * torch.stack([s[i][0] for s in statistics]).mean(0),
+                    0.9 * var + 0.1 * torch.stack([s[i][1] for s in statistics]).mean(0),
+                )
+    for norm, (mean, var) in zip(norms, running, strict=True):
+        norm.running_mean, norm.running_var = mean, var
+    return model
+
+
+def run_steps(trainer: Trainer, steps: int) -> None:
+    trainer.model.train()
+    with trainer.batches() as batches:
+        for _ in range(steps):
+            trainer.train_step(batches)
+    trainer.statistics.publish(trainer.step)
+
+
+def largest_difference(a: nn.Module, b: nn.Module) -> float:
+    pairs = zip(a.state_dict().items(), b.state_dict().values(), strict=True)
+    return max(
+        (x.double() - y.double()).abs().max().item() for (name, x), y in pairs if "num_batches" not in name
+    )
+
+
+@pytest.mark.parametrize("last_batch", ["drop", "keep"])
+@pytest.mark.parametrize("momentum_form", [9, 10])
+def test_equals_plain_pytorch(last_batch: str, momentum_form: int) -> None:
+    """Across a drop of the learning rate; `keep` ends each epoch with 22 images for 4 workers."""
+    recipe = small_recipe(last_batch=last_batch, momentum_form=momentum_form)
+    trainer = make_trainer(recipe)
+    plain = reference(trainer, trainer.end)
+    run_steps(trainer, trainer.end)
+    assert largest_difference(trainer.model, plain) < 1e-12
+
+
+def test_ablations_leave_the_reference() -> None:
+    trainer = make_trainer(small_recipe(momentum_correction=False))
+    plain = reference(trainer, trainer.end)
+    run_steps(trainer, trainer.end)
+    assert largest_difference(trainer.model, plain) > 1e-6
+
+
+def test_fewer_images_than_workers_in_the_last_step() -> None:
+    trainer = make_trainer(small_recipe(last_batch="keep", gpus=8, per_gpu_batch=4), small_data(images=67))
+    assert trainer.plan.active_workers(2) == 3
+    plain = reference(trainer, trainer.end)
+    run_steps(trainer, trainer.end)
+    assert largest_difference(trainer.model, plain) < 1e-12
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_running_statistics_follow_the_formula(workers: int) -> None:
+    """r ← (1 − m) r + (m / k) Σ s_j, once per step, for k virtual workers on one process."""
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(3, momentum=0.1).double()
+    model = nn.Sequential(layer)
+    statistics = RunningStatistics(model, Solo())
+    mean, var = torch.zeros(3).double(), torch.ones(3).double()
+    model.train()
+    for _ in range(3):
+        batches = [torch.randn(4, 3, 5, 5).double() * (j + 1) + j for j in range(workers)]
+        for batch in batches:
+            model(batch)
+            statistics.after_forward()
+        statistics.step(workers)
+        mean = 0.9 * mean + 0.1 / workers * sum(b.mean((0, 2, 3)) for b in batches)
+        var = 0.9 * var + 0.1 / workers * sum(b.transpose(0, 1).flatten(1).var(1) for b in batches)
+    statistics.publish(steps=3)
+    assert torch.allclose(layer.running_mean, mean, rtol=1e-13)  # type: ignore[arg-type]
+    assert torch.allclose(layer.running_var, var, rtol=1e-13)  # type: ignore[arg-type]
+    assert layer.num_batches_tracked == 3
+
+
+def test_stopped_and_resumed_in_mid_epoch_is_bitwise_the_same(tmp_path: Path) -> None:
+    recipe = small_recipe(precision="fp32", epochs=2, eval_every="1epoch", checkpoint_every="3steps")
+    whole = make_trainer(recipe, store=CheckpointStore(tmp_path / "whole", keep=9))
+    whole.fit()
+    assert whole.plan.steps_per_epoch == 4
+    resumed = make_trainer(
+        recipe,
+        store=CheckpointStore(tmp_path / "resumed"),
+        checkpoint=open_checkpoint(tmp_path / "whole" / "step-00000003"),
+    )
+    assert resumed.step == 3
+    resumed.fit()
+    assert largest_difference(whole.model, resumed.model) == 0
+    pairs = zip(whole.optimizer.state.values(), resumed.optimizer.state.values(), strict=True)
+    assert all(torch.equal(a["velocity"], b["velocity"]) for a, b in pairs)
+    later = [r for r in whole.observer.evaluations if r["step"] >= 3]  # type: ignore[attr-defined]
+    assert resumed.observer.evaluations == later  # type: ignore[attr-defined]
+    losses = [[r["loss"] for r in t.observer.training if r["step"] >= 3] for t in (whole, resumed)]  # type: ignore[attr-defined]
+    assert losses[0] == losses[1]
+
+
+def test_a_checkpoint_of_other_data_or_another_recipe_is_refused(tmp_path: Path) -> None:
+    recipe = small_recipe(steps=1)
+    make_trainer(recipe, store=CheckpointStore(tmp_path)).fit()
+    checkpoint = open_checkpoint(tmp_path / "last")
+    with pytest.raises(UserError, match="other data than small"):
+        make_trainer(recipe, small_data(images=151), checkpoint=checkpoint)
+    with pytest.raises(UserError, match="seed: 0 → 1"):
+        make_trainer(small_recipe(seed=1), checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"precision": "fp16"}, {"channels_last": True}])
+def test_precisions_and_layouts_stay_near_fp32(changes: dict[str, Any]) -> None:
+    trainers = [make_trainer(small_recipe(**{"precision": "fp32", **c})) for c in ({}, changes)]
+    for trainer in trainers:
+        run_steps(trainer, 3)
+    assert 0 < largest_difference(trainers[0].model, trainers[1].model) < 0.05
+
+
+def test_loss_scaling_survives_a_checkpoint(tmp_path: Path) -> None:
+    recipe = small_recipe(precision="fp16", steps=2)
+    trainer = make_trainer(recipe, store=CheckpointStore(tmp_path))
+    trainer.scaler.update(512.0)
+    trainer.fit()
+    longer = small_recipe(precision="fp16", steps=4)
+    resumed = make_trainer(longer, checkpoint=open_checkpoint(tmp_path / "last"))
+    assert resumed.scaler.state_dict() == trainer.scaler.state_dict()
+    assert resumed.scaler.get_scale() == 512.0
+
+
+def test_dropout_belongs_to_the_virtual_worker_and_step() -> None:
+    """The global generator's state before the run plays no part."""
+    models = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        trainer = make_trainer(small_recipe(precision="fp32"))
+        trainer.forward = nn.Sequential(trainer.model, nn.Dropout(0.5)).train()
+        torch.manual_seed(noise)
+        run_steps(trainer, 2)
+        models.append(trainer.model)
+    assert largest_difference(*models) == 0
+
+
+def test_a_loss_that_is_no_number_ends_the_run() -> None:
+    trainer = make_trainer(small_recipe(learning_rate=1e200, zero_gamma=False))
+    with pytest.raises(Diverged, match="lower --learning-rate"):
+        trainer.fit()
+
+
+def test_initial_weights_are_a_function_of_the_seed() -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    a, b, c = (build_model("resnet20", 10, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert largest_difference(a, b) == 0
+    assert largest_difference(a, c) > 0
