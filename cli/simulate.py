@@ -63,7 +63,7 @@ def simulate(
             options, recipe=recipe, default_gpus=1, fallback_data="synthetic", on_progress=on_progress
         )
     placement = place(where, gpus=resolved.recipe.gpus, processes=1, threads=resolved.recipe.threads)
-    print_plan(console, [*explain(resolved), ("memory", _memory(resolved.recipe))])
+    plan = [*explain(resolved), ("memory", _memory(resolved.recipe))]
     if "steps" in options or "epochs" in options:
         return run_job(
             resolved,
@@ -72,7 +72,9 @@ def simulate(
             resume=resume,
             command=sys.argv,
             console=console,
+            on_ready=lambda: print_plan(console, plan),
         )
+    print_plan(console, plan)
     with console.status("rehearsing …") as status:
         rehearsal = rehearse(
             resolved,

@@ -45,5 +45,12 @@ def train(
         resolved = resolve(options, recipe=recipe, default_gpus=default_gpus(where), on_progress=on_progress)
     placement = place(where, gpus=resolved.recipe.gpus, processes=processes, threads=resolved.recipe.threads)
     share = f"{placement.processes} on {placement.device}, {placement.threads} threads each"
-    print_plan(console, [*explain(resolved), ("processes", share)])
-    return run_job(resolved, placement, output=output, resume=resume, command=sys.argv, console=console)
+    return run_job(
+        resolved,
+        placement,
+        output=output,
+        resume=resume,
+        command=sys.argv,
+        console=console,
+        on_ready=lambda: print_plan(console, [*explain(resolved), ("processes", share)]),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import socket
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from hvd_lb.cores import usable_cores
 from hvd_lb.errors import UserError
 
 DeviceName = Literal["cpu", "cuda"]
@@ -30,18 +30,14 @@ class Placement:
     threads: int
 
 
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def choose_device(name: str) -> DeviceName:
     """cpu or cuda for "auto", "cpu" or "cuda"."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "--device cuda, but there is no CUDA GPU here: use --device cpu, or see `hvd-lb doctor`"
+            "--device cuda, but this machine has 0 CUDA GPUs: name machines that have some with --hosts, use "
+            "--device cpu, try it out with `hvd-lb simulate`, or see `hvd-lb doctor` if there should be one"
         )
     return "cuda" if name == "cuda" else "cpu"
 
@@ -62,12 +58,12 @@ def place(device: DeviceName, *, gpus: int, processes: int | None, threads: int 
                 f"the virtual workers with --processes {there}, use --device cpu, or try it out with `hvd-lb simulate`"
             )
     else:
-        wanted = processes or min(gpus, cores())
+        wanted = processes or min(gpus, usable_cores())
     if not 1 <= wanted <= gpus:
         raise UserError(
             f"--processes {wanted} for {gpus} virtual workers: expected 1 to {gpus}, as each process hosts at least one"
         )
-    return Placement(device, wanted, threads or max(1, cores() // wanted))
+    return Placement(device, wanted, threads or max(1, usable_cores() // wanted))
 
 
 def describe_environment(placement: Placement, command: Sequence[str]) -> dict[str, Any]:
@@ -93,7 +89,7 @@ def describe_environment(placement: Placement, command: Sequence[str]) -> dict[s
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": cores(),
+        "cores": usable_cores(),
         "git_commit": _git_commit(),
         "executable": sys.executable,
     }

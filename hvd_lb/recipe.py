@@ -25,6 +25,9 @@ from hvd_lb.schedule import Rule, Schedule, Shape, Warmup
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 LoaderKind = Literal["dali", "torchvision"]
 
+# The source of fields that were given on the command line.
+OPTIONS = "options"
+
 _EVERY = re.compile(r"(\d+) ?(steps?|epochs?)")
 
 
@@ -222,6 +225,8 @@ def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe
         message = first["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]
         where = ".".join(str(part) for part in first["loc"])
+        if where and source == OPTIONS:
+            raise UserError(f"--{where.replace('_', '-')} {first['input']}: {message}") from None
         given = f"{where} = {first['input']!r}: " if where else ""
         raise UserError(f"{source}: {given}{message}") from None
 

@@ -13,7 +13,7 @@ from hvd_lb.data import Dataset, default_data, open_dataset
 from hvd_lb.errors import UserError
 from hvd_lb.models import check_model_name
 from hvd_lb.plan.samples import SamplePlan
-from hvd_lb.recipe import Recipe, load_values, make_recipe
+from hvd_lb.recipe import OPTIONS, Recipe, load_values, make_recipe
 from hvd_lb.schedule import Schedule
 from hvd_lb.trainer import sample_plan, total_steps
 
@@ -50,7 +50,7 @@ def resolve(
     `fallback_data` is used where neither options nor recipe name data (`simulate`: synthetic); without it
     $HVD_LB_DATA or /data is. UserError for what cannot work.
     """
-    make_recipe(options, "options")
+    make_recipe(options, OPTIONS)
     given = load_values(recipe) if recipe else {}
     if "model" in {**given, **options}:
         check_model_name({**given, **options}["model"])

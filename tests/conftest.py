@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+
+# Tests share the machine: one thread each, as OpenMP's threads spin while they wait for a core.
+torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)

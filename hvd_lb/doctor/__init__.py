@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hvd_lb.cores import usable_cores
 from hvd_lb.data.cache import cache_folder
 from hvd_lb.doctor import libraries, machine
 from hvd_lb.doctor.ask import Answer, ProbeError, ask, last_line
@@ -44,7 +45,7 @@ def examine() -> Iterator[Finding]:
     yield machine.check_compiler(shutil.which(os.environ.get("CXX", "g++")), shutil.which("make"))
     for name, folder in (("disk, here", Path.cwd()), ("disk, cache", cache_folder())):
         yield machine.check_disk(name, folder)
-    yield machine.check_cores(machine.usable_cores())
+    yield machine.check_cores(usable_cores())
     yield machine.check_memory(machine.available_memory())
     yield machine.check_shared_memory(Path("/dev/shm"), torch)
 

@@ -55,10 +55,6 @@ def check_shared_memory(folder: Path, torch: Answer, *, least: int = _GIB) -> Fi
     return Finding("shared memory", "ok", detail)
 
 
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def available_memory() -> int:
     """Bytes that can still be taken, by /proc/meminfo and by the limit of the container."""
     lines = Path("/proc/meminfo").read_text().splitlines()

@@ -6,7 +6,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -43,13 +43,18 @@ def run_job(
     resume: str,
     command: Sequence[str],
     console: Console,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> int:
-    """Train as resolved; the exit status: 0 at the end, 1 when a worker failed, 128 + signal when interrupted."""
+    """Train as resolved, telling `on_ready` when all checks have passed.
+
+    The exit status: 0 at the end, 1 when a worker failed, 128 + signal when interrupted.
+    """
     recipe = resolved.recipe
     check_launcher(placement.processes)
     run = RunDirectory((output or default_output(recipe)).expanduser().absolute())
     start = find_start(run, recipe, resume, resolved.total_steps)
     lock = run.lock()
+    on_ready()
     replace_text(run.recipe, recipe.to_yaml())
     write_json(run.environment, describe_environment(placement, command))
     run.summary.unlink(missing_ok=True)

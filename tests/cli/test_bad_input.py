@@ -1,0 +1,138 @@
+"""Bad input: one line that names what was given and the mend, exit code 2, nothing left half-made."""
+
+import fcntl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from hvd_lb.recipe import Recipe
+
+# The fixture of conftest.py: arguments to what was said.
+Run = Callable[..., Any]
+DIGITS = ("train", "--data", "digits", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((*DIGITS, "--gpus", 256), "use at most 44 GPUs"),
+        ((*DIGITS, "--gpus", 0), "--gpus 0"),
+        ((*DIGITS, "--gpus", -2), "--gpus -2"),
+        ((*DIGITS, "--gpus", "two"), "'two' is not a valid integer"),
+        ((*DIGITS, "--per-gpu-batch", 0), "--per-gpu-batch 0"),
+        ((*DIGITS, "--gpus", 2, "--processes", 3), "--processes 3 for 2 virtual workers"),
+        ((*DIGITS, "--processes", 0), "--processes"),
+        ((*DIGITS, "--model", "resnet51"), "did you mean 'resnet56'"),
+        ((*DIGITS, "--recipe", "digitz"), "did you mean 'digits'"),
+        ((*DIGITS, "--lr-rule", "cubic"), "not one of linear, sqrt, none"),
+        ((*DIGITS, "--schedule", "steps"), "not one of step, cosine, polynomial"),
+        ((*DIGITS, "--seed", -1), "--seed -1"),
+        ((*DIGITS, "--gpuz", 2), "Did you mean '--gpus'"),
+        ((*DIGITS, "--num-classes", 3), "digits has 10 classes"),
+        ((*DIGITS, "--momentum-form", 9, "--no-momentum-correction"), "form 9 needs no correction"),
+        ((*DIGITS, "--checkpoint-every", "often"), "--checkpoint-every often"),
+        ((*DIGITS, "--gpus", 16, "--warmup-epochs", 99), "--warmup-epochs less than 30"),
+        ((*DIGITS, "--val-fraction", 0.5), "--val-fraction"),
+        ((*DIGITS, "--resume", "nowhere"), "nowhere is no checkpoint"),
+        (("train", "--data", "nowhere", "--device", "cpu"), "nowhere"),
+        (("train", "--data", "synthetic:many", "--device", "cpu"), "synthetic:many"),
+        (("trian",), "No such command"),
+        (("simulate", "--budget", "3 parsecs"), "such as 60s"),
+        (("recipes", "goyal"), "goyal-resnet50"),
+    ],
+)
+def test_one_line(arguments: tuple[object, ...], told: str, hvd_lb: Run, in_empty_folder: Path) -> None:
+    said = hvd_lb(*arguments)
+    assert said.status == 2
+    assert told in said.err
+    assert said.err.startswith("hvd-lb: error: ")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert not list(in_empty_folder.iterdir())
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_no_data_names_the_choices(hvd_lb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HVD_LB_DATA", raising=False)
+    monkeypatch.setattr("hvd_lb.data.dataset._USUAL_FOLDER", Path("/nonexistent"))
+    said = hvd_lb("train", "--device", "cpu")
+    assert said.status == 2
+    assert all(word in said.err for word in ("--data", "digits", "synthetic", "HVD_LB_DATA"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpus_that_are_not_there(hvd_lb: Run) -> None:
+    said = hvd_lb("train", "--data", "digits", "--device", "cuda", "--gpus", 4)
+    assert said.status == 2
+    assert all(word in said.err for word in ("0 CUDA GPUs", "--hosts", "--device cpu", "simulate"))
+
+
+def test_a_yaml_file_with_a_misspelt_key(hvd_lb: Run, in_empty_folder: Path) -> None:
+    Path("mine.yaml").write_text("model: resnet8\nlearning_rat: 0.1\n")
+    said = hvd_lb(*DIGITS, "--recipe", "mine.yaml")
+    assert said.status == 2
+    assert "unknown field 'learning_rat'; did you mean 'learning_rate'" in said.err
+
+
+def test_output_that_cannot_be_used(hvd_lb: Run, in_empty_folder: Path) -> None:
+    Path("file").write_text("x")
+    Path("other").mkdir()
+    Path("other/thesis.tex").write_text("x")
+    assert "is a file" in hvd_lb(*DIGITS, "--output", "file").err
+    assert "cannot be written" in hvd_lb(*DIGITS, "--output", "file/run").err
+    assert "not a run" in hvd_lb(*DIGITS, "--output", "other").err
+    assert sorted(str(path) for path in Path().rglob("*")) == ["file", "other", "other/thesis.tex"]
+
+
+def test_output_in_use(hvd_lb: Run, in_empty_folder: Path) -> None:
+    Path("run").mkdir()
+    with Path("run/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = hvd_lb(*DIGITS, "--output", "run")
+    assert said.status == 2
+    assert "in use by another run" in said.err
+
+
+def test_output_of_another_recipe_names_the_fields(hvd_lb: Run, in_empty_folder: Path) -> None:
+    Path("run").mkdir()
+    Path("run/recipe.yaml").write_text(Recipe(model="resnet8").to_yaml())
+    said = hvd_lb(*DIGITS, "--output", "run", "--seed", 4)
+    assert said.status == 2
+    assert "seed: 0 → 4" in said.err
+
+
+def _picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 16), (10, 20, 30)).save(path)
+
+
+def test_folders_that_are_no_data_set(hvd_lb: Run, in_empty_folder: Path) -> None:
+    def said(folder: str) -> str:
+        answer = hvd_lb("train", "--device", "cpu", "--data", folder)
+        assert answer.status == 2
+        assert answer.err.count("\n") == 1
+        return answer.err
+
+    Path("empty").mkdir()
+    assert "empty" in said("empty")
+    _picture(Path("no-val/train/cat/1.png"))
+    assert "val" in said("no-val")
+    _picture(Path("classes/train/cat/1.png"))
+    _picture(Path("classes/val/dog/1.png"))
+    assert "cat" in said("classes")
+    _picture(Path("broken/train/cat/1.png"))
+    _picture(Path("broken/val/cat/1.png"))
+    Path("broken/train/cat/2.jpg").write_bytes(b"this is no image")
+    assert "2.jpg" in said("broken")
+    assert not Path("runs").exists()
