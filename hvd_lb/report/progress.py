@@ -13,7 +13,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from hvd_lb.report.metrics import MetricsFollower
 from hvd_lb.report.run_directory import RunDirectory
 
+# Piped output: how often a line of metrics may come, and after how long without any a sign of life does.
 _LINE_SECONDS = 10.0
+_QUIET_SECONDS = 60.0
 
 
 class Display(Protocol):
@@ -100,16 +102,15 @@ class LiveDisplay:
 
 
 class PlainDisplay:
-    """A line for each evaluation, and at most one every ten seconds in between."""
+    """A line for each evaluation, one of metrics every ten seconds, and a sign of life within a slow step."""
 
     def __init__(self, console: Console, first_step: int, total_steps: int, steps_per_epoch: int):
         self._console, self._total = console, total_steps
         self._rate = _Rate(first_step, total_steps)
         self._last = time.monotonic() - _LINE_SECONDS
-        self._shown = first_step
 
     def train(self, record: dict[str, Any]) -> None:
-        if self._due():
+        if self._silent_for(_LINE_SECONDS):
             left = self._rate.left(record["step"] + 1)
             self._line(
                 f"epoch {record['epoch']} step {record['step']}/{self._total}: {_metrics(record)}, {left}"
@@ -119,14 +120,14 @@ class PlainDisplay:
         self._line(evaluation_line(record))
 
     def beat(self, step: int, microbatch: int, microbatches: int) -> None:
-        if step > self._shown and self._due():
+        if self._silent_for(_QUIET_SECONDS):
             self._line(f"step {step}/{self._total}: microbatch {microbatch} of {microbatches}")
 
     def close(self) -> None:
         pass
 
-    def _due(self) -> bool:
-        return time.monotonic() - self._last >= _LINE_SECONDS
+    def _silent_for(self, seconds: float) -> bool:
+        return time.monotonic() - self._last >= seconds
 
     def _line(self, text: str) -> None:
         self._last = time.monotonic()
