@@ -75,7 +75,8 @@ class Evaluator:
                 logits = forward(x.to(self.dtype, memory_format=self.memory_format)).double()
                 ranked = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
                 loss = nn.functional.cross_entropy(logits, y, reduction="sum")
-                sums += torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum(), loss, torch.tensor(len(y))])
+                sums[:3] += torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum(), loss])
+                sums[3] += len(y)
         world.allreduce(sums, "hvd_lb.evaluation")
         top1, top5, loss_sum, count = sums.tolist()
         return Evaluation(100 * (1 - top1 / count), 100 * (1 - top5 / count), loss_sum / count, int(count))

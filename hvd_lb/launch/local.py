@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from hvd_lb.errors import UserError
 from hvd_lb.job import Job
 from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.world.horovod import import_horovod
 
 # Long enough for the slowest step, short enough that a hang does not last the night (off by default in Horovod).
 _STALL_SECONDS = 1800
@@ -45,12 +45,12 @@ def worker_command(job: Job, job_file: Path) -> list[str]:
 
 
 def check_launcher(processes: int) -> None:
-    """UserError when several processes are asked for and there is no Horovod to connect them."""
-    if processes > 1 and find_spec("horovod") is None:
-        raise UserError(
-            f"{processes} processes need Horovod, which is not installed: build it with docker/build-horovod.sh "
-            "(`make train` does), or use --processes 1 or `hvd-lb simulate`"
-        )
+    """UserError when several processes are asked for and there is no Horovod that could connect them."""
+    if processes > 1:
+        try:
+            import_horovod()
+        except UserError as error:
+            raise UserError(f"{error}; or use --processes 1 or `hvd-lb simulate`") from None
 
 
 class Workers:
