@@ -64,9 +64,30 @@ def build_model(
 
 def parameter_count(name: str, num_classes: int) -> int:
     """Trainable numbers of a network, found without making them."""
-    with torch.device("meta"):
-        model = build_model(name, num_classes, seed=0)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in _without_memory(name, num_classes).parameters())
+
+
+def check_input(name: str, num_classes: int, image_size: int, images: int) -> None:
+    """UserError when the network cannot train on a microbatch of so many images of this size; computes nothing."""
+    model = _without_memory(name, num_classes).train()
+    try:
+        with torch.no_grad():
+            model(torch.empty(images, 3, image_size, image_size, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"{name} cannot train on images of {image_size}×{image_size} pixels in microbatches of {images} "
+            f"({' '.join(str(error).split())}): give another --image-size (224 suits most networks), "
+            "a larger --per-gpu-batch or, where the last step is short, --last-batch drop"
+        ) from None
+
+
+def _without_memory(name: str, num_classes: int) -> nn.Module:
+    """A network whose tensors have shapes but no values."""
+    try:
+        with torch.device("meta"):
+            return build_model(name, num_classes, seed=0)
+    except NotImplementedError:  # RegNet computes its widths with tensors
+        return build_model(name, num_classes, seed=0).to("meta")
 
 
 def initialise(model: nn.Module, *, zero_gamma: bool) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from hvd_lb.data import Dataset, default_data, open_dataset
 from hvd_lb.errors import UserError
-from hvd_lb.models import check_model_name
+from hvd_lb.models import check_input, check_model_name
 from hvd_lb.plan.samples import SamplePlan
 from hvd_lb.recipe import OPTIONS, Recipe, load_values, make_recipe
 from hvd_lb.schedule import Schedule
@@ -76,6 +76,12 @@ def resolve(
             "expected at least as many"
         )
     plan = sample_plan(resolved, dataset)
+    check_input(
+        resolved.model,
+        resolved.num_classes or len(dataset.train.classes),
+        resolved.image_size,
+        plan.smallest_microbatch,
+    )
     return Resolved(resolved, dataset, preset, why, plan, resolved.lr_schedule(plan.steps_per_epoch))
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hvd_lb.errors import UserError
-from hvd_lb.models import build_model, model_names, parameter_count
+from hvd_lb.models import build_model, check_input, model_names, parameter_count
 
 
 @pytest.mark.parametrize("name", ["resnet50", "resnet18", "resnet20"])
@@ -53,3 +53,22 @@ def test_an_unknown_model_names_the_nearest() -> None:
     assert "resnet152" in model_names()
     with pytest.raises(UserError, match="did you mean 'resnet50'"):
         build_model("resnet-50", 10, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "images", "reason"),
+    [
+        ("resnet18", 32, 1, "more than 1 value per channel"),
+        ("vit_b_16", 32, 2, "Expected 224"),
+        ("googlenet", 8, 2, "too small"),
+        ("regnet_y_400mf", 32, 1, "more than 1 value per channel"),
+    ],
+)
+def test_input_a_network_cannot_take(name: str, size: int, images: int, reason: str) -> None:
+    with pytest.raises(UserError, match=rf"{name}.*{size}×{size}.*microbatches of {images}.*{reason}"):
+        check_input(name, 10, size, images)
+
+
+@pytest.mark.parametrize(("name", "size", "images"), [("resnet8", 8, 1), ("regnet_y_400mf", 32, 2)])
+def test_input_a_network_can_take(name: str, size: int, images: int) -> None:
+    check_input(name, 10, size, images)

@@ -77,6 +77,12 @@ class SamplePlan:
         """Virtual workers with images in this step: k_t, over which batch norm statistics are averaged."""
         return min(self.workers, self.step_images(step))
 
+    @property
+    def smallest_microbatch(self) -> int:
+        """Images of the smallest microbatch that is not empty."""
+        last = self.step_images(self.steps_per_epoch - 1)
+        return max(1, last // self.workers)
+
     def image_ids(self, epoch: int, step: int, worker: int) -> np.ndarray:
         """Image ids of one microbatch, int64 (n,); shorter, perhaps empty, in a short last step."""
         positions = self.positions(step, worker)
