@@ -1,4 +1,4 @@
-"""Running statistics of batch norm: one update per step over the virtual workers (DESIGN.md 7).
+"""Running statistics of batch norm: one update per step over the virtual workers (docs/design.md 7).
 
     r ← (1 − m) r + (m / k_t) Σ_j s_j        s_j: batch statistics of virtual worker j, k_t: workers with images
 

@@ -1,4 +1,4 @@
-"""Exact evaluation: every validation image counted once, for any number of processes (DESIGN.md 8).
+"""Exact evaluation: every validation image counted once, for any number of processes (docs/design.md 8).
 
 Images are cut into batches that do not depend on p; the processes share the batches, and sums and counts are added up,
 never means.

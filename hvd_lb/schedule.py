@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step (paper section 2.1 and 2.2, DESIGN.md 4).
+"""The learning rate as a pure function of the step (paper section 2.1 and 2.2, docs/design.md 4).
 
 linear scaling   peak = reference · kn / 256
 gradual warmup   reference + (peak − reference) · t / T_w, the same increment at every iteration t < T_w

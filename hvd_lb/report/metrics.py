@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: one JSON line per record, appended as it happens (DESIGN.md, run directory)."""
+"""metrics.jsonl and TensorBoard: one JSON line per record, appended as it happens (docs/run-directory.md)."""
 
 from __future__ import annotations
 
