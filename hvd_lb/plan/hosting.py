@@ -1,4 +1,4 @@
-"""k virtual workers on p processes: contiguous, balanced to within one, for every p ≤ k (DESIGN.md, words)."""
+"""k virtual workers on p processes: contiguous, balanced to within one, for every p ≤ k (docs/design.md)."""
 
 from __future__ import annotations
 

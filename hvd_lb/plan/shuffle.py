@@ -1,10 +1,10 @@
 """A random permutation of [0, N) that is computed by position: O(1) memory, any slice on its own.
 
-A keyed bijection (docs/design.md 5, paper remark 4): positions are written as (left, right) with left < a, right < b and
-a*b just above N; every round adds a keyed hash of one half to the other, modulo its size, which is invertible whatever
-the hash is (an unbalanced Feistel network). The few values that fall outside [0, N) walk on along their cycle until
-they fall inside, which keeps the map a bijection of [0, N) (Black and Rogaway, "Ciphers with arbitrary finite domains",
-2002).
+A keyed bijection (docs/design.md 5, paper remark 4): positions are written as (left, right) with left < a, right < b
+and a·b just above N; every round adds a keyed hash of one half to the other, modulo its size, which is invertible
+whatever the hash is (an unbalanced Feistel network). The few values that fall outside [0, N) walk on along their cycle
+until they fall inside, which keeps the map a bijection of [0, N) (Black and Rogaway, "Ciphers with arbitrary finite
+domains", 2002).
 """
 
 from __future__ import annotations
