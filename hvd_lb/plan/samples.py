@@ -1,4 +1,4 @@
-"""Which images virtual worker j sees in step t of epoch e: a pure function of the recipe (paper remark 4, DESIGN.md 5).
+"""Which images virtual worker j sees in step t of epoch e: a function of the recipe (remark 4; docs/design.md 5).
 
 Number of processes, hosts and devices appear nowhere.
 """
