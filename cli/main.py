@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module, metadata
 
@@ -9,6 +10,10 @@ import rich_click as click
 from click.exceptions import NoArgsIsHelpError
 
 from hvd_lb.errors import UserError
+
+# Threads that wait for each other give up their core: on a shared machine, spinning ones made a step five times
+# slower. Read when torch is loaded, here and in the workers.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Imported when asked for: `hvd-lb --help` need not wait for torch.
 _COMMANDS = {

@@ -6,7 +6,7 @@ import rich_click as click
 from rich.console import Console
 from rich.table import Table
 
-from hvd_lb.recipe import load_values, make_recipe, preset_names
+from hvd_lb.recipe import LEFT_TO_THE_MACHINE, load_values, make_recipe, preset_names
 
 
 @click.command()
@@ -19,7 +19,9 @@ def recipes(name: str | None) -> None:
     hvd-lb recipes goyal-resnet50 > mine.yaml
     """
     if name:
-        click.echo(make_recipe(load_values(name), name).to_yaml(), nl=False)
+        values = load_values(name)
+        # What the preset leaves to the machine stays open, so that the text can be used as a recipe.
+        click.echo(make_recipe(values, name).to_yaml(leave_out=LEFT_TO_THE_MACHINE - set(values)), nl=False)
         return
     table = Table("recipe", "model", "pixels", "epochs", "for", box=None)
     for preset in preset_names():

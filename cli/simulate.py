@@ -16,7 +16,7 @@ from hvd_lb.hardware import choose_device, place
 from hvd_lb.launch.run import default_output, run_job
 from hvd_lb.models import parameter_count
 from hvd_lb.recipe import Recipe
-from hvd_lb.report.progress import duration
+from hvd_lb.report.progress import count, duration
 from hvd_lb.resolve import Resolved, explain, resolve
 from hvd_lb.simulate import Rehearsal, rehearse
 from hvd_lb_cli.options import recipe_options, run_options
@@ -85,7 +85,7 @@ def simulate(
                 f"rehearsing: step {step}, microbatch {done}/{of}"
             ),
         )
-    print_plan(console, _findings(resolved, rehearsal, f"{where}, {placement.threads} threads"))
+    print_plan(console, _findings(resolved, rehearsal, f"{where}, {count(placement.threads, 'thread')}"))
     return 0
 
 
@@ -103,13 +103,15 @@ def _findings(resolved: Resolved, rehearsal: Rehearsal, where: str) -> list[tupl
     recipe, plan = resolved.recipe, resolved.plan
     seconds = rehearsal.microbatch_seconds
     how = (
-        f"measured over {rehearsal.steps} whole steps"
+        f"measured over {count(rehearsal.steps, 'whole step')}"
         if rehearsal.steps
         else f"{recipe.gpus} times the microbatch, as no whole step fitted into the budget"
     )
-    losses = rehearsal.losses
     rows = [
-        ("measured here", f"{where}: {rehearsal.microbatches} microbatches, {rehearsal.steps} whole steps"),
+        (
+            "measured here",
+            f"{where}: {count(rehearsal.steps, 'whole step')}, {rehearsal.microbatches:,} microbatches in all",
+        ),
         (
             "microbatch",
             f"{duration(seconds)} for {recipe.per_gpu_batch} images ({recipe.per_gpu_batch / seconds:,.1f} images/s)",
@@ -122,8 +124,7 @@ def _findings(resolved: Resolved, rehearsal: Rehearsal, where: str) -> list[tupl
         ("the whole run", duration(rehearsal.step_seconds * resolved.total_steps)),
         ("peak memory", f"{rehearsal.peak_memory / 1e6:,.0f} MB of this process"),
     ]
-    if losses:
-        rows.insert(
-            1, ("loss", f"{losses[0]:.4f} in the first step, {losses[-1]:.4f} in step {len(losses) - 1}")
-        )
+    if rehearsal.losses:
+        steps = ", ".join(f"{loss:.4f}" for loss in (rehearsal.losses[0], *rehearsal.losses[1:][-1:]))
+        rows.insert(1, ("loss", f"{steps} (first and last whole step)"))
     return rows

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from hvd_lb.hardware import choose_device, default_gpus, place
 from hvd_lb.launch.run import run_job
+from hvd_lb.report.progress import count
 from hvd_lb.resolve import explain, resolve
 from hvd_lb_cli.options import recipe_options, run_options
 from hvd_lb_cli.show import index_progress, print_plan
@@ -44,7 +45,7 @@ def train(
     with index_progress(console) as on_progress:
         resolved = resolve(options, recipe=recipe, default_gpus=default_gpus(where), on_progress=on_progress)
     placement = place(where, gpus=resolved.recipe.gpus, processes=processes, threads=resolved.recipe.threads)
-    share = f"{placement.processes} on {placement.device}, {placement.threads} threads each"
+    share = f"{placement.processes} on {placement.device}, {count(placement.threads, 'thread')} each"
     return run_job(
         resolved,
         placement,

@@ -94,6 +94,16 @@ class CheckpointStore:
         self._remove_old()
         return final
 
+    def discard_after(self, step: int) -> None:
+        """Remove the checkpoints of more than `step` steps: the run goes on from there and writes them again."""
+        for path in self.newest_first():
+            if int(path.name.removeprefix("step-")) > step:
+                shutil.rmtree(path)
+        for name in ("last", "best"):
+            link = self.folder / name
+            if link.is_symlink() and not link.exists():
+                link.unlink()
+
     def newest_first(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"), reverse=True)
 

@@ -28,6 +28,9 @@ LoaderKind = Literal["dali", "torchvision"]
 # The source of fields that were given on the command line.
 OPTIONS = "options"
 
+# Fields that have no default of their own: one worker per GPU, the classes of the data.
+LEFT_TO_THE_MACHINE = {"gpus", "num_classes"}
+
 _EVERY = re.compile(r"(\d+) ?(steps?|epochs?)")
 
 
@@ -200,10 +203,9 @@ class Recipe(BaseModel):
         text = json.dumps([self.data, self.mathematics()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(
-            self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None
-        )
+    def to_yaml(self, leave_out: set[str] | None = None) -> str:
+        values = self.model_dump(mode="json", exclude=leave_out)
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
 FREE_FIELDS = {

@@ -36,6 +36,11 @@ class Resolved:
     def total_steps(self) -> int:
         return total_steps(self.recipe, self.plan)
 
+    @property
+    def stops_early(self) -> bool:
+        """Whether --steps ends the run before its epochs do."""
+        return self.total_steps < self.recipe.epochs * self.plan.steps_per_epoch
+
 
 def resolve(
     options: Mapping[str, Any],
@@ -111,7 +116,7 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
         else "no image skipped"
     )
     length = f"{resolved.total_steps:,} steps" + (
-        f" (--steps) of {recipe.epochs} epochs" if recipe.steps else ""
+        f" (--steps) of {recipe.epochs} epochs" if resolved.stops_early else ""
     )
     return [
         ("recipe", f"{resolved.preset} ({resolved.why})"),
@@ -123,7 +128,7 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
         ("model", f"{recipe.model}, {recipe.image_size}×{recipe.image_size}, {recipe.precision}"),
         ("minibatch", f"{recipe.gpus} workers × {recipe.per_gpu_batch} = {recipe.global_batch:,} images"),
         ("epoch", f"{plan.steps_per_epoch:,} steps, {rest}"),
-        ("length", f"{recipe.epochs} epochs, {length}" if not recipe.steps else length),
+        ("length", f"{recipe.epochs} epochs, {length}" if not resolved.stops_early else length),
         ("learning rate", resolved.schedule.describe()),
     ]
 

@@ -99,3 +99,14 @@ def test_an_interrupted_write_leaves_the_others_alone(tmp_path: Path) -> None:
     assert (found.step, problems) == (1, [])
     save(store, 2)
     assert not list(tmp_path.glob(".writing*"))
+
+
+def test_going_on_from_an_older_checkpoint_discards_the_later_ones(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    save(store, 22, 44, 66, best=66)
+    store.discard_after(44)
+    assert not (tmp_path / "last").is_symlink()
+    assert not (tmp_path / "best").is_symlink()
+    save(store, 45)
+    assert (tmp_path / "last").resolve().name == "step-00000045"
+    assert [path.name for path in store.newest_first()] == ["step-00000045", "step-00000044"]

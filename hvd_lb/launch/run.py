@@ -14,12 +14,13 @@ from typing import Any
 
 from rich.console import Console
 
+from hvd_lb.checkpoint import CheckpointStore
 from hvd_lb.hardware import Placement, describe_environment
 from hvd_lb.job import Job
 from hvd_lb.launch.local import Workers, check_launcher
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.html import write_report
-from hvd_lb.report.metrics import read_metrics
+from hvd_lb.report.metrics import read_metrics, truncate_metrics
 from hvd_lb.report.progress import RunView, duration, evaluation_line, open_display
 from hvd_lb.report.run_directory import RunDirectory, find_start, replace_text, write_json
 from hvd_lb.resolve import Resolved
@@ -58,6 +59,8 @@ def run_job(
     replace_text(run.recipe, recipe.to_yaml())
     write_json(run.environment, describe_environment(placement, command))
     run.summary.unlink(missing_ok=True)
+    truncate_metrics(run.metrics, start.step)
+    CheckpointStore(run.checkpoints).discard_after(start.step)
     for message in start.messages:
         console.print(f"[yellow]warning:[/] {message}", soft_wrap=True, highlight=False)
     if start.checkpoint:
@@ -80,25 +83,27 @@ def run_job(
     )
     began = time.monotonic()
     with _interruptible():
-        workers = Workers(job, run, lock)
         try:
-            with RunView(run, display, start.step) as view:
-                while (status := workers.wait(_LOOK_SECONDS)) is None:
-                    view.update()
+            workers = Workers(job, run, lock)
+            try:
+                with RunView(run, display, start.step) as view:
+                    while (status := workers.wait(_LOOK_SECONDS)) is None:
+                        view.update()
+            except _Interrupted:
+                console.print("stopping the workers …", highlight=False)
+                raise
+            finally:
+                workers.stop()
         except _Interrupted as interruption:
-            console.print("stopping the workers …", highlight=False)
-            workers.stop()
             _sum_up(run, resolved, f"interrupted by {interruption.signal.name}", time.monotonic() - began)
             console.print("stopped; the same command goes on from the last checkpoint", highlight=False)
             return 128 + interruption.signal
-        finally:
-            workers.stop()
     if status != 0:
         failure = workers.failure(status)
         _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began)
         print(f"hvd-lb: error: {failure}", file=sys.stderr)
         return 1
-    reason = "stopped at --steps" if recipe.steps else "finished"
+    reason = "stopped at --steps" if resolved.stops_early else "finished"
     figures = _sum_up(run, resolved, reason, time.monotonic() - began)
     write_report(run, run.path.name, resolved.plan.steps_per_epoch, figures)
     for name, value in figures:

@@ -5,7 +5,6 @@ It writes nothing to the terminal: rank 0 tells the run directory what happens, 
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -20,7 +19,7 @@ from hvd_lb.checkpoint import CheckpointStore, open_checkpoint
 from hvd_lb.data import open_dataset
 from hvd_lb.job import Job
 from hvd_lb.report.metrics import RunObserver, SilentObserver
-from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.report.run_directory import RunDirectory, write_json
 from hvd_lb.trainer import Trainer
 from hvd_lb.world import World
 
@@ -78,7 +77,7 @@ def _tell(directory: RunDirectory, rank: int, error: BaseException) -> None:
         "message": " ".join(str(error).split()) or type(error).__name__,
         "traceback": traceback.format_exc(),
     }
-    directory.error(rank).write_text(json.dumps(content, indent=1), "utf-8")
+    write_json(directory.error(rank), content)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ class RunObserver:
 
     def __init__(self, run: RunDirectory, first_step: int):
         self._run = run
-        truncate_metrics(run.metrics, first_step)
         self._lines = run.metrics.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step)
         self._beat = 0.0

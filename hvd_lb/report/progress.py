@@ -158,6 +158,11 @@ def evaluation_line(record: dict[str, Any]) -> str:
     )
 
 
+def count(number: int, noun: str) -> str:
+    """1 step, 2 steps, 1,000 steps."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def duration(seconds: float) -> str:
     """Seconds in words with sensible units: 12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
     if seconds < 0.9995:

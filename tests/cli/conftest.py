@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +33,20 @@ def hvd_lb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def start() -> Callable[..., subprocess.Popen[str]]:
-    """start("train", …) as a process of its own."""
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """start("train", …) as a process of its own; ended with the test."""
+    started: list[subprocess.Popen[str]] = []
 
     def run(*arguments: object, cwd: Path | None = None) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "hvd_lb_cli.main", *map(str, arguments)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd
+        )
+        started.append(process)
+        return process
 
-    return run
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=60)
