@@ -107,11 +107,11 @@ def _findings(resolved: Resolved, rehearsal: Rehearsal, where: str) -> list[tupl
         if rehearsal.steps
         else f"{recipe.gpus} times the microbatch, as no whole step fitted into the budget"
     )
+    measured = f"{count(rehearsal.steps, 'whole step')}, {rehearsal.microbatches:,} microbatches in all"
+    if not rehearsal.microbatches:
+        measured = f"{count(rehearsal.probed, 'image')} only, as not one microbatch would fit into the budget"
     rows = [
-        (
-            "measured here",
-            f"{where}: {count(rehearsal.steps, 'whole step')}, {rehearsal.microbatches:,} microbatches in all",
-        ),
+        ("measured here", f"{where}: {measured}"),
         (
             "microbatch",
             f"{duration(seconds)} for {recipe.per_gpu_batch} images ({recipe.per_gpu_batch / seconds:,.1f} images/s)",

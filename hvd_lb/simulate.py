@@ -1,11 +1,12 @@
 """A rehearsal of a run on one process: how long would a step and an epoch take here, found out within a time budget.
 
 The steps are the trainer's own. A step of 256 virtual workers may be longer than the budget: then its first
-microbatches are timed and the step is given up.
+microbatches are timed and the step is given up. Where not even one microbatch would fit, a few images are timed.
 """
 
 from __future__ import annotations
 
+import copy
 import resource
 import statistics
 import sys
@@ -22,13 +23,16 @@ from hvd_lb.world.solo import Solo
 
 # Fewer microbatches than this say little, as the first ones are slow.
 _ENOUGH_MICROBATCHES = 6
+# Enough for batch norm, few enough for a slow machine.
+_PROBED_IMAGES = 2
 
 
 @dataclass(frozen=True)
 class Rehearsal:
     """What was measured. Times in seconds, memory in bytes; `losses` are means over the images of whole steps.
 
-    Where no whole step was timed, `step_seconds` is that of its microbatches added up.
+    Where no whole step was timed, `step_seconds` is that of its microbatches added up; where no microbatch was,
+    `microbatch_seconds` is in proportion to the time of `probed` images.
     """
 
     microbatches: int
@@ -37,6 +41,7 @@ class Rehearsal:
     step_seconds: float
     losses: list[float]
     peak_memory: int
+    probed: int = 0
 
 
 class _BudgetSpent(Exception):  # noqa: N818 - not an error: how a step is given up
@@ -80,13 +85,17 @@ def rehearse(
     deadline: float,
     on_microbatch: Callable[[int, int, int], None] = lambda step, done, of: None,
 ) -> Rehearsal:
-    """Take steps until the next whole one would end after `deadline` (of time.monotonic); at least one microbatch."""
+    """Take steps until the next whole one would end after `deadline` (of time.monotonic)."""
     watch = _Stopwatch(deadline, on_microbatch)
     torch.set_num_threads(threads)
     trainer = Trainer(
         resolved.recipe, resolved.dataset, Solo(), device=device, threads=threads, observer=watch
     )
     trainer.model.train()
+    images = min(resolved.recipe.per_gpu_batch, _PROBED_IMAGES)
+    guess = _probe(trainer, images) * resolved.recipe.per_gpu_batch / images
+    if time.monotonic() + guess > deadline:
+        return Rehearsal(0, guess, 0, guess * resolved.recipe.gpus, [], _peak_memory(device), images)
     steps: list[float] = []
     losses: list[float] = []
     with trainer.batches() as batches:
@@ -110,6 +119,23 @@ def rehearse(
         losses=losses,
         peak_memory=_peak_memory(device),
     )
+
+
+def _probe(trainer: Trainer, images: int) -> float:
+    """Seconds of forward and backward for so many images of noise, without touching the run: the second of two."""
+    model = copy.deepcopy(trainer.model)
+    size = trainer.recipe.image_size
+    noise = torch.randn(images, 3, size, size, device=trainer.device, dtype=trainer.dtype)
+    labels = torch.zeros(images, dtype=torch.int64, device=trainer.device)
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        with trainer.autocast():
+            loss = trainer.loss(model(noise), labels)
+        loss.backward()
+        loss.item()
+        seconds = time.perf_counter() - began
+    return seconds
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -150,7 +150,7 @@ class Trainer:
             images, labels = next(batches)
             # Whatever the model draws (dropout) belongs to the virtual worker, not to the process.
             torch.manual_seed(generator_seed(self.recipe.seed, 1, self.step, worker))
-            with self._autocast():
+            with self.autocast():
                 logits = self.forward(images.to(self.dtype, memory_format=self.memory_format))
                 loss = self.loss(logits, labels)
             self.statistics.after_forward()
@@ -191,7 +191,7 @@ class Trainer:
             threads=self.threads,
         )
 
-    def _autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[None]:
         if self.recipe.precision not in _AUTOCAST:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=_AUTOCAST[self.recipe.precision])
@@ -247,7 +247,7 @@ class Trainer:
             memory_format=self.memory_format,
         )
         self.model.eval()
-        self.last_evaluation = evaluator(self.forward, self.world, self._autocast())
+        self.last_evaluation = evaluator(self.forward, self.world, self.autocast())
         self.model.train()
         if self.world.rank == 0:
             self.observer.evaluation({**self._position(), **asdict(self.last_evaluation)})
