@@ -1,0 +1,217 @@
+"""Whole runs with real processes: the same on any p, through kills and damage, and what a user is told."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("horovod") is None, reason="needs Horovod"),
+]
+
+Start = Callable[..., subprocess.Popen[str]]
+SMALL = ("--data", "digits", "--device", "cpu", "--model", "resnet8", "--threads", 1)
+
+
+def finish(process: subprocess.Popen[str], status: int = 0, seconds: float = 240) -> tuple[str, str]:
+    """What the process printed, once it has ended with this exit status."""
+    out, err = process.communicate(timeout=seconds)
+    assert process.returncode == status, f"{out}\n{err}"
+    assert "Traceback" not in out + err
+    return out, err
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return load_file(run / "checkpoints" / "last" / "model.safetensors")
+
+
+def summary(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def assert_equal_metrics(runs: Sequence[Path], relative: float) -> None:
+    first, *others = map(records, runs)
+    for other in others:
+        assert len(other) == len(first)
+        for a, b in zip(first, other, strict=True):
+            for name in a.keys() - {"kind", "images_per_second", "data_wait"}:
+                assert b[name] == pytest.approx(a[name], rel=relative, abs=0), (name, a, b)
+            assert b["kind"] == a["kind"]
+
+
+def assert_equal_weights(runs: Sequence[Path], relative: float) -> None:
+    first, *others = map(weights, runs)
+    for other in others:
+        for name, tensor in first.items():
+            scale = np.abs(tensor).max() or 1
+            assert np.abs(other[name] - tensor).max() <= relative * scale, name
+
+
+def processes_of(run: Path) -> list[int]:
+    """Living processes that name the run on their command line, and their descendants."""
+    parents, found = {}, set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            command = (folder / "cmdline").read_text()
+        except OSError:
+            continue
+        if state != "Z":
+            parents[int(folder.name)] = int(parent)
+            if str(run) in command:
+                found.add(int(folder.name))
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found)
+
+
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing came of it"
+        time.sleep(0.1)
+
+
+def a_run(run: Path, *more: object) -> list[object]:
+    """100 steps (four epochs and a half) of 2 virtual workers on 2 processes, with frequent records and checkpoints."""
+    return [
+        *("train", *SMALL, "--gpus", 2, "--processes", 2, "--epochs", 30, "--steps", 100, "--log-every", 1),
+        *("--checkpoint-every", "7steps", "--output", run, *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`a_run` that nobody disturbed."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    command = [sys.executable, "-m", "hvd_lb_cli.main", *map(str, a_run(run))]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=240)
+    return run
+
+
+def test_every_number_of_processes_makes_the_same_run(start: Start, tmp_path: Path) -> None:
+    """k = 4 on 1, 2 and 3 processes, unevenly hosted, the last step short: fp64 leaves rounding no room to grow."""
+    runs = [tmp_path / f"{processes}" for processes in (1, 2, 3)]
+    recipe = ("--gpus", 4, "--per-gpu-batch", 16, "--precision", "fp64", "--last-batch", "keep")
+    for processes, run in enumerate(runs, start=1):
+        more = (*recipe, "--epochs", 1, "--log-every", 1, "--processes", processes, "--output", run)
+        finish(start("train", *SMALL, *more))
+    assert [record["kind"] for record in records(runs[0])] == ["train"] * 23 + ["eval"]
+    assert records(runs[0])[-1]["images"] == 359
+    assert_equal_metrics(runs, 1e-9)
+    assert_equal_weights(runs, 1e-12)
+
+
+def test_train_on_two_processes_equals_simulate(start: Start, tmp_path: Path) -> None:
+    more = ("--gpus", 4, "--per-gpu-batch", 16, "--steps", 10, "--log-every", 1)
+    trained, simulated = tmp_path / "trained", tmp_path / "simulated"
+    finish(start("train", *SMALL, *more, "--processes", 2, "--output", trained))
+    finish(start("simulate", *SMALL, *more, "--output", simulated))
+    assert len(records(trained)) == 11
+    assert_equal_metrics([trained, simulated], 1e-5)
+    assert_equal_weights([trained, simulated], 1e-5)
+
+
+def test_stopped_then_killed_it_goes_on_to_the_same_bits(
+    start: Start, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    first = start(*a_run(run))
+    until(lambda: trained_steps(run) > 10)
+    first.send_signal(signal.SIGTERM)
+    out, err = finish(first, 128 + signal.SIGTERM)
+    assert "the same command goes on" in out
+    assert err == ""
+    assert summary(run)["exit_reason"] == "interrupted by SIGTERM"
+    assert not processes_of(run)
+
+    second = start(*a_run(run))
+    until(lambda: trained_steps(run) > 20)
+    for process in processes_of(run):
+        os.kill(process, signal.SIGKILL)
+    assert second.wait(30) == -signal.SIGKILL
+    until(lambda: not processes_of(run), 20)
+
+    out, _ = finish(start(*a_run(run)))
+    assert "going on from step" in out
+    assert [record["step"] for record in records(run) if record["kind"] == "train"] == list(range(100))
+    assert_equal_metrics([undisturbed, run], 0)
+    files = [of / "checkpoints" / "last" / "model.safetensors" for of in (undisturbed, run)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_killed_launcher_takes_its_workers_along(start: Start, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launcher = start(*a_run(run))
+    until(lambda: trained_steps(run) > 3)
+    launcher.kill()
+    until(lambda: not processes_of(run), 20)
+
+
+def test_a_damaged_checkpoint_is_passed_over(start: Start, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run, symlinks=True)
+    newest = run / "checkpoints" / "last" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    out, _ = finish(start(*a_run(run)))
+    assert "step-00000100 is damaged: model.safetensors is truncated" in out
+    assert "going on from step 98" in out
+    last = "checkpoints/last/model.safetensors"
+    assert (run / last).read_bytes() == (undisturbed / last).read_bytes()
+
+
+def test_a_finished_run_is_left_alone(start: Start, undisturbed: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+    out, err = finish(start(*a_run(undisturbed)), 2)
+    assert out == ""
+    assert "at the end of this run already" in err
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+
+
+def test_a_broken_image_ends_the_job_with_its_name(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HVD_LB_CACHE", str(tmp_path / "cache"))
+    random = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 1)):
+        for name in ("grüne Äpfel", "pears"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 256, (40, 40, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"no {i}.jpg")
+    broken = tmp_path / "data" / "train" / "grüne Äpfel" / "no 7.jpg"
+    broken.write_bytes(broken.read_bytes()[:700])  # its header says 40 x 40, and few pixels follow
+    run = tmp_path / "run"
+    arguments = ("--data", tmp_path / "data", "--device", "cpu", "--model", "resnet8", "--threads", 1)
+    more = ("--gpus", 2, "--per-gpu-batch", 4, "--epochs", 9, "--output", run)
+    _, err = finish(start("train", *arguments, *more), 1)
+    assert err.count("\n") == 1
+    assert f"{broken}: cannot be decoded" in err
+    assert "rank " in err
+    assert "no 7.jpg" in summary(run)["exit_reason"]
+    assert not processes_of(run)
+
+
+def trained_steps(run: Path) -> int:
+    try:
+        return sum('"train"' in line for line in (run / "metrics.jsonl").read_text().splitlines())
+    except FileNotFoundError:
+        return 0
