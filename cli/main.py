@@ -58,6 +58,8 @@ def main() -> None:
         sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
+    except OSError as error:  # a full disk, a folder that went away, a reader that closed the pipe
+        _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     else:

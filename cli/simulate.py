@@ -114,7 +114,7 @@ def _findings(resolved: Resolved, rehearsal: Rehearsal, where: str) -> list[tupl
         ("measured here", f"{where}: {measured}"),
         (
             "microbatch",
-            f"{duration(seconds)} for {recipe.per_gpu_batch} images ({recipe.per_gpu_batch / seconds:,.1f} images/s)",
+            f"{duration(seconds)} for {recipe.per_gpu_batch} images ({speed(recipe.per_gpu_batch / seconds)})",
         ),
         ("a step", f"{duration(rehearsal.step_seconds)} on this one process ({how})"),
         (

@@ -21,7 +21,7 @@ from hvd_lb.launch.local import Workers, check_launcher
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.html import write_report
 from hvd_lb.report.metrics import read_metrics, truncate_metrics
-from hvd_lb.report.progress import RunView, duration, evaluation_line, open_display
+from hvd_lb.report.progress import RunView, duration, evaluation_line, open_display, speed
 from hvd_lb.report.run_directory import RunDirectory, find_start, replace_text, write_json
 from hvd_lb.resolve import Resolved
 
@@ -100,8 +100,9 @@ def run_job(
             return 128 + interruption.signal
     if status != 0:
         failure = workers.failure(status)
-        _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began)
+        # Told first: where the disk is full, nothing can be summed up.
         print(f"hvd-lb: error: {failure}", file=sys.stderr)
+        _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began)
         return 1
     reason = "stopped at --steps" if resolved.stops_early else "finished"
     figures = _sum_up(run, resolved, reason, time.monotonic() - began)
@@ -139,7 +140,7 @@ def _sum_up(run: RunDirectory, resolved: Resolved, reason: str, seconds: float) 
         figures.append(("last", evaluation_line(last)))
         figures.append(("best top-1 error", f"{best['top1_error']:.2f} % (epoch {best['epoch']})"))
     if rates:
-        figures.append(("speed", f"{statistics.median(rates):,.0f} images/s (median)"))
+        figures.append(("speed", f"{speed(statistics.median(rates))} (median)"))
     figures.append(("wall time", duration(seconds)))
     return figures
 

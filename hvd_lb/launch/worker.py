@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -60,9 +61,10 @@ def main(job_file: str) -> None:
         rank = world.rank
         run(job, world)
     except BaseException as error:
-        _tell(RunDirectory(job.output), rank, error)
-        traceback.print_exc()
-        sys.stderr.flush()
+        with suppress(OSError):  # the disk is full
+            _tell(RunDirectory(job.output), rank, error)
+            traceback.print_exc()
+            sys.stderr.flush()
         # At once, without Horovod's shutdown: it would wait for the others, who are waiting for this process.
         os._exit(1)
     worlds.shutdown()

@@ -29,7 +29,13 @@ def plot_curves(records: list[dict[str, Any]], steps_per_epoch: int, title: str,
             ha="right",
         )
     loss.plot(epochs(train), [record["loss"] for record in train], label="training", linewidth=1)
-    loss.plot(epochs(evaluations), [record["loss"] for record in evaluations], label="validation", color="C3")
+    loss.plot(
+        epochs(evaluations),
+        [record["loss"] for record in evaluations],
+        label="validation",
+        marker=".",
+        color="C3",
+    )
     loss.set_ylabel("loss")
     loss.legend(loc="upper right")
     rate.plot(epochs(train), [record["lr"] for record in train], color="C2")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from hvd_lb.report.metrics import MetricsFollower
 from hvd_lb.report.run_directory import RunDirectory
@@ -63,15 +65,14 @@ class RunView:
 
 
 class LiveDisplay:
-    """One bar at the bottom; evaluations scroll by above it."""
+    """A bar and the newest metrics at the bottom; evaluations scroll by above them."""
 
     def __init__(self, console: Console, first_step: int, total_steps: int, steps_per_epoch: int):
         self._steps_per_epoch, self._rate = steps_per_epoch, _Rate(first_step, total_steps)
-        self._progress = Progress(
+        self._progress = _TwoLines(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             TaskProgressColumn(),
-            TextColumn("{task.fields[metrics]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
             console=console,
@@ -79,17 +80,24 @@ class LiveDisplay:
         self._task = self._progress.add_task(
             "starting workers", total=total_steps, completed=first_step, metrics="", left=""
         )
+        self._done = float(first_step)
         self._progress.start()
 
     def train(self, record: dict[str, Any]) -> None:
         self._progress.update(self._task, metrics=_metrics(record))
+        self._move(record["step"], record["step"] + 1)
 
     def evaluation(self, record: dict[str, Any]) -> None:
         self._progress.console.print(evaluation_line(record), highlight=False)
 
     def beat(self, step: int, microbatch: int, microbatches: int) -> None:
-        done = step + microbatch / microbatches
         part = f" ({microbatch}/{microbatches})" if microbatches > 1 else ""
+        self._move(step, step + microbatch / microbatches, part)
+
+    def _move(self, step: int, done: float, part: str = "") -> None:
+        if done <= self._done:  # records and signs of life come on different ways
+            return
+        self._done = done
         self._progress.update(
             self._task,
             completed=done,
@@ -99,6 +107,15 @@ class LiveDisplay:
 
     def close(self) -> None:
         self._progress.stop()
+
+
+class _TwoLines(Progress):
+    """The bar, and the metrics under it: both fit into 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["metrics"], no_wrap=True, overflow="ellipsis")
 
 
 class PlainDisplay:
@@ -113,7 +130,7 @@ class PlainDisplay:
         if self._silent_for(_LINE_SECONDS):
             left = self._rate.left(record["step"] + 1)
             self._line(
-                f"epoch {record['epoch']} step {record['step']}/{self._total}: {_metrics(record)}, {left}"
+                f"epoch {record['epoch']} step {record['step']}/{self._total}: {_metrics(record)}{left and ', '}{left}"
             )
 
     def evaluation(self, record: dict[str, Any]) -> None:
@@ -146,6 +163,8 @@ class _Rate:
         if self._first is None or done < self._first[0]:
             self._first = (done, now)
         steps, seconds = done - self._first[0], now - self._first[1]
+        if done >= self._total:
+            return ""
         if steps <= 0 or seconds <= 0:
             return "time left unknown"
         return f"{duration((self._total - done) * seconds / steps)} left"
@@ -161,6 +180,12 @@ def evaluation_line(record: dict[str, Any]) -> str:
 def count(number: int, noun: str) -> str:
     """1 step, 2 steps, 1,000 steps."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def speed(images_per_second: float) -> str:
+    """With two digits at least."""
+    digits = f"{images_per_second:,.0f}" if images_per_second >= 10 else f"{images_per_second:.2g}"
+    return f"{digits} images/s"
 
 
 def duration(seconds: float) -> str:
@@ -179,6 +204,6 @@ def duration(seconds: float) -> str:
 
 def _metrics(record: dict[str, Any]) -> str:
     return (
-        f"loss {record['loss']:.4f}, lr {record['lr']:.4g}, {record['images_per_second']:,.0f} images/s, "
+        f"loss {record['loss']:.4f}, lr {record['lr']:.4g}, {speed(record['images_per_second'])}, "
         f"{100 * record['data_wait']:.0f} % waiting for data"
     )
