@@ -16,7 +16,7 @@ from hvd_lb.hardware import choose_device, place
 from hvd_lb.launch.run import default_output, run_job
 from hvd_lb.models import parameter_count
 from hvd_lb.recipe import Recipe
-from hvd_lb.report.progress import count, duration
+from hvd_lb.report.progress import count, duration, speed
 from hvd_lb.resolve import Resolved, explain, resolve
 from hvd_lb.simulate import Rehearsal, rehearse
 from hvd_lb_cli.options import recipe_options, run_options
