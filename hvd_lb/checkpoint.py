@@ -2,7 +2,8 @@
 
 The number is that of steps done. A checkpoint is written under a temporary name, synced and renamed, so a name is
 either absent or whole; state.json carries the SHA-256 of the other two files and of itself, so one that was damaged
-later is recognised. Nothing is ever unpickled.
+later is recognised. Nothing is ever unpickled. While a run goes on a thread writes (`BackgroundWriter`): training waits
+only until the tensors are copied.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hvd_lb.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 _STATE = "state.json"
 _TENSORS = ("model", "optimizer")
 
@@ -47,6 +50,17 @@ class Checkpoint:
         return load_file(self.path / "optimizer.safetensors")
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, copied at one moment: tensors on the CPU that nobody else writes into."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+    best: bool
+
+
 class CheckpointStore:
     """The checkpoints of one run; written by rank 0 only."""
 
@@ -64,32 +78,33 @@ class CheckpointStore:
         best: bool = False,
     ) -> Path:
         """Write the checkpoint of `step` steps done, point `last` (and `best`) at it, remove what is too old."""
+        return self.write(Snapshot(step, _copied(model), _copied(optimizer), dict(state), best))
+
+    def write(self, snapshot: Snapshot) -> Path:
+        """`save` for tensors that were copied already."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(".writing-*"):
+        for stale in (*self.folder.glob(".writing-*"), *self.folder.glob(".removing-*")):
             shutil.rmtree(stale, ignore_errors=True)
-        final = self.folder / f"step-{step:08d}"
+        final = self.folder / f"step-{snapshot.step:08d}"
         writing = self.folder / f".writing-{final.name}"
         writing.mkdir()
         checksums = {}
-        for name, tensors in zip(_TENSORS, (model, optimizer), strict=True):
+        for name, tensors in zip(_TENSORS, (snapshot.model, snapshot.optimizer), strict=True):
             file = writing / f"{name}.safetensors"
-            # Contiguous copies: views into gradient buckets and channels-last tensors share or permute their memory.
-            save_file(
-                {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, file
-            )
+            save_file(tensors, file)
             _sync(file)
             checksums[name] = _sha256(file)
-        content = {**state, "format": FORMAT, "step": step, "checksums": checksums}
+        content = {**snapshot.state, "format": FORMAT, "step": snapshot.step, "checksums": checksums}
         content["checksum"] = _digest(content)
         (writing / _STATE).write_text(json.dumps(content, indent=1))
         _sync(writing / _STATE)
         _sync(writing)
         if final.exists():
-            shutil.rmtree(final)
+            self._remove(final)
         writing.rename(final)
         _sync(self.folder)
         self._point("last", final)
-        if best:
+        if snapshot.best:
             self._point("best", final)
         self._remove_old()
         return final
@@ -98,7 +113,7 @@ class CheckpointStore:
         """Remove the checkpoints of more than `step` steps: the run goes on from there and writes them again."""
         for path in self.newest_first():
             if int(path.name.removeprefix("step-")) > step:
-                shutil.rmtree(path)
+                self._remove(path)
         for name in ("last", "best"):
             link = self.folder / name
             if link.is_symlink() and not link.exists():
@@ -127,7 +142,64 @@ class CheckpointStore:
         best = (self.folder / "best").resolve()
         for path in self.newest_first()[self._keep :]:
             if path.resolve() != best:
-                shutil.rmtree(path)
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        """Also when this process is killed meanwhile, no part of it is left under its name."""
+        removing = path.with_name(f".removing-{path.name}")
+        shutil.rmtree(removing, ignore_errors=True)
+        path.rename(removing)
+        shutil.rmtree(removing)
+
+
+class BackgroundWriter:
+    """Writes checkpoints into a store in a thread of its own, one after the other.
+
+    What a write raises (a full disk) is raised by the next `save` or by `close`.
+    """
+
+    def __init__(self, store: CheckpointStore):
+        self._store = store
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def save(
+        self,
+        step: int,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        *,
+        best: bool = False,
+    ) -> None:
+        """As `CheckpointStore.save`, but returns when everything is copied; waits for the write before this one."""
+        self.close()
+        snapshot = Snapshot(step, _copied(model), _copied(optimizer), dict(state), best)
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="hvd-lb checkpoint")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            self._store.write(snapshot)
+        except Exception as error:  # raised where somebody can act on it
+            self._failure = error
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU: views into buckets and channels-last tensors share or permute their memory."""
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+        for name, tensor in tensors.items()
+    }
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -1,7 +1,8 @@
 """Exact evaluation: every validation image counted once, for any number of processes (docs/design.md 8).
 
-Images are cut into batches that do not depend on p; the processes share the batches, and sums and counts are added up,
-never means.
+Images are cut into batches that do not depend on p, and the processes share the batches. Counts are added up, never
+means; losses are added up in the order of the batches, wherever they were computed, so that the sum does not depend on
+p even in its last bit.
 """
 
 from __future__ import annotations
@@ -46,11 +47,14 @@ class Evaluator:
     dtype: torch.dtype
     memory_format: torch.memory_format
 
+    def own(self, rank: int, processes: int) -> range:
+        """Numbers of the batches of process `rank`."""
+        return hosted(rank, processes, -(-len(self.images) // self.batch_size))
+
     def batches(self, rank: int, processes: int) -> Iterator[Microbatch]:
         """The batches of process `rank`."""
-        total = len(self.images)
-        for batch in hosted(rank, processes, -(-total // self.batch_size)):
-            ids = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, total))
+        for batch in self.own(rank, processes):
+            ids = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.images)))
             yield Microbatch(ids, self.windows.windows(self.images.widths[ids], self.images.heights[ids]))
 
     @torch.no_grad()
@@ -58,7 +62,9 @@ class Evaluator:
         self, forward: Callable[[Tensor], Tensor], world: World, autocast: AbstractContextManager[None]
     ) -> Evaluation:
         """Collective; `forward` is a model in evaluation mode."""
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        own = self.own(world.rank, world.size)
+        # One row a batch (right, right among five, images, loss), 0 for those of other processes: adding 0 is exact.
+        figures = torch.zeros(len(self.own(0, 1)), 4, dtype=torch.float64, device=self.device)
         with (
             autocast,
             open_loader(
@@ -71,12 +77,12 @@ class Evaluator:
                 threads=self.threads,
             ) as loader,
         ):
-            for x, y in loader:
+            for batch, (x, y) in zip(own, loader, strict=True):
                 logits = forward(x.to(self.dtype, memory_format=self.memory_format)).double()
                 ranked = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
                 loss = nn.functional.cross_entropy(logits, y, reduction="sum")
-                sums[:3] += torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum(), loss])
-                sums[3] += len(y)
-        world.allreduce(sums, "hvd_lb.evaluation")
-        top1, top5, loss_sum, count = sums.tolist()
+                right = torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum()])
+                figures[batch, :2], figures[batch, 2], figures[batch, 3] = right, len(y), loss
+        world.allreduce(figures, "hvd_lb.evaluation")
+        top1, top5, count, loss_sum = figures.sum(0).tolist()
         return Evaluation(100 * (1 - top1 / count), 100 * (1 - top5 / count), loss_sum / count, int(count))

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ import torch
 
 from hvd_lb.cores import usable_cores
 from hvd_lb.errors import UserError
+from hvd_lb.reproducible import cpu_features, cpu_info, version
 
 DeviceName = Literal["cpu", "cuda"]
 
@@ -80,7 +80,7 @@ def describe_environment(placement: Placement, command: Sequence[str]) -> dict[s
     )
     return {
         "command": list(command),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "cuda": torch.version.cuda,
         "devices": _devices(placement),
         "processes": placement.processes,
@@ -89,17 +89,11 @@ def describe_environment(placement: Placement, command: Sequence[str]) -> dict[s
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_features": cpu_features(),
         "cores": usable_cores(),
         "git_commit": _git_commit(),
         "executable": sys.executable,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _devices(placement: Placement) -> list[str]:
@@ -109,13 +103,10 @@ def _devices(placement: Placement) -> list[str]:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
+    names = (
+        line.partition(":")[2].strip() for line in cpu_info().splitlines() if line.startswith("model name")
     )
+    return next(names, platform.processor() or "unknown")
 
 
 def _git_commit() -> str | None:

@@ -67,18 +67,29 @@ def parameter_count(name: str, num_classes: int) -> int:
     return sum(parameter.numel() for parameter in _without_memory(name, num_classes).parameters())
 
 
+def has_batch_norm(name: str) -> bool:
+    """Whether a network keeps running statistics of batch norm."""
+    return bool(batch_norms(_without_memory(name, 1)))
+
+
 def check_input(name: str, num_classes: int, image_size: int, images: int) -> None:
     """UserError when the network cannot train on a microbatch of so many images of this size; computes nothing."""
+    if problem := input_problem(name, num_classes, image_size, images):
+        raise UserError(
+            f"{name} cannot train on images of {image_size}×{image_size} pixels in microbatches of {images} "
+            f"({problem}): give another --image-size (224 suits most networks) or a larger --per-gpu-batch"
+        )
+
+
+def input_problem(name: str, num_classes: int, image_size: int, images: int) -> str:
+    """Why the network cannot train on such a microbatch; empty when it can."""
     model = _without_memory(name, num_classes).train()
     try:
         with torch.no_grad():
             model(torch.empty(images, 3, image_size, image_size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"{name} cannot train on images of {image_size}×{image_size} pixels in microbatches of {images} "
-            f"({' '.join(str(error).split())}): give another --image-size (224 suits most networks), "
-            "a larger --per-gpu-batch or, where the last step is short, --last-batch drop"
-        ) from None
+        return " ".join(str(error).split())
+    return ""
 
 
 def _without_memory(name: str, num_classes: int) -> nn.Module:

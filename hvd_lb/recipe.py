@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -32,6 +33,7 @@ OPTIONS = "options"
 LEFT_TO_THE_MACHINE = {"gpus", "num_classes"}
 
 _EVERY = re.compile(r"(\d+) ?(steps?|epochs?)")
+_EVERY_MINUTES = re.compile(r"(\d+) ?(?:min|minutes?)")
 
 
 def _check_every(text: str) -> str:
@@ -40,12 +42,28 @@ def _check_every(text: str) -> str:
     return text
 
 
+def _check_every_or_minutes(text: str) -> str:
+    if not ((match := _EVERY_MINUTES.fullmatch(text)) and int(match[1])):
+        try:
+            _check_every(text)
+        except ValueError:
+            raise ValueError("expected a period such as 500steps, 10min, 1epoch or never") from None
+    return text
+
+
 Every = Annotated[str, AfterValidator(_check_every)]
+EveryOrMinutes = Annotated[str, AfterValidator(_check_every_or_minutes)]
 Colour = tuple[float, float, float]
 
 
+def period_in_seconds(every: str) -> float:
+    """A period of minutes ("10min") in seconds; infinite for one of steps and for never."""
+    match = _EVERY_MINUTES.fullmatch(every)
+    return 60.0 * int(match[1]) if match else math.inf
+
+
 def period_in_steps(every: str, steps_per_epoch: int) -> int:
-    """An `Every` ("500steps", "2epochs", "never") as a number of steps; 0 for never."""
+    """A period ("500steps", "2epochs", "never") as a number of steps; 0 for never and for one of minutes."""
     match = _EVERY.fullmatch(every)
     if not match:
         return 0
@@ -137,18 +155,35 @@ class Recipe(BaseModel):
     )
     weight_decay: float = Field(1e-4, ge=0, description="L2 penalty λ; none on batch norm's γ and β.")
 
-    # how it is run: none of these touches the mathematics
-    threads: int | None = _free(None, "CPU threads of each process [default: cores / processes]", ge=1)
+    # exactness
+    reproducible: bool = Field(
+        False, description="Bitwise the same run on any number of processes (docs/exactness.md)."
+    )
+    recompute_bn: int | None = Field(
+        None, ge=1, description="Before evaluations take batch norm's statistics anew from so many images."
+    )
+
+    # how it is run: none of these touches the mathematics, but see `mathematics`
+    threads: int | None = _free(
+        None, "CPU threads of each process [default: cores / processes; 1 with --reproducible]", ge=1
+    )
     channels_last: bool = _free(False, "Keep images and weights in channels-last memory order.")
     compile: bool = _free(False, "Compile the model with torch.compile.")
     eval_every: Every = _free("1epoch", "Period of evaluation: 500steps, 1epoch, never. Always at the end.")
     log_every: int | None = _free(
         None, "Steps between metrics [default: 20 times an epoch, at most every 10]", ge=1
     )
-    checkpoint_every: Every = _free(
-        "1epoch", "Period of checkpoints: 500steps, 1epoch, never. Always at the end."
+    checkpoint_every: EveryOrMinutes = _free(
+        "1epoch", "Period of checkpoints: 500steps, 10min, 1epoch, never. Always at the end."
     )
     keep_checkpoints: int = _free(3, "Newest checkpoints kept, besides the best.", ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _threads_of_reproducible_runs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("reproducible") and values.get("threads") is None:
+            return {**values, "threads": 1}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -195,8 +230,15 @@ class Recipe(BaseModel):
         )
 
     def mathematics(self) -> dict[str, Any]:
-        """The fields a resumed run must share, as JSON values."""
-        return self.model_dump(mode="json", exclude=FREE_FIELDS)
+        """The fields a resumed run must share, as JSON values.
+
+        In the reproducible mode the last bit counts, and so does what only rounds otherwise. Where batch norm's
+        statistics are recomputed before evaluations, these belong to the run.
+        """
+        counting = _ROUNDING_FIELDS if self.reproducible else set()
+        if self.recompute_bn:
+            counting = counting | {"eval_every"}
+        return self.model_dump(mode="json", exclude=FREE_FIELDS - counting)
 
     def digest(self) -> str:
         """Eight hexadecimal digits that name the mathematics and the data."""
@@ -208,6 +250,7 @@ class Recipe(BaseModel):
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
+_ROUNDING_FIELDS = {"threads", "channels_last", "compile"}
 FREE_FIELDS = {
     name
     for name, field in Recipe.model_fields.items()

@@ -11,7 +11,7 @@ import numpy as np
 
 from hvd_lb.data import Dataset, default_data, open_dataset
 from hvd_lb.errors import UserError
-from hvd_lb.models import check_input, check_model_name
+from hvd_lb.models import check_input, check_model_name, has_batch_norm
 from hvd_lb.plan.samples import SamplePlan
 from hvd_lb.recipe import OPTIONS, Recipe, load_values, make_recipe
 from hvd_lb.schedule import Schedule
@@ -81,11 +81,13 @@ def resolve(
             "expected at least as many"
         )
     plan = sample_plan(resolved, dataset)
+    _check_recompute_bn(resolved, plan)
     check_input(
         resolved.model,
         resolved.num_classes or len(dataset.train.classes),
         resolved.image_size,
-        plan.smallest_microbatch,
+        # One image that is left over is trained on all the same (`Trainer`); n = 1 would make all of them so.
+        min(2, resolved.per_gpu_batch),
     )
     return Resolved(resolved, dataset, preset, why, plan, resolved.lr_schedule(plan.steps_per_epoch))
 
@@ -106,6 +108,21 @@ def choose_preset(spec: str, dataset: Dataset) -> tuple[str, str]:
     return "images", f"images of about {side} pixels, {classes:,} classes and {images:,} images: not ImageNet"
 
 
+def _check_recompute_bn(recipe: Recipe, plan: SamplePlan) -> None:
+    if recipe.recompute_bn is None:
+        return
+    if not has_batch_norm(recipe.model):
+        raise UserError(
+            f"--recompute-bn {recipe.recompute_bn}, but {recipe.model} has no batch norm whose statistics could be "
+            "recomputed: leave the option out"
+        )
+    if recipe.recompute_bn > plan.images:
+        raise UserError(
+            f"--recompute-bn {recipe.recompute_bn}, but the data set has {plan.images} training images: "
+            "expected at most as many"
+        )
+
+
 def explain(resolved: Resolved) -> list[tuple[str, str]]:
     """What a run will do, as (topic, sentence) for a person."""
     recipe, plan = resolved.recipe, resolved.plan
@@ -118,7 +135,7 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
     length = f"{resolved.total_steps:,} steps" + (
         f" (--steps) of {recipe.epochs} epochs" if resolved.stops_early else ""
     )
-    return [
+    rows = [
         ("recipe", f"{resolved.preset} ({resolved.why})"),
         (
             "data",
@@ -131,6 +148,12 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
         ("length", f"{recipe.epochs} epochs, {length}" if not resolved.stops_early else length),
         ("learning rate", resolved.schedule.describe()),
     ]
+    if recipe.reproducible:
+        threads = f"{recipe.threads} thread" + ("s" if recipe.threads != 1 else "")
+        rows.append(("reproducible", f"bitwise the same on any number of processes of {threads} each"))
+    if recipe.recompute_bn:
+        rows.append(("batch norm", f"statistics from {recipe.recompute_bn:,} images before each evaluation"))
+    return rows
 
 
 def _is_named(spec: str) -> bool:

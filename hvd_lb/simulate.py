@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hvd_lb.fixed_point import FixedPointOverflow
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.resolve import Resolved
 from hvd_lb.trainer import Trainer
@@ -98,18 +99,21 @@ def rehearse(
         return Rehearsal(0, guess, 0, guess * resolved.recipe.gpus, [], _peak_memory(device), images)
     steps: list[float] = []
     losses: list[float] = []
-    with trainer.batches() as batches:
-        watch.start()
+    spent = False
+    while not spent and trainer.step < trainer.end:
         try:
-            while trainer.step < trainer.end:
-                if steps and time.monotonic() + steps[-1] > deadline:
-                    break
-                before = time.perf_counter()
-                trainer.train_step(batches)
-                losses.append(trainer.take_loss())
-                steps.append(time.perf_counter() - before)
+            with trainer.kernels(), trainer.batches() as batches:
+                watch.start()
+                while trainer.step < trainer.end and not spent:
+                    before = time.perf_counter()
+                    trainer.train_step(batches)
+                    losses.append(trainer.take_loss())
+                    steps.append(time.perf_counter() - before)
+                    spent = time.monotonic() + steps[-1] > deadline
+        except FixedPointOverflow:
+            pass  # the step is taken again
         except _BudgetSpent:
-            pass
+            spent = True
     typical = watch.typical()
     return Rehearsal(
         microbatches=len(watch.seconds),

@@ -8,28 +8,37 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 
-from hvd_lb.batchnorm import RunningStatistics
-from hvd_lb.checkpoint import Checkpoint, CheckpointStore
+from hvd_lb.batchnorm import ReproducibleStatistics, running_statistics
+from hvd_lb.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore
 from hvd_lb.data import Dataset
 from hvd_lb.data.loader import Loader, Pixels, open_loader
 from hvd_lb.errors import UserError
 from hvd_lb.evaluate import Evaluation, Evaluator
-from hvd_lb.models import build_model, sum_loss
+from hvd_lb.fixed_point import FixedPointOverflow
+from hvd_lb.models import build_model, input_problem, sum_loss
 from hvd_lb.optim import SGD, DistributedOptimizer, parameter_groups
 from hvd_lb.optim.state import flatten_state, restore_state
 from hvd_lb.plan.augment import CentreWindows, Microbatch, RandomWindows
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.plan.samples import SamplePlan
-from hvd_lb.recipe import Recipe, differing_fields, period_in_steps
+from hvd_lb.plan.shuffle import Permutation
+from hvd_lb.recipe import Recipe, differing_fields, period_in_seconds, period_in_steps
+from hvd_lb.reproducible import deterministic_kernels, rounding_environment
 from hvd_lb.world import World
+
+# In a checkpoint: the losses since the last record, beside the optimizer's tensors.
+_LOSSES = "losses"
+# A step whose gradients or statistics overflow is taken again; the second time their scales are right.
+_MOST_REPEATS = 3
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,6 +52,12 @@ class Observer(Protocol):
     def evaluation(self, record: dict[str, Any]) -> None:
         """An evaluation's errors in per cent."""
 
+    def checkpoint(self, record: dict[str, Any]) -> None:
+        """A checkpoint was taken, and for how many seconds that kept the training waiting."""
+
+    def repeat(self, record: dict[str, Any]) -> None:
+        """A step is taken again, and why."""
+
     def microbatch(self, step: int, done: int, of: int) -> None:
         """`done` of this process's `of` microbatches of step `step` have gone through."""
 
@@ -51,10 +66,15 @@ class Diverged(RuntimeError):
     """The loss is no longer a number; going on would waste the machines."""
 
 
+def _nobody() -> int:
+    return 0
+
+
 class Trainer:
     """A run on this process: built at step 0 or at a checkpoint, `fit` takes it to its end.
 
-    Collective: every process builds one, with the same arguments but for its world's rank.
+    Collective: every process builds one, with the same arguments but for its world's rank. `stop_requested` is asked in
+    every step on every process; when it gives a signal's number on any, the run ends after that step with a checkpoint.
     """
 
     def __init__(
@@ -68,9 +88,12 @@ class Trainer:
         observer: Observer,
         store: CheckpointStore | None = None,
         checkpoint: Checkpoint | None = None,
+        stop_requested: Callable[[], int] = _nobody,
     ):
         self.recipe, self.dataset, self.world, self.device = recipe, dataset, world, device
         self.threads, self.observer, self.store = threads, observer, store
+        self.stop_requested = stop_requested
+        self.stopped_by = 0
         self.plan = sample_plan(recipe, dataset)
         self.schedule = recipe.lr_schedule(self.plan.steps_per_epoch)
         self.end = total_steps(recipe, self.plan)
@@ -102,6 +125,7 @@ class Trainer:
             self.model,
             world=world,
             schedule=self.schedule,
+            reproducible_terms=recipe.gpus if recipe.reproducible else None,
         )
         # A microbatch's loss is a sum: dividing by n gives the scale the gradients of a mean would get.
         self.scaler = torch.amp.GradScaler(
@@ -112,25 +136,48 @@ class Trainer:
         # The scaler makes its scale at first use, which a process without images might not come to.
         self.scaler.scale(torch.zeros(1, device=device))
         self.step = 0
-        self.loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
+        # A sum for each virtual worker, 0 for those of other processes: what is added up does not depend on p.
+        self.losses = torch.zeros(recipe.gpus, dtype=torch.float64, device=device)
         self.loss_images = 0
         self.best_error = math.inf
         self.last_evaluation: Evaluation | None = None
-        if checkpoint:
-            self._load(checkpoint)
-        self.statistics = RunningStatistics(self.model, world)
+        state = self._load(checkpoint) if checkpoint else {}
+        terms = max(recipe.gpus, len(self._recomputed())) if recipe.reproducible else None
+        self.statistics = running_statistics(self.model, world, terms)
+        if isinstance(self.statistics, ReproducibleStatistics) and state:
+            self.statistics.exponents = state["batch_norm_exponents"]
+        save_seconds = period_in_seconds(recipe.checkpoint_every)
+        self._save_due = _Timer(save_seconds) if world.rank == 0 else _Timer(math.inf)
 
     def fit(self) -> Evaluation | None:
         """Train up to the end, logging, evaluating and saving on the way; the last evaluation."""
+        self.model.train()
+        writer = BackgroundWriter(self.store) if self.store and self.world.rank == 0 else None
+        repeated: list[int] = []
+        try:
+            while self.step < self.end and not self.stopped_by:
+                try:
+                    self._take_steps(writer)
+                except FixedPointOverflow as overflow:
+                    repeated.append(self.step)
+                    if repeated.count(self.step) > _MOST_REPEATS:
+                        raise
+                    self.observer.repeat({**self._position(self.step), "reason": str(overflow)})
+        finally:
+            if writer:
+                writer.close()
+        return self.last_evaluation
+
+    def _take_steps(self, writer: BackgroundWriter | None) -> None:
+        """Steps from the present one until the end, a stop or an overflow."""
         steps_per_epoch = self.plan.steps_per_epoch
         log_every = self.recipe.log_every or max(1, min(10, steps_per_epoch // 20))
         eval_every = period_in_steps(self.recipe.eval_every, steps_per_epoch)
         save_every = period_in_steps(self.recipe.checkpoint_every, steps_per_epoch)
-        self.model.train()
-        with self.batches() as loader:
+        with self.kernels(), self.batches() as loader:
             clock = _Clock(loader)
-            while self.step < self.end:
-                self.train_step(loader)
+            while self.step < self.end and not self.stopped_by:
+                save_now = self.train_step(loader)
                 done = self.step == self.end
                 if self.step % steps_per_epoch % log_every == 0 or done:
                     self._log(clock)
@@ -138,34 +185,75 @@ class Trainer:
                     evaluated = _due(eval_every, self.step, done)
                     if evaluated:
                         self._evaluate()
-                    if _due(save_every, self.step, done):
-                        self._save(evaluated)
-        return self.last_evaluation
+                    if _due(save_every, self.step, done) or save_now:
+                        self._save(writer, evaluated)
 
-    def train_step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """One weight update from the step's kn images, of which this process takes its workers' share."""
+    def train_step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        """One weight update from the step's kn images, of which this process takes its workers' share.
+
+        True when some process wants a checkpoint now. FixedPointOverflow, with nothing changed, when the step has to
+        be taken again with new `batches`.
+        """
         epoch_step = self.step % self.plan.steps_per_epoch
         workers = self._workers_with_images(epoch_step)
+        losses: dict[int, torch.Tensor] = {}
         for done, worker in enumerate(workers, start=1):
             images, labels = next(batches)
-            # Whatever the model draws (dropout) belongs to the virtual worker, not to the process.
-            torch.manual_seed(generator_seed(self.recipe.seed, 1, self.step, worker))
-            with self.autocast():
-                logits = self.forward(images.to(self.dtype, memory_format=self.memory_format))
-                loss = self.loss(logits, labels)
+            seed = generator_seed(self.recipe.seed, 1, self.step, worker)
+            if len(images) == 1 and self._doubles:
+                loss = self._loss(images.repeat(2, 1, 1, 1), labels.repeat(2), seed) / 2
+            else:
+                loss = self._loss(images, labels, seed)
             self.statistics.after_forward()
             self.optimizer.backward(self.scaler.scale(loss), last=done == len(workers))
-            self.loss_sum += loss.detach()
+            losses[worker] = loss.detach()
             self.observer.microbatch(self.step, done, len(workers))
         global_images = self.plan.step_images(epoch_step)
-        self.optimizer.synchronize(global_images=global_images)
+        wishes = torch.tensor([self.stop_requested(), self._save_due()])
+        wished = self.world.maximum_async(
+            wishes, "hvd_lb.wishes"
+        )  # beside the gradients: costs no time of its own
+        try:
+            self.statistics.synchronize()
+            self.optimizer.synchronize(global_images=global_images)
+        except FixedPointOverflow:
+            self.statistics.discard()
+            self.optimizer.zero_grad()
+            raise
+        finally:
+            stop, save = wished.wait().tolist()
         self.optimizer.steps = self.step
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.statistics.step(self.plan.active_workers(epoch_step))
+        for worker, loss in losses.items():
+            self.losses[worker] += loss
         self.loss_images += global_images
         self.step += 1
+        self.stopped_by = stop
+        return bool(stop or save)
+
+    def _loss(self, images: torch.Tensor, labels: torch.Tensor, seed: int) -> torch.Tensor:
+        logits = self._forward(images, seed)
+        with self.autocast():
+            return self.loss(logits, labels)
+
+    @cached_property
+    def _doubles(self) -> bool:
+        """Whether an image that is alone in its microbatch is shown twice, at half the loss.
+
+        That is so for networks which else could not take it: batch norm has no variance of a single number. Twice the
+        same number has one, 0, so that such a layer gives β. Elsewhere mean and gradient are as for one image.
+        """
+        classes = self.recipe.num_classes or len(self.dataset.train.classes)
+        return bool(input_problem(self.recipe.model, classes, self.recipe.image_size, 1))
+
+    def _forward(self, images: torch.Tensor, seed: int) -> torch.Tensor:
+        """Logits of a microbatch. What the model draws (dropout) depends on `seed`, not on the process."""
+        torch.manual_seed(seed)
+        with self.autocast():
+            return self.forward(images.to(self.dtype, memory_format=self.memory_format))
 
     def microbatches(self) -> Iterator[Microbatch]:
         """What this process's virtual workers see from the present step to the end."""
@@ -181,36 +269,41 @@ class Trainer:
 
     def batches(self) -> Loader:
         """This process's microbatches as tensors, from the present step to the end."""
+        return self._open(self.microbatches())
+
+    def _open(self, microbatches: Iterator[Microbatch]) -> Loader:
         return open_loader(
             self.recipe.loader,
             self.dataset.train,
-            self.microbatches(),
+            microbatches,
             self.pixels,
             batch_size=self.recipe.per_gpu_batch,
             device=self.device,
             threads=self.threads,
         )
 
+    def kernels(self) -> AbstractContextManager[None]:
+        """What steps run in: only deterministic kernels in the reproducible mode."""
+        return deterministic_kernels(self.recipe.model) if self.recipe.reproducible else nullcontext()
+
     def autocast(self) -> AbstractContextManager[None]:
         if self.recipe.precision not in _AUTOCAST:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=_AUTOCAST[self.recipe.precision])
 
-    def _position(self) -> dict[str, int]:
-        """Of the step just taken: its epoch, and its number in the run."""
-        return {"epoch": (self.step - 1) // self.plan.steps_per_epoch, "step": self.step - 1}
+    def _position(self, step: int | None = None) -> dict[str, int]:
+        """Of a step, by default the one just taken: its epoch, and its number in the run."""
+        number = self.step - 1 if step is None else step
+        return {"epoch": number // self.plan.steps_per_epoch, "step": number}
 
-    def _reduce_loss(self) -> None:
-        """Gather the loss since the last record on rank 0; it starts again from zero elsewhere."""
-        self.world.allreduce(self.loss_sum, "hvd_lb.loss")
-        if self.world.rank != 0:
-            self.loss_sum.zero_()
+    def _all_losses(self) -> torch.Tensor:
+        """Loss of every virtual worker since the last record; adding zeros is exact."""
+        return self.world.allreduce(self.losses.clone(), "hvd_lb.losses")
 
     def take_loss(self) -> float:
-        """Mean training loss of the images since it was last taken, on rank 0; collective."""
-        self._reduce_loss()
-        loss = self.loss_sum.item() / self.loss_images
-        self.loss_sum.zero_()
+        """Mean training loss of the images since it was last taken; collective."""
+        loss = self._all_losses().sum().item() / self.loss_images
+        self.losses.zero_()
         self.loss_images = 0
         return loss
 
@@ -233,7 +326,47 @@ class Trainer:
                     f"{record['lr']:g}): lower --learning-rate, lengthen --warmup-epochs, or check the data"
                 )
 
+    def _recomputed(self) -> list[range]:
+        """The microbatches of `recompute_bn`, as positions in a permutation of their own; none without it."""
+        images = self.recipe.recompute_bn or 0
+        count = -(-images // self.recipe.per_gpu_batch)
+        return [hosted(microbatch, count, images) for microbatch in range(count)]
+
+    @torch.no_grad()
+    def _recompute_statistics(self) -> None:
+        """Batch norm's statistics as the mean over `recompute_bn` training images with the weights as they are.
+
+        Which images these are, and their windows, is a function of seed and step.
+        """
+        everything = self._recomputed()
+        mine = hosted(self.world.rank, self.world.size, len(everything))
+        stream = generator_seed(self.recipe.seed, 3)
+        order, train = Permutation(self.plan.images, stream, self.step), self.dataset.train
+        windows = replace(self.windows, seed=stream)
+
+        def microbatches() -> Iterator[Microbatch]:
+            for number in mine:
+                ids = order.slice(everything[number].start, everything[number].stop)
+                yield Microbatch(ids, windows.windows(self.step, ids, train.widths[ids], train.heights[ids]))
+
+        full = self.recipe.per_gpu_batch
+        with self._open(microbatches()) as loader:
+            for number, (images, _) in zip(mine, loader, strict=True):
+                if len(images) == 1 and self._doubles:
+                    images = images.repeat(2, 1, 1, 1)  # noqa: PLW2901
+                self._forward(images, generator_seed(stream, self.step, number))
+                self.statistics.after_forward(len(everything[number]) / full)
+        try:
+            self.statistics.synchronize()
+        except FixedPointOverflow:
+            self.statistics.discard()
+            self._recompute_statistics()
+        else:
+            self.statistics.replace((self.recipe.recompute_bn or 0) / full)
+
     def _evaluate(self) -> None:
+        if self.recipe.recompute_bn:
+            self._recompute_statistics()
         self.statistics.publish(self.step)
         evaluator = Evaluator(
             images=self.dataset.val,
@@ -252,51 +385,66 @@ class Trainer:
         if self.world.rank == 0:
             self.observer.evaluation({**self._position(), **asdict(self.last_evaluation)})
 
-    def _save(self, evaluated: bool) -> None:
-        """Write a checkpoint; it is the best when it was just evaluated and no saved one had fewer errors."""
+    def _save(self, writer: BackgroundWriter | None, evaluated: bool) -> None:
+        """Take a checkpoint; it is the best when it was just evaluated and no saved one had fewer errors."""
         if self.store is None:
             return
+        began = time.perf_counter()
         self.statistics.publish(self.step)
-        self._reduce_loss()
+        losses = self._all_losses()
         best = False
         if evaluated and self.last_evaluation and self.last_evaluation.top1_error < self.best_error:
             self.best_error, best = self.last_evaluation.top1_error, True
-        if self.world.rank != 0:
+        self._save_due.restart()
+        if writer is None:
             return
         optimizer, skeleton = flatten_state(self.optimizer.state_dict())
         epoch, epoch_step = divmod(self.step, self.plan.steps_per_epoch)
         state = {
             "next": {"epoch": epoch, "step": epoch_step},
             "recipe": self.recipe.mathematics(),
-            "data": self.dataset.fingerprint(),
+            **self._surroundings,
             "optimizer": skeleton,
             "scaler": self.scaler.state_dict(),
-            "loss_sum": self.loss_sum.item(),
             "loss_images": self.loss_images,
             "best_error": self.best_error if math.isfinite(self.best_error) else None,
             "evaluation": asdict(self.last_evaluation) if self.last_evaluation else None,
         }
-        self.store.save(self.step, self.model.state_dict(), optimizer, state, best=best)
+        if isinstance(self.statistics, ReproducibleStatistics):
+            state["batch_norm_exponents"] = list(self.statistics.exponents)
+        writer.save(self.step, self.model.state_dict(), {**optimizer, _LOSSES: losses}, state, best=best)
+        self.observer.checkpoint({**self._position(), "stall_seconds": time.perf_counter() - began})
 
-    def _load(self, checkpoint: Checkpoint) -> None:
+    @cached_property
+    def _surroundings(self) -> dict[str, Any]:
+        """What a checkpoint tells of data and machine; found out once, as it takes a while for much data."""
+        return {
+            "data": self.dataset.fingerprint(),
+            "environment": rounding_environment(self.device.type),
+        }
+
+    def _load(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Go on from a checkpoint; its state."""
         state = checkpoint.state
         if differing := differing_fields(state["recipe"], self.recipe.mathematics()):
             raise UserError(f"checkpoint {checkpoint.path} is of another recipe: {'; '.join(differing)}")
-        if state["data"] != self.dataset.fingerprint():
+        if state["data"] != self._surroundings["data"]:
             raise UserError(
                 f"checkpoint {checkpoint.path} was trained on other data than {self.dataset.name} is now "
                 "(images, labels or sizes differ): give the data set it began with, or another --output"
             )
         self.model.load_state_dict(checkpoint.model())
-        self.optimizer.load_state_dict(restore_state(checkpoint.optimizer(), state["optimizer"]))
+        tensors = checkpoint.optimizer()
+        self.optimizer.load_state_dict(restore_state(tensors, state["optimizer"]))
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step = checkpoint.step
-        if self.world.rank == 0:
-            self.loss_sum.fill_(state["loss_sum"])
+        own = slice(self.workers.start, self.workers.stop)
+        self.losses[own] = tensors[_LOSSES][own].to(self.device)
         self.loss_images = state["loss_images"]
         self.best_error = math.inf if state["best_error"] is None else state["best_error"]
         self.last_evaluation = Evaluation(**state["evaluation"]) if state["evaluation"] else None
+        return state
 
 
 def sample_plan(recipe: Recipe, dataset: Dataset) -> SamplePlan:
@@ -319,6 +467,20 @@ def total_steps(recipe: Recipe, plan: SamplePlan) -> int:
 def _due(period: int, step: int, done: bool) -> bool:
     """Whether something of this period in steps (0: never) happens after `step` steps; always at the end."""
     return done or (period > 0 and step % period == 0)
+
+
+class _Timer:
+    """Whether so many seconds have passed since it was started last."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self.restart()
+
+    def restart(self) -> None:
+        self._start = time.monotonic()
+
+    def __call__(self) -> bool:
+        return time.monotonic() - self._start >= self._seconds
 
 
 class _Clock:

@@ -15,7 +15,7 @@ from typing import Any
 
 from hvd_lb.errors import UserError
 from hvd_lb.job import Job
-from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.report.run_directory import RunDirectory, replace_text
 from hvd_lb.world.horovod import import_horovod
 
 # Long enough for the slowest step, short enough that a hang does not last the night (off by default in Horovod).
@@ -60,7 +60,8 @@ class Workers:
         run.job.write_text(job.model_dump_json(indent=1), "utf-8")
         for old in run.logs.glob("error-*.json"):
             old.unlink()
-        run.heartbeat.unlink(missing_ok=True)
+        for stale in (run.heartbeat, run.stop, run.stopped):
+            stale.unlink(missing_ok=True)
         self._run = run
         self.log = run.logs / "workers.log"
         with self.log.open("wb") as log:
@@ -86,8 +87,16 @@ class Workers:
         except subprocess.TimeoutExpired:
             return None
 
+    def ask_to_stop(self, number: int) -> None:
+        """Ask for a checkpoint after the present step and an end; `number` is the signal that caused it."""
+        replace_text(self._run.stop, str(number))
+
+    def stopped(self) -> dict[str, Any] | None:
+        """When the job has ended so, the signal that caused it and the steps that were done."""
+        return json.loads(self._run.stopped.read_text("utf-8")) if self._run.stopped.exists() else None
+
     def stop(self) -> None:
-        """End the job: politely, then not."""
+        """End the job at once: politely, then not."""
         for sign, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
             if self.poll() is not None:
                 return

@@ -18,11 +18,12 @@ from hvd_lb.checkpoint import CheckpointStore
 from hvd_lb.hardware import Placement, describe_environment
 from hvd_lb.job import Job
 from hvd_lb.launch.local import Workers, check_launcher
+from hvd_lb.launch.stopping import SIGNALS
 from hvd_lb.recipe import Recipe
-from hvd_lb.report.html import write_report
 from hvd_lb.report.metrics import read_metrics, truncate_metrics
 from hvd_lb.report.progress import RunView, duration, evaluation_line, open_display, speed
 from hvd_lb.report.run_directory import RunDirectory, find_start, replace_text, write_json
+from hvd_lb.reproducible import rounding_environment
 from hvd_lb.resolve import Resolved
 
 _LOOK_SECONDS = 0.2
@@ -48,12 +49,13 @@ def run_job(
 ) -> int:
     """Train as resolved, telling `on_ready` when all checks have passed.
 
-    The exit status: 0 at the end, 1 when a worker failed, 128 + signal when interrupted.
+    The exit status: 0 at the end, 1 when a worker failed, 128 + signal when interrupted. The first SIGINT or SIGTERM
+    ends the run with a checkpoint after the present step, a second one ends it at once.
     """
     recipe = resolved.recipe
     check_launcher(placement.processes)
     run = RunDirectory((output or default_output(recipe)).expanduser().absolute())
-    start = find_start(run, recipe, resume, resolved.total_steps)
+    start = find_start(run, recipe, resume, resolved.total_steps, rounding_environment(placement.device))
     lock = run.lock()
     on_ready()
     replace_text(run.recipe, recipe.to_yaml())
@@ -82,23 +84,28 @@ def run_job(
         steps_per_epoch=resolved.plan.steps_per_epoch,
     )
     began = time.monotonic()
-    with _interruptible():
+    with _signals() as received:
+        workers = Workers(job, run, lock)
         try:
-            workers = Workers(job, run, lock)
-            try:
-                with RunView(run, display, start.step) as view:
-                    while (status := workers.wait(_LOOK_SECONDS)) is None:
-                        view.update()
-            except _Interrupted:
-                console.print("stopping the workers …", highlight=False)
-                raise
-            finally:
-                workers.stop()
-        except _Interrupted as interruption:
-            _sum_up(run, resolved, f"interrupted by {interruption.signal.name}", time.monotonic() - began)
-            console.print("stopped; the same command goes on from the last checkpoint", highlight=False)
-            return 128 + interruption.signal
-    if status != 0:
+            with RunView(run, display, start.step) as view:
+                while (status := workers.wait(_LOOK_SECONDS)) is None and len(received) < 2:
+                    if received and not run.stop.exists():
+                        workers.ask_to_stop(received[0])
+                        display.note(
+                            f"{received[0].name}: finishing this step, then a checkpoint; again to end at once"
+                        )
+                    view.update()
+        finally:
+            workers.stop()
+        stopped = workers.stopped()
+        if stopped or len(received) > 1:
+            number = signal.Signals(stopped["signal"] if stopped else received[0])
+            where = f"after {stopped['steps']:,} steps, with a checkpoint" if stopped else "at once"
+            _sum_up(run, resolved, f"interrupted by {number.name}", time.monotonic() - began)
+            goes_on = "there" if stopped else "from the last checkpoint"
+            console.print(f"stopped {where}; the same command goes on {goes_on}", highlight=False)
+            return 128 + number
+    if status:
         failure = workers.failure(status)
         # Told first: where the disk is full, nothing can be summed up.
         print(f"hvd-lb: error: {failure}", file=sys.stderr)
@@ -106,6 +113,8 @@ def run_job(
         return 1
     reason = "stopped at --steps" if resolved.stops_early else "finished"
     figures = _sum_up(run, resolved, reason, time.monotonic() - began)
+    from hvd_lb.report.html import write_report  # here: matplotlib would delay every start by a second
+
     write_report(run, run.path.name, resolved.plan.steps_per_epoch, figures)
     for name, value in figures:
         console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
@@ -119,6 +128,7 @@ def _sum_up(run: RunDirectory, resolved: Resolved, reason: str, seconds: float) 
     evaluations = [record for record in records if record["kind"] == "eval"]
     rates = [record["images_per_second"] for record in records if record["kind"] == "train"]
     waits = [record["data_wait"] for record in records if record["kind"] == "train"]
+    stalls = [record["stall_seconds"] for record in records if record["kind"] == "checkpoint"]
     last = evaluations[-1] if evaluations else None
     best = min(evaluations, key=lambda record: record["top1_error"], default=None)
     steps = max((record["step"] + 1 for record in records), default=0)
@@ -132,6 +142,8 @@ def _sum_up(run: RunDirectory, resolved: Resolved, reason: str, seconds: float) 
         "wall_seconds": seconds,
         "images_per_second": statistics.median(rates) if rates else None,
         "data_wait": statistics.median(waits) if waits else None,
+        "checkpoints": len(stalls),
+        "checkpoint_stall_seconds": statistics.median(stalls) if stalls else None,
     }
     write_json(run.summary, summary)
     run.heartbeat.unlink(missing_ok=True)
@@ -145,23 +157,17 @@ def _sum_up(run: RunDirectory, resolved: Resolved, reason: str, seconds: float) 
     return figures
 
 
-class _Interrupted(Exception):  # noqa: N818 - not an error
-    def __init__(self, number: int):
-        self.signal = signal.Signals(number)
-
-
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM as one exception, once."""
+def _signals() -> Iterator[list[signal.Signals]]:
+    """Collects SIGINT and SIGTERM instead of being ended by them."""
+    received: list[signal.Signals] = []
 
-    def interrupt(number: int, _: FrameType | None) -> None:
-        for sign in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(sign, signal.SIG_IGN)
-        raise _Interrupted(number)
+    def receive(number: int, _: FrameType | None) -> None:
+        received.append(signal.Signals(number))
 
-    before = {sign: signal.signal(sign, interrupt) for sign in (signal.SIGINT, signal.SIGTERM)}
+    before = {sign: signal.signal(sign, receive) for sign in SIGNALS}
     try:
-        yield
+        yield received
     finally:
         for sign, handler in before.items():
             signal.signal(sign, handler)

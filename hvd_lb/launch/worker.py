@@ -19,13 +19,14 @@ from hvd_lb import world as worlds
 from hvd_lb.checkpoint import CheckpointStore, open_checkpoint
 from hvd_lb.data import open_dataset
 from hvd_lb.job import Job
+from hvd_lb.launch.stopping import StopRequests
 from hvd_lb.report.metrics import RunObserver, SilentObserver
 from hvd_lb.report.run_directory import RunDirectory, write_json
 from hvd_lb.trainer import Trainer
 from hvd_lb.world import World
 
 
-def run(job: Job, world: World) -> None:
+def run(job: Job, world: World, stop_requested: StopRequests) -> None:
     """This process's part of the job."""
     torch.set_num_threads(job.threads)
     device = torch.device(job.device, world.local_rank) if job.device == "cuda" else torch.device("cpu")
@@ -38,7 +39,7 @@ def run(job: Job, world: World) -> None:
     first_step = checkpoint.step if checkpoint else 0
     observer = RunObserver(directory, first_step) if world.rank == 0 else SilentObserver()
     try:
-        Trainer(
+        trainer = Trainer(
             recipe,
             dataset,
             world,
@@ -47,7 +48,11 @@ def run(job: Job, world: World) -> None:
             observer=observer,
             store=CheckpointStore(directory.checkpoints, recipe.keep_checkpoints),
             checkpoint=checkpoint,
-        ).fit()
+            stop_requested=stop_requested,
+        )
+        trainer.fit()
+        if world.rank == 0 and trainer.step < trainer.end:
+            write_json(directory.stopped, {"signal": trainer.stopped_by, "steps": trainer.step})
     finally:
         observer.close()
     world.barrier()
@@ -55,11 +60,12 @@ def run(job: Job, world: World) -> None:
 
 def main(job_file: str) -> None:
     job = Job.model_validate_json(Path(job_file).read_text("utf-8"))
+    stop_requested = StopRequests(RunDirectory(job.output).stop)
     rank = int(os.environ.get("HOROVOD_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
     try:
         world = worlds.init()
         rank = world.rank
-        run(job, world)
+        run(job, world, stop_requested)
     except BaseException as error:
         with suppress(OSError):  # the disk is full
             _tell(RunDirectory(job.output), rank, error)

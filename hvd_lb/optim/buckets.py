@@ -4,6 +4,9 @@
 gradients that were set to None, zeroed, replaced or edited by anybody are seen. A bucket ends in one flag
 per parameter, 1 where this process has a gradient; summed along with the gradients, the flags tell on
 every process whether any process had one.
+
+In the reproducible mode a bucket adds in fixed point instead (`FixedPointBucket`): every backward's gradient on its
+own, at once, so that nothing depends on the order of microbatches and processes.
 """
 
 from collections.abc import Iterable
@@ -11,9 +14,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from hvd_lb.fixed_point import FixedPointSum, offsets_of
 from hvd_lb.world import Handle, World
 
-ALIGNMENT = 16  # elements: every view starts on a multiple of 64 bytes, as kernels on whole vectors like it
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, torch.float64, *HALF)
 
@@ -57,12 +60,16 @@ class Slot:
         p = self.parameter
         return p.dtype == self.grad.dtype and p.device == self.grad.device and p.shape == self.grad.shape
 
+    def consumed(self) -> bool:
+        """Whether `p.grad` is what a step has used up: still readable, but no gradient any more."""
+        return self.stale and self.parameter.grad is self.grad and self.grad._version == self.version
+
     def collect(self) -> None:
         """Brings the view up to date with `p.grad`; no gradient, or a consumed one, counts as zero."""
         grad = self.parameter.grad
         ours = grad is self.grad
         untouched = ours and self.grad._version == self.version
-        self.present = grad is not None and not (self.stale and untouched)
+        self.present = grad is not None and not self.consumed()
         self.stale = False
         if not self.present or grad is None:
             self.view.zero_()
@@ -89,9 +96,9 @@ class Slot:
             self.collect()
             self.parameter.grad = None
         elif self.stale:
-            self.stale = False
-            if self.parameter.grad is self.grad and self.grad._version == self.version:
+            if self.consumed():
                 self.parameter.grad = None
+            self.stale = False
 
     def after_accumulation(self) -> None:
         """After autograd has added to `p.grad`, in place or, where there was none, by a tensor of its own."""
@@ -113,16 +120,26 @@ class Bucket:
 
     def __init__(self, parameters: list[Tensor], name: str) -> None:
         self.name = name
-        offsets = [0]
-        for parameter in parameters:
-            offsets.append(offsets[-1] + -(-parameter.numel() // ALIGNMENT) * ALIGNMENT)
-        end = offsets.pop()
+        *offsets, end = offsets_of(parameters)
         first = parameters[0]
         self.flat = torch.zeros(end + len(parameters), dtype=gathering_dtype(first), device=first.device)
         self.gradients, self.flags = self.flat[:end], self.flat[end:]
         self.slots = [Slot(p, self.flat, offset) for p, offset in zip(parameters, offsets, strict=True)]
         self.handle: Handle | None = None
         self.missing = len(self.slots)
+
+    @property
+    def started(self) -> bool:
+        """Whether its exchange is under way."""
+        return self.handle is not None
+
+    def before_accumulation(self, slot: Slot) -> None:
+        """Before autograd adds to the gradient of one of its parameters."""
+        slot.before_accumulation()
+
+    def after_accumulation(self, slot: Slot) -> None:
+        """After it has."""
+        slot.after_accumulation()
 
     def gather(self, slot: Slot) -> bool:
         """Notes that the armed backward has added this gradient; True when the bucket is full."""
@@ -141,8 +158,11 @@ class Bucket:
             self.flags.copy_(torch.tensor([slot.present for slot in self.slots]))
         self.handle = world.allreduce_async(self.flat, self.name)
 
-    def finish(self) -> None:
-        """Waits for the sums; parameters without a gradient on any process get none."""
+    def finish(self) -> list[Tensor]:
+        """Waits for the sums; parameters without a gradient on any process get none.
+
+        Returns the parameters whose sum was given up on all processes and has to be gathered again: here, none.
+        """
         if self.handle is None:
             raise RuntimeError(f"bucket {self.name} was not started")
         self.handle.wait()
@@ -153,6 +173,7 @@ class Bucket:
             for slot, flag in zip(self.slots, self.flags.tolist(), strict=True):
                 slot.present = flag > 0
         self.publish()
+        return []
 
     def divide(self, divisor: int) -> None:
         """Divides the sums, with whatever was done to `p.grad` since they arrived."""
@@ -180,6 +201,62 @@ class Bucket:
         self.missing = len(self.slots)
         for slot in self.slots:
             slot.gathered = False
+
+
+class FixedPointBucket(Bucket):
+    """Adds up to `terms` gradients of each parameter, of all processes, in fixed point (see `hvd_lb.fixed_point`).
+
+    Every backward's gradient is taken out of `p.grad`, which is None until the exchange has finished. Then the flat
+    bucket and its views hold the sums, as in the bucket that is inherited from.
+    """
+
+    def __init__(self, parameters: list[Tensor], name: str, terms: int) -> None:
+        super().__init__(parameters, name)
+        self.sum = FixedPointSum([slot.view for slot in self.slots], terms, name)
+        self._index = {slot: index for index, slot in enumerate(self.slots)}
+
+    @property
+    def started(self) -> bool:
+        return self.sum.started
+
+    def before_accumulation(self, slot: Slot) -> None:
+        self._take(slot)
+
+    def after_accumulation(self, slot: Slot) -> None:
+        self._take(slot)
+
+    def start(self, world: World) -> None:
+        for slot in self.slots:
+            if not slot.gathered:
+                self._take(slot)
+        self.sum.start(world)
+
+    def finish(self) -> list[Tensor]:
+        counts, overflowed = self.sum.finish([slot.view for slot in self.slots])
+        for slot, count in zip(self.slots, counts, strict=True):
+            slot.present = count > 0
+        self.publish()
+        return [self.slots[index].parameter for index in overflowed]
+
+    def reset(self) -> None:
+        super().reset()
+        if not self.sum.empty:
+            self.sum.discard()
+
+    def exponent(self, slot: Slot) -> int:
+        """The exponent of a parameter's next sum; part of a checkpoint."""
+        return self.sum.exponents[self._index[slot]]
+
+    def set_exponent(self, slot: Slot, exponent: int) -> None:
+        self.sum.exponents[self._index[slot]] = exponent
+
+    def _take(self, slot: Slot) -> None:
+        """Moves the gradient in `p.grad`, unless it is a consumed one, into the sum."""
+        grad = slot.parameter.grad
+        if grad is not None and not slot.consumed():
+            self.sum.add(self._index[slot], _dense(grad))
+        slot.stale = False
+        slot.parameter.grad = None
 
 
 def plan_buckets(parameters: Iterable[Tensor], bucket_bytes: int) -> list[list[Tensor]]:

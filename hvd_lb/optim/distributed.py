@@ -12,7 +12,7 @@ import operator
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hvd_lb.optim.buckets import Bucket, Slot, plan_buckets
+from hvd_lb.fixed_point import FixedPointOverflow
+from hvd_lb.optim.buckets import Bucket, FixedPointBucket, Slot, plan_buckets
 from hvd_lb.optim.state import broadcast_optimizer, broadcast_tensors
 from hvd_lb.world import Handle, World, current
 
@@ -79,6 +80,11 @@ class DistributedOptimizer(Optimizer):
         At construction rank 0's model and optimizer state overwrite those of the other processes.
     world: the processes; by default those of `hvd_lb.init()`.
     bucket_bytes: upper bound of a bucket, except for one with a single larger parameter.
+    reproducible_terms: when given, gradients are added in fixed point, and the sum has the same bits however the
+        backwards of a step are divided among processes and whatever their order. It is the largest number of
+        backwards of a step, those of all processes counted together. `synchronize` and `step` may then raise
+        `FixedPointOverflow`, on all processes alike and with the gradients cleared: the step's backwards have to be
+        run again. Gradients are undefined from the first backward to `synchronize`.
 
     Raises `TypeError` when `optimizer` is no plain torch optimizer or a parameter is complex, `RuntimeError`
     when the processes disagree on the parameters.
@@ -92,6 +98,7 @@ class DistributedOptimizer(Optimizer):
         world: World | None = None,
         schedule: Callable[[int], float] | None = None,
         bucket_bytes: int = 25 * 2**20,
+        reproducible_terms: int | None = None,
     ) -> None:
         # Optimizer.__init__ is left out: groups, defaults, state and hooks are the wrapped optimizer's own,
         # and its step fires the hooks, once.
@@ -104,6 +111,7 @@ class DistributedOptimizer(Optimizer):
             setattr(self, name, getattr(optimizer, name))
         self._schedule = schedule
         self._bucket_bytes = bucket_bytes
+        self._terms = reproducible_terms
         self._name = f"hvd_lb.optimizer.{next(_instances)}"
         self._order = {p: i for i, p in enumerate(model.parameters())} if model is not None else {}
         self._known: set[Tensor] = set()
@@ -205,7 +213,8 @@ class DistributedOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discards all gradients; an exchange under way is completed first, for the other processes' sake."""
         if self._phase is Phase.EXCHANGING:
-            self._finish()
+            with suppress(FixedPointOverflow):
+                self._finish()
         self.optimizer.zero_grad(set_to_none)
         self._reset()
 
@@ -235,15 +244,35 @@ class DistributedOptimizer(Optimizer):
         self._adopt()
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state dict, which it can load, and "steps"."""
-        return {**self.optimizer.state_dict(), "steps": self.steps}
+        """The wrapped optimizer's state dict, which it can load, and "steps".
+
+        With `reproducible_terms` also "exponents", those of the gradients by their parameter's number in the groups.
+        """
+        state = {**self.optimizer.state_dict(), "steps": self.steps}
+        if self._terms is not None:
+            state["exponents"] = {
+                number: bucket.exponent(slot)
+                for number, (bucket, slot) in self._numbered()
+                if isinstance(bucket, FixedPointBucket)
+            }
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads this process's state from `state_dict` of this class or of the wrapped optimizer."""
-        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "steps"})
+        own = ("steps", "exponents")
+        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key not in own})
         self.steps = state_dict.get("steps", self.steps)
+        exponents = state_dict.get("exponents", {})
+        for number, (bucket, slot) in self._numbered():
+            if isinstance(bucket, FixedPointBucket) and number in exponents:
+                bucket.set_exponent(slot, exponents[number])
 
     # Inside
+
+    def _numbered(self) -> Iterator[tuple[int, tuple[Bucket, Slot]]]:
+        """The places of parameters that have one, by their number in the groups."""
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        return ((number, self._places[p]) for number, p in enumerate(parameters) if p in self._places)
 
     def _adopt(self) -> None:
         """Makes room for parameters that are new, were unfrozen or moved to another device or dtype."""
@@ -251,7 +280,7 @@ class DistributedOptimizer(Optimizer):
         parameters = sorted(mine, key=lambda p: self._order.get(p, len(self._order)))
         unknown = [p for p in parameters if p not in self._known]
         if any(not slot.fits() for _, slot in self._places.values()):
-            if any(bucket.handle is not None for bucket in self._buckets):
+            if any(bucket.started for bucket in self._buckets):
                 raise RuntimeError("parameters were moved while their gradients were exchanged; step() first")
             self._buckets, self._places, self._nodes = [], {}, {}
         homeless = [p for p in parameters if p.requires_grad and p not in self._places]
@@ -262,7 +291,10 @@ class DistributedOptimizer(Optimizer):
             broadcast_tensors(self.world, unknown, f"{self._name}.weights")
         self._known.update(unknown)
         for members in plan_buckets(homeless, self._bucket_bytes):
-            bucket = Bucket(members, f"{self._name}.bucket.{len(self._buckets)}")
+            name = f"{self._name}.bucket.{len(self._buckets)}"
+            bucket = (
+                Bucket(members, name) if self._terms is None else FixedPointBucket(members, name, self._terms)
+            )
             self._buckets.append(bucket)
             for slot in bucket.slots:
                 self._places[slot.parameter] = bucket, slot
@@ -307,19 +339,19 @@ class DistributedOptimizer(Optimizer):
             if any(p.grad is s.grad and bool(s.grad.any()) for p, (_, s) in self._places.items()):
                 raise RuntimeError("backward() onto exchanged gradients: call step() or zero_grad() first")
             self._reset()  # the step was skipped and the gradients were cleared behind our back
-        if slot.gathered or bucket.handle is not None:
+        if slot.gathered or bucket.started:
             raise RuntimeError(
                 "backward() after the exchange of this step has started: put all backwards of a step but the "
                 "last into `with opt.accumulate():`, or call step() or opt.zero_grad() first"
             )
         with torch.no_grad():
-            slot.before_accumulation()
+            bucket.before_accumulation(slot)
 
     def _after(self, bucket: Bucket, slot: Slot) -> None:
         if not slot.fits():
             return  # moved: `_adopt` will find it
         with torch.no_grad():
-            slot.after_accumulation()
+            bucket.after_accumulation(slot)
             if self._armed:
                 self._phase = Phase.EXCHANGING
                 if bucket.gather(slot):
@@ -330,11 +362,16 @@ class DistributedOptimizer(Optimizer):
         """Exchanges what backward has not, and waits: afterwards `.grad` are sums over all processes."""
         self._adopt()
         for bucket in self._buckets:
-            if bucket.handle is None:
+            if not bucket.started:
                 bucket.start(self.world)
-        for bucket in self._buckets:
-            bucket.finish()
+        overflowed = {parameter for bucket in self._buckets for parameter in bucket.finish()}
         self._phase = Phase.REDUCED
+        if overflowed:
+            self.zero_grad()
+            sizes = sorted(str(tuple(parameter.shape)) for parameter in overflowed)
+            raise FixedPointOverflow(
+                f"gradients grew too much since the last step ({', '.join(sizes)}): take this step again"
+            )
 
     def _reset(self) -> None:
         for bucket in self._buckets:

@@ -31,6 +31,12 @@ class RunObserver:
     def evaluation(self, record: dict[str, Any]) -> None:
         self._write("eval", record)
 
+    def checkpoint(self, record: dict[str, Any]) -> None:
+        self._write("checkpoint", record)
+
+    def repeat(self, record: dict[str, Any]) -> None:
+        self._write("repeat", record)
+
     def microbatch(self, step: int, done: int, of: int) -> None:
         now = time.monotonic()
         if now - self._beat >= _HEARTBEAT_SECONDS:
@@ -57,6 +63,12 @@ class SilentObserver:
         pass
 
     def evaluation(self, record: dict[str, Any]) -> None:
+        pass
+
+    def checkpoint(self, record: dict[str, Any]) -> None:
+        pass
+
+    def repeat(self, record: dict[str, Any]) -> None:
         pass
 
     def microbatch(self, step: int, done: int, of: int) -> None:

@@ -27,6 +27,8 @@ class Display(Protocol):
 
     def evaluation(self, record: dict[str, Any]) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
     def beat(self, step: int, microbatch: int, microbatches: int) -> None: ...
 
     def close(self) -> None: ...
@@ -56,7 +58,14 @@ class RunView:
 
     def update(self) -> None:
         for record in self._follower.new_records():
-            (self._display.train if record["kind"] == "train" else self._display.evaluation)(record)
+            if record["kind"] == "train":
+                self._display.train(record)
+            elif record["kind"] == "eval":
+                self._display.evaluation(record)
+            elif record["kind"] == "repeat":
+                self._display.note(
+                    f"epoch {record['epoch']} step {record['step']} is taken again: {record['reason']}"
+                )
         try:
             beat = json.loads(self._run.heartbeat.read_text("utf-8"))
         except FileNotFoundError:
@@ -88,7 +97,10 @@ class LiveDisplay:
         self._move(record["step"], record["step"] + 1)
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        self._progress.console.print(evaluation_line(record), highlight=False)
+        self.note(evaluation_line(record))
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False)
 
     def beat(self, step: int, microbatch: int, microbatches: int) -> None:
         part = f" ({microbatch}/{microbatches})" if microbatches > 1 else ""
@@ -134,7 +146,10 @@ class PlainDisplay:
             )
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        self._line(evaluation_line(record))
+        self.note(evaluation_line(record))
+
+    def note(self, text: str) -> None:
+        self._line(text)
 
     def beat(self, step: int, microbatch: int, microbatches: int) -> None:
         if self._silent_for(_QUIET_SECONDS):

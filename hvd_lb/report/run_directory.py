@@ -18,6 +18,7 @@ import yaml
 from hvd_lb.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from hvd_lb.errors import UserError
 from hvd_lb.recipe import Recipe, differing_fields, make_recipe
+from hvd_lb.reproducible import rounding_differences
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,16 @@ class RunDirectory:
     @property
     def heartbeat(self) -> Path:
         return self.logs / "progress.json"
+
+    @property
+    def stop(self) -> Path:
+        """Where the launching process asks the workers to end with a checkpoint: the number of a signal."""
+        return self.logs / "stop"
+
+    @property
+    def stopped(self) -> Path:
+        """Where rank 0 says that the run has ended so, before its end."""
+        return self.logs / "stopped.json"
 
     @property
     def report(self) -> Path:
@@ -124,9 +135,12 @@ class Start:
         return self.checkpoint.step if self.checkpoint else 0
 
 
-def find_start(run: RunDirectory, recipe: Recipe, resume: str, total_steps: int) -> Start:
+def find_start(
+    run: RunDirectory, recipe: Recipe, resume: str, total_steps: int, environment: dict[str, Any]
+) -> Start:
     """Where the run in `run` begins or goes on; reads only. `resume` is "auto", a checkpoint or a run directory.
 
+    A reproducible run that goes on in another rounding `environment` is warned about.
     UserError when the directory holds another recipe's run or a finished one, or the checkpoint is damaged or foreign.
     """
     stored = run.stored_recipe()
@@ -155,6 +169,12 @@ def find_start(run: RunDirectory, recipe: Recipe, resume: str, total_steps: int)
             raise UserError(
                 f"{checkpoint.path} is at the end of this run already ({checkpoint.step} of {total_steps} steps): "
                 "choose another --output to train again"
+            )
+        changes = rounding_differences(checkpoint.state["environment"], environment)
+        if recipe.reproducible and changes:
+            messages.append(
+                f"{checkpoint.path.name} was made elsewhere ({'; '.join(changes)}): from here on the run is not "
+                "bitwise the one it would have been there"
             )
     return Start(checkpoint, messages)
 

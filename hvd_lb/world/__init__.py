@@ -1,6 +1,6 @@
 """The processes of a run behind one small protocol: who am I, sum this, take that from rank 0.
 
-Sums only: the normaliser of a gradient is the global minibatch and is applied once, by the optimizer
+Sums and maxima, never means: the normaliser of a gradient is the global minibatch and is applied once, by the optimizer
 (paper remark 3). Every method except the ranks is collective: all processes call it with the same name,
 shapes and dtypes.
 """
@@ -15,10 +15,10 @@ RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 class Handle(Protocol):
-    """A sum under way. It keeps its tensor alive; the tensor is undefined until `wait` returns."""
+    """A reduction under way. It keeps its tensor alive; the tensor is undefined until `wait` returns."""
 
     def wait(self) -> Tensor:
-        """Blocks until the sum is in the tensor and returns it; later calls return at once."""
+        """Blocks until the result is in the tensor and returns it; later calls return at once."""
         ...
 
 
@@ -35,7 +35,11 @@ class World(Protocol):
     def local_size(self) -> int: ...
 
     def allreduce_async(self, tensor: Tensor, name: str) -> Handle:
-        """Starts summing a contiguous tensor, in place; `name` is unique among the sums under way."""
+        """Starts summing a contiguous tensor, in place; `name` is unique among what is under way."""
+        ...
+
+    def maximum_async(self, tensor: Tensor, name: str) -> Handle:
+        """Starts taking the largest of each element of a contiguous tensor without NaN, in place; as above."""
         ...
 
     def allreduce(self, tensor: Tensor, name: str) -> Tensor:

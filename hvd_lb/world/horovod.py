@@ -48,7 +48,7 @@ def import_horovod() -> Any:
 
 
 class HorovodHandle:
-    """A sum under way in Horovod's background thread."""
+    """A reduction under way in Horovod's background thread."""
 
     def __init__(self, hvd: Any, handle: int, tensor: Tensor) -> None:
         self._hvd, self._handle, self._tensor = hvd, handle, tensor
@@ -74,9 +74,13 @@ class HorovodWorld:
         self.local_size: int = self._hvd.local_size()
 
     def allreduce_async(self, tensor: Tensor, name: str) -> HorovodHandle:
-        return HorovodHandle(
-            self._hvd, self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum), tensor
-        )
+        return self._start(tensor, name, self._hvd.Sum)
+
+    def maximum_async(self, tensor: Tensor, name: str) -> HorovodHandle:
+        return self._start(tensor, name, self._hvd.Max)
+
+    def _start(self, tensor: Tensor, name: str, op: Any) -> HorovodHandle:
+        return HorovodHandle(self._hvd, self._hvd.allreduce_async_(tensor, name=name, op=op), tensor)
 
     def allreduce(self, tensor: Tensor, name: str) -> Tensor:
         return self.allreduce_async(tensor, name).wait()

@@ -1,0 +1,167 @@
+"""Sums of tensors that do not depend on the order of their terms (docs/exactness.md).
+
+Adding floating-point numbers is not associative, adding integers is. A term x of tensor i becomes the integers
+round(x · 2^e_i); these are added up, over microbatches and over processes, and their sum becomes floating point once.
+The exponent e_i follows from the largest |x| among *all* terms of the sum before, which every process knows, and never
+from what one process has seen. So the result has the same bits however the terms are divided among processes.
+
+The integers of a term take at most 62 − log2(terms) bits, so no sum can overflow. Exponents leave room for terms that
+are 2^GROWTH_BITS times larger than those of the sum before. Larger ones are found before they are used: the sum is
+given up on all processes alike, the exponents are corrected, and the step is taken again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_lb.world import Handle, World
+
+GROWTH_BITS = 10
+# Before the first sum nothing is known: terms up to 2^24 are expected.
+_FIRST_BITS = 24
+# What an int64 holds without its sign, less one bit so that rounding cannot reach the end.
+_SUM_BITS = 62
+# Powers of two up to here are normal numbers in fp32, as are their inverses.
+_LARGEST_EXPONENT = 120
+# Elements converted at once on a CPU: their integers, the sums and the scratch space stay in a core's cache.
+_CHUNK = 1 << 15
+# Every tensor's place starts on a multiple of 64 bytes, in fp32 and wider.
+ALIGNMENT = 16
+
+
+class FixedPointOverflow(ArithmeticError):
+    """Terms grew too much from one step to the next, on all processes alike; the step has to be taken again."""
+
+
+class FixedPointSum:
+    """Sums of up to `terms` terms for each of several tensors, of the dtype, shapes and strides of `like`.
+
+    A sum is gathered by `add`, exchanged by `start`, and ends with `finish`, which makes room for the
+    next one. `start` and `finish` are collective. Raises `RuntimeError` when more than `terms` terms were added.
+    """
+
+    def __init__(self, like: Sequence[Tensor], terms: int, name: str) -> None:
+        if terms < 1:
+            raise ValueError(f"{name}: a sum of {terms} terms; expected at least 1")
+        self._name, self._terms = name, terms
+        self._term_bits = _SUM_BITS - (terms - 1).bit_length()
+        self.exponents = [min(self._term_bits - _FIRST_BITS, _LARGEST_EXPONENT)] * len(like)
+        first = like[0]
+        self._dtype = first.dtype
+        offsets = offsets_of(like)
+        # The sums of all tensors, followed by the number of terms of each, are exchanged as one tensor.
+        self._total = torch.zeros(offsets[-1] + len(like), dtype=torch.int64, device=first.device)
+        self._counts = self._total[offsets[-1] :]
+        self._parts = [
+            self._total[start : start + tensor.numel()] for start, tensor in zip(offsets, like, strict=False)
+        ]
+        self._strides = [tensor.stride() for tensor in like]
+        self._added = [0] * len(like)
+        self._maxima = torch.zeros(len(like), dtype=first.dtype, device=first.device)
+        self._largest = list(self._maxima)
+        longest = max(part.numel() for part in self._parts)
+        self._chunk = max(1, min(longest, _CHUNK) if first.device.type == "cpu" else longest)
+        self._float = torch.empty(self._chunk, dtype=first.dtype, device=first.device)
+        self._integer = torch.empty(self._chunk, dtype=torch.int64, device=first.device)
+        self._handles: tuple[Handle, Handle] | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether no term has been added here since the last sum."""
+        return not any(self._added)
+
+    @property
+    def started(self) -> bool:
+        """Whether its exchange is under way."""
+        return self._handles is not None
+
+    @torch.no_grad()
+    def add(self, index: int, term: Tensor) -> None:
+        """Adds a term to tensor `index`."""
+        flat, total = self._in_memory_order(index, term), self._parts[index]
+        scale = 2.0 ** self.exponents[index]
+        for start in range(0, flat.numel(), self._chunk):
+            part = flat[start : start + self._chunk]
+            self._note(index, part)
+            scaled, integers = self._float[: part.numel()], self._integer[: part.numel()]
+            torch.mul(part, scale, out=scaled)
+            integers.copy_(scaled.round_())
+            total[start : start + self._chunk].add_(integers)
+        self._added[index] += 1
+
+    @torch.no_grad()
+    def start(self, world: World) -> None:
+        """Starts the exchange of what has been added here."""
+        self._counts.copy_(torch.tensor(self._added))
+        # NaN has no order, so a maximum over processes would depend on theirs.
+        self._maxima.nan_to_num_(nan=math.inf, posinf=math.inf)
+        self._handles = (
+            world.maximum_async(self._maxima, f"{self._name}.largest"),
+            world.allreduce_async(self._total, self._name),
+        )
+
+    @torch.no_grad()
+    def finish(self, out: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+        """Waits and writes the sums into `out`: NaN where any term was not finite.
+
+        Returns the number of terms of each tensor, and the tensors whose terms were too large for their exponent:
+        of those `out` holds nothing, and the sum has to be gathered again, with the exponents that are now right.
+        """
+        if self._handles is None:
+            raise RuntimeError(f"{self._name}: the sum was not started")
+        for handle in self._handles:
+            handle.wait()
+        self._handles = None
+        counts, largest = self._counts.tolist(), self._maxima.tolist()
+        if max(counts) > self._terms:
+            raise RuntimeError(f"{self._name}: a sum of {max(counts)} terms, announced were {self._terms}")
+        overflowed = []
+        for index, (tensor, most) in enumerate(zip(out, largest, strict=True)):
+            if not math.isfinite(most):
+                tensor.fill_(math.nan)
+            elif most * 2.0 ** self.exponents[index] > 2.0**self._term_bits:
+                overflowed.append(index)
+            else:
+                total = self._parts[index].as_strided(tensor.shape, self._strides[index])
+                tensor.copy_(total).mul_(2.0 ** -self.exponents[index])
+        self._adapt(largest)
+        self.discard()
+        return counts, overflowed
+
+    def discard(self) -> None:
+        """Forgets the terms that were added."""
+        self._total.zero_()
+        self._maxima.zero_()
+        self._added = [0] * len(self._added)
+
+    def _adapt(self, largest: list[float]) -> None:
+        """Exponents for the next sum; a tensor without a finite term, or with zeros only, keeps its own."""
+        for index, most in enumerate(largest):
+            if 0 < most < math.inf:
+                exponent = self._term_bits - GROWTH_BITS - math.frexp(most)[1]
+                self.exponents[index] = min(exponent, _LARGEST_EXPONENT)
+
+    def _note(self, index: int, part: Tensor) -> None:
+        low, high = torch.aminmax(part)  # both are NaN when any element is
+        largest = self._largest[index]
+        torch.maximum(largest, torch.maximum(high, low.neg_()), out=largest)
+
+    def _in_memory_order(self, index: int, term: Tensor) -> Tensor:
+        """The elements of a term in the order of its place, one-dimensional; a copy only where it lies otherwise."""
+        strides, count = self._strides[index], self._parts[index].numel()
+        if term.dtype != self._dtype or term.stride() != strides:
+            laid_out = torch.empty_strided(term.shape, strides, dtype=self._dtype, device=term.device)
+            term = laid_out.copy_(term)
+        return term.as_strided((count,), (1,))
+
+
+def offsets_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Where tensors that lie one after the other begin, each aligned, and where the last one ends."""
+    offsets = [0]
+    for tensor in tensors:
+        offsets.append(offsets[-1] + -(-tensor.numel() // ALIGNMENT) * ALIGNMENT)
+    return offsets
