@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _COMMANDS = {
     "train": "hvd_lb_cli.train",
     "simulate": "hvd_lb_cli.simulate",
+    "compare": "hvd_lb_cli.compare",
     "recipes": "hvd_lb_cli.recipes",
     "data": "hvd_lb_cli.data",
     "doctor": "hvd_lb_cli.doctor",

@@ -1,0 +1,154 @@
+"""`hvd-lb compare`: are two runs the same, to the bit, and if not, where they part."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import rich_click as click
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from hvd_lb.compare import Comparison, MetricDifference, MetricsComparison, compare_runs
+from hvd_lb.compare_tensors import CheckpointComparison, TensorComparison
+from hvd_lb.errors import UserError
+from hvd_lb.report.progress import count
+from hvd_lb_cli.show import print_plan
+
+_RUN = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("run_a", type=_RUN)
+@click.argument("run_b", type=_RUN)
+@click.option(
+    "--step",
+    type=click.IntRange(min=0),
+    help="Compare the checkpoints of this many steps [default: the newest that both have intact]",
+)
+@click.option(
+    "--tensors",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    help="Differing tensors that are listed, the worst first.",
+)
+def compare(run_a: Path, run_b: Path, step: int | None, tensors: int) -> int:
+    """Compare two run directories, or two checkpoints; exit code 0 when they are bitwise identical, 1 when not.
+
+    Recipe, metrics and every tensor of a checkpoint that both have; the last line is the verdict. What does not touch
+    the mathematics, such as speed, environment and free fields of the recipe, is told but is no difference.
+
+    \b
+    hvd-lb compare runs/one-process runs/two-processes
+    hvd-lb compare runs/a runs/b --step 440
+    hvd-lb compare runs/a/checkpoints/best runs/b/checkpoints/last
+    """
+    console = Console()
+    try:
+        with console.status("comparing"):
+            comparison = compare_runs(run_a, run_b, step)
+    except OSError as error:  # exit code 1 would say that the runs differ
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    print_plan(console, [("A", escape(str(run_a))), ("B", escape(str(run_b))), *_rows(comparison)])
+    if comparison.checkpoint:
+        _print_tensors(console, comparison.checkpoint.differing, tensors)
+    click.echo("bitwise identical" if comparison.identical else _verdict(comparison))
+    return 0 if comparison.identical else 1
+
+
+def _rows(comparison: Comparison) -> list[tuple[str, str]]:
+    rows = []
+    if comparison.metrics:
+        mathematics = "; ".join(comparison.mathematics)
+        rows.append(("recipe", f"mathematics differ: {mathematics}" if mathematics else "same mathematics"))
+    for topic, differing in (("free fields", comparison.free), ("environment", comparison.environment)):
+        if differing:
+            rows.append((topic, "; ".join(differing)))
+    for metrics in comparison.metrics:
+        rows.append((f"{metrics.kind} metrics", _records(metrics)))
+        rows += [(f"{metrics.kind} {metric.field}", _metric(metric)) for metric in metrics.differing]
+    if comparison.checkpoint:
+        rows.append(("checkpoint", _checkpoint(comparison.checkpoint)))
+    rows += [("note", note) for note in comparison.notes]
+    return [(topic, escape(sentence)) for topic, sentence in rows]
+
+
+def _records(metrics: MetricsComparison) -> str:
+    sentence = f"{metrics.records[0]:,} and {metrics.records[1]:,} records, {metrics.compared:,} compared"
+    fewer = [f"{field} in {n:,} of them" for field, n in metrics.fields.items() if n < metrics.compared]
+    if fewer:
+        sentence += f" ({', '.join(fewer)})"
+    if not metrics.compared:
+        return sentence
+    differing = ", ".join(metric.field for metric in metrics.differing)
+    return f"{sentence}: {f'{differing} differ' if differing else 'equal'}"
+
+
+def _metric(metric: MetricDifference) -> str:
+    sentence = f"first at step {metric.step}: {_value(metric.a)} → {_value(metric.b)}"
+    if not math.isnan(metric.difference):
+        sentence += f", by {metric.difference:.2g}"
+    sentence += f"; in {count(metric.records, 'record')}"
+    return sentence if math.isnan(metric.largest) else f"{sentence}, at most by {metric.largest:.2g}"
+
+
+def _value(value: object) -> str:
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
+
+
+def _checkpoint(checkpoint: CheckpointComparison) -> str:
+    step, other = checkpoint.steps
+    at = f"step {step}" if step == other else f"steps {step} and {other}"
+    sentence = f"{at}: {len(checkpoint.differing):,} of {count(checkpoint.tensors, 'tensor')} differ"
+    if checkpoint.state:
+        sentence += f"; in state.json, not counted: {', '.join(checkpoint.state)}"
+    return sentence
+
+
+def _print_tensors(console: Console, differing: list[TensorComparison], most: int) -> None:
+    shown, more = differing[:most], len(differing) - most
+    if console.is_terminal and shown:
+        table = Table("file", "tensor", "largest difference", "relative", "elements", box=box.SIMPLE_HEAD)
+        for tensor in shown:
+            table.add_row(*(Text(text) for text in (tensor.file, tensor.name, *_cells(tensor))))
+        console.print(table)
+    else:
+        for tensor in shown:
+            elements = "" if tensor.layout else f", {_cells(tensor)[2]} elements"
+            click.echo(f"{tensor.file} {tensor.name}: {_largest(tensor)}{elements}")
+    if more > 0:
+        click.echo(f"… and {more:,} more")
+
+
+def _cells(tensor: TensorComparison) -> tuple[str, str, str]:
+    if tensor.layout:
+        return tensor.layout, "", ""
+    elements = f"{tensor.differing:,} of {tensor.elements:,}"
+    if math.isnan(tensor.largest):
+        return "NaN", "", elements
+    return f"{tensor.largest:.3g}", f"{tensor.relative:.2g}", elements
+
+
+def _largest(tensor: TensorComparison) -> str:
+    largest, relative, _ = _cells(tensor)
+    return f"{largest} (relative {relative})" if relative else largest
+
+
+def _verdict(comparison: Comparison) -> str:
+    """One line: in which respects they differ, and by how much the weights do."""
+    respects = ["mathematics of the recipe"] if comparison.mathematics else []
+    respects += [f"{metrics.kind} metrics" for metrics in comparison.metrics if metrics.differing]
+    checkpoint = comparison.checkpoint
+    if checkpoint is None:
+        return f"different: {', '.join([*respects, 'weights not compared'])} (no checkpoint in common)"
+    if checkpoint.differing:
+        respects.append(f"{len(checkpoint.differing):,} of {count(checkpoint.tensors, 'tensor')}")
+    verdict = f"different: {', '.join(respects)}"
+    if worst := checkpoint.worst:
+        noun = "weight difference" if worst.is_weight else "difference"
+        verdict += f"; largest {noun}: {_largest(worst)} in {worst.file} {worst.name}"
+    return verdict
