@@ -21,8 +21,8 @@ from torch import Tensor
 from hvd_lb.world import Handle, World
 
 GROWTH_BITS = 10
-# Before the first sum nothing is known: terms up to 2^24 are expected.
-_FIRST_BITS = 24
+# Before the first sum nothing is known: terms up to 2^14 are expected, more than gradients of a summed loss have.
+_FIRST_BITS = 14
 # What an int64 holds without its sign, less one bit so that rounding cannot reach the end.
 _SUM_BITS = 62
 # Powers of two up to here are normal numbers in fp32, as are their inverses.

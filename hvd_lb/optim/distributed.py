@@ -21,7 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hvd_lb.fixed_point import FixedPointOverflow
+from hvd_lb.fixed_point import GROWTH_BITS, FixedPointOverflow
 from hvd_lb.optim.buckets import Bucket, FixedPointBucket, Slot, plan_buckets
 from hvd_lb.optim.state import broadcast_optimizer, broadcast_tensors
 from hvd_lb.world import Handle, World, current
@@ -114,6 +114,7 @@ class DistributedOptimizer(Optimizer):
         self._terms = reproducible_terms
         self._name = f"hvd_lb.optimizer.{next(_instances)}"
         self._order = {p: i for i, p in enumerate(model.parameters())} if model is not None else {}
+        self._names = {p: name for name, p in model.named_parameters()} if model is not None else {}
         self._known: set[Tensor] = set()
         self._buckets: list[Bucket] = []
         self._places: dict[Tensor, tuple[Bucket, Slot]] = {}
@@ -368,9 +369,10 @@ class DistributedOptimizer(Optimizer):
         self._phase = Phase.REDUCED
         if overflowed:
             self.zero_grad()
-            sizes = sorted(str(tuple(parameter.shape)) for parameter in overflowed)
+            names = sorted(self._names.get(p, f"a parameter of {tuple(p.shape)}") for p in overflowed)
             raise FixedPointOverflow(
-                f"gradients grew too much since the last step ({', '.join(sizes)}): take this step again"
+                f"gradients of {', '.join(names)} grew more than {2**GROWTH_BITS:,}-fold since the last step: "
+                "take this step again"
             )
 
     def _reset(self) -> None:
