@@ -49,12 +49,20 @@ class Records(SilentObserver):
     def __init__(self) -> None:
         self.training: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
+        self.checkpoints: list[dict[str, Any]] = []
+        self.repeats: list[dict[str, Any]] = []
 
     def train(self, record: dict[str, Any]) -> None:
         self.training.append(record)
 
     def evaluation(self, record: dict[str, Any]) -> None:
         self.evaluations.append(record)
+
+    def checkpoint(self, record: dict[str, Any]) -> None:
+        self.checkpoints.append(record)
+
+    def repeat(self, record: dict[str, Any]) -> None:
+        self.repeats.append(record)
 
 
 def make_trainer(recipe: Recipe, data: Dataset | None = None, **arguments: Any) -> Trainer:
@@ -118,11 +126,12 @@ def largest_difference(a: nn.Module, b: nn.Module) -> float:
     )
 
 
+@pytest.mark.parametrize("reproducible", [False, True])
 @pytest.mark.parametrize("last_batch", ["drop", "keep"])
 @pytest.mark.parametrize("momentum_form", [9, 10])
-def test_equals_plain_pytorch(last_batch: str, momentum_form: int) -> None:
+def test_equals_plain_pytorch(last_batch: str, momentum_form: int, reproducible: bool) -> None:
     """Across a drop of the learning rate; `keep` ends each epoch with 22 images for 4 workers."""
-    recipe = small_recipe(last_batch=last_batch, momentum_form=momentum_form)
+    recipe = small_recipe(last_batch=last_batch, momentum_form=momentum_form, reproducible=reproducible)
     trainer = make_trainer(recipe)
     plain = reference(trainer, trainer.end)
     run_steps(trainer, trainer.end)
@@ -167,8 +176,13 @@ def test_running_statistics_follow_the_formula(workers: int) -> None:
     assert layer.num_batches_tracked == 3
 
 
-def test_stopped_and_resumed_in_mid_epoch_is_bitwise_the_same(tmp_path: Path) -> None:
-    recipe = small_recipe(precision="fp32", epochs=2, eval_every="1epoch", checkpoint_every="3steps")
+@pytest.mark.parametrize("changes", [{}, {"reproducible": True}, {"reproducible": True, "recompute_bn": 20}])
+def test_stopped_and_resumed_in_mid_epoch_is_bitwise_the_same(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = small_recipe(
+        precision="fp32", epochs=2, eval_every="1epoch", checkpoint_every="3steps", log_every=5, **changes
+    )
     whole = make_trainer(recipe, store=CheckpointStore(tmp_path / "whole", keep=9))
     whole.fit()
     assert whole.plan.steps_per_epoch == 4
@@ -186,6 +200,9 @@ def test_stopped_and_resumed_in_mid_epoch_is_bitwise_the_same(tmp_path: Path) ->
     assert resumed.observer.evaluations == later  # type: ignore[attr-defined]
     losses = [[r["loss"] for r in t.observer.training if r["step"] >= 3] for t in (whole, resumed)]  # type: ignore[attr-defined]
     assert losses[0] == losses[1]
+    files = [t.store.folder / "last" for t in (whole, resumed)]  # type: ignore[union-attr]
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        assert (files[0] / name).read_bytes() == (files[1] / name).read_bytes()
 
 
 def test_a_checkpoint_of_other_data_or_another_recipe_is_refused(tmp_path: Path) -> None:
@@ -243,3 +260,162 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
     assert largest_difference(a, b) == 0
     assert largest_difference(a, c) > 0
+
+
+def test_float_and_reproducible_mode_agree() -> None:
+    trainers = [make_trainer(small_recipe(precision="fp32", reproducible=mode)) for mode in (False, True)]
+    for trainer in trainers:
+        run_steps(trainer, 10)
+    assert 0 < largest_difference(trainers[0].model, trainers[1].model) < 1e-5
+
+
+@pytest.mark.parametrize("of", ["gradients", "statistics", "both"])
+def test_a_step_that_overflows_is_taken_again(of: str) -> None:
+    """Scales a million times too fine: the step changes nothing, is reported, and fits the second time."""
+    recipe = small_recipe(reproducible=True, last_batch="keep", epochs=1)
+    trainer, undisturbed = make_trainer(recipe), make_trainer(recipe)
+    undisturbed.fit()
+    step = trainer.train_step
+
+    def sabotaged(batches: Any) -> bool:
+        if trainer.step == 2 and not trainer.observer.repeats:  # type: ignore[attr-defined]
+            if of != "statistics":
+                for _, (bucket, slot) in trainer.optimizer._numbered():
+                    bucket.set_exponent(slot, bucket.exponent(slot) + 20)  # type: ignore[attr-defined]
+            if of != "gradients":
+                trainer.statistics.exponents = [e + 20 for e in trainer.statistics.exponents]  # type: ignore[attr-defined]
+        return step(batches)
+
+    trainer.train_step = sabotaged  # type: ignore[method-assign]
+    trainer.fit()
+    (repeat,) = trainer.observer.repeats  # type: ignore[attr-defined]
+    assert (repeat["epoch"], repeat["step"]) == (0, 2)
+    assert ("gradients of" if of == "gradients" else "batch norm's statistics") in repeat["reason"]
+    assert [r["step"] for r in trainer.observer.training] == [0, 1, 2, 3, 4]  # type: ignore[attr-defined]
+    assert largest_difference(trainer.model, undisturbed.model) < 1e-12
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_an_image_that_is_alone_where_batch_norm_needs_two(reproducible: bool) -> None:
+    """Two images for 4 workers, at a last feature map of 1 × 1 pixel; torch alone raises there.
+
+    Shown twice at half the loss: one pixel's batch norm gives β, elsewhere statistics are as for one image.
+    """
+    recipe = small_recipe(
+        image_size=4, last_batch="keep", per_gpu_batch=37, epochs=1, flip=0.0, reproducible=reproducible, momentum=0.0,
+        nesterov=False, weight_decay=0.0,
+    )  # fmt: skip
+    trainer = make_trainer(recipe)
+    assert [len(trainer.plan.positions(1, worker)) for worker in range(4)] == [0, 1, 0, 1]
+    run_steps(trainer, 1)
+    plain = copy.deepcopy(trainer.model).train()
+    before = [p.detach().clone() for p in plain.parameters()]
+    with trainer.batches() as batches:
+        alone = list(batches)
+    for x, y in alone:
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            plain(x.double())
+        (F.cross_entropy(plain(x.double().repeat(2, 1, 1, 1)), y.repeat(2)) / len(alone)).backward()
+    with trainer.batches() as batches:
+        trainer.train_step(batches)
+    for p, old, new in zip(plain.parameters(), before, trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(new, old - trainer.schedule(1) * p.grad, rtol=1e-9, atol=1e-12)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_recomputed_statistics_are_the_mean_over_their_microbatches(reproducible: bool) -> None:
+    """45 images in microbatches of 8, that is six of 7 or 8; the statistics of each count as its images do."""
+    recipe = small_recipe(recompute_bn=45, epochs=1, reproducible=reproducible)
+    trainer = make_trainer(recipe)
+    run_steps(trainer, 4)
+    seen: list[torch.Tensor] = []
+    handle = trainer.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    trainer._recompute_statistics()
+    trainer.statistics.publish(trainer.step)
+    handle.remove()
+    assert sorted(map(len, seen)) == [7, 7, 7, 8, 8, 8]
+    plain = copy.deepcopy(trainer.model).train()
+    norms = [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
+    sums = [torch.zeros_like(buffer) for n in norms for buffer in (n.running_mean, n.running_var)]  # type: ignore[arg-type]
+    for x in seen:
+        plain(x)
+        for total, buffer in zip(
+            sums, (b for n in norms for b in (n.running_mean, n.running_var)), strict=True
+        ):
+            total += buffer * len(x) / 45  # type: ignore[operator]
+    ours = [m for m in trainer.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for total, buffer in zip(sums, (b for n in ours for b in (n.running_mean, n.running_var)), strict=True):
+        torch.testing.assert_close(buffer, total, rtol=1e-12, atol=1e-13)
+
+
+def test_recomputing_statistics_leaves_training_alone() -> None:
+    trainers = [make_trainer(small_recipe(recompute_bn=n, eval_every="2steps", epochs=1)) for n in (None, 45)]
+    for trainer in trainers:
+        trainer.fit()
+    pairs = zip(trainers[0].model.parameters(), trainers[1].model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    first, second = (t.observer.evaluations for t in trainers)  # type: ignore[attr-defined]
+    assert [e["step"] for e in first] == [1, 3]
+    assert first != second
+
+
+def test_a_kernel_that_has_no_deterministic_form_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Put(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = self.fc(x.mean((2, 3)))
+            return out.put(torch.arange(2), torch.zeros(2, dtype=x.dtype))
+
+    monkeypatch.setattr("hvd_lb.trainer.build_model", lambda *args, **kwargs: Put())
+    with pytest.raises(UserError, match="resnet8 uses put_, which has no deterministic kernel"):
+        make_trainer(small_recipe(reproducible=True)).fit()
+    assert not torch.are_deterministic_algorithms_enabled()
+    make_trainer(small_recipe()).fit()
+
+
+def test_a_stop_ends_the_run_with_a_checkpoint_after_the_step(tmp_path: Path) -> None:
+    recipe = small_recipe(precision="fp32", reproducible=True, log_every=3)
+    whole = make_trainer(recipe, store=CheckpointStore(tmp_path / "whole"))
+    whole.fit()
+    asked: list[int] = []
+    run = make_trainer(
+        recipe,
+        store=CheckpointStore(tmp_path / "run"),
+        stop_requested=lambda: asked.append(0) or (15 if len(asked) == 5 else 0),  # type: ignore[func-returns-value]
+    )
+    run.fit()
+    assert (run.step, run.stopped_by) == (5, 15)
+    resumed = make_trainer(recipe, store=run.store, checkpoint=open_checkpoint(tmp_path / "run" / "last"))
+    assert resumed.step == 5
+    resumed.fit()
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        assert (tmp_path / "whole" / "last" / name).read_bytes() == (
+            tmp_path / "run" / "last" / name
+        ).read_bytes()
+    records = [r["loss"] for t in (run, resumed) for r in t.observer.training]  # type: ignore[attr-defined]
+    assert records == [r["loss"] for r in whole.observer.training]  # type: ignore[attr-defined]
+
+
+def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
+    recipe = small_recipe(checkpoint_every="10min", epochs=1)
+    trainer = make_trainer(recipe, store=CheckpointStore(tmp_path, keep=9))
+    trainer._save_due._seconds = 0.0
+    trainer.fit()
+    assert [r["step"] for r in trainer.observer.checkpoints] == [0, 1, 2, 3]  # type: ignore[attr-defined]
+    rare = make_trainer(recipe, store=CheckpointStore(tmp_path / "rare", keep=9))
+    rare.fit()
+    assert [r["step"] for r in rare.observer.checkpoints] == [3]  # type: ignore[attr-defined]
+
+
+def test_a_full_disk_is_not_overlooked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    trainer = make_trainer(small_recipe(checkpoint_every="1epoch"), store=CheckpointStore(tmp_path))
+    monkeypatch.setattr(CheckpointStore, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit()
+    assert trainer.step < trainer.end

@@ -3,7 +3,9 @@
 Every process trains the reference, a plain loop over the whole minibatch in float64, by itself.
 """
 
+import copy
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hvd_lb.world
+from hvd_lb.fixed_point import FixedPointOverflow
 from hvd_lb.optim import SGD, DistributedOptimizer, parameter_groups
+from hvd_lb.plan.hosting import hosted
 from hvd_lb.world import World
+from hvd_lb.world.solo import Solo
 
 CHECKS: list[Callable[[World], None]] = []
 
@@ -350,6 +355,79 @@ def two_optimizers_at_once(world: World) -> None:
 
 
 @check
+def fixed_point_sums_have_the_same_bits_on_any_number_of_processes(world: World) -> None:
+    """Seven virtual workers, then five: shared by all processes, or all on this one."""
+    for dtype in (torch.float32, torch.float64):
+        model, alone = convnet().to(dtype), convnet().to(dtype)
+        opt = wrap(model, world, reproducible_terms=7)
+        single = wrap(alone, Solo(), reproducible_terms=7)
+        for step, workers in enumerate((7, 5, 7)):
+            data = [(x.to(dtype), y) for x, y in (batch(100 * step + j) for j in range(workers))]
+            mine = [data[j] for j in hosted(world.rank, world.size, workers)]
+            for trained, o, own in ((model, opt, mine), (alone, single, data)):
+                for i, d in enumerate(own):
+                    o.backward(loss_sum(trained, d), last=i == len(own) - 1)
+                o.step(images=4 * len(own))
+            assert difference(model, alone) == 0, (dtype, step)
+        assert opt.state_dict()["exponents"] == single.state_dict()["exponents"]
+
+
+@check
+def a_term_that_is_too_large_on_one_process_is_refused_on_all(world: World) -> None:
+    model, untouched = convnet(), convnet()
+    opt = wrap(model, world, reproducible_terms=world.size)
+    for factor, refused in ((1e9, True), (1e9, False), (float("nan"), False)):
+        loss = loss_sum(model, batch(world.rank)) * (factor if world.rank == world.size - 1 else 1.0)
+        loss.backward()
+        if refused:
+            with pytest.raises(FixedPointOverflow):
+                opt.step(images=4)
+            assert difference(model, untouched) == 0
+        else:
+            opt.synchronize(images=4)
+            assert all(bool(p.grad.isnan().all()) == (factor != factor) for p in model.parameters())
+            opt.zero_grad()
+
+
+@check
+def stock_horovod_without_batch_norm(world: World) -> None:
+    """k = p: horovod.torch.DistributedOptimizer averages what ours divides by the global count."""
+    import horovod.torch as hvd
+
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
+        for terms in (None, world.size):
+            torch.manual_seed(1)
+            layers = [
+                nn.Conv2d(3, 8, 3),
+                nn.ReLU(),
+                nn.Conv2d(8, 8, 3),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(128, 5),
+            ]
+            model = nn.Sequential(*layers).to(dtype)
+            twin = copy.deepcopy(model)
+            opt = wrap(model, world, reproducible_terms=terms)
+            stock = hvd.DistributedOptimizer(
+                torch_sgd(twin),
+                named_parameters=[(f"{dtype}.{terms}.{name}", p) for name, p in twin.named_parameters()],
+            )
+            for step in range(3):
+                x, y = batch(10 * step + world.rank)
+                opt.backward(loss_sum(model, (x.to(dtype), y)))
+                opt.synchronize(images=4)
+                stock.zero_grad()
+                F.cross_entropy(twin(x.to(dtype)), y).backward()
+                stock.synchronize()
+                for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+                    error = (ours.grad - theirs.grad).abs().max() / theirs.grad.abs().max()
+                    assert error <= tolerance, (dtype, terms, step, float(error))
+                opt.step()
+                with stock.skip_synchronize():
+                    stock.step()
+
+
+@check
 def the_world_itself(world: World) -> None:
     p = world.size
     assert hvd_lb.world.init() is world is hvd_lb.world.current()
@@ -358,6 +436,13 @@ def the_world_itself(world: World) -> None:
         ours = torch.full((1000,), world.rank + 1, dtype=dtype)
         assert world.allreduce(ours, f"sum.{dtype}") is ours
         assert bool((ours == p * (p + 1) // 2).all())
+    for dtype in (torch.float64, torch.float32, torch.int64):
+        ours = torch.tensor([world.rank, -world.rank, 7], dtype=dtype)
+        assert world.maximum_async(ours, f"maximum.{dtype}").wait() is ours
+        assert ours.tolist() == [p - 1, 0, 7]
+    assert world.maximum_async(
+        torch.tensor([1.0, math.inf][:: 1 if world.rank else -1]), "inf"
+    ).wait().tolist() == ([math.inf] * 2 if p > 1 else [math.inf, 1])
     handles = [
         world.allreduce_async(torch.ones(10_000), f"async.{i}") for i in range(20)
     ]  # alive by the handle only
