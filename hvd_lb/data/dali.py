@@ -75,8 +75,8 @@ class _Feed:
             raise StopIteration from error
         self.in_flight.append(batch)
         windows = batch.microbatch.windows
-        anchor = np.stack([windows.x, windows.y], axis=1).astype(np.float32)
-        shape = np.stack([windows.width, windows.height], axis=1).astype(np.float32)
+        anchor = np.stack([windows.x, windows.y], axis=1)
+        shape = np.stack([windows.width, windows.height], axis=1)
         return batch.data, anchor, shape, windows.flip.astype(np.int32)
 
 

@@ -1,4 +1,4 @@
-"""Images by PIL, as stored: EXIF orientation is not applied, 16-bit grey is scaled to 8 bits as in DALI."""
+"""Images by PIL, as stored: EXIF orientation is not applied, 16-bit grey is scaled to 8 bits, not cut off."""
 
 from __future__ import annotations
 
@@ -62,9 +62,10 @@ def decode_image(images: Images, image_id: int, content: np.ndarray) -> np.ndarr
 
 def _as_stored(image: Image.Image) -> np.ndarray:
     turned = _tiff_orientation(image)
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I"):
         grey = np.rint(np.asarray(image) / 257).astype(np.uint8)  # 65535 / 255; PIL would cut off at 255
         image = Image.fromarray(grey)
+    image.info.pop("transparency", None)  # convert drops it too, but may warn
     image = image.convert("RGB")
     return np.asarray(image.transpose(_TURN_BACK[turned]) if turned in _TURN_BACK else image)
 

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from hvd_lb.data.images import Images
+from hvd_lb.data.plain import read_plain
 from hvd_lb.data.readahead import ReadAhead
 from hvd_lb.plan.augment import Microbatch
 
@@ -39,7 +41,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class RawBatch:
-    """A microbatch and what was read for it: one uint8 array an image, as `Images.read` gives them."""
+    """A microbatch and what was read for it: one uint8 array an image, as `Images.read` and `read_plain` give them."""
 
     microbatch: Microbatch
     data: list[np.ndarray]
@@ -127,12 +129,17 @@ def open_loader(
         raise ValueError(f"threads={threads}, batch_size={batch_size}: expected positive numbers")
     if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())  # this thread's, not the decoding one's
+    read: Callable[[np.ndarray], list[np.ndarray]]
     # Imported when chosen: DALI exists for fewer platforms than torchvision.
     if kind == "dali":
         from hvd_lb.data.dali import dali_decoder as decoder
+
+        read = partial(read_plain, images)
     else:
         from hvd_lb.data.torch_loader import torchvision_decoder as decoder
-    batches = _read(images, microbatches, batch_size, threads)
+
+        read = images.read
+    batches = _read(read, microbatches, batch_size, threads)
     return ThreadedLoader(images, batches, decoder(pixels, batch_size, device, threads))
 
 
@@ -143,7 +150,10 @@ def _close(*stages: ReadAhead) -> None:
 
 
 def _read(
-    images: Images, microbatches: Iterable[Microbatch], batch_size: int, threads: int
+    read: Callable[[np.ndarray], list[np.ndarray]],
+    microbatches: Iterable[Microbatch],
+    batch_size: int,
+    threads: int,
 ) -> Iterator[RawBatch]:
     """Reads the images of a microbatch in `threads` parts at once: files may be far away."""
     with ThreadPoolExecutor(threads, "hvd-lb read") as pool:
@@ -151,5 +161,5 @@ def _read(
             ids = microbatch.image_ids
             if not 1 <= len(ids) <= batch_size:
                 raise ValueError(f"a microbatch of {len(ids)} images; expected 1 to {batch_size}")
-            parts = pool.map(images.read, np.array_split(ids, min(threads, len(ids))))
+            parts = pool.map(read, np.array_split(ids, min(threads, len(ids))))
             yield RawBatch(microbatch, [data for part in parts for data in part])
