@@ -2,7 +2,7 @@
 
 Windows are resized as tensors, not by PIL, which always antialiases; where both do they agree to 0-1 levels.
 DALI agrees to 0-1 levels too, except in the outermost pixels of an antialiased tensor: where the filter reaches
-over the window's edge DALI repeats pixels and torchvision reweighs (12 levels seen, 0.17 on the mean).
+over the window's edge DALI repeats pixels and torchvision reweighs. Without resizing nothing differs (docs/data.md).
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from hvd_lb.data.loader import Batch, Decode, Pixels, RawBatch
 
 def torchvision_decoder(pixels: Pixels, batch_size: int, device: torch.device, threads: int) -> Decode:
     """Decodes on the CPU with `threads` threads, moves the microbatch to `device` and normalises it there."""
+    # In DALI's arithmetic, of levels and with the reciprocal, so that no bit differs on a CPU.
+    mean, std = (
+        torch.tensor([255 * value for value in of], dtype=torch.float32, device=device).view(3, 1, 1)
+        for of in (pixels.mean, pixels.std)
+    )
 
     def decode(images: Images, batches: Iterator[RawBatch]) -> Iterator[Batch]:
         with ThreadPoolExecutor(threads, "hvd-lb torchvision") as pool:
@@ -27,10 +32,7 @@ def torchvision_decoder(pixels: Pixels, batch_size: int, device: torch.device, t
                 cut = pool.map(
                     lambda index, batch=batch: _cut(images, batch, index, pixels), range(len(batch.data))
                 )
-                stacked = torch.stack(list(cut)).to(device)
-                x = F.normalize(
-                    F.to_dtype(stacked, torch.float32, scale=True), pixels.mean, pixels.std, inplace=True
-                )
+                x = torch.stack(list(cut)).to(device).float().sub_(mean).mul_(1 / std)
                 y = torch.from_numpy(images.labels[batch.microbatch.image_ids]).to(device)
                 if device.type == "cuda":
                     torch.cuda.current_stream(device).synchronize()
