@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from files import photo
 from PIL import Image
 
 
@@ -15,14 +16,6 @@ from PIL import Image
 def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HVD_LB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HVD_LB_DATA", raising=False)
-
-
-def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth noise with a little grain, like a photograph to a codec."""
-    rng = np.random.default_rng((seed, width, height))
-    coarse = rng.integers(0, 256, (height // 20 + 2, width // 20 + 2, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-    return Image.fromarray(np.clip(smooth + rng.integers(-12, 12, smooth.shape), 0, 255).astype(np.uint8))
 
 
 @pytest.fixture

@@ -14,64 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from loading import CPU, KINDS, BlobImages, as_levels, load, one_window, random_batches
 
-from hvd_lb.data.images import ArrayImages, Images
+from hvd_lb.data.images import ArrayImages
 from hvd_lb.data.loader import Loader, Pixels, open_loader
 from hvd_lb.errors import UserError
-from hvd_lb.plan.augment import Microbatch, RandomWindows, Windows
-
-KINDS = ["dali", "torchvision"]
-CPU = torch.device("cpu")
-
-
-class BlobImages:
-    """Encoded images in memory."""
-
-    encoded = True
-    classes = ["any"]
-
-    def __init__(self, blobs: list[np.ndarray], sizes: list[tuple[int, int]]) -> None:
-        self.blobs = blobs
-        self.labels = np.arange(len(blobs), dtype=np.int64)
-        self.widths, self.heights = np.array(sizes, np.int32).T
-
-    def __len__(self) -> int:
-        return len(self.blobs)
-
-    def read(self, ids: np.ndarray) -> list[np.ndarray]:
-        return [self.blobs[i] for i in ids]
-
-    def name(self, image_id: int) -> str:
-        return f"blob {image_id}"
-
-
-def as_levels(size: int, antialias: bool = True) -> Pixels:
-    """Tensors that hold the levels 0 to 255."""
-    return Pixels(size, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), antialias)
-
-
-def random_batches(images: Images, count: int, seed: int = 0) -> list[Microbatch]:
-    ids = np.arange(len(images), dtype=np.int64)
-    windows = RandomWindows(seed)
-    return [
-        Microbatch(ids, windows.windows(epoch, ids, images.widths, images.heights)) for epoch in range(count)
-    ]
-
-
-def one_window(ids: list[int], x: int, y: int, size: int, flip: bool) -> Microbatch:
-    def full(value: int) -> np.ndarray:
-        return np.full(len(ids), value, np.int32)
-
-    return Microbatch(
-        np.array(ids, np.int64), Windows(full(x), full(y), full(size), full(size), full(flip).astype(bool))
-    )
-
-
-def load(kind: str, images: Images, batches: list[Microbatch], pixels: Pixels) -> list[torch.Tensor]:
-    size = max(len(batch.image_ids) for batch in batches)
-    with open_loader(kind, images, batches, pixels, batch_size=size, device=CPU, threads=2) as loader:
-        return [x.clone() for x, _ in loader]
+from hvd_lb.plan.augment import Microbatch, Windows
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,53 +70,6 @@ def test_small_decoded_images_are_enlarged_alike() -> None:
     )
     assert (ours - theirs).abs().max() <= 1 + 1e-3
     assert torch.equal(ours[:, :, 0], ours[:, :, 1])
-
-
-SOURCES = {
-    "grey PNG": ("L", "PNG", {}),
-    "RGBA PNG": ("RGBA", "PNG", {}),
-    "palette PNG": ("P", "PNG", {}),
-    "1-bit PNG": ("1", "PNG", {}),
-    "CMYK JPEG": ("CMYK", "JPEG", {}),
-    "progressive JPEG": ("RGB", "JPEG", {"progressive": True}),
-    "WebP": ("RGB", "WEBP", {}),
-    "BMP": ("RGB", "BMP", {}),
-    "PPM": ("RGB", "PPM", {}),
-    "TIFF": ("RGB", "TIFF", {"compression": "tiff_lzw"}),
-    "turned TIFF": ("RGB", "TIFF", {"tiffinfo": {274: 6}}),
-}
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_every_kind_of_file_gives_the_same_pixels(source: str, make_photo, encode) -> None:
-    mode, codec, options = SOURCES[source]
-    images = BlobImages([encode(make_photo(40, 30).convert(mode), codec, **options)], [(40, 30)])
-    batches = [one_window([0], 9, 0, 30, False)]
-    ours, theirs = (load(kind, images, batches, as_levels(30))[0] for kind in KINDS)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-
-
-def test_16_bit_grey_is_scaled_not_cut_off(encode) -> None:
-    levels = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
-    images = BlobImages([encode(Image.fromarray(levels), "PNG")], [(32, 32)])
-    for kind in KINDS:
-        (x,) = load(kind, images, [one_window([0], 0, 0, 32, False)], as_levels(32))
-        np.testing.assert_allclose(x[0, 0].numpy(), np.rint(levels / 257), atol=1e-4)
-
-
-@pytest.mark.parametrize("codec", ["JPEG", "PNG"])
-def test_exif_orientation_is_ignored(codec: str, make_photo, encode) -> None:
-    exif = Image.Exif()
-    exif[274] = 6
-    plain, turned = (encode(make_photo(40, 30), codec, **options) for options in ({}, {"exif": exif}))
-    for kind in KINDS:
-        x = load(
-            kind,
-            BlobImages([plain, turned], [(40, 30)] * 2),
-            [one_window([0, 1], 9, 0, 30, False)],
-            as_levels(30),
-        )
-        assert torch.equal(x[0][0], x[0][1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
