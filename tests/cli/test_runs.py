@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,7 +36,9 @@ def finish(process: subprocess.Popen[str], status: int = 0, seconds: float = 240
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Those of training and evaluation."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record for record in lines if record["kind"] in ("train", "eval")]
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
@@ -129,24 +132,13 @@ def test_train_on_two_processes_equals_simulate(start: Start, tmp_path: Path) ->
     assert_equal_weights([trained, simulated], 1e-5)
 
 
-def test_stopped_then_killed_it_goes_on_to_the_same_bits(
-    start: Start, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_killed_it_goes_on_to_the_same_bits(start: Start, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = start(*a_run(run))
-    until(lambda: trained_steps(run) > 10)
-    first.send_signal(signal.SIGTERM)
-    out, err = finish(first, 128 + signal.SIGTERM)
-    assert "the same command goes on" in out
-    assert err == ""
-    assert summary(run)["exit_reason"] == "interrupted by SIGTERM"
-    assert not processes_of(run)
-
-    second = start(*a_run(run))
     until(lambda: trained_steps(run) > 20)
     for process in processes_of(run):
         os.kill(process, signal.SIGKILL)
-    assert second.wait(30) == -signal.SIGKILL
+    assert first.wait(30) == -signal.SIGKILL
     until(lambda: not processes_of(run), 20)
 
     out, _ = finish(start(*a_run(run)))
@@ -155,6 +147,55 @@ def test_stopped_then_killed_it_goes_on_to_the_same_bits(
     assert_equal_metrics([undisturbed, run], 0)
     files = [of / "checkpoints" / "last" / "model.safetensors" for of in (undisturbed, run)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_stopped_it_saves_and_goes_on_there(start: Start, undisturbed: Path, tmp_path: Path) -> None:
+    """Another checkpoint than the undisturbed run's adds up batch norm's shares once more: rounding, in float mode."""
+    run = tmp_path / "run"
+    first = start(*a_run(run))
+    until(lambda: trained_steps(run) > 10)
+    first.send_signal(signal.SIGTERM)
+    out, err = finish(first, 128 + signal.SIGTERM)
+    assert "SIGTERM: finishing this step, then a checkpoint" in out
+    told = re.search(r"stopped after (\d+) steps, with a checkpoint; the same command goes on there", out)
+    assert told
+    steps = int(told[1])
+    assert err == ""
+    assert summary(run)["exit_reason"] == "interrupted by SIGTERM"
+    assert (run / "checkpoints" / "last").resolve().name == f"step-{steps:08d}"
+    assert trained_steps(run) == steps
+    assert not processes_of(run)
+    out, _ = finish(start(*a_run(run)))
+    assert f"going on from step {steps} " in out
+    assert_equal_metrics([undisturbed, run], 1e-6)
+    stopped, whole = weights(run), weights(undisturbed)
+    assert all(np.array_equal(stopped[name], whole[name]) for name in whole if "running" not in name)
+    assert_equal_weights([undisturbed, run], 1e-6)
+
+
+def test_a_second_signal_ends_at_once(start: Start, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(*a_run(run, "--epochs", 3000, "--steps", 60_000, "--checkpoint-every", "never"))
+    until(lambda: trained_steps(run) > 3)
+    until(lambda: stopped_workers(run))
+    process.send_signal(signal.SIGINT)
+    until(lambda: (run / "logs" / "stop").exists())
+    process.send_signal(signal.SIGINT)
+    out, _ = finish(process, 128 + signal.SIGINT)
+    assert "stopped at once; the same command goes on from the last checkpoint" in out
+    assert not processes_of(run)
+    assert not list((run / "checkpoints").glob("step-*"))
+
+
+def test_a_signal_to_one_worker_ends_the_run_with_a_checkpoint(start: Start, tmp_path: Path) -> None:
+    """As schedulers send it: not to the launching process, and not to rank 0."""
+    run = tmp_path / "run"
+    process = start(*a_run(run, "--epochs", 3000, "--steps", 60_000))
+    until(lambda: trained_steps(run) > 3)
+    os.kill(worker_of_rank(run, 1), signal.SIGTERM)
+    out, _ = finish(process, 128 + signal.SIGTERM)
+    assert "with a checkpoint; the same command goes on there" in out
+    assert (run / "checkpoints" / "last" / "state.json").exists()
 
 
 def test_a_killed_launcher_takes_its_workers_along(start: Start, tmp_path: Path) -> None:
@@ -208,6 +249,23 @@ def test_a_broken_image_ends_the_job_with_its_name(
     assert "rank " in err
     assert "no 7.jpg" in summary(run)["exit_reason"]
     assert not processes_of(run)
+
+
+def worker_of_rank(run: Path, rank: int) -> int:
+    """The process of a rank, by what horovodrun put into its environment."""
+    for process in processes_of(run):
+        command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+        environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+        if f"HOROVOD_RANK={rank}".encode() in environment and b"hvd_lb.launch.worker" in command[:4]:
+            return process
+    raise AssertionError(f"no worker of rank {rank}")
+
+
+def stopped_workers(run: Path) -> bool:
+    """Stops the workers (SIGSTOP): a step that never ends."""
+    for rank in (0, 1):
+        os.kill(worker_of_rank(run, rank), signal.SIGSTOP)
+    return True
 
 
 def trained_steps(run: Path) -> int:
