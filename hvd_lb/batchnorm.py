@@ -12,12 +12,34 @@ in fixed point at every step, and every process has the whole of r.
 
 from __future__ import annotations
 
+from types import MethodType
+
 import torch
 from torch import Tensor, nn
 
 from hvd_lb.fixed_point import FixedPointOverflow, FixedPointSum
 from hvd_lb.models import batch_norms
 from hvd_lb.world import World
+
+
+def allow_single_values(model: nn.Module) -> None:
+    """Lets batch norm train on one value per channel, where torch raises: one image, and a map of 1 × 1 pixel.
+
+    The variance of one value is 0, so the layer gives β, nothing flows back through it, and its statistics are the
+    value and 0.
+    """
+    for layer in batch_norms(model):
+        layer.forward = MethodType(_forward_of_any_size, layer)  # type: ignore[method-assign]
+
+
+def _forward_of_any_size(layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+    if not layer.training or x.numel() > x.shape[1]:
+        return type(layer).forward(layer, x)
+    with torch.no_grad():
+        layer.running_mean.copy_(x.flatten())  # type: ignore[union-attr]
+        layer.running_var.zero_()  # type: ignore[union-attr]
+    zeros, ones = torch.zeros_like(layer.running_mean), torch.ones_like(layer.running_var)  # type: ignore[arg-type]
+    return nn.functional.batch_norm(x * 0.0, zeros, ones, layer.weight, layer.bias, training=False)
 
 
 def running_statistics(model: nn.Module, world: World, reproducible_terms: int | None) -> RunningStatistics:

@@ -86,7 +86,7 @@ def resolve(
         resolved.model,
         resolved.num_classes or len(dataset.train.classes),
         resolved.image_size,
-        # One image that is left over is trained on all the same (`Trainer`); n = 1 would make all of them so.
+        # One image alone in a short last step can be trained on (`allow_single_values`); always one makes no sense.
         min(2, resolved.per_gpu_batch),
     )
     return Resolved(resolved, dataset, preset, why, plan, resolved.lr_schedule(plan.steps_per_epoch))

@@ -16,14 +16,14 @@ from typing import Any, Protocol
 
 import torch
 
-from hvd_lb.batchnorm import ReproducibleStatistics, running_statistics
+from hvd_lb.batchnorm import ReproducibleStatistics, allow_single_values, running_statistics
 from hvd_lb.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore
 from hvd_lb.data import Dataset
 from hvd_lb.data.loader import Loader, Pixels, open_loader
 from hvd_lb.errors import UserError
 from hvd_lb.evaluate import Evaluation, Evaluator
 from hvd_lb.fixed_point import FixedPointOverflow
-from hvd_lb.models import build_model, input_problem, sum_loss
+from hvd_lb.models import build_model, sum_loss
 from hvd_lb.optim import SGD, DistributedOptimizer, parameter_groups
 from hvd_lb.optim.state import flatten_state, restore_state
 from hvd_lb.plan.augment import CentreWindows, Microbatch, RandomWindows
@@ -111,6 +111,7 @@ class Trainer:
             bn_momentum=recipe.bn_momentum,
         ).to(device, self.dtype)
         self.model.to(memory_format=self.memory_format)
+        allow_single_values(self.model)
         self.forward = torch.compile(self.model) if recipe.compile else self.model
         self.loss = sum_loss(recipe.label_smoothing)
         self.optimizer = DistributedOptimizer(
@@ -200,10 +201,9 @@ class Trainer:
         for done, worker in enumerate(workers, start=1):
             images, labels = next(batches)
             seed = generator_seed(self.recipe.seed, 1, self.step, worker)
-            if len(images) == 1 and self._doubles:
-                loss = self._loss(images.repeat(2, 1, 1, 1), labels.repeat(2), seed) / 2
-            else:
-                loss = self._loss(images, labels, seed)
+            logits = self._forward(images, seed)
+            with self.autocast():
+                loss = self.loss(logits, labels)
             self.statistics.after_forward()
             self.optimizer.backward(self.scaler.scale(loss), last=done == len(workers))
             losses[worker] = loss.detach()
@@ -233,21 +233,6 @@ class Trainer:
         self.step += 1
         self.stopped_by = stop
         return bool(stop or save)
-
-    def _loss(self, images: torch.Tensor, labels: torch.Tensor, seed: int) -> torch.Tensor:
-        logits = self._forward(images, seed)
-        with self.autocast():
-            return self.loss(logits, labels)
-
-    @cached_property
-    def _doubles(self) -> bool:
-        """Whether an image that is alone in its microbatch is shown twice, at half the loss.
-
-        That is so for networks which else could not take it: batch norm has no variance of a single number. Twice the
-        same number has one, 0, so that such a layer gives β. Elsewhere mean and gradient are as for one image.
-        """
-        classes = self.recipe.num_classes or len(self.dataset.train.classes)
-        return bool(input_problem(self.recipe.model, classes, self.recipe.image_size, 1))
 
     def _forward(self, images: torch.Tensor, seed: int) -> torch.Tensor:
         """Logits of a microbatch. What the model draws (dropout) depends on `seed`, not on the process."""
@@ -352,10 +337,8 @@ class Trainer:
         full = self.recipe.per_gpu_batch
         with self._open(microbatches()) as loader:
             for number, (images, _) in zip(mine, loader, strict=True):
-                if len(images) == 1 and self._doubles:
-                    images = images.repeat(2, 1, 1, 1)  # noqa: PLW2901
                 self._forward(images, generator_seed(stream, self.step, number))
-                self.statistics.after_forward(len(everything[number]) / full)
+                self.statistics.after_forward(len(images) / full)
         try:
             self.statistics.synchronize()
         except FixedPointOverflow:

@@ -299,7 +299,7 @@ def test_a_step_that_overflows_is_taken_again(of: str) -> None:
 def test_an_image_that_is_alone_where_batch_norm_needs_two(reproducible: bool) -> None:
     """Two images for 4 workers, at a last feature map of 1 × 1 pixel; torch alone raises there.
 
-    Shown twice at half the loss: one pixel's batch norm gives β, elsewhere statistics are as for one image.
+    The variance of one value is 0, so its batch norm gives β, and only β gets a gradient from there.
     """
     recipe = small_recipe(
         image_size=4, last_batch="keep", per_gpu_batch=37, epochs=1, flip=0.0, reproducible=reproducible, momentum=0.0,
@@ -309,13 +309,19 @@ def test_an_image_that_is_alone_where_batch_norm_needs_two(reproducible: bool) -
     assert [len(trainer.plan.positions(1, worker)) for worker in range(4)] == [0, 1, 0, 1]
     run_steps(trainer, 1)
     plain = copy.deepcopy(trainer.model).train()
+    plain.zero_grad()
     before = [p.detach().clone() for p in plain.parameters()]
     with trainer.batches() as batches:
         alone = list(batches)
+    raising = build_model("resnet8", 5, seed=0).double().train()
+    last = plain.stages[-1].bn2  # type: ignore[index, union-attr]
     for x, y in alone:
         with pytest.raises(ValueError, match="more than 1 value per channel"):
-            plain(x.double())
-        (F.cross_entropy(plain(x.double().repeat(2, 1, 1, 1)), y.repeat(2)) / len(alone)).backward()
+            raising(x.double())
+        logits = plain(x.double())
+        (F.cross_entropy(logits, y, reduction="sum") / len(alone)).backward()
+    assert last.weight.grad.eq(0).all()
+    assert last.bias.grad.ne(0).any()
     with trainer.batches() as batches:
         trainer.train_step(batches)
     for p, old, new in zip(plain.parameters(), before, trainer.model.parameters(), strict=True):

@@ -114,7 +114,9 @@ class DistributedOptimizer(Optimizer):
         self._terms = reproducible_terms
         self._name = f"hvd_lb.optimizer.{next(_instances)}"
         self._order = {p: i for i, p in enumerate(model.parameters())} if model is not None else {}
-        self._names = {p: name for name, p in model.named_parameters()} if model is not None else {}
+        self._names: dict[Tensor, str] = (
+            {p: name for name, p in model.named_parameters()} if model is not None else {}
+        )
         self._known: set[Tensor] = set()
         self._buckets: list[Bucket] = []
         self._places: dict[Tensor, tuple[Bucket, Slot]] = {}
