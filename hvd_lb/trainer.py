@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ import torch
 
 from hvd_lb.batchnorm import ReproducibleStatistics, allow_single_values, running_statistics
 from hvd_lb.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore
+from hvd_lb.clock import StepClock, Timer
 from hvd_lb.data import Dataset
 from hvd_lb.data.loader import Loader, Pixels, open_loader
 from hvd_lb.errors import UserError
@@ -30,8 +31,8 @@ from hvd_lb.plan.augment import CentreWindows, Microbatch, RandomWindows
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.plan.samples import SamplePlan
-from hvd_lb.plan.shuffle import Permutation
 from hvd_lb.recipe import Recipe, differing_fields, period_in_seconds, period_in_steps
+from hvd_lb.recompute import Recomputation
 from hvd_lb.reproducible import deterministic_kernels, rounding_environment
 from hvd_lb.world import World
 
@@ -99,6 +100,7 @@ class Trainer:
         self.end = total_steps(recipe, self.plan)
         self.workers = hosted(world.rank, world.size, recipe.gpus)
         self.windows = RandomWindows(recipe.seed, recipe.crop_scale, recipe.crop_ratio, recipe.flip)
+        self.recomputation = Recomputation(recipe, dataset.train, self.windows)
         self.pixels = Pixels(recipe.image_size, recipe.mean, recipe.std, recipe.antialias)
         self.dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -143,12 +145,11 @@ class Trainer:
         self.best_error = math.inf
         self.last_evaluation: Evaluation | None = None
         state = self._load(checkpoint) if checkpoint else {}
-        terms = max(recipe.gpus, len(self._recomputed())) if recipe.reproducible else None
+        terms = max(recipe.gpus, self.recomputation.count) if recipe.reproducible else None
         self.statistics = running_statistics(self.model, world, terms)
         if isinstance(self.statistics, ReproducibleStatistics) and state:
             self.statistics.exponents = state["batch_norm_exponents"]
-        save_seconds = period_in_seconds(recipe.checkpoint_every)
-        self._save_due = _Timer(save_seconds) if world.rank == 0 else _Timer(math.inf)
+        self.save_due = Timer(period_in_seconds(recipe.checkpoint_every) if world.rank == 0 else math.inf)
 
     def fit(self) -> Evaluation | None:
         """Train up to the end, logging, evaluating and saving on the way; the last evaluation."""
@@ -176,7 +177,7 @@ class Trainer:
         eval_every = period_in_steps(self.recipe.eval_every, steps_per_epoch)
         save_every = period_in_steps(self.recipe.checkpoint_every, steps_per_epoch)
         with self.kernels(), self.batches() as loader:
-            clock = _Clock(loader)
+            clock = StepClock(loader)
             while self.step < self.end and not self.stopped_by:
                 save_now = self.train_step(loader)
                 done = self.step == self.end
@@ -209,7 +210,7 @@ class Trainer:
             losses[worker] = loss.detach()
             self.observer.microbatch(self.step, done, len(workers))
         global_images = self.plan.step_images(epoch_step)
-        wishes = torch.tensor([self.stop_requested(), self._save_due()])
+        wishes = torch.tensor([self.stop_requested(), self.save_due()])
         wished = self.world.maximum_async(
             wishes, "hvd_lb.wishes"
         )  # beside the gradients: costs no time of its own
@@ -292,7 +293,7 @@ class Trainer:
         self.loss_images = 0
         return loss
 
-    def _log(self, clock: _Clock) -> None:
+    def _log(self, clock: StepClock) -> None:
         images = self.loss_images
         loss = self.take_loss()
         seconds, waited = clock.lap()
@@ -311,33 +312,14 @@ class Trainer:
                     f"{record['lr']:g}): lower --learning-rate, lengthen --warmup-epochs, or check the data"
                 )
 
-    def _recomputed(self) -> list[range]:
-        """The microbatches of `recompute_bn`, as positions in a permutation of their own; none without it."""
-        images = self.recipe.recompute_bn or 0
-        count = -(-images // self.recipe.per_gpu_batch)
-        return [hosted(microbatch, count, images) for microbatch in range(count)]
-
     @torch.no_grad()
     def _recompute_statistics(self) -> None:
-        """Batch norm's statistics as the mean over `recompute_bn` training images with the weights as they are.
-
-        Which images these are, and their windows, is a function of seed and step.
-        """
-        everything = self._recomputed()
-        mine = hosted(self.world.rank, self.world.size, len(everything))
-        stream = generator_seed(self.recipe.seed, 3)
-        order, train = Permutation(self.plan.images, stream, self.step), self.dataset.train
-        windows = replace(self.windows, seed=stream)
-
-        def microbatches() -> Iterator[Microbatch]:
-            for number in mine:
-                ids = order.slice(everything[number].start, everything[number].stop)
-                yield Microbatch(ids, windows.windows(self.step, ids, train.widths[ids], train.heights[ids]))
-
-        full = self.recipe.per_gpu_batch
-        with self._open(microbatches()) as loader:
+        """Makes batch norm's statistics the mean over the images of `recompute_bn` with the weights as they are."""
+        anew, full = self.recomputation, self.recipe.per_gpu_batch
+        mine = hosted(self.world.rank, self.world.size, anew.count)
+        with self._open(anew.microbatches(self.step, mine)) as loader:
             for number, (images, _) in zip(mine, loader, strict=True):
-                self._forward(images, generator_seed(stream, self.step, number))
+                self._forward(images, anew.seed(self.step, number))
                 self.statistics.after_forward(len(images) / full)
         try:
             self.statistics.synchronize()
@@ -345,10 +327,10 @@ class Trainer:
             self.statistics.discard()
             self._recompute_statistics()
         else:
-            self.statistics.replace((self.recipe.recompute_bn or 0) / full)
+            self.statistics.replace(anew.images / full)
 
     def _evaluate(self) -> None:
-        if self.recipe.recompute_bn:
+        if self.recomputation.images:
             self._recompute_statistics()
         self.statistics.publish(self.step)
         evaluator = Evaluator(
@@ -378,7 +360,7 @@ class Trainer:
         best = False
         if evaluated and self.last_evaluation and self.last_evaluation.top1_error < self.best_error:
             self.best_error, best = self.last_evaluation.top1_error, True
-        self._save_due.restart()
+        self.save_due.restart()
         if writer is None:
             return
         optimizer, skeleton = flatten_state(self.optimizer.state_dict())
@@ -450,38 +432,3 @@ def total_steps(recipe: Recipe, plan: SamplePlan) -> int:
 def _due(period: int, step: int, done: bool) -> bool:
     """Whether something of this period in steps (0: never) happens after `step` steps; always at the end."""
     return done or (period > 0 and step % period == 0)
-
-
-class _Timer:
-    """Whether so many seconds have passed since it was started last."""
-
-    def __init__(self, seconds: float):
-        self._seconds = seconds
-        self.restart()
-
-    def restart(self) -> None:
-        self._start = time.monotonic()
-
-    def __call__(self) -> bool:
-        return time.monotonic() - self._start >= self._seconds
-
-
-class _Clock:
-    """Time spent in steps, without what lies between them (evaluation, checkpoints)."""
-
-    def __init__(self, loader: Loader):
-        self._loader = loader
-        self._start, self._wait_start = time.perf_counter(), loader.wait_seconds
-
-    def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap, and those of them spent waiting for data."""
-        now, wait_now = time.perf_counter(), self._loader.wait_seconds
-        lap = now - self._start, wait_now - self._wait_start
-        self._start, self._wait_start = now, wait_now
-        return lap
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - before

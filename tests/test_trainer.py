@@ -408,7 +408,7 @@ def test_a_stop_ends_the_run_with_a_checkpoint_after_the_step(tmp_path: Path) ->
 def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
     recipe = small_recipe(checkpoint_every="10min", epochs=1)
     trainer = make_trainer(recipe, store=CheckpointStore(tmp_path, keep=9))
-    trainer._save_due._seconds = 0.0
+    trainer.save_due.seconds = 0.0
     trainer.fit()
     assert [r["step"] for r in trainer.observer.checkpoints] == [0, 1, 2, 3]  # type: ignore[attr-defined]
     rare = make_trainer(recipe, store=CheckpointStore(tmp_path / "rare", keep=9))
