@@ -27,6 +27,7 @@ from hvd_lb.errors import UserError
 FORMAT = 2
 _STATE = "state.json"
 _TENSORS = ("model", "optimizer")
+_LINKS = ("last", "best")
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,11 @@ class CheckpointStore:
         _sync(writing)
         if final.exists():
             self._remove(final)
+        for name in _LINKS if snapshot.best else ("last",):
+            self._announce(name, final)
         writing.rename(final)
+        self._settle_links()
         _sync(self.folder)
-        self._point("last", final)
-        if snapshot.best:
-            self._point("best", final)
         self._remove_old()
         return final
 
@@ -114,7 +115,8 @@ class CheckpointStore:
         for path in self.newest_first():
             if int(path.name.removeprefix("step-")) > step:
                 self._remove(path)
-        for name in ("last", "best"):
+        self._settle_links()
+        for name in _LINKS:
             link = self.folder / name
             if link.is_symlink() and not link.exists():
                 link.unlink()
@@ -132,11 +134,20 @@ class CheckpointStore:
                 problems.append(str(error))
         return None, problems
 
-    def _point(self, name: str, target: Path) -> None:
-        temporary = self.folder / f".{name}"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target.name)
-        os.replace(temporary, self.folder / name)
+    def _announce(self, name: str, target: Path) -> None:
+        """Note down that `name` points at `target` as soon as that exists."""
+        announced = self.folder / f".{name}"
+        announced.unlink(missing_ok=True)
+        announced.symlink_to(target.name)
+
+    def _settle_links(self) -> None:
+        """Point `last` and `best` as announced, be it by a write that was killed before or after its rename."""
+        for name in _LINKS:
+            announced = self.folder / f".{name}"
+            if announced.exists():
+                os.replace(announced, self.folder / name)
+            else:
+                announced.unlink(missing_ok=True)
 
     def _remove_old(self) -> None:
         best = (self.folder / "best").resolve()

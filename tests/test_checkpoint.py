@@ -1,6 +1,11 @@
 """Checkpoints: whole or absent, every byte verified, old ones removed, nothing unpickled."""
 
 import json
+import multiprocessing
+import os
+import signal
+import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -110,3 +115,49 @@ def test_going_on_from_an_older_checkpoint_discards_the_later_ones(tmp_path: Pat
     save(store, 45)
     assert (tmp_path / "last").resolve().name == "step-00000045"
     assert [path.name for path in store.newest_first()] == ["step-00000045", "step-00000044"]
+
+
+def killed_in_a_write(store: CheckpointStore, step: int, operation: int) -> bool:
+    """Save the best checkpoint so far in a process that SIGKILL ends before its file operation of this number."""
+    operations: list[str] = []
+
+    def hook(event: str, _: tuple[object, ...]) -> None:
+        if event in ("open", "os.mkdir", "os.rename", "os.symlink", "os.remove", "os.rmdir"):
+            operations.append(event)
+            if len(operations) > operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def write() -> None:
+        sys.addaudithook(hook)
+        save(store, step, best=step)
+
+    process = multiprocessing.get_context("fork").Process(target=write)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def test_killed_at_any_operation_the_next_run_finds_everything(tmp_path: Path) -> None:
+    """The checkpoint being written is absent or whole; when whole, `last` and `best` point at it in the next run."""
+    newest = set()
+    for operation in count():
+        store = CheckpointStore(tmp_path / f"{operation}", keep=1)
+        save(store, 1, 2, best=1)
+        killed = killed_in_a_write(store, 3, operation)
+        last, best = store.folder / "last", store.folder / "best"
+        for path in (*store.newest_first(), last, best):
+            open_checkpoint(path)
+        found, problems = store.newest_intact()
+        assert found is not None
+        assert not problems
+        newest.add(found.step)
+        store.discard_after(found.step)
+        assert open_checkpoint(last).step == found.step
+        assert open_checkpoint(best).step == (3 if found.step == 3 else 1)
+        save(store, 4)
+        names = {"step-00000004", best.resolve().name, "last", "best"}
+        assert {path.name for path in store.folder.iterdir()} == names
+        if not killed:
+            break
+    assert newest == {2, 3}
