@@ -116,7 +116,9 @@ class RunDirectory:
         if self.path.exists():
             if not self.path.is_dir():
                 raise UserError(f"output {self.path} is a file, expected a folder: choose another --output")
-            if any(entry.name not in (".lock", "logs") for entry in self.path.iterdir()):
+            # What a start that was killed before its recipe was there may have left.
+            unfinished = (".lock", "logs", f".{self.recipe.name}.writing")
+            if any(entry.name not in unfinished for entry in self.path.iterdir()):
                 raise UserError(
                     f"output folder {self.path} holds something that is not a run: choose an empty or new folder"
                 )
