@@ -1,11 +1,11 @@
-"""Shared by all tests: real Horovod jobs."""
+"""Shared by all tests: real runs and real Horovod jobs."""
 
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 
 # Tests share the machine: one thread each, as OpenMP's threads spin while they wait for a core.
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("real_runs")
 
 
 @dataclass(frozen=True)
@@ -58,3 +59,23 @@ def horovodrun() -> Callable[..., Job]:
         return Job(job.returncode, output)
 
     return run
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """start("train", …) as a process of its own; ended with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: object, cwd: Path | None = None) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "hvd_lb_cli.main", *map(str, arguments)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=60)

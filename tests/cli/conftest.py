@@ -1,10 +1,8 @@
-"""The command line as its user meets it: in this process where that is quick, as a real process where it matters."""
+"""The command line as its user meets it, in this process."""
 
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -30,23 +28,3 @@ def hvd_lb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return Said(int(end.value.code or 0), captured.out, captured.err)
 
     return run
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """start("train", …) as a process of its own; ended with the test."""
-    started: list[subprocess.Popen[str]] = []
-
-    def run(*arguments: object, cwd: Path | None = None) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "hvd_lb_cli.main", *map(str, arguments)]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.terminate()
-            process.communicate(timeout=60)

@@ -7,8 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from real_runs import (
+    SMALL,
+    Start,
+    assert_equal_metrics,
+    finish,
+    kill_all,
+    processes_of,
+    records,
+    trained_steps,
+    until,
+)
 from safetensors.numpy import load_file
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("horovod") is None, reason="needs Horovod"),
 ]
-
-Start = Callable[..., subprocess.Popen[str]]
-SMALL = ("--data", "digits", "--device", "cpu", "--model", "resnet8", "--threads", 1)
-
-
-def finish(process: subprocess.Popen[str], status: int = 0, seconds: float = 240) -> tuple[str, str]:
-    """What the process printed, once it has ended with this exit status."""
-    out, err = process.communicate(timeout=seconds)
-    assert process.returncode == status, f"{out}\n{err}"
-    assert "Traceback" not in out + err
-    return out, err
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    """Those of training and evaluation."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [record for record in lines if record["kind"] in ("train", "eval")]
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
@@ -49,47 +42,12 @@ def summary(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text())
 
 
-def assert_equal_metrics(runs: Sequence[Path], relative: float) -> None:
-    first, *others = map(records, runs)
-    for other in others:
-        assert len(other) == len(first)
-        for a, b in zip(first, other, strict=True):
-            for name in a.keys() - {"kind", "images_per_second", "data_wait"}:
-                assert b[name] == pytest.approx(a[name], rel=relative, abs=0), (name, a, b)
-            assert b["kind"] == a["kind"]
-
-
 def assert_equal_weights(runs: Sequence[Path], relative: float) -> None:
     first, *others = map(weights, runs)
     for other in others:
         for name, tensor in first.items():
             scale = np.abs(tensor).max() or 1
             assert np.abs(other[name] - tensor).max() <= relative * scale, name
-
-
-def processes_of(run: Path) -> list[int]:
-    """Living processes that name the run on their command line, and their descendants."""
-    parents, found = {}, set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            command = (folder / "cmdline").read_text()
-        except OSError:
-            continue
-        if state != "Z":
-            parents[int(folder.name)] = int(parent)
-            if str(run) in command:
-                found.add(int(folder.name))
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return sorted(found)
-
-
-def until(condition: Callable[[], object], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing came of it"
-        time.sleep(0.1)
 
 
 def a_run(run: Path, *more: object) -> list[object]:
@@ -136,10 +94,8 @@ def test_killed_it_goes_on_to_the_same_bits(start: Start, undisturbed: Path, tmp
     run = tmp_path / "run"
     first = start(*a_run(run))
     until(lambda: trained_steps(run) > 20)
-    for process in processes_of(run):
-        os.kill(process, signal.SIGKILL)
+    kill_all(run)
     assert first.wait(30) == -signal.SIGKILL
-    until(lambda: not processes_of(run), 20)
 
     out, _ = finish(start(*a_run(run)))
     assert "going on from step" in out
@@ -266,10 +222,3 @@ def stopped_workers(run: Path) -> bool:
     for rank in (0, 1):
         os.kill(worker_of_rank(run, rank), signal.SIGSTOP)
     return True
-
-
-def trained_steps(run: Path) -> int:
-    try:
-        return sum('"train"' in line for line in (run / "metrics.jsonl").read_text().splitlines())
-    except FileNotFoundError:
-        return 0
