@@ -13,6 +13,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hvd_lb.fixed_point import FixedPointOverflow
     from hvd_lb.optim import SGD, DistributedOptimizer, parameter_groups
     from hvd_lb.schedule import Schedule, scaled_learning_rate
     from hvd_lb.world import current, init, shutdown
@@ -21,6 +22,7 @@ __version__ = metadata.version("hvd-lb")
 __all__ = [
     "SGD",
     "DistributedOptimizer",
+    "FixedPointOverflow",
     "Schedule",
     "current",
     "init",
@@ -33,6 +35,7 @@ __all__ = [
 _HOMES = {
     "SGD": "hvd_lb.optim",
     "DistributedOptimizer": "hvd_lb.optim",
+    "FixedPointOverflow": "hvd_lb.fixed_point",
     "parameter_groups": "hvd_lb.optim",
     "Schedule": "hvd_lb.schedule",
     "scaled_learning_rate": "hvd_lb.schedule",
