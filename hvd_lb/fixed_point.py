@@ -89,13 +89,19 @@ class FixedPointSum:
             self._note(index, part)
             scaled, integers = self._float[: part.numel()], self._integer[: part.numel()]
             torch.mul(part, scale, out=scaled)
-            integers.copy_(scaled.round_())
-            total[start : start + self._chunk].add_(integers)
+            if self._added[index]:
+                integers.copy_(scaled.round_())
+                total[start : start + self._chunk].add_(integers)
+            else:  # what is left of the sum before is overwritten: clearing it would be one more way through memory
+                total[start : start + self._chunk].copy_(scaled.round_())
         self._added[index] += 1
 
     @torch.no_grad()
     def start(self, world: World) -> None:
         """Starts the exchange of what has been added here."""
+        for part, added in zip(self._parts, self._added, strict=True):
+            if not added:
+                part.zero_()
         self._counts.copy_(torch.tensor(self._added))
         # NaN has no order, so a maximum over processes would depend on theirs.
         self._maxima.nan_to_num_(nan=math.inf, posinf=math.inf)
@@ -126,15 +132,22 @@ class FixedPointSum:
             elif most * 2.0 ** self.exponents[index] > 2.0**self._term_bits:
                 overflowed.append(index)
             else:
-                total = self._parts[index].as_strided(tensor.shape, self._strides[index])
-                tensor.copy_(total).mul_(2.0 ** -self.exponents[index])
+                self._write(index, tensor)
         self._adapt(largest)
         self.discard()
         return counts, overflowed
 
+    def _write(self, index: int, tensor: Tensor) -> None:
+        """The sum of tensor `index` in floating point."""
+        out, total = self._in_memory_order(index, tensor), self._parts[index]
+        for start in range(0, out.numel(), self._chunk):
+            part = out[start : start + self._chunk]
+            part.copy_(total[start : start + self._chunk]).mul_(2.0 ** -self.exponents[index])
+        if out.data_ptr() != tensor.data_ptr():
+            tensor.copy_(out.as_strided(tensor.shape, self._strides[index]))
+
     def discard(self) -> None:
         """Forgets the terms that were added."""
-        self._total.zero_()
         self._maxima.zero_()
         self._added = [0] * len(self._added)
 
