@@ -1,7 +1,8 @@
 """What a new machine must get right, tried for real: `hvd-lb doctor --selftest`.
 
 On the CPU and, where there are any, on all GPUs: a sum over real Horovod processes, DALI's pixels against
-torchvision's, and ten training steps of several processes against the same steps simulated by one.
+torchvision's, and ten training steps of several processes against the same steps simulated by one: to rounding, and in
+the reproducible mode in every bit.
 Each trial runs in processes of its own (hvd_lb.doctor.trials), so that a library that crashes is a finding too.
 """
 
@@ -47,6 +48,7 @@ def selftest() -> Iterator[Finding]:
         yield attempt(f"allreduce, {where}", partial(try_allreduce, device, processes))
         yield attempt(f"DALI pixels, {where}", partial(try_pixels, device))
         yield attempt(f"train = simulate, {where}", partial(try_training, device, processes))
+        yield attempt(f"reproducible, {where}", partial(try_reproducible, device, processes))
 
 
 def attempt(name: str, trial: Callable[[], str]) -> Finding:
@@ -78,31 +80,51 @@ def try_pixels(device: str) -> str:
 
 def try_training(device: str, processes: int) -> str:
     """The difference of the weights of `train` and `simulate` after the same steps."""
-    gpus = max(2, processes)
-    options = ["--data", "digits", "--gpus", str(gpus), "--per-gpu-batch", "8", "--steps", str(STEPS)]
-    options += ["--device", device]
     with tempfile.TemporaryDirectory(prefix="hvd-lb-selftest-") as folder:
-        for command, extra in (("train", ["--processes", str(processes)]), ("simulate", [])):
-            output = ["--output", str(Path(folder, command))]
-            run_process(
-                [sys.executable, "-m", "hvd_lb_cli.main", command, *options, *extra, *output], seconds=600
-            )
-        difference = weight_difference(Path(folder, "train"), Path(folder, "simulate"))
+        difference = weight_difference(*train_and_simulate(device, processes, Path(folder), []))
     found = f"relative difference {difference:.1e} after {STEPS} steps"
     if not difference <= WEIGHT_TOLERANCE[device]:  # also when it is NaN
         raise TrialError(f"{found}; expected at most {WEIGHT_TOLERANCE[device]:.0e}")
     return found
 
 
+def try_reproducible(device: str, processes: int) -> str:
+    """That the same steps with --reproducible leave the same bytes."""
+    with tempfile.TemporaryDirectory(prefix="hvd-lb-selftest-") as folder:
+        runs = train_and_simulate(device, processes, Path(folder), ["--reproducible"])
+        if len({model_file(run).read_bytes() for run in runs}) > 1:
+            difference = weight_difference(*runs)
+            raise TrialError(
+                f"relative difference {difference:.1e} after {STEPS} steps; expected the same bits"
+            )
+    return f"the same bits after {STEPS} steps"
+
+
+def train_and_simulate(device: str, processes: int, folder: Path, more: list[str]) -> tuple[Path, Path]:
+    """The run directories of `train` on these processes and `simulate` on one. TrialError when one failed."""
+    gpus = max(2, processes)
+    options = ["--data", "digits", "--gpus", str(gpus), "--per-gpu-batch", "8", "--steps", str(STEPS)]
+    options += ["--device", device, *more]
+    runs = folder / "train", folder / "simulate"
+    for run, extra in zip(runs, (["--processes", str(processes)], []), strict=True):
+        command = [sys.executable, "-m", "hvd_lb_cli.main", run.name, *options, *extra, "--output", str(run)]
+        run_process(command, seconds=600)
+    return runs
+
+
+def model_file(run: Path) -> Path:
+    """The weights of a run's last checkpoint; TrialError when there are none."""
+    file = run / "checkpoints" / "last" / "model.safetensors"
+    if not file.is_file():
+        raise TrialError(f"`hvd-lb {run.name}` left no {file.relative_to(run)}")
+    return file
+
+
 def weight_difference(left: Path, right: Path) -> float:
     """Norm of the difference of the last checkpoints' floating tensors, relative to that of the right one."""
     from safetensors.torch import load_file
 
-    file = Path("checkpoints", "last", "model.safetensors")
-    for run in (left, right):
-        if not (run / file).is_file():
-            raise TrialError(f"`hvd-lb {run.name}` left no {file}")
-    a, b = load_file(left / file), load_file(right / file)
+    a, b = load_file(model_file(left)), load_file(model_file(right))
     if a.keys() != b.keys():
         raise TrialError("train and simulate saved different tensors")
     floating = [name for name in b if b[name].is_floating_point()]
