@@ -52,6 +52,7 @@ def rounding_environment(device: str) -> dict[str, Any]:
     """What the last bits of a run depend on besides its recipe, as JSON values; `device` is cpu or cuda."""
     environment: dict[str, Any] = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
     environment |= {name: version(name) for name in _LIBRARIES}
+    environment["torch"] = torch.__version__  # with the build it is of
     environment["cuda"] = torch.version.cuda
     environment["machine"] = platform.machine()
     environment["cpu_capability"] = torch.backends.cpu.get_cpu_capability()

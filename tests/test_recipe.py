@@ -1,5 +1,6 @@
 """Recipes: presets, YAML in and out, and one line for each mistake."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hvd_lb.recipe import (
     differing_fields,
     load_values,
     make_recipe,
+    period_in_seconds,
     period_in_steps,
     preset_names,
 )
@@ -84,7 +86,12 @@ def test_exponents_without_a_point_are_numbers() -> None:
 def test_periods() -> None:
     assert period_in_steps("500steps", 7) == 500
     assert period_in_steps("2 epochs", 7) == 14
-    assert period_in_steps("never", 7) == 0
+    assert period_in_steps("never", 7) == period_in_steps("10min", 7) == 0
+    assert period_in_seconds("10min") == 600
+    assert period_in_seconds("500steps") == period_in_seconds("never") == math.inf
+    assert Recipe(checkpoint_every="10min").checkpoint_every == "10min"
+    with pytest.raises(UserError, match="expected a period such as 500steps, 1epoch or never"):
+        make_recipe({"eval_every": "10min"})
 
 
 def test_mathematics_leaves_out_what_may_change_on_the_way() -> None:
@@ -93,3 +100,21 @@ def test_mathematics_leaves_out_what_may_change_on_the_way() -> None:
     a, b = Recipe(seed=1, log_every=3), Recipe(seed=2, log_every=5)
     assert differing_fields(a.mathematics(), b.mathematics()) == ["seed: 1 → 2"]
     assert Recipe(log_every=3).digest() == Recipe().digest() != Recipe(seed=1).digest()
+
+
+def test_what_rounds_is_mathematics_of_a_reproducible_run() -> None:
+    rounding = {"threads": 2, "channels_last": True, "compile": True}
+    assert Recipe(**rounding).mathematics() == Recipe().mathematics()
+    exact = Recipe(reproducible=True)
+    assert exact.threads == 1
+    for name, value in rounding.items():
+        changed = Recipe(reproducible=True, **{name: value})
+        assert [d.split(":")[0] for d in differing_fields(exact.mathematics(), changed.mathematics())] == [
+            name
+        ]
+
+
+def test_the_period_of_evaluations_counts_where_they_change_the_statistics() -> None:
+    with_it = [Recipe(recompute_bn=9, eval_every=every).mathematics() for every in ("1epoch", "7steps")]
+    assert with_it[0] != with_it[1]
+    assert Recipe(eval_every="7steps").mathematics() == Recipe().mathematics()
