@@ -49,12 +49,16 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Plan:
-    """One start of the run and its kill: after so many seconds, or after so many steps and a `file` then seen."""
+    """One start of the run and its kill.
+
+    After so many seconds, or after so many steps, and `pause` seconds after a `file` was then seen.
+    """
 
     processes: int
     seconds: float = math.inf
     steps: int = 1
     file: str | None = None
+    pause: float = 0
 
 
 def plans(draw: random.Random, start_seconds: float) -> list[Plan]:
@@ -69,7 +73,10 @@ def plans(draw: random.Random, start_seconds: float) -> list[Plan]:
         elif kind == "training":
             drawn.append(Plan(processes, steps=draw.randint(1, MOST_STEPS)))
         else:
-            drawn.append(Plan(processes, steps=draw.randint(1, MOST_STEPS // 2), file=draw.choice(WRITES)))
+            steps, file = draw.randint(1, MOST_STEPS // 2), draw.choice(WRITES)
+            drawn.append(
+                Plan(processes, steps=steps, file=file, pause=draw.choice((0, draw.uniform(0, 0.04))))
+            )
     return drawn
 
 
@@ -132,6 +139,7 @@ def start_and_kill(start: Start, run: Path, plan: Plan) -> str:
     if plan.file:
         processes = processes_of(run)
         until(lambda: attempt.files(plan.file) or reached(MOST_STEPS), every=0.001)
+        time.sleep(plan.pause)
         kill(processes)
     kill_all(run)
     out, err = process.communicate(timeout=60)
