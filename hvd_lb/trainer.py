@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -210,17 +210,11 @@ class Trainer:
             losses[worker] = loss.detach()
             self.observer.microbatch(self.step, done, len(workers))
         global_images = self.plan.step_images(epoch_step)
+        # Beside the gradients, this exchange costs no time of its own.
         wishes = torch.tensor([self.stop_requested(), self.save_due()])
-        wished = self.world.maximum_async(
-            wishes, "hvd_lb.wishes"
-        )  # beside the gradients: costs no time of its own
+        wished = self.world.maximum_async(wishes, "hvd_lb.wishes")
         try:
-            self.statistics.synchronize()
-            self.optimizer.synchronize(global_images=global_images)
-        except FixedPointOverflow:
-            self.statistics.discard()
-            self.optimizer.zero_grad()
-            raise
+            self._synchronize(global_images)
         finally:
             stop, save = wished.wait().tolist()
         self.optimizer.steps = self.step
@@ -234,6 +228,22 @@ class Trainer:
         self.step += 1
         self.stopped_by = stop
         return bool(stop or save)
+
+    def _synchronize(self, global_images: int) -> None:
+        """Completes all sums of the step, also when one of them overflows: other processes take part in each."""
+        overflow: FixedPointOverflow | None = None
+        for complete in (
+            self.statistics.synchronize,
+            partial(self.optimizer.synchronize, global_images=global_images),
+        ):
+            try:
+                complete()
+            except FixedPointOverflow as error:
+                overflow = error
+        if overflow:
+            self.statistics.discard()
+            self.optimizer.zero_grad()
+            raise overflow
 
     def _forward(self, images: torch.Tensor, seed: int) -> torch.Tensor:
         """Logits of a microbatch. What the model draws (dropout) depends on `seed`, not on the process."""

@@ -56,3 +56,10 @@ def test_float_runs_agree_to_rounding(alone: Path, shared: Path, model: str) -> 
             if tensor.is_floating_point():
                 scale = max(1.0, float(tensor.abs().max())) if name.startswith("model.") else 1.0
                 assert torch.allclose(other[name], tensor, rtol=0, atol=1e-5 * scale), name
+
+
+def test_an_overflow_is_mended_where_processes_have_no_images(alone: Path, shared: Path) -> None:
+    results = [json.loads((folder / "overflow.json").read_text()) for folder in (alone, shared)]
+    assert results[0]["repeated"] == [1]
+    assert len(results[0]["losses"]) == 4
+    assert results[0] == results[1]

@@ -6,6 +6,7 @@
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,9 +33,13 @@ STEPS = 10
 class Losses(SilentObserver):
     def __init__(self) -> None:
         self.of: list[float] = []
+        self.repeated: list[int] = []
 
     def train(self, record: dict) -> None:
         self.of.append(record["loss"])
+
+    def repeat(self, record: dict) -> None:
+        self.repeated.append(record["step"])
 
 
 def noise(images: int, val: int) -> Dataset:
@@ -65,9 +70,32 @@ def train(model: str, reproducible: bool, world: World) -> tuple[Trainer, Losses
     return trainer, losses
 
 
+def overflow(world: World) -> dict:
+    """A short step of 3 images for 9 workers, in which the statistics' scales are far too fine; what came of it."""
+    recipe = Recipe(
+        model="resnet8", image_size=8, gpus=9, per_gpu_batch=3, last_batch="keep", epochs=2, warmup="none", log_every=1,
+        learning_rate=0.002, eval_every="never", reproducible=True,
+    )  # fmt: skip
+    losses = Losses()
+    trainer = Trainer(recipe, noise(30, 9), world, device=torch.device("cpu"), threads=1, observer=losses)
+    take_step = trainer.train_step
+
+    def sabotaged(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        if trainer.step == 1 and not losses.repeated:
+            trainer.statistics.exponents = [exponent + 30 for exponent in trainer.statistics.exponents]
+        return take_step(batches)
+
+    trainer.train_step = sabotaged
+    trainer.fit()
+    return {"repeated": losses.repeated, "losses": losses.of}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     world = hvd_lb.world.init()
+    result = overflow(world)
+    if world.rank == 0:
+        (folder / "overflow.json").write_text(json.dumps(result))
     for model in MODELS:
         for mode, reproducible in MODES.items():
             if model in ONLY_REPRODUCIBLE and not reproducible:
