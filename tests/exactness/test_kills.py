@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,8 @@ STEPS_PER_EPOCH = 15
 # More than a kill lets through.
 EPOCHS = 2 + math.ceil(KILLS / 2)
 MOST_STEPS = 10
-# Moments in a write: files as they come, and the removal of an old checkpoint.
-WRITES = (".writing-*", ".writing-*/optimizer.safetensors", ".writing-*/state.json", ".last", ".removing-*")
+# Moments in a write: files as they come, the checkpoint under its name, and the removal of an old one.
+WRITES = (".writing-*", ".writing-*/optimizer.safetensors", ".writing-*/state.json", "step-*", ".removing-*")
 
 pytestmark = [
     pytest.mark.slow,
@@ -51,7 +52,7 @@ pytestmark = [
 class Plan:
     """One start of the run and its kill.
 
-    After so many seconds, or after so many steps, and `pause` seconds after a `file` was then seen.
+    After so many seconds, or after so many steps, and `pause` seconds after a new `file` was then seen.
     """
 
     processes: int
@@ -65,6 +66,7 @@ def plans(draw: random.Random, start_seconds: float) -> list[Plan]:
     """As many kills while starting as while training and while writing a checkpoint, in any order."""
     kinds = [("starting", "training", "writing")[i % 3] for i in range(KILLS)]
     draw.shuffle(kinds)
+    files = cycle(draw.sample(WRITES, len(WRITES)))
     drawn = []
     for kind in kinds:
         processes = draw.randint(1, 4)
@@ -73,10 +75,8 @@ def plans(draw: random.Random, start_seconds: float) -> list[Plan]:
         elif kind == "training":
             drawn.append(Plan(processes, steps=draw.randint(1, MOST_STEPS)))
         else:
-            steps, file = draw.randint(1, MOST_STEPS // 2), draw.choice(WRITES)
-            drawn.append(
-                Plan(processes, steps=steps, file=file, pause=draw.choice((0, draw.uniform(0, 0.04))))
-            )
+            steps, pause = draw.randint(1, MOST_STEPS // 2), draw.choice((0, draw.uniform(0, 0.04)))
+            drawn.append(Plan(processes, steps=steps, file=next(files), pause=pause))
     return drawn
 
 
@@ -98,13 +98,13 @@ class Attempt:
         started = self._metrics_written() != self._metrics_before
         return trained_steps(self._run) - self.first_step if started else 0
 
-    def files(self, pattern: str) -> list[str]:
-        """Names of those in checkpoints/ that this start has made or changed."""
-        return sorted(path.name for path, _ in set(self._files(pattern)) - self._files_before)
+    def files(self, pattern: str) -> set[tuple[Path, int]]:
+        """Those in checkpoints/ that this start has made or changed, with the times of that."""
+        return set(self._files(pattern)) - self._files_before
 
     def phase(self) -> str:
         if unfinished := self.files(".*"):
-            return f"writing: {' '.join(unfinished)}"
+            return f"writing: {' '.join(sorted(path.name for path, _ in unfinished))}"
         return "training" if self.steps() else "starting"
 
     def _metrics_written(self) -> int | None:
@@ -137,8 +137,8 @@ def start_and_kill(start: Start, run: Path, plan: Plan) -> str:
 
     until(lambda: reached(plan.steps), 240, every=0.01)
     if plan.file:
-        processes = processes_of(run)
-        until(lambda: attempt.files(plan.file) or reached(MOST_STEPS), every=0.001)
+        processes, seen = processes_of(run), attempt.files(plan.file)
+        until(lambda: attempt.files(plan.file) - seen or reached(MOST_STEPS), every=0.001)
         time.sleep(plan.pause)
         kill(processes)
     kill_all(run)
