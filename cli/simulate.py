@@ -92,9 +92,13 @@ def simulate(
 def _memory(recipe: Recipe) -> str:
     parameters = parameter_count(recipe.model, recipe.num_classes or 1)
     size = 3 * parameters * (8 if recipe.precision == "fp64" else 4)
+    integers = ""
+    if recipe.reproducible:
+        size += 8 * parameters
+        integers = ", their sums in fixed point"
     return (
-        f"{size / 1e6:,.0f} MB for weights, gradients and momentum of {parameters / 1e6:.2f} M parameters, and the "
-        f"activations of one microbatch; the same for any --gpus"
+        f"{size / 1e6:,.0f} MB for weights, gradients{integers} and momentum of {parameters / 1e6:.2f} M parameters, "
+        f"and the activations of one microbatch; the same for any --gpus"
     )
 
 

@@ -39,6 +39,7 @@ def train(
     hvd-lb train --data digits --gpus 2 --device cpu
     hvd-lb train --data /data/imagenet --gpus 8 --per-gpu-batch 32
     hvd-lb train --data /data/imagenet --gpus 256 --processes 8
+    hvd-lb train --data digits --gpus 4 --device cpu --reproducible
     """
     console = Console()
     where = choose_device(device)
