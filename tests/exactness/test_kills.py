@@ -75,7 +75,7 @@ def plans(draw: random.Random, start_seconds: float) -> list[Plan]:
         elif kind == "training":
             drawn.append(Plan(processes, steps=draw.randint(1, MOST_STEPS)))
         else:
-            steps, pause = draw.randint(1, MOST_STEPS // 2), draw.choice((0, draw.uniform(0, 0.04)))
+            steps, pause = draw.randint(1, MOST_STEPS // 2), draw.choice((0, draw.uniform(0, 0.015)))
             drawn.append(Plan(processes, steps=steps, file=next(files), pause=pause))
     return drawn
 
