@@ -66,7 +66,7 @@ def plans(draw: random.Random, start_seconds: float) -> list[Plan]:
     """As many kills while starting as while training and while writing a checkpoint, in any order."""
     kinds = [("starting", "training", "writing")[i % 3] for i in range(KILLS)]
     draw.shuffle(kinds)
-    files = cycle(draw.sample(WRITES, len(WRITES)))
+    files = cycle(WRITES)
     drawn = []
     for kind in kinds:
         processes = draw.randint(1, 4)
