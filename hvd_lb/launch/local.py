@@ -15,6 +15,7 @@ from typing import Any
 
 from hvd_lb.errors import UserError
 from hvd_lb.job import Job
+from hvd_lb.launch.stopping import AT_ONCE
 from hvd_lb.report.run_directory import RunDirectory, replace_text
 from hvd_lb.world.horovod import import_horovod
 
@@ -97,6 +98,8 @@ class Workers:
 
     def stop(self) -> None:
         """End the job at once: politely, then not."""
+        if self.poll() is None:
+            replace_text(self._run.stop, AT_ONCE)
         for sign, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
             if self.poll() is not None:
                 return

@@ -12,22 +12,35 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+#: In the file: end now, without a checkpoint.
+AT_ONCE = "at once"
 
 
 class StopRequests:
-    """Called, it gives the number of the signal by which the run shall end, or 0. A second signal ends the process."""
+    """Called, it gives the number of the signal by which the run shall end, or 0.
+
+    The file is looked for when `watch_file` is set: by one process, as many would load a shared file system. A second
+    signal ends the process, and so does any one after AT_ONCE was written.
+    """
 
     def __init__(self, file: Path):
+        self.watch_file = False
         self._file, self._signal = file, 0
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
     def __call__(self) -> int:
-        if not self._signal and self._file.exists():
-            self._signal = int(self._file.read_text() or signal.SIGTERM)
+        if self.watch_file and not self._signal and (text := self._text()).isdigit():
+            self._signal = int(text)
         return self._signal
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self._signal:
+        if self._signal or self._text() == AT_ONCE:
             os._exit(128 + number)
         self._signal = number
+
+    def _text(self) -> str:
+        try:
+            return self._file.read_text("utf-8")
+        except FileNotFoundError:
+            return ""

@@ -65,6 +65,7 @@ def main(job_file: str) -> None:
     try:
         world = worlds.init()
         rank = world.rank
+        stop_requested.watch_file = rank == 0
         run(job, world, stop_requested)
     except BaseException as error:
         with suppress(OSError):  # the disk is full

@@ -143,6 +143,21 @@ def test_a_second_signal_ends_at_once(start: Start, tmp_path: Path) -> None:
     assert not list((run / "checkpoints").glob("step-*"))
 
 
+def test_a_second_signal_does_not_wait_for_the_step(start: Start, tmp_path: Path) -> None:
+    """One process, whose signals no horovodrun hands on: a step of some seconds is given up, and saves nothing."""
+    run = tmp_path / "run"
+    recipe = ("--gpus", 1024, "--per-gpu-batch", 1, "--model", "resnet20", "--epochs", 99)
+    process = start("train", *SMALL, *recipe, "--processes", 1, "--output", run)
+    until(lambda: (run / "logs" / "progress.json").exists())
+    process.send_signal(signal.SIGTERM)
+    until(lambda: (run / "logs" / "stop").exists())
+    process.send_signal(signal.SIGTERM)
+    out, _ = finish(process, 128 + signal.SIGTERM)
+    assert "stopped at once" in out
+    assert not processes_of(run)
+    assert not list((run / "checkpoints").glob("step-*"))
+
+
 def test_a_signal_to_one_worker_ends_the_run_with_a_checkpoint(start: Start, tmp_path: Path) -> None:
     """As schedulers send it: not to the launching process, and not to rank 0."""
     run = tmp_path / "run"
