@@ -62,10 +62,6 @@ class RunningStatistics:
         self._share = [torch.zeros_like(buffer) for buffer in self._buffers()]
         self.adopt()
 
-    def __bool__(self) -> bool:
-        """Whether there is any batch norm."""
-        return bool(self._layers)
-
     def _buffers(self) -> list[Tensor]:
         return [buffer for layer in self._layers for buffer in (layer.running_mean, layer.running_var)]  # type: ignore[misc]
 

@@ -27,8 +27,9 @@ _FIRST_BITS = 14
 _SUM_BITS = 62
 # Powers of two up to here are normal numbers in fp32, as are their inverses.
 _LARGEST_EXPONENT = 120
-# Elements converted at once on a CPU: their integers, the sums and the scratch space stay in a core's cache.
-_CHUNK = 1 << 15
+# Elements converted at once. On a CPU their integers, the sums and the scratch space stay in a core's cache; elsewhere
+# it bounds the scratch space, 12 bytes an element.
+_CHUNK_ON_CPU, _CHUNK = 1 << 15, 1 << 22
 # Every tensor's place starts on a multiple of 64 bytes, in fp32 and wider.
 ALIGNMENT = 16
 
@@ -64,7 +65,7 @@ class FixedPointSum:
         self._maxima = torch.zeros(len(like), dtype=first.dtype, device=first.device)
         self._largest = list(self._maxima)
         longest = max(part.numel() for part in self._parts)
-        self._chunk = max(1, min(longest, _CHUNK) if first.device.type == "cpu" else longest)
+        self._chunk = max(1, min(longest, _CHUNK_ON_CPU if first.device.type == "cpu" else _CHUNK))
         self._float = torch.empty(self._chunk, dtype=first.dtype, device=first.device)
         self._integer = torch.empty(self._chunk, dtype=torch.int64, device=first.device)
         self._handles: tuple[Handle, Handle] | None = None

@@ -16,6 +16,7 @@ import torch
 
 from hvd_lb.cores import usable_cores
 from hvd_lb.errors import UserError
+from hvd_lb.recipe import Recipe
 from hvd_lb.reproducible import cpu_features, cpu_info, version
 
 DeviceName = Literal["cpu", "cuda"]
@@ -64,6 +65,15 @@ def place(device: DeviceName, *, gpus: int, processes: int | None, threads: int 
             f"--processes {wanted} for {gpus} virtual workers: expected 1 to {gpus}, as each process hosts at least one"
         )
     return Placement(device, wanted, threads or max(1, usable_cores() // wanted))
+
+
+def loader_threads(recipe: Recipe, threads: int, processes_here: int) -> int:
+    """Threads that read and decode for one of this machine's processes, which computes with `threads`.
+
+    No pixel depends on their number. So where a reproducible run fixes that of computing, decoding still gets its
+    share of the cores.
+    """
+    return max(threads, usable_cores() // processes_here) if recipe.reproducible else threads
 
 
 def describe_environment(placement: Placement, command: Sequence[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from hvd_lb.fixed_point import FixedPointOverflow
+from hvd_lb.hardware import loader_threads
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.resolve import Resolved
 from hvd_lb.trainer import Trainer
@@ -90,7 +91,12 @@ def rehearse(
     watch = _Stopwatch(deadline, on_microbatch)
     torch.set_num_threads(threads)
     trainer = Trainer(
-        resolved.recipe, resolved.dataset, Solo(), device=device, threads=threads, observer=watch
+        resolved.recipe,
+        resolved.dataset,
+        Solo(),
+        device=device,
+        threads=loader_threads(resolved.recipe, threads, 1),
+        observer=watch,
     )
     trainer.model.train()
     images = min(resolved.recipe.per_gpu_batch, _PROBED_IMAGES)

@@ -76,6 +76,7 @@ class Trainer:
 
     Collective: every process builds one, with the same arguments but for its world's rank. `stop_requested` is asked in
     every step on every process; when it gives a signal's number on any, the run ends after that step with a checkpoint.
+    `threads` are those of the loader.
     """
 
     def __init__(

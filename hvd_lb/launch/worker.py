@@ -18,6 +18,7 @@ import torch
 from hvd_lb import world as worlds
 from hvd_lb.checkpoint import CheckpointStore, open_checkpoint
 from hvd_lb.data import open_dataset
+from hvd_lb.hardware import loader_threads
 from hvd_lb.job import Job
 from hvd_lb.launch.stopping import StopRequests
 from hvd_lb.report.metrics import RunObserver, SilentObserver
@@ -44,7 +45,7 @@ def run(job: Job, world: World, stop_requested: StopRequests) -> None:
             dataset,
             world,
             device=device,
-            threads=job.threads,
+            threads=loader_threads(recipe, job.threads, world.local_size),
             observer=observer,
             store=CheckpointStore(directory.checkpoints, recipe.keep_checkpoints),
             checkpoint=checkpoint,
