@@ -68,6 +68,8 @@ def run_job(
     if start.checkpoint:
         console.print(f"going on from step {start.step} ({start.checkpoint.path.name})", highlight=False)
     console.print(f"writing to {run.path}", soft_wrap=True, highlight=False)
+    if start.step >= resolved.total_steps:
+        return _finish(run, resolved, 0.0, console)
 
     job = Job(
         recipe=recipe,
@@ -111,19 +113,37 @@ def run_job(
         print(f"hvd-lb: error: {failure}", file=sys.stderr)
         _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began)
         return 1
+    return _finish(run, resolved, time.monotonic() - began, console)
+
+
+def _finish(run: RunDirectory, resolved: Resolved, seconds: float, console: Console) -> int:
+    """Report, summary (last: it says that all is there) and figures of a run that came to its end; exit status 0."""
     reason = "stopped at --steps" if resolved.stops_early else "finished"
-    figures = _sum_up(run, resolved, reason, time.monotonic() - began)
+    summary, figures = _figures(run, resolved, reason, seconds)
     from hvd_lb.report.html import write_report  # here: matplotlib would delay every start by a second
 
     write_report(run, run.path.name, resolved.plan.steps_per_epoch, figures)
+    _conclude(run, summary)
     for name, value in figures:
         console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
     console.print(f"report: {run.report}", highlight=False, soft_wrap=True)
     return 0
 
 
-def _sum_up(run: RunDirectory, resolved: Resolved, reason: str, seconds: float) -> list[tuple[str, str]]:
-    """Write summary.json; its figures in words."""
+def _sum_up(run: RunDirectory, resolved: Resolved, reason: str, seconds: float) -> None:
+    """Write summary.json of a run that did not come to its end."""
+    _conclude(run, _figures(run, resolved, reason, seconds)[0])
+
+
+def _conclude(run: RunDirectory, summary: dict[str, Any]) -> None:
+    write_json(run.summary, summary)
+    run.heartbeat.unlink(missing_ok=True)
+
+
+def _figures(
+    run: RunDirectory, resolved: Resolved, reason: str, seconds: float
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """What summary.json says, and its figures in words."""
     records = read_metrics(run.metrics)
     evaluations = [record for record in records if record["kind"] == "eval"]
     rates = [record["images_per_second"] for record in records if record["kind"] == "train"]
@@ -145,8 +165,6 @@ def _sum_up(run: RunDirectory, resolved: Resolved, reason: str, seconds: float) 
         "checkpoints": len(stalls),
         "checkpoint_stall_seconds": statistics.median(stalls) if stalls else None,
     }
-    write_json(run.summary, summary)
-    run.heartbeat.unlink(missing_ok=True)
     figures = [("ended", reason), ("steps", f"{steps:,} of {resolved.total_steps:,}")]
     if last and best:
         figures.append(("last", evaluation_line(last)))
@@ -154,7 +172,7 @@ def _sum_up(run: RunDirectory, resolved: Resolved, reason: str, seconds: float) 
     if rates:
         figures.append(("speed", f"{speed(statistics.median(rates))} (median)"))
     figures.append(("wall time", duration(seconds)))
-    return figures
+    return summary, figures
 
 
 @contextmanager

@@ -142,7 +142,8 @@ def find_start(
 ) -> Start:
     """Where the run in `run` begins or goes on; reads only. `resume` is "auto", a checkpoint or a run directory.
 
-    A reproducible run that goes on in another rounding `environment` is warned about.
+    A reproducible run that goes on in another rounding `environment` is warned about. A run that is at its end but was
+    killed before summary.json was written "goes on" there: what is left is to sum it up.
     UserError when the directory holds another recipe's run or a finished one, or the checkpoint is damaged or foreign.
     """
     stored = run.stored_recipe()
@@ -167,7 +168,8 @@ def find_start(
     if checkpoint:
         if differing := differing_fields(checkpoint.state["recipe"], recipe.mathematics()):
             raise UserError(f"checkpoint {checkpoint.path} is of another recipe: {'; '.join(differing)}")
-        if checkpoint.step >= total_steps:
+        told = not stored or resume != "auto" or run.summary.exists()
+        if checkpoint.step >= total_steps and told:
             raise UserError(
                 f"{checkpoint.path} is at the end of this run already ({checkpoint.step} of {total_steps} steps): "
                 "choose another --output to train again"

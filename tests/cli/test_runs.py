@@ -189,6 +189,27 @@ def test_a_damaged_checkpoint_is_passed_over(start: Start, undisturbed: Path, tm
     assert (run / last).read_bytes() == (undisturbed / last).read_bytes()
 
 
+def test_a_run_killed_after_its_end_is_summed_up(start: Start, undisturbed: Path, tmp_path: Path) -> None:
+    """Between the last checkpoint and the summary, with `last` not yet pointing there."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run, symlinks=True)
+    for file in ("summary.json", "report.html", "curves.png"):
+        (run / file).unlink()
+    last = run / "checkpoints" / "last"
+    last.unlink()
+    last.symlink_to("step-00000098")
+    (run / "checkpoints" / ".last").symlink_to("step-00000100")
+    before = records(run)
+    out, err = finish(start(*a_run(run)))
+    assert err == ""
+    assert "ended: stopped at --steps" in out
+    assert last.resolve().name == "step-00000100"
+    assert summary(run)["final"] == summary(undisturbed)["final"]
+    assert (run / "report.html").exists()
+    assert records(run) == before
+    finish(start(*a_run(run)), 2)
+
+
 def test_a_finished_run_is_left_alone(start: Start, undisturbed: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     out, err = finish(start(*a_run(undisturbed)), 2)
