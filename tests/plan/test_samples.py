@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hvd_lb.errors import UserError
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.plan.samples import LastBatch, SamplePlan
+from hvd_lb.plan.shuffle import Permutation
 
 plans = st.builds(
     SamplePlan,
@@ -63,11 +64,38 @@ def test_processes_share_the_step_whatever_their_number(plan: SamplePlan, proces
     assert plan.active_workers(last) == sum(count > 0 for count in counts)
 
 
+@settings(max_examples=60, deadline=None)
+@given(plans, st.integers(0, 3), st.integers(1, 12), st.sampled_from(["drop", "keep"]))
+def test_what_a_step_sees_does_not_depend_on_processes(
+    plan: SamplePlan, epoch: int, processes: int, last_batch: LastBatch
+) -> None:
+    """Put together from any number of processes, a step is the next part of the epoch's permutation."""
+    if plan.global_batch > plan.images:
+        last_batch = "keep"
+    plan = SamplePlan(plan.images, plan.workers, plan.per_worker, plan.seed, last_batch)
+    order = Permutation(plan.images, plan.seed, epoch).slice(0, plan.images)
+    for step in range(plan.steps_per_epoch):
+        shared = [
+            [plan.image_ids(epoch, step, worker) for worker in hosted(rank, processes, plan.workers)]
+            for rank in range(processes)
+        ]
+        seen = np.concatenate([ids for process in shared for ids in process])
+        start = step * plan.global_batch
+        assert np.array_equal(seen, order[start : start + plan.step_images(step)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(40, 400), st.integers(0, 2**31), st.integers(0, 1000), st.integers(1, 1000))
+def test_other_epochs_and_seeds_have_other_orders(images: int, seed: int, epoch: int, more: int) -> None:
+    """Of at least 40! orders, two are the same by chance in no lifetime."""
+    here = SamplePlan(images, 1, images, seed).image_ids(epoch, 0, 0)
+    assert not np.array_equal(here, SamplePlan(images, 1, images, seed).image_ids(epoch + more, 0, 0))
+    assert not np.array_equal(here, SamplePlan(images, 1, images, seed + more).image_ids(epoch, 0, 0))
+
+
 def test_virtual_worker_j_takes_the_jth_n_of_a_step() -> None:
     plan = SamplePlan(1000, 4, 16, seed=9)
     whole = np.concatenate([plan.image_ids(2, 3, worker) for worker in range(4)])
-    from hvd_lb.plan.shuffle import Permutation
-
     assert np.array_equal(whole, Permutation(1000, 9, 2).slice(3 * 64, 4 * 64))
 
 
