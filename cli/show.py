@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from hvd_lb.launch.preflight import Report
+
+_PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
 
 
 def print_plan(console: Console, rows: list[tuple[str, str]]) -> None:
@@ -22,6 +29,28 @@ def print_plan(console: Console, rows: list[tuple[str, str]]) -> None:
             console.print(f"{topic}: {sentence}", highlight=False, soft_wrap=True)
     if console.is_terminal:
         console.print(table, highlight=False)
+
+
+def print_preflight(console: Console, report: Report) -> None:
+    """What was found on each host: a table on a terminal, else a line for each finding that is worth one."""
+    if not console.is_terminal:
+        for host, findings in report.findings.items():
+            bad = [finding for finding in findings if finding.state != "ok"]
+            for finding in bad:
+                mend = f"; mend: {finding.mend}" if finding.mend else ""
+                console.print(f"wrong   {host}  {finding.name}: {finding.detail}{mend}", **_PLAIN)
+            if not bad:
+                console.print(
+                    f"ok      {host}  {', '.join(f'{f.name}: {f.detail}' for f in findings)}", **_PLAIN
+                )
+        return
+    table = Table("host", "", "state", "found", "mend", box=box.SIMPLE_HEAD)
+    for host, findings in report.findings.items():
+        for finding in findings:
+            state = Text(finding.state, style="green" if finding.state == "ok" else "red")
+            table.add_row(Text(host), finding.name, state, Text(finding.detail), Text(finding.mend))
+            host = ""
+    console.print(table)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from hvd_lb.hardware import choose_device, place
+from hvd_lb.launch.local import local
 from hvd_lb.launch.run import default_output, run_job
 from hvd_lb.models import parameter_count
 from hvd_lb.recipe import Recipe
@@ -68,6 +69,7 @@ def simulate(
         return run_job(
             resolved,
             placement,
+            local(1, {}),
             output=output or default_output(resolved.recipe, "simulate-"),
             resume=resume,
             command=sys.argv,

@@ -1,7 +1,8 @@
-"""`hvd-lb train`: a real run on this machine's processes."""
+"""`hvd-lb train`: a real run, on this machine or on many."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,21 @@ from typing import Any
 import rich_click as click
 from rich.console import Console
 
-from hvd_lb.hardware import choose_device, default_gpus, place
-from hvd_lb.launch.run import run_job
+from hvd_lb.hardware import Placement, choose_device, default_gpus, place
+from hvd_lb.launch.allreduce import allreduce_environment
+from hvd_lb.launch.dry_run import describe
+from hvd_lb.launch.local import local, this_machine
+from hvd_lb.launch.options import LaunchOptions, environment
+from hvd_lb.launch.preflight import Cluster, Request, asking_over_ssh, preflight
+from hvd_lb.launch.run import plan_job, run_directory, run_job
+from hvd_lb.launch.ssh import over_ssh
+from hvd_lb.launch.start import Launch
+from hvd_lb.launch.where import Where, find_where
 from hvd_lb.report.progress import count
-from hvd_lb.resolve import explain, resolve
+from hvd_lb.resolve import check_options, data_folder, data_spec, explain, resolve
+from hvd_lb_cli.launch_options import launch_options
 from hvd_lb_cli.options import recipe_options, run_options
-from hvd_lb_cli.show import index_progress, print_plan
+from hvd_lb_cli.show import index_progress, print_plan, print_preflight
 
 
 @click.command()
@@ -24,9 +34,11 @@ from hvd_lb_cli.show import index_progress, print_plan
     type=click.IntRange(min=1),
     help="Processes p that share the virtual workers [default: one per GPU; on CPUs one per core]",
 )
+@launch_options
 @recipe_options
 def train(
     options: dict[str, Any],
+    launch_options: LaunchOptions,
     recipe: str | None,
     device: str,
     processes: int | None,
@@ -39,20 +51,74 @@ def train(
     hvd-lb train --data digits --gpus 2 --device cpu
     hvd-lb train --data /data/imagenet --gpus 8 --per-gpu-batch 32
     hvd-lb train --data /data/imagenet --gpus 256 --processes 8
-    hvd-lb train --data digits --gpus 4 --device cpu --reproducible
+    hvd-lb train --data /data/imagenet --gpus 256 --hostfile hosts
+    hvd-lb train --data digits --gpus 6 --hosts h1:2,h2:2,h3:2 --device cpu --reproducible
     """
     console = Console()
-    where = choose_device(device)
+    where = find_where(launch_options, device, os.environ)
+    cluster = None
+    if where.launcher != "local":
+        data = data_folder(data_spec(options, check_options(options, recipe)))
+        cluster = _examine(console, where, launch_options, device, data, output)
+    here = cluster.device if cluster else choose_device(device)
     with index_progress(console) as on_progress:
-        resolved = resolve(options, recipe=recipe, default_gpus=default_gpus(where), on_progress=on_progress)
-    placement = place(where, gpus=resolved.recipe.gpus, processes=processes, threads=resolved.recipe.threads)
+        resolved = resolve(
+            options,
+            recipe=recipe,
+            default_gpus=cluster.slots if cluster else default_gpus(here),
+            on_progress=on_progress,
+        )
+    gpus, threads = resolved.recipe.gpus, resolved.recipe.threads
+    if cluster:
+        placement = cluster.place(gpus=gpus, processes=processes, threads=threads)
+    else:
+        placement = place(here, gpus=gpus, processes=processes, threads=threads)
+    launch = _launch(where, cluster, placement, launch_options)
+    if launch_options.dry_run:
+        run = run_directory(output, resolved.recipe)
+        click.echo(describe(plan_job(resolved, placement, launch, run, None), launch, run), nl=False)
+        return 0
     share = f"{placement.processes} on {placement.device}, {count(placement.threads, 'thread')} each"
+    rows = [*explain(resolved), ("processes", share)]
+    if cluster:
+        rows.append(("hosts", f"{', '.join(map(str, launch.hosts))} ({where.how}), by {launch.launcher}"))
     return run_job(
         resolved,
         placement,
+        launch,
         output=output,
         resume=resume,
         command=sys.argv,
         console=console,
-        on_ready=lambda: print_plan(console, [*explain(resolved), ("processes", share)]),
+        on_ready=lambda: print_plan(console, rows),
     )
+
+
+def _examine(
+    console: Console,
+    where: Where,
+    options: LaunchOptions,
+    device: str,
+    data: Path | None,
+    output: Path | None,
+) -> Cluster:
+    """The hosts, when all of them are ready; UserError, after a table, when they are not."""
+    request = Request(
+        device, data, (output or Path("runs")).expanduser().absolute(), options.network_interface
+    )
+    with console.status(f"asking {count(len(where.hosts), 'host')}"):
+        report = preflight(where.hosts, request, asking_over_ssh(options))
+    if not report.cluster:
+        print_preflight(console, report)
+    return report.ready()
+
+
+def _launch(where: Where, cluster: Cluster | None, placement: Placement, options: LaunchOptions) -> Launch:
+    variables = environment(options, os.environ)
+    hosts, build, mpirun = (
+        (cluster.hosts, cluster.build, cluster.mpirun) if cluster else this_machine(placement.processes)
+    )
+    variables |= allreduce_environment(options.allreduce, placement.device, hosts, build, mpirun=mpirun)
+    if cluster:
+        return over_ssh(cluster, placement.processes, options, variables)
+    return local(placement.processes, variables)

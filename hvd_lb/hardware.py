@@ -24,11 +24,12 @@ DeviceName = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Placement:
-    """`processes` (p) on `device`, each with `threads` CPU threads."""
+    """`processes` (p) on `device`, each with `threads` CPU threads; `hosts` is empty for this machine alone."""
 
     device: DeviceName
     processes: int
     threads: int
+    hosts: tuple[str, ...] = ()
 
 
 def choose_device(name: str) -> DeviceName:
@@ -60,11 +61,17 @@ def place(device: DeviceName, *, gpus: int, processes: int | None, threads: int 
             )
     else:
         wanted = processes or min(gpus, usable_cores())
-    if not 1 <= wanted <= gpus:
-        raise UserError(
-            f"--processes {wanted} for {gpus} virtual workers: expected 1 to {gpus}, as each process hosts at least one"
-        )
+    check_processes(wanted, gpus)
     return Placement(device, wanted, threads or max(1, usable_cores() // wanted))
+
+
+def check_processes(processes: int, gpus: int) -> None:
+    """UserError when so many processes cannot share the virtual workers."""
+    if not 1 <= processes <= gpus:
+        raise UserError(
+            f"--processes {processes} for {gpus} virtual workers: expected 1 to {gpus}, as each process hosts at least "
+            "one"
+        )
 
 
 def loader_threads(recipe: Recipe, threads: int, processes_here: int) -> int:
@@ -95,7 +102,7 @@ def describe_environment(placement: Placement, command: Sequence[str]) -> dict[s
         "devices": _devices(placement),
         "processes": placement.processes,
         "threads_per_process": placement.threads,
-        "hosts": [socket.gethostname()],
+        "hosts": list(placement.hosts) or [socket.gethostname()],
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -1,4 +1,7 @@
-"""What the launching process tells its workers: one JSON file, the same for all of them."""
+"""What the launching process tells its workers: one JSON file, the same for all of them.
+
+It is readable by its owner alone: `environment` may hold secrets, which are kept off command lines for the same reason.
+"""
 
 from __future__ import annotations
 
@@ -21,3 +24,8 @@ class Job(BaseModel):
     processes: int
     threads: int
     checkpoint: Path | None
+    data_fingerprint: str  #: a host whose copy of the data is another would make another run
+    launcher: Literal["local", "ssh", "slurm"]
+    hosts: list[tuple[str, int]]  #: filled with ranks in this order
+    interfaces: dict[str, str]  #: network interface of each host
+    environment: dict[str, str]

@@ -55,11 +55,8 @@ def resolve(
     `fallback_data` is used where neither options nor recipe name data (`simulate`: synthetic); without it
     $HVD_LB_DATA or /data is. UserError for what cannot work.
     """
-    make_recipe(options, OPTIONS)
-    given = load_values(recipe) if recipe else {}
-    if "model" in {**given, **options}:
-        check_model_name({**given, **options}["model"])
-    spec = options.get("data") or given.get("data") or fallback_data or default_data()
+    given = check_options(options, recipe)
+    spec = data_spec(options, given, fallback_data)
     val_fraction = options.get("val_fraction", given.get("val_fraction"))
     dataset = open_dataset(spec, val_fraction=val_fraction, on_progress=on_progress)
     if recipe:
@@ -73,7 +70,7 @@ def resolve(
         **_without_none(given),
         **options,
     }
-    values["data"] = spec if _is_named(spec) else str(Path(spec).expanduser().resolve())
+    values["data"] = str(data_folder(spec) or spec)
     resolved = make_recipe(values, f"recipe {preset} with your options")
     if (resolved.num_classes or 0) < len(dataset.train.classes):
         raise UserError(
@@ -90,6 +87,25 @@ def resolve(
         min(2, resolved.per_gpu_batch),
     )
     return Resolved(resolved, dataset, preset, why, plan, resolved.lr_schedule(plan.steps_per_epoch))
+
+
+def check_options(options: Mapping[str, Any], recipe: str | None) -> Mapping[str, Any]:
+    """The values of the recipe that was named; UserError for what no data set could make right."""
+    make_recipe(options, OPTIONS)
+    given = load_values(recipe) if recipe else {}
+    if "model" in {**given, **options}:
+        check_model_name({**given, **options}["model"])
+    return given
+
+
+def data_spec(options: Mapping[str, Any], given: Mapping[str, Any], fallback: str | None = None) -> str:
+    """The data that a command line and its recipe name, else `fallback`, else $HVD_LB_DATA or /data."""
+    return str(options.get("data") or given.get("data") or fallback or default_data())
+
+
+def data_folder(spec: str) -> Path | None:
+    """The folder that `--data` names; None where it names none."""
+    return None if _is_named(spec) else Path(spec).expanduser().resolve()
 
 
 def choose_preset(spec: str, dataset: Dataset) -> tuple[str, str]:
@@ -132,9 +148,8 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
         if dropped
         else "no image skipped"
     )
-    length = f"{resolved.total_steps:,} steps" + (
-        f" (--steps) of {recipe.epochs} epochs" if resolved.stops_early else ""
-    )
+    epochs = f"{recipe.epochs} epoch" + ("s" if recipe.epochs != 1 else "")
+    length = f"{resolved.total_steps:,} steps" + (f" (--steps) of {epochs}" if resolved.stops_early else "")
     rows = [
         ("recipe", f"{resolved.preset} ({resolved.why})"),
         (
@@ -145,7 +160,7 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
         ("model", f"{recipe.model}, {recipe.image_size}×{recipe.image_size}, {recipe.precision}"),
         ("minibatch", f"{recipe.gpus} workers × {recipe.per_gpu_batch} = {recipe.global_batch:,} images"),
         ("epoch", f"{plan.steps_per_epoch:,} steps, {rest}"),
-        ("length", f"{recipe.epochs} epochs, {length}" if not resolved.stops_early else length),
+        ("length", f"{epochs}, {length}" if not resolved.stops_early else length),
         ("learning rate", resolved.schedule.describe()),
     ]
     if recipe.reproducible:

@@ -17,8 +17,9 @@ from rich.console import Console
 from hvd_lb.checkpoint import CheckpointStore
 from hvd_lb.hardware import Placement, describe_environment
 from hvd_lb.job import Job
-from hvd_lb.launch.local import Workers, check_launcher
+from hvd_lb.launch.start import Launch, process_environment
 from hvd_lb.launch.stopping import SIGNALS
+from hvd_lb.launch.workers import Workers
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import read_metrics, truncate_metrics
 from hvd_lb.report.progress import RunView, duration, evaluation_line, open_display, speed
@@ -37,9 +38,33 @@ def default_output(recipe: Recipe, prefix: str = "") -> Path:
     )
 
 
+def run_directory(output: Path | None, recipe: Recipe) -> RunDirectory:
+    return RunDirectory((output or default_output(recipe)).expanduser().absolute())
+
+
+def plan_job(
+    resolved: Resolved, placement: Placement, launch: Launch, run: RunDirectory, checkpoint: Path | None
+) -> Job:
+    """What every process of the run is told."""
+    return Job(
+        recipe=resolved.recipe,
+        output=run.path,
+        device=placement.device,
+        processes=placement.processes,
+        threads=placement.threads,
+        checkpoint=checkpoint,
+        data_fingerprint=resolved.dataset.fingerprint(),
+        launcher=launch.launcher,
+        hosts=[(host.name, host.slots or 1) for host in launch.hosts],
+        interfaces=dict(launch.interfaces),
+        environment={**process_environment(placement.threads), **launch.environment},
+    )
+
+
 def run_job(
     resolved: Resolved,
     placement: Placement,
+    launch: Launch,
     *,
     output: Path | None,
     resume: str,
@@ -53,8 +78,7 @@ def run_job(
     ends the run with a checkpoint after the present step, a second one ends it at once.
     """
     recipe = resolved.recipe
-    check_launcher(placement.processes)
-    run = RunDirectory((output or default_output(recipe)).expanduser().absolute())
+    run = run_directory(output, recipe)
     start = find_start(run, recipe, resume, resolved.total_steps, rounding_environment(placement.device))
     lock = run.lock()
     on_ready()
@@ -71,14 +95,7 @@ def run_job(
     if start.step >= resolved.total_steps:
         return _finish(run, resolved, 0.0, console)
 
-    job = Job(
-        recipe=recipe,
-        output=run.path,
-        device=placement.device,
-        processes=placement.processes,
-        threads=placement.threads,
-        checkpoint=start.checkpoint.path if start.checkpoint else None,
-    )
+    job = plan_job(resolved, placement, launch, run, start.checkpoint.path if start.checkpoint else None)
     display = open_display(
         console,
         first_step=start.step,
@@ -87,7 +104,7 @@ def run_job(
     )
     began = time.monotonic()
     with _signals() as received:
-        workers = Workers(job, run, lock)
+        workers = Workers(job, launch, run, lock)
         try:
             with RunView(run, display, start.step) as view:
                 while (status := workers.wait(_LOOK_SECONDS)) is None and len(received) < 2:

@@ -1,4 +1,4 @@
-"""One process of a run: `python -m hvd_lb.launch.worker JOB.json`, started by the launcher, on every rank alike.
+"""One process of a run, on every rank alike: hvd_lb.launch.rank has prepared it.
 
 It writes nothing to the terminal: rank 0 tells the run directory what happens, and a process that fails writes why.
 """
@@ -6,7 +6,6 @@ It writes nothing to the terminal: rank 0 tells the run directory what happens, 
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 import traceback
@@ -18,6 +17,7 @@ import torch
 from hvd_lb import world as worlds
 from hvd_lb.checkpoint import CheckpointStore, open_checkpoint
 from hvd_lb.data import open_dataset
+from hvd_lb.errors import UserError
 from hvd_lb.hardware import loader_threads
 from hvd_lb.job import Job
 from hvd_lb.launch.stopping import StopRequests
@@ -30,13 +30,18 @@ from hvd_lb.world import World
 def run(job: Job, world: World, stop_requested: StopRequests) -> None:
     """This process's part of the job."""
     torch.set_num_threads(job.threads)
-    device = torch.device(job.device, world.local_rank) if job.device == "cuda" else torch.device("cpu")
+    device = _device(job, world)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     directory = RunDirectory(job.output)
     checkpoint = open_checkpoint(job.checkpoint) if job.checkpoint else None
     recipe = job.recipe
     dataset = open_dataset(recipe.data or "", val_fraction=recipe.val_fraction)
+    if dataset.fingerprint() != job.data_fingerprint:
+        raise UserError(
+            f"{recipe.data} on this host is not the data set that the run was planned with (other names, sizes or "
+            "labels of images): copy it again"
+        )
     first_step = checkpoint.step if checkpoint else 0
     observer = RunObserver(directory, first_step) if world.rank == 0 else SilentObserver()
     try:
@@ -59,18 +64,29 @@ def run(job: Job, world: World, stop_requested: StopRequests) -> None:
     world.barrier()
 
 
-def main(job_file: str) -> None:
+def _device(job: Job, world: World) -> torch.device:
+    """The GPU of this process: that of its local rank, or the only one it sees, where a scheduler shows it no other."""
+    if job.device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", world.local_rank if torch.cuda.device_count() > 1 else 0)
+
+
+def main(job_file: str, rank: int, host: str) -> None:
+    """`rank` and `host` are those that the launcher gave this process."""
     job = Job.model_validate_json(Path(job_file).read_text("utf-8"))
     stop_requested = StopRequests(RunDirectory(job.output).stop)
-    rank = int(os.environ.get("HOROVOD_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
     try:
         world = worlds.init()
-        rank = world.rank
+        if (world.rank, world.size) != (rank, job.processes):
+            raise UserError(
+                f"rank {rank} of {job.processes} found itself to be rank {world.rank} of {world.size}: "
+                "the launcher did not tell it who it is"
+            )
         stop_requested.watch_file = rank == 0
         run(job, world, stop_requested)
     except BaseException as error:
         with suppress(OSError):  # the disk is full
-            _tell(RunDirectory(job.output), rank, error)
+            _tell(RunDirectory(job.output), rank, host, error)
             traceback.print_exc()
             sys.stderr.flush()
         # At once, without Horovod's shutdown: it would wait for the others, who are waiting for this process.
@@ -78,17 +94,13 @@ def main(job_file: str) -> None:
     worlds.shutdown()
 
 
-def _tell(directory: RunDirectory, rank: int, error: BaseException) -> None:
+def _tell(directory: RunDirectory, rank: int, host: str, error: BaseException) -> None:
     content = {
         "rank": rank,
-        "host": socket.gethostname(),
+        "host": host,
         "time": time.time(),
         "kind": type(error).__name__,
         "message": " ".join(str(error).split()) or type(error).__name__,
         "traceback": traceback.format_exc(),
     }
     write_json(directory.error(rank), content)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -193,8 +193,9 @@ def evaluation_line(record: dict[str, Any]) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """1 step, 2 steps, 1,000 steps."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    """1 step, 2 steps, 1,000 processes."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}" + ("" if number == 1 else ending)
 
 
 def speed(images_per_second: float) -> str:

@@ -192,10 +192,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     replace_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def replace_text(path: Path, text: str, *, sync: bool = True) -> None:
+def replace_text(path: Path, text: str, *, sync: bool = True, mode: int = 0o666) -> None:
     """Write a file so that readers and crashes see the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as stream:
+    temporary.unlink(missing_ok=True)  # a crash's, which may have another mode
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with open(descriptor, "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         if sync:

@@ -1,0 +1,111 @@
+"""The options of `train` that say where and how its processes are started."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+import rich_click as click
+
+from hvd_lb.launch.options import AllreduceName, LauncherName, LaunchOptions
+
+_OPTIONS = (
+    click.option(
+        "--launcher",
+        type=click.Choice(get_args(LauncherName)),
+        default="auto",
+        show_default=True,
+        help="How processes are started: auto takes the named hosts, else a Slurm, LSF or MPIJob allocation that this "
+        "is in, else this machine. Outside of an allocation, slurm and kubernetes write a job.",
+    ),
+    click.option(
+        "--hosts", metavar="H1:8,H2:8", help="Hosts and the processes each takes [its GPUs; on CPUs cores]"
+    ),
+    click.option(
+        "--hostfile",
+        type=click.Path(path_type=Path),
+        help="A file of hosts in Open MPI's or Horovod's form: `h1 slots=8` or `h1:8` a line.",
+    ),
+    click.option(
+        "--ssh-port", type=click.IntRange(1, 65535), help="Port of the hosts' sshd [as in ~/.ssh/config]"
+    ),
+    click.option(
+        "--ssh-key", type=click.Path(path_type=Path), help="Private key to log in with [ssh's default]"
+    ),
+    click.option(
+        "--strict-host-keys",
+        is_flag=True,
+        help="Refuse hosts that known_hosts does not list. Else their keys are noted at the first login, and checked "
+        "from then on.",
+    ),
+    click.option(
+        "--network-interface",
+        metavar="NAME",
+        help="Interface for the processes' traffic [the one by which a host reaches the others]",
+    ),
+    click.option(
+        "--allreduce",
+        type=click.Choice(get_args(AllreduceName)),
+        default="auto",
+        show_default=True,
+        help="auto: NCCL's choice on GPUs, Gloo's ring on CPUs; ring; hierarchical: NCCL inside a host and MPI between "
+        "them; halving-doubling: Open MPI's Rabenseifner algorithm, on CPUs.",
+    ),
+    click.option(
+        "--fusion-threshold", type=click.FloatRange(0), metavar="MB", help="Horovod's fusion buffer [128]"
+    ),
+    click.option(
+        "--cycle-time", type=click.FloatRange(0), metavar="MS", help="Pause between Horovod's cycles [1]"
+    ),
+    click.option(
+        "--autotune", is_flag=True, help="Let Horovod tune fusion threshold and cycle time while it runs."
+    ),
+    click.option(
+        "--timeline", type=click.Path(path_type=Path), help="Write Horovod's timeline, for chrome://tracing."
+    ),
+    click.option(
+        "--env",
+        multiple=True,
+        metavar="NAME[=VALUE]",
+        help="Set a variable in every process, or hand on the one set here; may be repeated. NCCL_*, GLOO_*, UCX_*, "
+        "OMP_* and the like are handed on anyway.",
+    ),
+    click.option(
+        "--dry-run", is_flag=True, help="Print what would be run, to copy; start and write nothing."
+    ),
+)
+SSH_OPTIONS = {"hosts", "hostfile", "ssh_port", "ssh_key", "strict_host_keys", "network_interface"}
+
+
+def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of LaunchOptions; the command gets them as `launch_options`."""
+    names = [option.name for option in fields(LaunchOptions)]
+
+    @functools.wraps(command)
+    def wrapper(**arguments: Any) -> Any:
+        return command(
+            launch_options=LaunchOptions(**{name: arguments.pop(name) for name in names}), **arguments
+        )
+
+    decorated: Callable[..., Any] = wrapper
+    for option in reversed(_OPTIONS):
+        decorated = option(decorated)
+    return decorated
+
+
+def host_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds those that say which hosts and how to reach them; the command gets a LaunchOptions."""
+
+    @functools.wraps(command)
+    def wrapper(**arguments: Any) -> Any:
+        given = {name: arguments.pop(name) for name in SSH_OPTIONS}
+        return command(launch_options=LaunchOptions(**given), **arguments)
+
+    decorated: Callable[..., Any] = wrapper
+    for option in reversed(_OPTIONS):
+        if option(lambda: None).__click_params__[-1].name in SSH_OPTIONS:  # type: ignore[attr-defined]
+            decorated = option(decorated)
+    return decorated

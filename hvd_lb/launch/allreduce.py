@@ -1,0 +1,70 @@
+"""The algorithm that adds the gradients up (paper section 3), as Horovod's variables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hvd_lb.errors import UserError
+from hvd_lb.launch.hosts import Host
+from hvd_lb.launch.options import AllreduceName
+
+
+@dataclass(frozen=True)
+class HorovodBuild:
+    """What the Horovod of a job was built with."""
+
+    gloo: bool
+    mpi: bool
+    nccl: bool
+
+
+def allreduce_environment(
+    name: AllreduceName, device: str, hosts: Sequence[Host], build: HorovodBuild, *, mpirun: bool
+) -> dict[str, str]:
+    """The variables that select an allreduce (paper section 3); UserError with the reason where it cannot be had.
+
+    `mpirun`: whether Open MPI is there to start processes with. HOROVOD_CPU_OPERATIONS is "MPI" exactly when the job
+    has to be started by mpirun.
+    """
+    refuse = f"--allreduce {name} cannot be had here: "
+    if name in ("hierarchical", "halving-doubling"):
+        if not build.mpi:
+            raise UserError(
+                refuse
+                + "this Horovod was built without MPI (apt-get install openmpi-bin libopenmpi-dev, then "
+                "build it again), or use --allreduce ring"
+            )
+        if not mpirun:
+            raise UserError(
+                refuse + "there is no mpirun: apt-get install openmpi-bin, or use --allreduce ring"
+            )
+    if name == "hierarchical":
+        if device != "cuda" or not build.nccl:
+            raise UserError(
+                refuse + "it sums inside a host with NCCL, which needs GPUs: use --allreduce ring"
+            )
+        if len(hosts) < 2:
+            raise UserError(refuse + "it needs more than one host: use --allreduce ring")
+        return {"HOROVOD_HIERARCHICAL_ALLREDUCE": "1", "HOROVOD_CPU_OPERATIONS": "MPI"}
+    if name == "halving-doubling":
+        if device == "cuda":
+            raise UserError(
+                refuse
+                + "Horovod sends GPU tensors over NCCL, which has rings and trees but no halving and doubling: "
+                "use --allreduce auto, ring or hierarchical"
+            )
+        return {
+            "HOROVOD_CPU_OPERATIONS": "MPI",
+            "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
+            "OMPI_MCA_coll_tuned_allreduce_algorithm": "6",  # Rabenseifner: recursive halving, recursive doubling
+        }
+    variables = {"HOROVOD_CPU_OPERATIONS": "GLOO"}
+    if name == "ring" and device == "cuda":
+        variables["NCCL_ALGO"] = "Ring"
+    return variables
+
+
+def needs_mpi(variables: Mapping[str, str]) -> bool:
+    """Whether a job with these variables is one of mpirun."""
+    return variables.get("HOROVOD_CPU_OPERATIONS") == "MPI"

@@ -1,0 +1,110 @@
+"""Why a job failed, in one line: which rank on which host was the first, and what it said."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hvd_lb.launch.hosts import Host, host_of_rank
+from hvd_lb.launch.rank import log_name
+
+_SSH_FAILED = 255
+# How horovodrun, mpirun and srun tell which process ended, and how.
+_ENDINGS = (
+    re.compile(r"Process name: (?P<rank>\d+)\s*\n\s*Exit code: (?P<code>-?\d+)"),
+    re.compile(r"Process name: \[\[\d+,1\],(?P<rank>\d+)\]\s*\n\s*Exit code: +(?P<code>\d+)"),
+    re.compile(r"process rank (?P<rank>\d+) with PID \d+ on node \S+ exited on signal (?P<signal>\d+)"),
+    re.compile(r"srun: error: \S+: tasks? (?P<rank>\d+)[^:]*: Exited with exit code (?P<code>\d+)"),
+    re.compile(
+        r"srun: error: \S+: tasks? (?P<rank>\d+)[^:]*: (?P<said>Killed|Terminated|Aborted|Segmentation fault)"
+    ),
+)
+_SAID_SIGNALS = {"Killed": 9, "Terminated": 15, "Aborted": 6, "Segmentation fault": 11}
+
+
+@dataclass(frozen=True)
+class WorkerFailure:
+    """The first failure of a job, for a person."""
+
+    message: str
+    rank: int | None
+    host: str
+    log: Path
+
+    def __str__(self) -> str:
+        who = "a worker" if self.rank is None else f"rank {self.rank}"
+        return f"{who} on {self.host} failed: {self.message} (full log: {self.log})"
+
+
+def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: int) -> WorkerFailure:
+    """What the process said that failed first, else how it ended; `status` is the launcher's."""
+    errors = [json.loads(path.read_text("utf-8")) for path in sorted(logs.glob("error-*.json"))]
+    # When one process fails Horovod's other processes fail in turn, with an error of Horovod's own.
+    own = sorted((e for e in errors if e["kind"] != "HorovodInternalError"), key=lambda error: error["time"])
+    if own:
+        return _told(own[0], logs, hosts)
+    told = {error["rank"] for error in errors}
+    text = launcher_log.read_text("utf-8", errors="replace") if launcher_log.exists() else ""
+    endings = [match for pattern in _ENDINGS for match in pattern.finditer(text)]
+    silent = [match for match in endings if int(match["rank"]) not in told]
+    if silent:
+        return _ended(silent[0], logs, hosts, launcher_log)
+    processes = sum(host.slots or 0 for host in hosts)
+    lost = [rank for rank in range(processes) if rank not in told]
+    if errors and lost:
+        others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        host = host_of_rank(hosts, lost[0])
+        message = f"it was lost{others}: killed, or its host or network went away"
+        return WorkerFailure(message, lost[0], host, logs / log_name(lost[0], host))
+    if errors:
+        return _told(min(errors, key=lambda error: error["time"]), logs, hosts)
+    host = host_of_rank(hosts, 0)
+    rank = 0 if processes == 1 else None
+    log = logs / log_name(0, host) if processes == 1 and not _last_line(text) else launcher_log
+    return WorkerFailure(_how(status, log), rank, host, log)
+
+
+def _told(error: dict[str, Any], logs: Path, hosts: Sequence[Host]) -> WorkerFailure:
+    plain = error["kind"] in ("UserError", "Diverged")
+    message = error["message"] if plain else f"{error['kind']}: {error['message']}"
+    host = host_of_rank(hosts, error["rank"])
+    return WorkerFailure(message, error["rank"], host, logs / log_name(error["rank"], host))
+
+
+def _ended(match: re.Match[str], logs: Path, hosts: Sequence[Host], launcher_log: Path) -> WorkerFailure:
+    """What can be said of a process that could not say anything itself."""
+    found = match.groupdict()
+    rank = int(found["rank"])
+    host = host_of_rank(hosts, rank)
+    log = logs / log_name(rank, host)
+    if found.get("signal") or found.get("said"):
+        code = -int(found.get("signal") or _SAID_SIGNALS[found["said"]])
+    else:
+        code = int(found["code"])
+    if not log.exists():  # it never came so far
+        log = launcher_log
+    if code == _SSH_FAILED:
+        return WorkerFailure("the ssh connection to it ended", rank, host, launcher_log)
+    return WorkerFailure(_how(code, log), rank, host, log)
+
+
+def _how(code: int, log: Path) -> str:
+    # A shell reports a signal as 128 + its number, Python as its negative.
+    number = -code if code < 0 else code - 128
+    if number in {int(sign) for sign in signal.Signals}:
+        message = f"ended by {signal.Signals(number).name}"
+        if number == signal.SIGKILL:
+            message += " (killed by hand, or the machine ran out of memory)"
+        return message
+    last = _last_line(log.read_text("utf-8", errors="replace")) if log.exists() else ""
+    return f"ended with exit code {code}" + (f"; last said: {last}" if last else "")
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""

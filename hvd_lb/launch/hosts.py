@@ -1,0 +1,139 @@
+"""Which machines a run may use: named by the user, listed in a file, or found in what a scheduler left behind.
+
+A host's slots are the processes it takes, one per GPU. None means: as many as the host has GPUs (or cores, on the
+CPU), which the preflight finds out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvd_lb.errors import UserError
+
+#: Where the MPI operator of Kubernetes mounts the list of a job's workers.
+MPIJOB_HOSTFILE = Path("/etc/mpi/hostfile")
+
+# A name that can be nothing else on a command line: no option, no user, no shell syntax.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine and how many processes it takes; None: not said."""
+
+    name: str
+    slots: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.slots is None else f"{self.name}:{self.slots}"
+
+
+def parse_hosts(text: str) -> list[Host]:
+    """The hosts of `--hosts h1:8,h2:8`; the slots may be left out. UserError when that is not what it is."""
+    return _distinct(
+        [_host(item.strip(), f"--hosts {text!r}") for item in text.split(",")], f"--hosts {text!r}"
+    )
+
+
+def read_hostfile(path: Path) -> list[Host]:
+    """The hosts of a file in Open MPI's or Horovod's form: `h1 slots=8`, `h1:8` or `h1` a line, # for comments."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise UserError(
+            f"hostfile {path} cannot be read ({reason}): expected lines such as `h1 slots=8`"
+        ) from None
+    hosts = []
+    for number, line in enumerate(lines, 1):
+        fields = line.partition("#")[0].split()
+        if fields:
+            hosts.append(_hostfile_line(fields, f"hostfile {path}, line {number}"))
+    if not hosts:
+        raise UserError(f"hostfile {path} names no host: expected lines such as `h1 slots=8`")
+    return _distinct(hosts, f"hostfile {path}")
+
+
+def lsf_hosts(environment: Mapping[str, str]) -> list[Host] | None:
+    """The hosts of the LSF job this is in, or None: LSB_MCPU_HOSTS is "launch 1 h1 8 h2 8", the first without slots.
+
+    A host's slots are left open: LSF counts cores there, not GPUs.
+    """
+    fields = environment.get("LSB_MCPU_HOSTS", "").split()
+    if "LSB_JOBID" not in environment or not fields:
+        return None
+    counts = dict(zip(fields[::2], map(int, fields[1::2]), strict=True))
+    first, *others = counts
+    # jobs that span several hosts are started from a batch host with one core, which takes no processes
+    names = others if others and counts[first] == 1 else list(counts)
+    return [Host(name) for name in names]
+
+
+def assign(hosts: Sequence[Host], processes: int) -> list[Host]:
+    """Hosts are filled in order: those with slots for the ranks 0 … processes − 1, trimmed. UserError if too few."""
+    there = sum(host.slots or 0 for host in hosts)
+    if processes > there:
+        raise UserError(
+            f"{processes} processes are asked for and {', '.join(map(str, hosts))} take {there}: "
+            f"name more hosts, or share the virtual workers with --processes {there}"
+        )
+    assigned = []
+    for host in hosts:
+        slots = min(host.slots or 0, processes)
+        processes -= slots
+        if slots:
+            assigned.append(Host(host.name, slots))
+    return assigned
+
+
+def host_of_rank(hosts: Sequence[Host], rank: int) -> str:
+    """The name of the host that a rank runs on, when hosts are filled in order."""
+    for host in hosts:
+        if rank < (host.slots or 0):
+            return host.name
+        rank -= host.slots or 0
+    raise ValueError(f"no host takes {rank + 1} more processes")
+
+
+def _host(item: str, where: str) -> Host:
+    name, colon, slots = item.partition(":")
+    if not _NAME.fullmatch(name) or (colon and not re.fullmatch("[0-9]+", slots, re.ASCII)):
+        raise UserError(
+            f"{where}: {item!r} is not a host, expected a name or address and its slots, such as h1:8"
+            + ("; give the user as `User` in ~/.ssh/config" if "@" in item else "")
+        )
+    return Host(name, _slots(slots, where) if colon else None)
+
+
+def _hostfile_line(fields: list[str], where: str) -> Host:
+    host = _host(fields[0], where)
+    for field in fields[1:]:
+        key, _, value = field.partition("=")
+        if key in ("slots", "max_slots", "max-slots") and re.fullmatch("[0-9]+", value, re.ASCII):
+            if key == "slots":
+                host = Host(host.name, _slots(value, where))
+        else:
+            raise UserError(f"{where}: {field!r} is not understood, expected `{host.name} slots=8`")
+    return host
+
+
+def _slots(text: str, where: str) -> int:
+    if not 1 <= int(text) <= 1024:
+        raise UserError(f"{where}: {text} slots, expected 1 to 1,024 processes on a host")
+    return int(text)
+
+
+def _distinct(hosts: Iterable[Host], where: str) -> list[Host]:
+    """Each host once, as it was first named; one that is named again brings further slots, as in Open MPI."""
+    merged: dict[str, Host] = {}
+    for host in hosts:
+        before = merged.get(host.name)
+        if before and (before.slots is None or host.slots is None):
+            raise UserError(f"{where}: {host.name} is named twice: name it once, with all its slots")
+        merged[host.name] = (
+            Host(host.name, host.slots + before.slots) if before and before.slots and host.slots else host
+        )
+    return list(merged.values())

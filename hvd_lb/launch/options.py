@@ -1,0 +1,81 @@
+"""What a user may say about where and how a job is started. None of it touches the mathematics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hvd_lb.errors import UserError
+
+LauncherName = Literal["auto", "local", "ssh", "slurm", "kubernetes"]
+AllreduceName = Literal["auto", "ring", "hierarchical", "halving-doubling"]
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+# Variables that tune the libraries of a run go with it to every host; others stay, as they may be secret or local.
+_CARRIED = (
+    "NCCL_",
+    "GLOO_",
+    "UCX_",
+    "DALI_",
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "TORCH_",
+    "CUDA_LAUNCH_",
+    "CUBLAS_",
+    "HVD_LB_",
+)
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """Options of `train` that only the launcher reads."""
+
+    launcher: LauncherName = "auto"
+    hosts: str | None = None
+    hostfile: Path | None = None
+    ssh_port: int | None = None  #: None: what ~/.ssh/config says
+    ssh_key: Path | None = None
+    strict_host_keys: bool = False  #: refuse hosts that are not in known_hosts; else new ones are noted there
+    network_interface: str | None = None  #: None: the one by which each host reaches the others
+    allreduce: AllreduceName = "auto"
+    fusion_threshold: float | None = None  #: MB
+    cycle_time: float | None = None  #: ms
+    autotune: bool = False
+    timeline: Path | None = None
+    env: tuple[str, ...] = ()  #: NAME=VALUE, or NAME to take the value it has here
+    dry_run: bool = False
+
+
+def environment(options: LaunchOptions, here: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables for every process of the job, beside its own; `here` is this process's environment."""
+    variables = {name: value for name, value in here.items() if name.startswith(_CARRIED)}
+    if options.fusion_threshold is not None:
+        variables["HOROVOD_FUSION_THRESHOLD"] = str(round(options.fusion_threshold * 2**20))
+    if options.cycle_time is not None:
+        variables["HOROVOD_CYCLE_TIME"] = f"{options.cycle_time:g}"
+    if options.autotune:
+        variables["HOROVOD_AUTOTUNE"] = "1"
+    if options.timeline is not None:
+        variables["HOROVOD_TIMELINE"] = str(options.timeline.expanduser().absolute())
+    return variables | named_environment(options.env, here)
+
+
+def named_environment(env: tuple[str, ...], here: Mapping[str, str]) -> dict[str, str]:
+    """The variables of `--env NAME=VALUE` and `--env NAME`; UserError for what is neither."""
+    variables = {}
+    for item in env:
+        name, equals, value = item.partition("=")
+        if not _VARIABLE.fullmatch(name):
+            raise UserError(
+                f"--env {item!r} does not begin with a variable's name: expected NAME=VALUE or NAME"
+            )
+        if not equals and name not in here:
+            raise UserError(f"--env {name}, but {name} is not set here: set it, or give --env {name}=VALUE")
+        if "\0" in value:
+            raise UserError(f"--env {name}: the value holds a null character")
+        variables[name] = value if equals else here[name]
+    return variables

@@ -1,0 +1,56 @@
+"""Where a run is to run: what the user said, else what a scheduler left behind, else this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hvd_lb.errors import UserError
+from hvd_lb.launch.hosts import MPIJOB_HOSTFILE, Host, lsf_hosts, parse_hosts, read_hostfile
+from hvd_lb.launch.options import LaunchOptions
+
+Launcher = Literal["local", "ssh", "slurm", "submit-slurm", "submit-kubernetes"]
+
+
+@dataclass(frozen=True)
+class Where:
+    """`launcher` and the hosts it starts processes on; `how` says where they were found."""
+
+    launcher: Launcher
+    hosts: list[Host] = field(default_factory=list)
+    how: str = ""
+
+
+def find_where(options: LaunchOptions, device: str, environment: Mapping[str, str]) -> Where:
+    """`environment` is this process's. UserError for options that contradict each other, or name no host."""
+    named = named_hosts(options)
+    if named and options.launcher not in ("auto", "ssh"):
+        raise UserError(
+            f"--launcher {options.launcher} finds its own hosts: leave --hosts and --hostfile out"
+        )
+    if named:
+        return named
+    if options.launcher == "kubernetes":
+        return Where("submit-kubernetes")
+    if options.launcher == "slurm":
+        return Where("submit-slurm")
+    if options.launcher != "local":
+        if MPIJOB_HOSTFILE.exists():
+            return Where("ssh", read_hostfile(MPIJOB_HOSTFILE), f"MPIJob, {MPIJOB_HOSTFILE}")
+        if hosts := lsf_hosts(environment) or []:
+            return Where("ssh", hosts, f"LSF job {environment['LSB_JOBID']}")
+    if options.launcher == "ssh":
+        raise UserError("--launcher ssh, but no hosts are named: give --hosts h1:8,h2:8 or --hostfile FILE")
+    return Where("local")
+
+
+def named_hosts(options: LaunchOptions) -> Where | None:
+    """The hosts that the user named, if any."""
+    if options.hosts is not None and options.hostfile is not None:
+        raise UserError("--hosts and --hostfile are both given: give one of them")
+    if options.hosts is not None:
+        return Where("ssh", parse_hosts(options.hosts), "--hosts")
+    if options.hostfile is not None:
+        return Where("ssh", read_hostfile(options.hostfile), f"--hostfile {options.hostfile}")
+    return None

@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvd_lb.errors import UserError
+from hvd_lb.launch.hosts import Host, assign, host_of_rank, lsf_hosts, parse_hosts, read_hostfile
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("h1:8,h2:8", [Host("h1", 8), Host("h2", 8)]),
+        ("h1, h2:2", [Host("h1"), Host("h2", 2)]),
+        ("10.0.0.7:4", [Host("10.0.0.7", 4)]),
+        ("gpu-1.cluster_a:1", [Host("gpu-1.cluster_a", 1)]),
+        ("h1:2,h2:1,h1:3", [Host("h1", 5), Host("h2", 1)]),
+    ],
+)
+def test_named_hosts(text: str, hosts: list[Host]) -> None:
+    assert parse_hosts(text) == hosts
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "h1,,h2",
+        "h1:",
+        "h1:0",
+        "h1:x",
+        "h1:-1",
+        "h1:1:2",
+        "h1:2000",
+        "me@h1:2",
+        "-oProxyCommand=touch${IFS}x:1",
+        "h1;reboot:1",
+        "h1 h2",
+        "$(reboot):1",
+        "h1\nh2",
+        "hé:1",
+        "h1,h1:2",
+    ],
+)
+def test_what_is_no_host_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_hosts(text)
+    assert "\n" not in str(error.value)
+    assert "--hosts" in str(error.value)
+
+
+def test_hostfiles_of_open_mpi_and_of_horovod(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("# four hosts\nh1 slots=8\nh2:4\n\nh3   slots=2 max_slots=2 # old\nh4\n")
+    assert read_hostfile(file) == [Host("h1", 8), Host("h2", 4), Host("h3", 2), Host("h4")]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# nobody\n", "h1 slots=8 gpus=2\n", "h1 8\n", "h1 slots=\n", "h1;x slots=1\n"]
+)
+def test_damaged_hostfiles_are_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "hosts"
+    file.write_text(text)
+    with pytest.raises(UserError, match=str(file)):
+        read_hostfile(file)
+
+
+def test_unreadable_hostfiles_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        read_hostfile(tmp_path / "none")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00h1")
+    with pytest.raises(UserError, match="not text"):
+        read_hostfile(tmp_path / "binary")
+
+
+def test_hosts_of_an_lsf_job() -> None:
+    assert lsf_hosts({}) is None
+    job = {"LSB_JOBID": "7", "LSB_MCPU_HOSTS": "batch1 1 g1 42 g2 42"}
+    assert lsf_hosts(job) == [Host("g1"), Host("g2")]
+    assert lsf_hosts({**job, "LSB_MCPU_HOSTS": "g1 8"}) == [Host("g1")]
+    assert lsf_hosts({**job, "LSB_MCPU_HOSTS": "g1 8 g2 8"}) == [Host("g1"), Host("g2")]
+
+
+def test_hosts_are_filled_in_order_and_the_rest_is_left_out() -> None:
+    hosts = [Host("a", 2), Host("b", 1), Host("c", 3)]
+    assert assign(hosts, 6) == hosts
+    assert assign(hosts, 4) == [Host("a", 2), Host("b", 1), Host("c", 1)]
+    assert assign(hosts, 1) == [Host("a", 1)]
+    with pytest.raises(UserError, match="7 processes are asked for and a:2, b:1, c:3 take 6"):
+        assign(hosts, 7)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
+def test_ranks_are_where_horovod_puts_them(slots: list[int], data: st.DataObject) -> None:
+    horovod = pytest.importorskip("horovod.runner.common.util.hosts")
+    processes = data.draw(st.integers(1, sum(slots)))
+    hosts = assign([Host(f"h{i}", count) for i, count in enumerate(slots)], processes)
+    plan = horovod.get_host_assignments(horovod.parse_hosts(",".join(map(str, hosts))), processes)
+    assert [slot.hostname for slot in plan] == [host_of_rank(hosts, rank) for rank in range(processes)]
+    with pytest.raises(ValueError, match="more processes"):
+        host_of_rank(hosts, processes)

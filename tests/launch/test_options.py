@@ -1,0 +1,81 @@
+from pathlib import Path
+
+import pytest
+
+from hvd_lb.errors import UserError
+from hvd_lb.launch.allreduce import HorovodBuild, allreduce_environment, needs_mpi
+from hvd_lb.launch.hosts import Host
+from hvd_lb.launch.options import LaunchOptions, environment
+
+FULL = HorovodBuild(gloo=True, mpi=True, nccl=True)
+TWO = [Host("a", 2), Host("b", 2)]
+
+
+def test_options_become_horovods_variables() -> None:
+    options = LaunchOptions(
+        fusion_threshold=64,
+        cycle_time=2.5,
+        autotune=True,
+        timeline=Path("/runs/t.json"),
+        env=("A=b=c", "NCCL_DEBUG=INFO"),
+    )
+    here = {"NCCL_DEBUG": "WARN", "NCCL_IB_HCA": "mlx5", "AWS_SECRET_ACCESS_KEY": "s", "PATH": "/bin"}
+    assert environment(options, here) == {
+        "HOROVOD_FUSION_THRESHOLD": str(64 * 2**20),
+        "HOROVOD_CYCLE_TIME": "2.5",
+        "HOROVOD_AUTOTUNE": "1",
+        "HOROVOD_TIMELINE": "/runs/t.json",
+        "A": "b=c",
+        "NCCL_DEBUG": "INFO",
+        "NCCL_IB_HCA": "mlx5",
+    }
+
+
+def test_a_variable_without_a_value_is_handed_on() -> None:
+    assert environment(LaunchOptions(env=("TOKEN",)), {"TOKEN": "t"}) == {"TOKEN": "t"}
+    with pytest.raises(UserError, match="TOKEN is not set here"):
+        environment(LaunchOptions(env=("TOKEN",)), {})
+
+
+@pytest.mark.parametrize("item", ["", "=x", "1A=x", "A B=x", "A;reboot=x", "A\n=x"])
+def test_what_is_no_variable_is_refused(item: str) -> None:
+    with pytest.raises(UserError, match="NAME=VALUE"):
+        environment(LaunchOptions(env=(item,)), {})
+
+
+def test_allreduce_variables() -> None:
+    def variables(name: str, device: str) -> dict[str, str]:
+        return allreduce_environment(name, device, TWO, FULL, mpirun=True)  # type: ignore[arg-type]
+
+    assert variables("auto", "cpu") == variables("ring", "cpu") == {"HOROVOD_CPU_OPERATIONS": "GLOO"}
+    assert variables("auto", "cuda") == {"HOROVOD_CPU_OPERATIONS": "GLOO"}
+    assert variables("ring", "cuda")["NCCL_ALGO"] == "Ring"
+    assert variables("hierarchical", "cuda")["HOROVOD_HIERARCHICAL_ALLREDUCE"] == "1"
+    halving = variables("halving-doubling", "cpu")
+    assert halving["OMPI_MCA_coll_tuned_allreduce_algorithm"] == "6"  # Open MPI: 6 is rabenseifner
+    assert [
+        needs_mpi(variables(name, device)) for name, device in (("auto", "cuda"), ("hierarchical", "cuda"))
+    ] == [
+        False,
+        True,
+    ]
+    assert needs_mpi(halving)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "hosts", "build", "mpirun", "reason"),
+    [
+        ("halving-doubling", "cpu", TWO, HorovodBuild(True, False, True), True, "built without MPI"),
+        ("halving-doubling", "cpu", TWO, FULL, False, "no mpirun"),
+        ("halving-doubling", "cuda", TWO, FULL, True, "NCCL, which has rings and trees"),
+        ("hierarchical", "cpu", TWO, FULL, True, "needs GPUs"),
+        ("hierarchical", "cuda", TWO[:1], FULL, True, "more than one host"),
+        ("hierarchical", "cuda", TWO, HorovodBuild(True, True, False), True, "NCCL"),
+        ("hierarchical", "cuda", TWO, HorovodBuild(True, False, True), True, "built without MPI"),
+    ],
+)
+def test_what_the_build_or_the_hosts_cannot_do_is_refused_with_the_reason(
+    name: str, device: str, hosts: list[Host], build: HorovodBuild, mpirun: bool, reason: str
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        allreduce_environment(name, device, hosts, build, mpirun=mpirun)  # type: ignore[arg-type]
