@@ -13,22 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from pods import mounted_secret
 
 from hvd_lb.launch.kubernetes import SSH_PORT, sshd_command
-
-
-def mounted_secret(folder: Path, mode: int) -> None:
-    """A key pair as kubelet mounts the operator's Secret: root's, links to a hidden folder, all may write to it."""
-    data = folder / "..2025_11_24_09_00_00"
-    data.mkdir(parents=True)
-    key = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "521", "-m", "PEM", "-N", "", "-f", str(data / "id_rsa")]
-    subprocess.run(key, check=True)
-    (data / "authorized_keys").write_bytes((data / "id_rsa.pub").read_bytes())
-    (folder / "..data").symlink_to(data.name)
-    for file in data.iterdir():
-        file.chmod(mode)
-        (folder / file.name).symlink_to(f"..data/{file.name}")
-    folder.chmod(0o1777)
 
 
 def free_port() -> int:
@@ -74,8 +61,7 @@ def test_a_workers_sshd_admits_the_jobs_key_alone(
     for above in (folder, *folder.parents[:2]):
         above.chmod(0o755)
     keys = folder / ".ssh"
-    # The operator's modes: 0600 under /root/.ssh; else Kubernetes' default, which a user who is not root can read.
-    mounted_secret(keys, 0o600 if user.pw_uid == 0 else 0o644)
+    mounted_secret(keys, "/root/.ssh" if user.pw_uid == 0 else "/home/hvd-lb/.ssh")
     other = folder / "other"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(other)], check=True)
     os.chown(other, user.pw_uid, user.pw_gid)
