@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import rich_click as click
 from rich.console import Console
@@ -17,6 +17,7 @@ from hvd_lb.launch.local import local, this_machine
 from hvd_lb.launch.options import LaunchOptions, environment
 from hvd_lb.launch.preflight import Cluster, Request, asking_over_ssh, preflight
 from hvd_lb.launch.run import plan_job, run_directory, run_job
+from hvd_lb.launch.srun import asking_over_srun, over_srun
 from hvd_lb.launch.ssh import over_ssh
 from hvd_lb.launch.start import Launch
 from hvd_lb.launch.where import Where, find_where
@@ -40,7 +41,7 @@ def train(
     options: dict[str, Any],
     launch_options: LaunchOptions,
     recipe: str | None,
-    device: str,
+    device: Literal["auto", "cpu", "cuda"],
     processes: int | None,
     output: Path | None,
     resume: str,
@@ -107,7 +108,8 @@ def _examine(
         device, data, (output or Path("runs")).expanduser().absolute(), options.network_interface
     )
     with console.status(f"asking {count(len(where.hosts), 'host')}"):
-        report = preflight(where.hosts, request, asking_over_ssh(options))
+        ask = asking_over_srun() if where.launcher == "slurm" else asking_over_ssh(options)
+        report = preflight(where.hosts, request, ask)
     if not report.cluster:
         print_preflight(console, report)
     return report.ready()
@@ -119,6 +121,8 @@ def _launch(where: Where, cluster: Cluster | None, placement: Placement, options
         (cluster.hosts, cluster.build, cluster.mpirun) if cluster else this_machine(placement.processes)
     )
     variables |= allreduce_environment(options.allreduce, placement.device, hosts, build, mpirun=mpirun)
+    if cluster and where.launcher == "slurm":
+        return over_srun(cluster, placement.processes, variables)
     if cluster:
         return over_ssh(cluster, placement.processes, options, variables)
     return local(placement.processes, variables)

@@ -89,8 +89,18 @@ def _ended(match: re.Match[str], logs: Path, hosts: Sequence[Host], launcher_log
     if not log.exists():  # it never came so far
         log = launcher_log
     if code == _SSH_FAILED:
-        return WorkerFailure("the ssh connection to it ended", rank, host, launcher_log)
+        return WorkerFailure(_how_ssh_ended(rank, launcher_log), rank, host, launcher_log)
     return WorkerFailure(_how(code, log), rank, host, log)
+
+
+def _how_ssh_ended(rank: int, launcher_log: Path) -> str:
+    """ssh gives the same exit code for a lost connection, of which it says why, and for a command that was killed."""
+    prefix = f"[{rank}]<stderr>:"  # as horovodrun marks lines, in front of what ssh said
+    lines = launcher_log.read_text("utf-8", errors="replace").splitlines()
+    said = [line.removeprefix(prefix).strip() for line in lines if line.startswith(prefix)]
+    if said:
+        return f"the ssh connection to it ended: {said[-1]}"
+    return "it was killed there (by hand, or the host ran out of memory)"
 
 
 def _how(code: int, log: Path) -> str:

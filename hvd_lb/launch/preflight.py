@@ -272,10 +272,7 @@ def _parse(said: str | UserError) -> dict[str, Any] | UserError:
     if isinstance(said, UserError):
         return said
     lines = [line for line in said.splitlines() if line.startswith(probe.ANSWER)]
-    if not lines:
-        return UserError("it gave no answer")
-    answer: dict[str, Any] = json.loads(lines[-1].removeprefix(probe.ANSWER))
-    return answer
+    return probe.parse(lines[-1]) if lines else UserError("it gave no answer")
 
 
 @contextmanager

@@ -144,6 +144,12 @@ def shares(marker: str, name: str) -> dict[str, Any]:
     return {}
 
 
+def parse(line: str) -> dict[str, Any]:
+    """The answer in the line that begins with ANSWER."""
+    answer: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
+    return answer
+
+
 if __name__ == "__main__":
     own_name = sys.argv[1] if len(sys.argv) > 1 else os.environ["SLURMD_NODENAME"]
     print(ANSWER + json.dumps(answer(own_name, json.loads(sys.stdin.readline()))), flush=True)

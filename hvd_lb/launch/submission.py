@@ -24,6 +24,7 @@ class Submission:
     per_node: int
     output: Path
     data: Path | None = None  #: a folder that has to be there; None for named data such as "digits"
+    recipe: Path | None = None  #: a file that has to be there; None for a preset
     image: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 

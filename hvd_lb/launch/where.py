@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hvd_lb.errors import UserError
+from hvd_lb.launch import slurm
 from hvd_lb.launch.hosts import MPIJOB_HOSTFILE, Host, lsf_hosts, parse_hosts, read_hostfile
 from hvd_lb.launch.options import LaunchOptions
 
@@ -22,7 +23,9 @@ class Where:
     how: str = ""
 
 
-def find_where(options: LaunchOptions, device: str, environment: Mapping[str, str]) -> Where:
+def find_where(
+    options: LaunchOptions, device: Literal["auto", "cpu", "cuda"], environment: Mapping[str, str]
+) -> Where:
     """`environment` is this process's. UserError for options that contradict each other, or name no host."""
     named = named_hosts(options)
     if named and options.launcher not in ("auto", "ssh"):
@@ -33,7 +36,12 @@ def find_where(options: LaunchOptions, device: str, environment: Mapping[str, st
         return named
     if options.launcher == "kubernetes":
         return Where("submit-kubernetes")
-    if options.launcher == "slurm":
+    if options.launcher in ("auto", "slurm") and (nodes := slurm.allocation(device, environment)):
+        # One node that this process is on already needs no srun.
+        if options.launcher == "slurm" or len(nodes) > 1 or "SLURMD_NODENAME" not in environment:
+            hosts = [Host(name, slots) for name, slots in nodes]
+            return Where("slurm", hosts, f"Slurm job {environment['SLURM_JOB_ID']}")
+    elif options.launcher == "slurm":
         return Where("submit-slurm")
     if options.launcher != "local":
         if MPIJOB_HOSTFILE.exists():

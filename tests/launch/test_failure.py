@@ -71,9 +71,12 @@ def test_an_exit_code_comes_with_the_last_words(logs: Path, said: str) -> None:
     assert failure(logs, said).message == "ended with exit code 7; last said: ImportError: no libfoo"
 
 
-def test_a_lost_connection_is_named_as_such(logs: Path) -> None:
-    found = failure(logs, HOROVODRUN.format(rank=2, code=255))
-    assert (found.rank, found.message) == (2, "the ssh connection to it ended")
+def test_a_lost_connection_is_told_from_a_killed_process(logs: Path) -> None:
+    ended = HOROVODRUN.format(rank=2, code=255)
+    assert "it was killed there" in failure(logs, ended).message
+    found = failure(logs, f"[2]<stderr>:Timeout, server h2 not responding.\r\n{ended}")
+    assert (found.rank, found.host) == (2, "h2")
+    assert found.message == "the ssh connection to it ended: Timeout, server h2 not responding."
 
 
 def test_who_neither_failed_nor_was_seen_to_end_was_lost(logs: Path) -> None:
