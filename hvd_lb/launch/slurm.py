@@ -1,6 +1,6 @@
 """Processes in a Slurm allocation: which nodes it has, the `srun` that starts the ranks, and a task's rank.
 
-No ssh is needed between nodes. `hvd_lb.launch.slurm_submit` writes and submits the batch script.
+No ssh is needed between nodes. `hvd_lb.launch.slurm_script` writes the batch script, `slurm_submit` submits it.
 """
 
 from __future__ import annotations

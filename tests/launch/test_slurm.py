@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_lb.errors import UserError
-from hvd_lb.launch import slurm
 from hvd_lb.launch.slurm import (
     Container,
     allocation,
