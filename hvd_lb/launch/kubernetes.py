@@ -227,7 +227,7 @@ def _checked_image(submission: Submission) -> str:
     if not submission.image:
         raise UserError(
             "--launcher kubernetes without --image: pods are made from an image, name the one to run, "
-            "such as --image registry.example.com/hvd-lb:0.1.0"
+            "such as --image ghcr.io/hvd-lb/hvd-lb:0.1.0"
         )
     return submission.image
 

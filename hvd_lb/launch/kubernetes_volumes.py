@@ -57,7 +57,7 @@ def parse_volume(text: str) -> Volume:
 
 
 def checked_volumes(submission: Submission, volumes: Sequence[Volume]) -> list[Volume]:
-    """The volumes, those that hold the data but not the output read-only; UserError when one of the two is on none."""
+    """The volumes, those of the data and not the output read-only; UserError when a path of the run is on none."""
     taken = set(_TAKEN)
     for volume in volumes:
         if volume.mount in taken:
@@ -77,6 +77,11 @@ def checked_volumes(submission: Submission, volumes: Sequence[Volume]) -> list[V
         raise UserError(
             f"--data {submission.data} is on no volume of the pods: name one and the data's place in it, such as "
             "--k8s-volume pvc:CLAIM:/data:ro --data /data/imagenet"
+        )
+    if submission.recipe and _holding(submission.recipe.as_posix(), volumes) is None:
+        raise UserError(
+            f"--recipe {submission.recipe} is a file on no volume of the pods: put it on one and give its path there, "
+            "or a preset's name"
         )
     return [
         replace(volume, read_only=True) if volume is data and volume is not output else volume

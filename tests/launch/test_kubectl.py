@@ -39,7 +39,7 @@ JOB = manifest(
         processes=4,
         per_node=2,
         output=Path("/runs/digits"),
-        image="registry.example.com/hvd-lb:0.1.0",
+        image="ghcr.io/hvd-lb/hvd-lb:0.1.0",
     ),
     KubernetesOptions(namespace="vision", volumes=(parse_volume("pvc:runs:/runs"),)),
 )

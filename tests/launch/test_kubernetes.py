@@ -38,7 +38,7 @@ SMALL = Submission(
     processes=4,
     per_node=2,
     output=Path("/runs/digits"),
-    image="registry.example.com/hvd-lb:0.1.0",
+    image="ghcr.io/hvd-lb/hvd-lb:0.1.0",
 )
 ON_VOLUME = KubernetesOptions(volumes=(parse_volume("pvc:runs:/runs"),))
 IMAGENET = replace(
@@ -316,6 +316,11 @@ def test_a_volume_with_data_and_output_can_be_written_to() -> None:
         (SMALL, ["pvc:runs:/runs:ro"], "read-only"),
         (replace(SMALL, output=Path("/runs/../x")), ["pvc:runs:/runs"], "on no volume"),
         (IMAGENET, ["pvc:runs:/runs"], "--data /data/imagenet is on no volume"),
+        (
+            replace(SMALL, recipe=Path("/home/me/my.yaml")),
+            ["pvc:runs:/runs"],
+            "my.yaml is a file on no volume",
+        ),
         (SMALL, ["pvc:runs:/runs", "pvc:more:/runs"], "/runs, which is taken"),
         (SMALL, ["pvc:runs:/runs", "pvc:more:/etc/mpi"], "taken"),
         (SMALL, ["pvc:runs:/runs", "pvc:more:/home/hvd-lb/.ssh"], "taken"),
@@ -458,8 +463,8 @@ def test_the_worked_example_in_the_docs_is_what_the_code_prints() -> None:
     )
     example = Submission(
         arguments=(
-            *("train", "--data", "/data/imagenet", "--gpus", "16", "--per-gpu-batch", "32"),
-            *("--device", "cuda", "--output", "/runs/resnet50"),
+            *("train", "--gpus", "16", "--per-gpu-batch", "32"),
+            *("--data", "/data/imagenet", "--device", "cuda", "--output", "/runs/resnet50"),
         ),
         name="resnet50",
         device="cuda",
@@ -467,7 +472,7 @@ def test_the_worked_example_in_the_docs_is_what_the_code_prints() -> None:
         per_node=8,
         output=Path("/runs/resnet50"),
         data=Path("/data/imagenet"),
-        image="registry.example.com/hvd-lb:0.1.0",
+        image="ghcr.io/hvd-lb/hvd-lb:0.1.0",
         environment={"HVD_LB_CACHE": "/runs/.cache"},
     )
     assert f"```yaml\n{to_yaml(manifest(example, options))}```" in DOCS.read_text("utf-8")
