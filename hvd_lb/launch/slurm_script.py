@@ -18,8 +18,6 @@ from hvd_lb.launch.submission import Submission
 
 #: Seconds before its time limit by which a job is asked for a checkpoint; Slurm may be a minute early.
 SIGNAL_SECONDS = 120
-# sbatch reads a line of options as a shell does; of what has a meaning to it these are free.
-_PLAIN = r"[A-Za-z0-9_./=:,@%+&|*()\[\]-]"
 
 # The signal before the time limit is sent to this shell alone, those of scancel and of a preemption reach the run by
 # themselves, and a second one would end it without a checkpoint. 143 is what a run ends with that was asked to end.
@@ -83,7 +81,7 @@ def script(submission: Submission, options: SlurmOptions, program: Sequence[str]
         ("open-mode", "append"),
         ("signal", f"B:USR1@{SIGNAL_SECONDS}" if options.requeue else f"B:TERM@{SIGNAL_SECONDS}"),
     ]
-    lines = [f"--{name}={_escaped(name, str(value))}" for name, value in directives if value is not None]
+    lines = [f"--{name}={_value(name, str(value))}" for name, value in directives if value is not None]
     lines += ["--requeue" if options.requeue else "--no-requeue", *map(_line, options.lines)]
     command = shlex.join([*program, *submission.arguments, *_arguments(submission, options)])
     body = _REQUEUE.format(command=command) if options.requeue else f"\nexec {command}\n"
@@ -117,12 +115,12 @@ def _pattern(path: Path) -> str:
     return f"{folder.replace('%', '%%')}/{path.name}"
 
 
-def _escaped(name: str, value: str) -> str:
+def _value(name: str, value: str) -> str:
     if not value or not value.isprintable():
         raise UserError(
             f"--{name} {value!r} cannot be written in a job script: expected printable characters"
         )
-    return "".join(char if re.fullmatch(_PLAIN, char, re.ASCII) else f"\\{char}" for char in value)
+    return shlex.quote(value)
 
 
 def _line(line: str) -> str:

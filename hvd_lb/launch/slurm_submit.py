@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -42,7 +43,7 @@ def submit(
     except KeyboardInterrupt:
         for line in (
             f"job {job} goes on.",
-            f"follow it:               tail -F {log}",
+            f"follow it:               tail -F {shlex.quote(os.fspath(log))}",
             f"end with a checkpoint:   scancel {job}",
         ):
             say(line)
@@ -66,7 +67,7 @@ def _sbatch(script: str, environment: Mapping[str, str]) -> str:
             "--submit out and pass the printed script to sbatch there"
         ) from None
     if done.returncode:
-        reason = " ".join(re.sub(r"^sbatch: (error|fatal): ", "", line) for line in done.stderr.splitlines())
+        reason = "; ".join(re.sub(r"^sbatch: (error|fatal): ", "", line) for line in done.stderr.splitlines())
         raise UserError(f"sbatch refuses the job: {reason or f'exit status {done.returncode}'}")
     return done.stdout.strip().partition(";")[0]
 

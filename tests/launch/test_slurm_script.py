@@ -35,7 +35,7 @@ def test_256_gpus() -> None:
 #SBATCH --cpus-per-task=12
 #SBATCH --partition=gpu
 #SBATCH --account=vision
-#SBATCH --constraint=h100&ib
+#SBATCH --constraint='h100&ib'
 #SBATCH --time=2:00:00
 #SBATCH --output=/runs/imagenet/logs/slurm-%j.out
 #SBATCH --open-mode=append
@@ -77,7 +77,7 @@ def test_on_cpus_without_requeue_in_a_container() -> None:
 #SBATCH --job-name=100-1-SBATCH---uid-0
 #SBATCH --nodes=3
 #SBATCH --ntasks-per-node=2
-#SBATCH --output=/runs/100\ %%,\ \#1/logs/slurm-%j.out
+#SBATCH --output='/runs/100 %%, #1/logs/slurm-%j.out'
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@120
 #SBATCH --no-requeue
