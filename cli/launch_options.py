@@ -77,17 +77,20 @@ _OPTIONS = (
         "--dry-run", is_flag=True, help="Print what would be run, to copy; start and write nothing."
     ),
 )
+LAUNCH_OPTIONS = {option.name for option in fields(LaunchOptions)}
+#: Those that mean the same where the command runs in the end.
+HANDED_ON = {"network_interface", "allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"}
 SSH_OPTIONS = {"hosts", "hostfile", "ssh_port", "ssh_key", "strict_host_keys", "network_interface"}
 
 
 def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options of LaunchOptions; the command gets them as `launch_options`."""
-    names = [option.name for option in fields(LaunchOptions)]
 
     @functools.wraps(command)
     def wrapper(**arguments: Any) -> Any:
         return command(
-            launch_options=LaunchOptions(**{name: arguments.pop(name) for name in names}), **arguments
+            launch_options=LaunchOptions(**{name: arguments.pop(name) for name in LAUNCH_OPTIONS}),
+            **arguments,
         )
 
     decorated: Callable[..., Any] = wrapper

@@ -13,19 +13,31 @@ from rich.console import Console
 from hvd_lb.hardware import Placement, choose_device, default_gpus, place
 from hvd_lb.launch.allreduce import allreduce_environment
 from hvd_lb.launch.dry_run import describe
+from hvd_lb.launch.kubernetes_options import KubernetesOptions
 from hvd_lb.launch.local import local, this_machine
 from hvd_lb.launch.options import LaunchOptions, environment
-from hvd_lb.launch.preflight import Cluster, Request, asking_over_ssh, preflight
+from hvd_lb.launch.preflight import Ask, Cluster, Request, asking_over_ssh, preflight
 from hvd_lb.launch.run import plan_job, run_directory, run_job
+from hvd_lb.launch.slurm import Container
+from hvd_lb.launch.slurm_script import SlurmOptions
 from hvd_lb.launch.srun import asking_over_srun, over_srun
 from hvd_lb.launch.ssh import over_ssh
 from hvd_lb.launch.start import Launch
 from hvd_lb.launch.where import Where, find_where
 from hvd_lb.report.progress import count
 from hvd_lb.resolve import check_options, data_folder, data_spec, explain, resolve
+from hvd_lb_cli.elsewhere import (
+    ElsewhereOptions,
+    elsewhere_options,
+    goes_elsewhere,
+    make_submission,
+    run_elsewhere,
+)
+from hvd_lb_cli.kubernetes_options import kubernetes_options
 from hvd_lb_cli.launch_options import launch_options
 from hvd_lb_cli.options import recipe_options, run_options
 from hvd_lb_cli.show import index_progress, print_plan, print_preflight
+from hvd_lb_cli.slurm_options import slurm_options
 
 
 @click.command()
@@ -36,10 +48,18 @@ from hvd_lb_cli.show import index_progress, print_plan, print_preflight
     help="Processes p that share the virtual workers [default: one per GPU; on CPUs one per core]",
 )
 @launch_options
+@elsewhere_options
+@slurm_options
+@kubernetes_options
 @recipe_options
+@click.pass_context
 def train(
+    context: click.Context,
     options: dict[str, Any],
     launch_options: LaunchOptions,
+    elsewhere_options: ElsewhereOptions,
+    slurm_options: SlurmOptions,
+    kubernetes_options: KubernetesOptions,
     recipe: str | None,
     device: Literal["auto", "cpu", "cuda"],
     processes: int | None,
@@ -57,10 +77,31 @@ def train(
     """
     console = Console()
     where = find_where(launch_options, device, os.environ)
-    cluster = None
+    if goes_elsewhere(where, elsewhere_options, slurm_options):
+        submission = make_submission(
+            context.command,
+            sys.argv[1:],
+            options,
+            recipe=recipe,
+            device=device,
+            processes=processes,
+            output=output,
+            where=where,
+            launch_options=launch_options,
+            options=elsewhere_options,
+        )
+        return run_elsewhere(
+            submission, where, launch_options, elsewhere_options, kubernetes_options, slurm_options
+        )
+    cluster, container = None, None
     if where.launcher != "local":
         data = data_folder(data_spec(options, check_options(options, recipe)))
-        cluster = _examine(console, where, launch_options, device, data, output)
+        folder = (output or Path("runs")).expanduser().absolute()
+        container = slurm_options.container(data, folder, Path.cwd())
+        ask = asking_over_srun(container) if where.launcher == "slurm" else asking_over_ssh(launch_options)
+        cluster = _examine(
+            console, where, Request(device, data, folder, launch_options.network_interface), ask
+        )
     here = cluster.device if cluster else choose_device(device)
     with index_progress(console) as on_progress:
         resolved = resolve(
@@ -74,7 +115,7 @@ def train(
         placement = cluster.place(gpus=gpus, processes=processes, threads=threads)
     else:
         placement = place(here, gpus=gpus, processes=processes, threads=threads)
-    launch = _launch(where, cluster, placement, launch_options)
+    launch = _launch(where, cluster, placement, launch_options, container)
     if launch_options.dry_run:
         run = run_directory(output, resolved.recipe)
         click.echo(describe(plan_job(resolved, placement, launch, run, None), launch, run), nl=False)
@@ -95,34 +136,29 @@ def train(
     )
 
 
-def _examine(
-    console: Console,
-    where: Where,
-    options: LaunchOptions,
-    device: str,
-    data: Path | None,
-    output: Path | None,
-) -> Cluster:
+def _examine(console: Console, where: Where, request: Request, ask: Ask) -> Cluster:
     """The hosts, when all of them are ready; UserError, after a table, when they are not."""
-    request = Request(
-        device, data, (output or Path("runs")).expanduser().absolute(), options.network_interface
-    )
     with console.status(f"asking {count(len(where.hosts), 'host')}"):
-        ask = asking_over_srun() if where.launcher == "slurm" else asking_over_ssh(options)
         report = preflight(where.hosts, request, ask)
     if not report.cluster:
         print_preflight(console, report)
     return report.ready()
 
 
-def _launch(where: Where, cluster: Cluster | None, placement: Placement, options: LaunchOptions) -> Launch:
+def _launch(
+    where: Where,
+    cluster: Cluster | None,
+    placement: Placement,
+    options: LaunchOptions,
+    container: Container | None,
+) -> Launch:
     variables = environment(options, os.environ)
     hosts, build, mpirun = (
         (cluster.hosts, cluster.build, cluster.mpirun) if cluster else this_machine(placement.processes)
     )
     variables |= allreduce_environment(options.allreduce, placement.device, hosts, build, mpirun=mpirun)
     if cluster and where.launcher == "slurm":
-        return over_srun(cluster, placement.processes, variables)
+        return over_srun(cluster, placement.processes, variables, container)
     if cluster:
         return over_ssh(cluster, placement.processes, options, variables)
     return local(placement.processes, variables)

@@ -52,7 +52,7 @@ class LaunchOptions:
 
 def environment(options: LaunchOptions, here: Mapping[str, str]) -> dict[str, str]:
     """Environment variables for every process of the job, beside its own; `here` is this process's environment."""
-    variables = {name: value for name, value in here.items() if name.startswith(_CARRIED)}
+    variables = carried_environment(here)
     if options.fusion_threshold is not None:
         variables["HOROVOD_FUSION_THRESHOLD"] = str(round(options.fusion_threshold * 2**20))
     if options.cycle_time is not None:
@@ -62,6 +62,11 @@ def environment(options: LaunchOptions, here: Mapping[str, str]) -> dict[str, st
     if options.timeline is not None:
         variables["HOROVOD_TIMELINE"] = str(options.timeline.expanduser().absolute())
     return variables | named_environment(options.env, here)
+
+
+def carried_environment(here: Mapping[str, str]) -> dict[str, str]:
+    """The variables that go along without being named."""
+    return {name: value for name, value in here.items() if name.startswith(_CARRIED)}
 
 
 def named_environment(env: tuple[str, ...], here: Mapping[str, str]) -> dict[str, str]:

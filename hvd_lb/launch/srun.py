@@ -13,17 +13,18 @@ from hvd_lb.launch.allreduce import needs_mpi
 from hvd_lb.launch.hosts import assign
 from hvd_lb.launch.preflight import Ask, Cluster
 from hvd_lb.launch.rendezvous import rendezvous
-from hvd_lb.launch.slurm import one_per_node, srun_command
+from hvd_lb.launch.slurm import Container, one_per_node, srun_command
 from hvd_lb.launch.start import Launch, rank_command
 
 _ANSWER_SECONDS = 120.0
 
 
-def asking_over_srun() -> Ask:
+def asking_over_srun(container: Container | None = None) -> Ask:
     """Asks the nodes of the allocation by one step of a task on each."""
 
     def ask(hosts: list[str], question: str) -> dict[str, str | UserError]:
-        command = one_per_node(hosts, [sys.executable, "-P", "-m", "hvd_lb.launch.probe"])
+        probing = [_python(container), "-P", "-m", "hvd_lb.launch.probe"]
+        command = one_per_node(hosts, probing, container=container)
         try:
             run = subprocess.run(
                 command, input=question, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False
@@ -39,7 +40,9 @@ def asking_over_srun() -> Ask:
     return ask
 
 
-def over_srun(cluster: Cluster, processes: int, environment: Mapping[str, str]) -> Launch:
+def over_srun(
+    cluster: Cluster, processes: int, environment: Mapping[str, str], container: Container | None = None
+) -> Launch:
     """`processes` on the nodes of an allocation: they meet at a rendezvous of this process, or through Open MPI."""
     hosts = assign(cluster.hosts, processes)
     places = [(host.name, host.slots or 1) for host in hosts]
@@ -47,11 +50,18 @@ def over_srun(cluster: Cluster, processes: int, environment: Mapping[str, str]) 
     return Launch(
         "slurm",
         hosts,
-        lambda job_file: srun_command(places, rank_command(job_file), mpi=mpi or "none"),
+        lambda job_file: srun_command(
+            places, rank_command(job_file, _python(container)), mpi=mpi or "none", container=container
+        ),
         interfaces={host.name: cluster.interfaces[host.name] for host in hosts},
         environment=environment,
         **({} if mpi else {"during": lambda: rendezvous(cluster.address, places, processes)}),
     )
+
+
+def _python(container: Container | None) -> str:
+    """The interpreter that has hvd-lb: the image's, else this one."""
+    return "python" if container else sys.executable
 
 
 def _mpi_plugin() -> str:

@@ -31,9 +31,9 @@ class Launch:
     during: Callable[[], AbstractContextManager[Mapping[str, str]]] = lambda: nullcontext({})
 
 
-def rank_command(job_file: Path) -> list[str]:
+def rank_command(job_file: Path, python: str = sys.executable) -> list[str]:
     """The command line of one process of a job. -P: `-m` would look into the working directory first."""
-    return [sys.executable, "-P", "-m", "hvd_lb.launch.rank", os.fspath(job_file)]
+    return [python, "-P", "-m", "hvd_lb.launch.rank", os.fspath(job_file)]
 
 
 def horovodrun_command(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,6 +12,8 @@ from hvd_lb.errors import UserError
 from hvd_lb.launch import slurm
 from hvd_lb.launch.hosts import MPIJOB_HOSTFILE, Host, lsf_hosts, parse_hosts, read_hostfile
 from hvd_lb.launch.options import LaunchOptions
+
+_NAMES_SECONDS = 60.0
 
 Launcher = Literal["local", "ssh", "slurm", "submit-slurm", "submit-kubernetes"]
 
@@ -45,12 +49,26 @@ def find_where(
         return Where("submit-slurm")
     if options.launcher != "local":
         if MPIJOB_HOSTFILE.exists():
-            return Where("ssh", read_hostfile(MPIJOB_HOSTFILE), f"MPIJob, {MPIJOB_HOSTFILE}")
+            hosts = read_hostfile(MPIJOB_HOSTFILE)
+            wait_for_names([host.name for host in hosts], _NAMES_SECONDS)
+            return Where("ssh", hosts, f"MPIJob, {MPIJOB_HOSTFILE}")
         if hosts := lsf_hosts(environment) or []:
             return Where("ssh", hosts, f"LSF job {environment['LSB_JOBID']}")
     if options.launcher == "ssh":
         raise UserError("--launcher ssh, but no hosts are named: give --hosts h1:8,h2:8 or --hostfile FILE")
     return Where("local")
+
+
+def wait_for_names(names: list[str], seconds: float) -> None:
+    """Until all names have addresses: those of new pods take a while. The preflight tells which have none after that."""
+    end = time.monotonic() + seconds
+    while names and time.monotonic() < end:
+        try:
+            socket.gethostbyname(names[-1])
+        except OSError:
+            time.sleep(1.0)
+        else:
+            names = names[:-1]
 
 
 def named_hosts(options: LaunchOptions) -> Where | None:

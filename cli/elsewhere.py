@@ -1,0 +1,216 @@
+"""`hvd-lb train` as a command that runs elsewhere: in containers, as a Slurm job, as an MPIJob of Kubernetes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from hvd_lb import __version__
+from hvd_lb.errors import UserError
+from hvd_lb.hardware import DeviceName
+from hvd_lb.launch import docker, kubectl, kubernetes, slurm_script, slurm_submit
+from hvd_lb.launch.hosts import Host
+from hvd_lb.launch.kubernetes_options import KubernetesOptions
+from hvd_lb.launch.options import LaunchOptions, carried_environment, named_environment
+from hvd_lb.launch.slurm_script import SlurmOptions
+from hvd_lb.launch.ssh import ssh_command
+from hvd_lb.launch.submission import Submission
+from hvd_lb.launch.where import Where
+from hvd_lb.resolve import check_options, data_folder, data_spec
+from hvd_lb_cli.hand_on import hand_on
+from hvd_lb_cli.launch_options import HANDED_ON, LAUNCH_OPTIONS
+
+#: What the release workflow publishes; docs/image.md says how to pin a digest.
+PUBLISHED_IMAGE = "ghcr.io/hvd-lb/hvd-lb"
+
+
+@dataclass(frozen=True)
+class ElsewhereOptions:
+    """Options of `train` that only matter when the command is to run elsewhere."""
+
+    image: str | None = None
+    container_port: int = 12345
+    per_node: int = 8
+    submit: bool = False
+
+
+_OPTIONS = (
+    click.option(
+        "--image",
+        metavar="NAME",
+        help=f"Run in containers of this image, one on each host; {PUBLISHED_IMAGE} is the published one.",
+    ),
+    click.option(
+        "--container-port",
+        type=click.IntRange(1024, 65535),
+        default=12345,
+        show_default=True,
+        help="With --image over ssh: where the sshd of the containers listens, on the hosts' network.",
+    ),
+    click.option(
+        "--per-node",
+        type=click.IntRange(1, 1024),
+        default=8,
+        show_default=True,
+        help="Processes on each node of a job that is written for Slurm or Kubernetes: its GPUs.",
+    ),
+    click.option(
+        "--submit",
+        is_flag=True,
+        help="Submit the job that --launcher slurm or kubernetes writes, and follow it.",
+    ),
+)
+
+
+def elsewhere_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of ElsewhereOptions; the command gets them as `elsewhere_options`."""
+
+    @functools.wraps(command)
+    def wrapper(**arguments: Any) -> Any:
+        given = {name: arguments.pop(name) for name in ElsewhereOptions.__dataclass_fields__}
+        return command(elsewhere_options=ElsewhereOptions(**given), **arguments)
+
+    decorated: Callable[..., Any] = wrapper
+    for option in reversed(_OPTIONS):
+        decorated = option(decorated)
+    return decorated
+
+
+def goes_elsewhere(where: Where, options: ElsewhereOptions, slurm_options: SlurmOptions) -> bool:
+    """Whether this process only has the command run; UserError for options that have no meaning there."""
+    if slurm_options.container_image is not None and where.launcher not in ("slurm", "submit-slurm"):
+        raise UserError("--container-image is for --launcher slurm; over ssh and on Kubernetes give --image")
+    if where.launcher.startswith("submit"):
+        return True
+    if options.submit:
+        raise UserError(
+            "--submit submits a job that is written here: give --launcher slurm or kubernetes, outside of an allocation"
+        )
+    if options.image is None:
+        return False
+    if where.launcher == "slurm":
+        raise UserError(
+            "--image starts containers over ssh; in a Slurm allocation Pyxis does: give --container-image instead"
+        )
+    if where.launcher == "local":
+        raise UserError(
+            "--image runs in containers on other hosts: name them with --hosts, or on this machine use docker run"
+        )
+    return True
+
+
+def make_submission(
+    command: click.Command,
+    arguments: Sequence[str],
+    fields: Mapping[str, Any],
+    *,
+    recipe: str | None,
+    device: str,
+    processes: int | None,
+    output: Path | None,
+    where: Where,
+    launch_options: LaunchOptions,
+    options: ElsewhereOptions,
+) -> Submission:
+    """The command line as it is to run elsewhere: its paths absolute, --device decided, nothing of where to run.
+
+    `fields` are those of the recipe that were given. Clusters are for GPUs: --device auto asks for them.
+    UserError where something is left open that only this machine knows.
+    """
+    given = check_options(fields, recipe)
+    spec = data_spec(fields, given)
+    data = data_folder(spec)
+    device_name: DeviceName = "cpu" if device == "cpu" else "cuda"
+    recipe_file = (
+        Path(recipe).expanduser().absolute() if recipe and Path(recipe).expanduser().is_file() else None
+    )
+    dropped = (
+        (LAUNCH_OPTIONS - HANDED_ON)
+        | _options_of_systems(command)
+        | set(ElsewhereOptions.__dataclass_fields__)
+    )
+    line = [
+        *hand_on(arguments, command, {*dropped, "device", "data", "output", "recipe"}),
+        *("--data", str(data or spec), "--device", device_name),
+        *(("--recipe", str(recipe_file or recipe)) if recipe else ()),
+    ]
+    # The same command finds its run again, as in default_output.
+    digest = hashlib.sha256("\0".join(line).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    folder = (output or Path("runs") / f"train-{digest}").expanduser().absolute()
+    return Submission(
+        arguments=(*line, "--output", str(folder)),
+        name=folder.name,
+        device=device_name,
+        processes=processes or _processes({**given, **fields}, where),
+        per_node=options.per_node,
+        output=folder,
+        data=data,
+        recipe=recipe_file,
+        image=options.image,
+        environment=named_environment(launch_options.env, os.environ),
+    )
+
+
+def run_elsewhere(
+    submission: Submission,
+    where: Where,
+    launch_options: LaunchOptions,
+    options: ElsewhereOptions,
+    kubernetes_options: KubernetesOptions,
+    slurm_options: SlurmOptions,
+) -> int:
+    """Print or submit the job, or run it in containers; the exit status."""
+    if where.launcher == "submit-kubernetes":
+        image = options.image or f"{PUBLISHED_IMAGE}:{__version__}"
+        job = kubernetes.manifest(replace(submission, image=image), kubernetes_options)
+        if options.submit and not launch_options.dry_run:
+            return kubectl.submit(job, click.echo)
+        click.echo(kubernetes.to_yaml(job), nl=False)
+        return 0
+    if where.launcher == "submit-slurm":
+        if options.image is not None:
+            raise UserError(
+                "--image with --launcher slurm: give --container-image, which Pyxis runs processes in"
+            )
+        program = [sys.executable, "-P", "-m", "hvd_lb_cli.main"]
+        batch = slurm_script.script(submission, slurm_options, program)
+        if options.submit and not launch_options.dry_run:
+            return slurm_submit.submit(batch, submission.output, submission.environment, click.echo)
+        click.echo(batch, nl=False)
+        return 0
+    environment = carried_environment(os.environ) | dict(submission.environment)
+    submission = replace(submission, environment=environment)
+    ssh, port = ssh_command(launch_options), options.container_port
+    hosts = [(host.name, _slots(host)) for host in where.hosts]
+    if launch_options.dry_run:
+        click.echo("\n".join(docker.describe(submission, hosts, ssh, port)))
+        return 0
+    return docker.run_in_containers(submission, hosts, ssh, port)
+
+
+def _slots(host: Host) -> int:
+    if host.slots is None:
+        raise UserError(f"--image with {host}: say how many processes it takes, its GPUs, as in {host}:8")
+    return host.slots
+
+
+def _processes(fields: Mapping[str, Any], where: Where) -> int:
+    """One for each virtual worker, unless the hosts take fewer."""
+    gpus, slots = int(fields.get("gpus") or 0), sum(map(_slots, where.hosts))
+    if not gpus and not slots:
+        raise UserError("--gpus is left out: say how many GPUs the job shall have, such as --gpus 256")
+    return min(gpus or slots, slots or gpus)
+
+
+def _options_of_systems(command: click.Command) -> set[str]:
+    """Those that only a system that is submitted to reads."""
+    prefixes = ("k8s_", "slurm_", "sbatch", "container_")
+    return {option.name for option in command.params if option.name and option.name.startswith(prefixes)}

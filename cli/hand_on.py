@@ -1,0 +1,30 @@
+"""A command line to be run elsewhere: without the options that say where, and with paths that hold there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import rich_click as click
+
+
+def hand_on(arguments: Sequence[str], command: click.Command, without: Iterable[str]) -> list[str]:
+    """`arguments` of `command` without the options named in `without` (as parameters: ssh_port) and their values."""
+    options = {
+        flag: option
+        for option in command.params
+        if isinstance(option, click.Option)
+        for flag in (*option.opts, *option.secondary_opts)
+    }
+    dropped = set(without)
+    kept: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, _ = word.partition("=")
+        option = options.get(flag)
+        taken = [word]
+        if option and not option.is_flag and not equals and rest:
+            taken.append(rest.pop(0))
+        if option is None or option.name not in dropped:
+            kept += taken
+    return kept
