@@ -4,17 +4,19 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help train test check bench clean
+.PHONY: help train test test-cluster cluster-packages check bench clean
 
 # Leave empty to take the first of python3, python3.12, python3.11 that will do.
 PYTHON ?=
 ARGS ?=
+CLUSTER_PACKAGES := iproute2 openssh-server openssh-client slurmd slurmctld slurm-client munge \
+	openmpi-bin libopenmpi-dev docker.io debootstrap
 BIN := .venv/bin
 STAMP := .venv/.set-up
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 	echo
 	echo "make PYTHON=/path/to/python3.12 test   picks the Python (3.11 or newer) of a new .venv"
 	echo "make ARGS='-m \"not slow\"' test         hands arguments on, here to pytest"
@@ -22,8 +24,28 @@ help:  ## show this list
 train: $(STAMP)  ## train a small ResNet on handwritten digits with two Horovod workers on the CPU
 	@$(BIN)/hvd-lb train --data digits --gpus 2 --per-gpu-batch 32 --device cpu --output runs/digits $(ARGS)
 
-test: $(STAMP)  ## run all tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## run all tests but those of test-cluster
+	@$(BIN)/python -m pytest -m "not cluster" $(ARGS)
+
+test-cluster: cluster-packages $(STAMP)  ## run real hosts, Slurm and Docker on this machine and test on them (root)
+	@wheel=$$(docker/build-horovod.sh $(BIN)/python)
+	if ! $(BIN)/python -c 'import sys, horovod.torch as h; sys.exit(not h.mpi_built())'; then
+	  $(PIP) install --force-reinstall --no-deps "$$wheel"
+	fi
+	$(BIN)/python -m pytest -m cluster tests $(ARGS)
+
+# Debian's packages for that. With Open MPI there, Horovod is built with MPI: install them first to build it only once.
+cluster-packages:
+	@missing=$$(dpkg-query --show --showformat '$${db:Status-Abbrev}$${Package}\n' $(CLUSTER_PACKAGES) 2>/dev/null \
+	  | awk '/^ii/ { print $$2 }' | grep -vxFf - <(printf '%s\n' $(CLUSTER_PACKAGES)) || true)
+	if [[ -n $$missing ]]; then
+	  if [[ $$(id -u) != 0 ]]; then
+	    echo "make: as root: apt-get install --no-install-recommends $$missing" >&2
+	    exit 2
+	  fi
+	  apt-get update -qq
+	  DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --no-install-recommends $$missing >/dev/null
+	fi
 
 check: $(STAMP)  ## lint, formatting, types, shell scripts and Dockerfile
 	@$(BIN)/ruff check .

@@ -60,7 +60,7 @@ def find_where(
 
 
 def wait_for_names(names: list[str], seconds: float) -> None:
-    """Until all names have addresses: those of new pods take a while. The preflight tells which have none after that."""
+    """Until all names have addresses: those of new pods take a while. The preflight tells which have none."""
     end = time.monotonic() + seconds
     while names and time.monotonic() < end:
         try:

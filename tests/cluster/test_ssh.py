@@ -96,7 +96,8 @@ def bulk_of_pairs(hosts: list[Host]) -> list[int]:
                 pair = frozenset(address for address, _ in ends)
                 pairs[pair] = pairs.get(pair, 0) + int(acknowledged[1])
     return sorted(
-        pairs.get(frozenset((a.address, b.address)), 0) for a, b in zip(hosts, hosts[1:] + hosts[:1])
+        pairs.get(frozenset((a.address, b.address)), 0)
+        for a, b in zip(hosts, hosts[1:] + hosts[:1], strict=True)
     )
 
 
