@@ -24,6 +24,9 @@ _ENDINGS = (
         r"srun: error: \S+: tasks? (?P<rank>\d+)[^:]*: (?P<said>Killed|Terminated|Aborted|Segmentation fault)"
     ),
 )
+# What srun says first, of what then ends the other ranks.
+_NEVER_STARTED = re.compile(r"srun: error: task (?P<rank>\d+) launch failed: (?P<said>.*)")
+_NODE_FAILURE = re.compile(r"srun: error: Node failure on (?P<host>[^\s,]+)")
 _SAID_SIGNALS = {"Killed": 9, "Terminated": 15, "Aborted": 6, "Segmentation fault": 11}
 
 
@@ -50,6 +53,14 @@ def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: 
         return _told(own[0], logs, hosts)
     told = {error["rank"] for error in errors}
     text = launcher_log.read_text("utf-8", errors="replace") if launcher_log.exists() else ""
+    if failed := _NODE_FAILURE.search(text):
+        return WorkerFailure(
+            "the node failed", _first_rank(failed["host"], hosts), failed["host"], launcher_log
+        )
+    if never := _NEVER_STARTED.search(text):
+        rank = int(never["rank"])
+        message = f"Slurm did not start it: {never['said']}"
+        return WorkerFailure(message, rank, host_of_rank(hosts, rank), launcher_log)
     endings = [match for pattern in _ENDINGS for match in pattern.finditer(text)]
     silent = [match for match in endings if int(match["rank"]) not in told]
     if silent:
@@ -67,6 +78,15 @@ def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: 
     rank = 0 if processes == 1 else None
     log = logs / log_name(0, host) if processes == 1 and not _last_line(text) else launcher_log
     return WorkerFailure(_how(status, log), rank, host, log)
+
+
+def _first_rank(name: str, hosts: Sequence[Host]) -> int | None:
+    rank = 0
+    for host in hosts:
+        if host.name == name:
+            return rank
+        rank += host.slots or 0
+    return None
 
 
 def _told(error: dict[str, Any], logs: Path, hosts: Sequence[Host]) -> WorkerFailure:

@@ -79,6 +79,16 @@ def test_a_lost_connection_is_told_from_a_killed_process(logs: Path) -> None:
     assert found.message == "the ssh connection to it ended: Timeout, server h2 not responding."
 
 
+def test_what_srun_says_of_a_node_comes_before_the_ranks_that_it_ends(logs: Path) -> None:
+    for rank in (0, 1):
+        tell(logs, rank, "HorovodInternalError", "Connection reset by peer", rank)
+    killed = "srun: error: h1: tasks 0-1: Killed\n"
+    found = failure(logs, f"srun: error: Node failure on h2\n{killed}")
+    assert (found.rank, found.host, found.message) == (2, "h2", "the node failed")
+    found = failure(logs, f"srun: error: task 2 launch failed: Unspecified error\n{killed}")
+    assert (found.rank, found.message) == (2, "Slurm did not start it: Unspecified error")
+
+
 def test_who_neither_failed_nor_was_seen_to_end_was_lost(logs: Path) -> None:
     for rank in (0, 1):
         tell(logs, rank, "HorovodInternalError", "timed out", rank)
