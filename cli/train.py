@@ -17,7 +17,7 @@ from hvd_lb.launch.kubernetes_options import KubernetesOptions
 from hvd_lb.launch.local import local, this_machine
 from hvd_lb.launch.options import LaunchOptions, environment
 from hvd_lb.launch.preflight import Ask, Cluster, Request, asking_over_ssh, preflight
-from hvd_lb.launch.run import plan_job, run_directory, run_job
+from hvd_lb.launch.run import find_start_of, plan_job, run_directory, run_job
 from hvd_lb.launch.slurm import Container
 from hvd_lb.launch.slurm_script import SlurmOptions
 from hvd_lb.launch.srun import asking_over_srun, over_srun
@@ -118,7 +118,8 @@ def train(
     launch = _launch(where, cluster, placement, launch_options, container)
     if launch_options.dry_run:
         run = run_directory(output, resolved.recipe)
-        click.echo(describe(plan_job(resolved, placement, launch, run, None), launch, run), nl=False)
+        start = find_start_of(run, resolved, placement, resume)
+        click.echo(describe(plan_job(resolved, placement, launch, run, start), launch, run), nl=False)
         return 0
     share = f"{placement.processes} on {placement.device}, {count(placement.threads, 'thread')} each"
     rows = [*explain(resolved), ("processes", share)]

@@ -23,7 +23,7 @@ from hvd_lb.launch.workers import Workers
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import read_metrics, truncate_metrics
 from hvd_lb.report.progress import RunView, duration, evaluation_line, open_display, speed
-from hvd_lb.report.run_directory import RunDirectory, find_start, replace_text, write_json
+from hvd_lb.report.run_directory import RunDirectory, Start, find_start, replace_text, write_json
 from hvd_lb.reproducible import rounding_environment
 from hvd_lb.resolve import Resolved
 
@@ -42,8 +42,14 @@ def run_directory(output: Path | None, recipe: Recipe) -> RunDirectory:
     return RunDirectory((output or default_output(recipe)).expanduser().absolute())
 
 
+def find_start_of(run: RunDirectory, resolved: Resolved, placement: Placement, resume: str) -> Start:
+    """Where a run begins or goes on; reads only. UserError where it cannot."""
+    environment = rounding_environment(placement.device)
+    return find_start(run, resolved.recipe, resume, resolved.total_steps, environment)
+
+
 def plan_job(
-    resolved: Resolved, placement: Placement, launch: Launch, run: RunDirectory, checkpoint: Path | None
+    resolved: Resolved, placement: Placement, launch: Launch, run: RunDirectory, start: Start
 ) -> Job:
     """What every process of the run is told."""
     return Job(
@@ -52,7 +58,7 @@ def plan_job(
         device=placement.device,
         processes=placement.processes,
         threads=placement.threads,
-        checkpoint=checkpoint,
+        checkpoint=start.checkpoint.path if start.checkpoint else None,
         data_fingerprint=resolved.dataset.fingerprint(),
         launcher=launch.launcher,
         hosts=[(host.name, host.slots or 1) for host in launch.hosts],
@@ -79,7 +85,7 @@ def run_job(
     """
     recipe = resolved.recipe
     run = run_directory(output, recipe)
-    start = find_start(run, recipe, resume, resolved.total_steps, rounding_environment(placement.device))
+    start = find_start_of(run, resolved, placement, resume)
     lock = run.lock()
     on_ready()
     replace_text(run.recipe, recipe.to_yaml())
@@ -95,7 +101,7 @@ def run_job(
     if start.step >= resolved.total_steps:
         return _finish(run, resolved, 0.0, console)
 
-    job = plan_job(resolved, placement, launch, run, start.checkpoint.path if start.checkpoint else None)
+    job = plan_job(resolved, placement, launch, run, start)
     display = open_display(
         console,
         first_step=start.step,

@@ -321,7 +321,8 @@ def test_hostile_names_reach_no_shell(hosts: list[Host], tmp_path: Path, undistu
     folder = tmp_path / "a b;touch pwned;$(touch pwned)'\"\\"
     folder.mkdir()
     run = folder / "run `touch pwned`"
-    done = hosts[0].run([HVD_LB, "train", *LONG, *THREE, "--output", run], cwd=folder, timeout=300)
+    there = ("sh", "-c", 'cd "$0" && exec "$@"', folder)
+    done = hosts[0].run([*there, HVD_LB, "train", *LONG, *THREE, "--output", run], timeout=300)
     assert "ended: finished" in done.stdout
     assert same(hosts[0], run, undisturbed)
     assert not [*tmp_path.rglob("pwned*"), *Path.cwd().glob("pwned*")]
