@@ -1,4 +1,4 @@
-"""A command line to be run elsewhere: without the options that say where, and with paths that hold there."""
+"""Command lines that go further than this process: to where they run in the end, or into a file."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ def hand_on(arguments: Sequence[str], command: click.Command, without: Iterable[
         if option is None or option.name not in dropped:
             kept += taken
     return kept
+
+
+def without_values(arguments: Sequence[str]) -> list[str]:
+    """`arguments` as others may read them: of --env NAME=VALUE the name alone."""
+    shown = list(arguments)
+    for i, word in enumerate(shown):
+        if word.startswith("--env="):
+            shown[i] = "=".join(word.split("=")[:2])
+        elif i and shown[i - 1] == "--env":
+            shown[i] = word.partition("=")[0]
+    return shown

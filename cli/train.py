@@ -33,6 +33,7 @@ from hvd_lb_cli.elsewhere import (
     make_submission,
     run_elsewhere,
 )
+from hvd_lb_cli.hand_on import without_values
 from hvd_lb_cli.kubernetes_options import kubernetes_options
 from hvd_lb_cli.launch_options import launch_options
 from hvd_lb_cli.options import recipe_options, run_options
@@ -131,7 +132,7 @@ def train(
         launch,
         output=output,
         resume=resume,
-        command=sys.argv,
+        command=without_values(sys.argv),
         console=console,
         on_ready=lambda: print_plan(console, rows),
     )

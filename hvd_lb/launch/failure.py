@@ -75,9 +75,8 @@ def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: 
     if errors:
         return _told(min(errors, key=lambda error: error["time"]), logs, hosts)
     host = host_of_rank(hosts, 0)
-    rank = 0 if processes == 1 else None
     log = logs / log_name(0, host) if processes == 1 and not _last_line(text) else launcher_log
-    return WorkerFailure(_how(status, log), rank, host, log)
+    return WorkerFailure(_how(status, log), 0 if processes == 1 else None, host, log)
 
 
 def _first_rank(name: str, hosts: Sequence[Host]) -> int | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hvd_lb_cli.hand_on import hand_on
+from hvd_lb_cli.hand_on import hand_on, without_values
 from hvd_lb_cli.train import train
 
 DROPPED = {"hosts", "dry_run", "data"}
@@ -29,6 +29,11 @@ DROPPED = {"hosts", "dry_run", "data"}
 )
 def test_options_that_say_where_are_left_out(line: str, kept: str) -> None:
     assert hand_on(shlex.split(line), train, DROPPED) == shlex.split(kept)
+
+
+def test_values_of_variables_are_not_shown() -> None:
+    line = "train --env A=b=c --env B --env=C=d --recipe r=s"
+    assert without_values(line.split()) == "train --env A --env B --env=C --recipe r=s".split()
 
 
 def hvd_lb(
