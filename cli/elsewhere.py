@@ -42,27 +42,28 @@ class ElsewhereOptions:
     submit: bool = False
 
 
+_option = functools.partial(click.option, panel="Elsewhere: containers, jobs")
 _OPTIONS = (
-    click.option(
+    _option(
         "--image",
         metavar="NAME",
         help=f"Run in containers of this image, one on each host; {PUBLISHED_IMAGE} is the published one.",
     ),
-    click.option(
+    _option(
         "--container-port",
         type=click.IntRange(1024, 65535),
         default=12345,
         show_default=True,
         help="With --image over ssh: where the sshd of the containers listens, on the hosts' network.",
     ),
-    click.option(
+    _option(
         "--per-node",
         type=click.IntRange(1, 1024),
         default=8,
         show_default=True,
         help="Processes on each node of a job that is written for Slurm or Kubernetes: its GPUs.",
     ),
-    click.option(
+    _option(
         "--submit",
         is_flag=True,
         help="Submit the job that --launcher slurm or kubernetes writes, and follow it.",

@@ -49,73 +49,74 @@ def _name(option: str) -> _Parsed:
     return _Parsed("NAME", lambda text: parse_name(text, option))
 
 
+_option = functools.partial(click.option, panel="Kubernetes")
 _OPTIONS = (
-    click.option(
+    _option(
         "--k8s-namespace",
         type=_Parsed("NAME", parse_namespace),
         default=_DEFAULTS.namespace,
         show_default=True,
         help="Namespace of the job.",
     ),
-    click.option(
+    _option(
         "--k8s-volume",
         type=_Parsed("SOURCE:/MOUNT[:ro]", parse_volume),
         multiple=True,
         help="A volume of all pods: pvc:CLAIM[/FOLDER]:/MOUNT, nfs:SERVER:/EXPORT:/MOUNT or host:/FOLDER:/MOUNT. "
         "--data and --output are paths on them. Again for each.",
     ),
-    click.option(
+    _option(
         "--k8s-shm",
         type=_quantity("--k8s-shm"),
         default=_DEFAULTS.shared_memory,
         show_default=True,
         help="Size of /dev/shm, by which NCCL connects the GPUs of a node; counts as memory of the pod.",
     ),
-    click.option(
+    _option(
         "--k8s-cpus",
         type=_quantity("--k8s-cpus"),
         help="Cores requested for each worker [default: what the cluster gives]",
     ),
-    click.option(
+    _option(
         "--k8s-memory",
         type=_quantity("--k8s-memory"),
         help="Memory requested for each worker, and its limit [default: what the cluster gives]",
     ),
-    click.option(
+    _option(
         "--k8s-resource",
         type=_Parsed("NAME=COUNT", parse_resource),
         multiple=True,
         help="Further devices of each worker, such as rdma/hca_shared_devices_a=1. Again for each.",
     ),
-    click.option(
+    _option(
         "--k8s-node-selector",
         type=_Parsed("KEY=VALUE", parse_label),
         multiple=True,
         help="Workers run on nodes with this label only. Again for each.",
     ),
-    click.option(
+    _option(
         "--k8s-toleration",
         type=_Parsed("KEY[=VALUE][:EFFECT]", parse_toleration),
         multiple=True,
         help="A taint that does not keep the pods from a node. Again for each.",
     ),
-    click.option(
+    _option(
         "--k8s-secret",
         type=_name("--k8s-secret"),
         multiple=True,
         help="A Secret whose entries are environment variables of the launcher. Again for each.",
     ),
-    click.option(
+    _option(
         "--k8s-pull-secret",
         type=_name("--k8s-pull-secret"),
         help="The Secret by which a private image is pulled.",
     ),
-    click.option(
+    _option(
         "--k8s-queue",
         type=_name("--k8s-queue"),
         help="Kueue's local queue, which starts all pods together or none.",
     ),
-    click.option(
+    _option(
         "--k8s-root",
         is_flag=True,
         help="Run as root with IPC_LOCK, as RDMA needs it, instead of as the image's user.",

@@ -12,8 +12,9 @@ import rich_click as click
 
 from hvd_lb.launch.options import AllreduceName, LauncherName, LaunchOptions
 
+_option = functools.partial(click.option, panel="Where it runs")
 _OPTIONS = (
-    click.option(
+    _option(
         "--launcher",
         type=click.Choice(get_args(LauncherName)),
         default="auto",
@@ -21,32 +22,30 @@ _OPTIONS = (
         help="How processes are started: auto takes the named hosts, else a Slurm, LSF or MPIJob allocation that this "
         "is in, else this machine. Outside of an allocation, slurm and kubernetes write a job.",
     ),
-    click.option(
+    _option(
         "--hosts", metavar="H1:8,H2:8", help="Hosts and the processes each takes [its GPUs; on CPUs cores]"
     ),
-    click.option(
+    _option(
         "--hostfile",
         type=click.Path(path_type=Path),
         help="A file of hosts in Open MPI's or Horovod's form: `h1 slots=8` or `h1:8` a line.",
     ),
-    click.option(
+    _option(
         "--ssh-port", type=click.IntRange(1, 65535), help="Port of the hosts' sshd [as in ~/.ssh/config]"
     ),
-    click.option(
-        "--ssh-key", type=click.Path(path_type=Path), help="Private key to log in with [ssh's default]"
-    ),
-    click.option(
+    _option("--ssh-key", type=click.Path(path_type=Path), help="Private key to log in with [ssh's default]"),
+    _option(
         "--strict-host-keys",
         is_flag=True,
         help="Refuse hosts that known_hosts does not list. Else their keys are noted at the first login, and checked "
         "from then on.",
     ),
-    click.option(
+    _option(
         "--network-interface",
         metavar="NAME",
         help="Interface for the processes' traffic [the one by which a host reaches the others]",
     ),
-    click.option(
+    _option(
         "--allreduce",
         type=click.Choice(get_args(AllreduceName)),
         default="auto",
@@ -54,28 +53,26 @@ _OPTIONS = (
         help="auto: NCCL's choice on GPUs, Gloo's ring on CPUs; ring; hierarchical: NCCL inside a host and MPI between "
         "them; halving-doubling: Open MPI's Rabenseifner algorithm, on CPUs.",
     ),
-    click.option(
+    _option(
         "--fusion-threshold", type=click.FloatRange(0), metavar="MB", help="Horovod's fusion buffer [128]"
     ),
-    click.option(
+    _option(
         "--cycle-time", type=click.FloatRange(0), metavar="MS", help="Pause between Horovod's cycles [1]"
     ),
-    click.option(
+    _option(
         "--autotune", is_flag=True, help="Let Horovod tune fusion threshold and cycle time while it runs."
     ),
-    click.option(
+    _option(
         "--timeline", type=click.Path(path_type=Path), help="Write Horovod's timeline, for chrome://tracing."
     ),
-    click.option(
+    _option(
         "--env",
         multiple=True,
         metavar="NAME[=VALUE]",
         help="Set a variable in every process, or hand on the one set here; may be repeated. NCCL_*, GLOO_*, UCX_*, "
         "OMP_* and the like are handed on anyway.",
     ),
-    click.option(
-        "--dry-run", is_flag=True, help="Print what would be run, to copy; start and write nothing."
-    ),
+    _option("--dry-run", is_flag=True, help="Print what would be run, to copy; start and write nothing."),
 )
 LAUNCH_OPTIONS = {option.name for option in fields(LaunchOptions)}
 #: Those that mean the same where the command runs in the end.

@@ -64,26 +64,29 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return decorated
 
 
+_run_option = functools.partial(click.option, panel="The run")
+
+
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of `train` and `simulate` that are not fields of a recipe."""
     for option in reversed(
         (
-            click.option(
+            _run_option(
                 "--recipe", metavar="NAME|FILE", help="A preset (see `hvd-lb recipes`) or a YAML file."
             ),
-            click.option(
+            _run_option(
                 "--device",
                 type=click.Choice(["auto", "cpu", "cuda"]),
                 default="auto",
                 show_default=True,
                 help="Where the network runs.",
             ),
-            click.option(
+            _run_option(
                 "--output",
                 type=click.Path(path_type=Path),
                 help="Run directory [default: runs/ and a name made from the recipe]",
             ),
-            click.option(
+            _run_option(
                 "--resume",
                 metavar="auto|PATH",
                 default="auto",
@@ -104,7 +107,11 @@ def _field_option(name: str, field: FieldInfo) -> Callable[..., Any]:
         if field.default is None or "[default" in (field.description or "")
         else _default_note(field.default)
     )
-    settings: dict[str, Any] = {"default": _NOT_GIVEN, "help": f"{field.description}{note}"}
+    settings: dict[str, Any] = {
+        "default": _NOT_GIVEN,
+        "help": f"{field.description}{note}",
+        "panel": "Recipe: what is computed",
+    }
     if kind is bool:
         return click.option(f"{flag}/--no-{name.replace('_', '-')}", **settings)
     if get_origin(kind) is Literal:

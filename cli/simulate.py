@@ -41,7 +41,12 @@ class _Duration(click.ParamType[float]):
 
 @click.command()
 @click.option(
-    "--budget", type=_Duration(), default="60s", show_default=True, help="How long a rehearsal may take."
+    "--budget",
+    type=_Duration(),
+    default="60s",
+    show_default=True,
+    help="How long a rehearsal may take.",
+    panel="The run",
 )
 @run_options
 @recipe_options

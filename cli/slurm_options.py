@@ -10,41 +10,34 @@ import rich_click as click
 
 from hvd_lb.launch.slurm_script import SlurmOptions
 
+_option = functools.partial(click.option, panel="Slurm")
 _OPTIONS = (
-    click.option(
-        "--slurm-partition", metavar="NAME", help="Slurm: partition of the job [the site's default]"
-    ),
-    click.option(
-        "--slurm-time", metavar="LIMIT", help="Slurm: time limit, such as 24:00:00 or 2-0 [the site's]"
-    ),
-    click.option("--slurm-account", metavar="NAME", help="Slurm: account the job is charged to [the user's]"),
-    click.option("--slurm-qos", metavar="NAME", help="Slurm: quality of service [the site's default]"),
-    click.option(
-        "--slurm-constraint", metavar="FEATURES", help="Slurm: features of the nodes, such as h100&ib"
-    ),
-    click.option(
+    _option("--slurm-partition", metavar="NAME", help="Slurm: partition of the job [the site's default]"),
+    _option("--slurm-time", metavar="LIMIT", help="Slurm: time limit, such as 24:00:00 or 2-0 [the site's]"),
+    _option("--slurm-account", metavar="NAME", help="Slurm: account the job is charged to [the user's]"),
+    _option("--slurm-qos", metavar="NAME", help="Slurm: quality of service [the site's default]"),
+    _option("--slurm-constraint", metavar="FEATURES", help="Slurm: features of the nodes, such as h100&ib"),
+    _option(
         "--slurm-cpus-per-task",
         type=click.IntRange(min=1),
         metavar="CORES",
         help="Slurm: cores for each process",
     ),
-    click.option("--slurm-memory", metavar="SIZE", help="Slurm: memory of each node, such as 480G; 0: all"),
-    click.option(
+    _option("--slurm-memory", metavar="SIZE", help="Slurm: memory of each node, such as 480G; 0: all"),
+    _option(
         "--sbatch",
         multiple=True,
         metavar="OPTION",
         help="Slurm: another option of sbatch, such as --exclusive. Again for each.",
     ),
-    click.option(
+    _option(
         "--slurm-requeue/--no-slurm-requeue",
         default=SlurmOptions.requeue,
         show_default=True,
         help="Slurm: go on by itself after the time limit, a preemption or the loss of a node.",
     ),
-    click.option(
-        "--container-image", metavar="IMAGE", help="Slurm with Pyxis: run the processes in this image."
-    ),
-    click.option(
+    _option("--container-image", metavar="IMAGE", help="Slurm with Pyxis: run the processes in this image."),
+    _option(
         "--container-mount",
         multiple=True,
         metavar="FOLDER",

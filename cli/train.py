@@ -47,6 +47,7 @@ from hvd_lb_cli.slurm_options import slurm_options
     "--processes",
     type=click.IntRange(min=1),
     help="Processes p that share the virtual workers [default: one per GPU; on CPUs one per core]",
+    panel="The run",
 )
 @launch_options
 @elsewhere_options
@@ -73,8 +74,10 @@ def train(
     hvd-lb train --data digits --gpus 2 --device cpu
     hvd-lb train --data /data/imagenet --gpus 8 --per-gpu-batch 32
     hvd-lb train --data /data/imagenet --gpus 256 --processes 8
-    hvd-lb train --data /data/imagenet --gpus 256 --hostfile hosts
-    hvd-lb train --data digits --gpus 6 --hosts h1:2,h2:2,h3:2 --device cpu --reproducible
+    hvd-lb train --data digits --gpus 4 --device cpu --reproducible
+    hvd-lb train --data /data/imagenet --gpus 256 --hostfile hosts --output /shared/runs/8k
+    hvd-lb train --data /data/imagenet --gpus 256 --launcher slurm --slurm-partition gpu --submit
+    hvd-lb train --data /data/imagenet --gpus 16 --hosts h1:8,h2:8 --image ghcr.io/hvd-lb/hvd-lb
     """
     console = Console()
     where = find_where(launch_options, device, os.environ)
