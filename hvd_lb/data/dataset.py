@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from hvd_lb.data.folder import open_folder
-from hvd_lb.data.images import Dataset, Progress
+from hvd_lb.data.images import Dataset, OnBadImage, Progress
 from hvd_lb.data.named import open_digits, open_fashion_mnist
 from hvd_lb.data.synthetic import open_synthetic
 from hvd_lb.errors import UserError
@@ -17,12 +17,18 @@ _FIXED_SPLITS = {"digits": open_digits, "fashion-mnist": open_fashion_mnist}
 
 
 def open_dataset(
-    spec: str, *, val_fraction: float | None = None, seed: int = 0, on_progress: Progress | None = None
+    spec: str,
+    *,
+    val_fraction: float | None = None,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+    on_bad_image: OnBadImage = "fail",
 ) -> Dataset:
     """The data set `spec`: digits | fashion-mnist | synthetic[:N] | PATH.
 
     `val_fraction` and `seed` divide a single folder of class folders; `on_progress(label, done, total)` is
-    told how far the reading of image headers has come. Raises UserError.
+    told how far the reading of image headers has come. An image with a broken header is a UserError, or, with
+    "skip", an image without a size. Raises UserError.
     """
     if spec in _FIXED_SPLITS:
         opened = _FIXED_SPLITS[spec]()
@@ -30,7 +36,11 @@ def open_dataset(
         opened = open_synthetic(spec.partition(":")[2])
     else:
         return open_folder(
-            Path(spec).expanduser(), val_fraction=val_fraction, seed=seed, on_progress=on_progress
+            Path(spec).expanduser(),
+            val_fraction=val_fraction,
+            seed=seed,
+            on_progress=on_progress,
+            on_bad_image=on_bad_image,
         )
     if val_fraction is not None:
         raise UserError(

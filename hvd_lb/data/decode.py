@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from hvd_lb.data.images import Images
+from hvd_lb.data.reading import file_error, retried
 from hvd_lb.errors import UserError
 
 # A header may promise more pixels than any memory holds; this is where PIL, too, refuses to open a file.
@@ -26,38 +28,100 @@ _TURN_BACK = {
 _FIRST_ON_ITS_SIDE = 5
 
 
+class BadImage(UserError):
+    """An image that is broken in itself, so that a run may do without it: `name` and, in a few words, `reason`.
+
+    Never raised for what the file system, the memory or a change of the file is to blame for.
+    """
+
+    def __init__(self, name: str, reason: str, more: str = "") -> None:
+        super().__init__(f"{name}: cannot be decoded ({reason}){more}; mend or remove it")
+        self.name, self.reason = name, reason
+
+
 def read_size(path: str) -> tuple[int, int]:
-    """Width and height, from the header alone. UserError for what is no image, or too large a one."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if _tiff_orientation(image) >= _FIRST_ON_ITS_SIDE:
-                width, height = height, width
-    except Exception as error:  # what PIL raises for broken files is not limited to a few types
-        raise UserError(f"{path}: cannot be read as an image ({_reason(error)})") from error
-    if width * height > MAX_PIXELS:
-        raise UserError(
-            f"{path}: {width} x {height} pixels are more than the {MAX_PIXELS} that can be decoded"
+    """Width and height, from the header alone. BadImage for what is no image, or too large a one.
+
+    UserError where the file itself cannot be read, also after some tries.
+    """
+
+    def read() -> tuple[int, int]:
+        with open(path, "rb") as file:
+            return _header_size(path, file)
+
+    return retried(read, path)
+
+
+def check_header(images: Images, image_id: int, content: np.ndarray, max_pixels: int = MAX_PIXELS) -> None:
+    """BadImage for an image file's bytes without a size, or with more than `max_pixels` pixels, in the index.
+
+    Of images with broken headers the index has width and height 0. UserError when this one has changed since.
+    """
+    width, height = int(images.widths[image_id]), int(images.heights[image_id])
+    if width * height > max_pixels:
+        raise BadImage(
+            images.name(image_id), f"{width} x {height} pixels are more than the {max_pixels} allowed"
         )
-    return width, height
+    if not width:
+        raise _changed(images, image_id, _header_size(images.name(image_id), io.BytesIO(content.tobytes())))
 
 
 def decode_image(images: Images, image_id: int, content: np.ndarray) -> np.ndarray:
-    """An image file's bytes to uint8 (height, width, 3). UserError when it is broken or not as indexed."""
+    """An image file's bytes to uint8 (height, width, 3). BadImage when broken, UserError when not as indexed.
+
+    Nothing is decoded before the header's size has been found to be that of the index.
+    """
+    name = images.name(image_id)
     try:
         with Image.open(io.BytesIO(content.tobytes())) as image:
+            size = _checked_size(name, image)
+            if size != (images.widths[image_id], images.heights[image_id]):
+                raise _changed(images, image_id, size)
             decoded = _as_stored(image)
-    except Exception as error:
-        raise UserError(
-            f"{images.name(image_id)}: cannot be decoded ({_reason(error)}); mend or remove it"
-        ) from error
-    size, indexed = decoded.shape[1::-1], (images.widths[image_id], images.heights[image_id])
-    if size != indexed:
-        raise UserError(
-            f"{images.name(image_id)}: is {size[0]} x {size[1]} pixels now, but was "
-            f"{indexed[0]} x {indexed[1]} when the data set was opened; leave files in use alone"
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(f"{name}: not enough memory to decode it; lower --max-pixels") from error
+    except Exception as error:  # what PIL raises for broken files is not limited to a few types
+        raise BadImage(name, _reason(error)) from error
+    if decoded.shape[1::-1] != size:
+        found = decoded.shape[1::-1]
+        raise BadImage(
+            name, f"holds {found[0]} x {found[1]} pixels, but its header says {size[0]} x {size[1]}"
         )
     return decoded
+
+
+def _header_size(name: str, file: BinaryIO) -> tuple[int, int]:
+    """Width and height. BadImage; OSError where the file system is to blame."""
+    try:
+        with Image.open(file) as image:
+            return _checked_size(name, image)
+    except UserError:
+        raise
+    except Exception as error:
+        if file_error(error):
+            raise
+        raise BadImage(name, _reason(error)) from error
+
+
+def _checked_size(name: str, image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    if _tiff_orientation(image) >= _FIRST_ON_ITS_SIDE:
+        width, height = height, width
+    if width * height > MAX_PIXELS:
+        raise BadImage(name, f"{width} x {height} pixels are more than the {MAX_PIXELS} that can be decoded")
+    if min(width, height) < 1:
+        raise BadImage(name, f"its header says {width} x {height} pixels")
+    return width, height
+
+
+def _changed(images: Images, image_id: int, size: tuple[int, int]) -> UserError:
+    return UserError(
+        f"{images.name(image_id)}: is {size[0]} x {size[1]} pixels now, but was "
+        f"{images.widths[image_id]} x {images.heights[image_id]} when the data set was opened; "
+        "leave files in use alone"
+    )
 
 
 def _as_stored(image: Image.Image) -> np.ndarray:
@@ -72,8 +136,9 @@ def _as_stored(image: Image.Image) -> np.ndarray:
 
 def _reason(error: Exception) -> str:
     """What PIL says, on one line and without the name of the file or the buffer."""
-    text = str(getattr(error, "strerror", None) or error) or type(error).__name__
-    return "no known image format" if text.startswith("cannot identify image file") else text.splitlines()[0]
+    lines = str(getattr(error, "strerror", None) or error).split("\n")
+    text = lines[0].strip() or type(error).__name__
+    return "no known image format" if text.startswith("cannot identify image file") else text
 
 
 def _tiff_orientation(image: Image.Image) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from hvd_lb.data.images import Dataset, Progress
+from hvd_lb.data.images import Dataset, OnBadImage, Progress
 from hvd_lb.data.index import Index, open_index
 from hvd_lb.data.listing import class_folders
+from hvd_lb.data.reading import retried
 from hvd_lb.errors import UserError
 
 _NAMED = 3  # how many classes a message names
@@ -33,14 +35,20 @@ class FolderImages:
         return len(self.labels)
 
     def read(self, ids: np.ndarray) -> list[np.ndarray]:
-        return [_file_bytes(self.name(int(image_id))) for image_id in ids]
+        paths = (self.name(int(image_id)) for image_id in ids)
+        return [retried(partial(np.fromfile, path, np.uint8), path) for path in paths]
 
     def name(self, image_id: int) -> str:
         return self._index.path(image_id if self._members is None else int(self._members[image_id]))
 
 
 def open_folder(
-    folder: Path, *, val_fraction: float | None = None, seed: int = 0, on_progress: Progress | None = None
+    folder: Path,
+    *,
+    val_fraction: float | None = None,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+    on_bad_image: OnBadImage = "fail",
 ) -> Dataset:
     """Of train/ and val/ in `folder`, or, with `val_fraction`, of train/ or the class folders in it alone."""
     inside = class_folders(folder)
@@ -57,7 +65,9 @@ def open_folder(
                 "hold out a tenth of one folder of class folders"
             )
         _same_classes(folder)
-        train, val = (_nonempty_index(folder / split, on_progress) for split in ("train", "val"))
+        train, val = (
+            _nonempty_index(folder / split, on_progress, on_bad_image) for split in ("train", "val")
+        )
         _every_class_trained(train, train.labels)
         return Dataset(name, FolderImages(train), FolderImages(val))
     if "val" in inside:
@@ -66,7 +76,8 @@ def open_folder(
         )
     if not 0 < val_fraction < 1:
         raise UserError(f"--val-fraction {val_fraction}: expected a number between 0 and 1")
-    index = _nonempty_index(folder / "train" if "train" in inside else folder, on_progress)
+    root = folder / "train" if "train" in inside else folder
+    index = _nonempty_index(root, on_progress, on_bad_image)
     held_out = hold_out(index, val_fraction, seed)
     if not held_out.any():
         raise UserError(
@@ -100,15 +111,8 @@ def hold_out(index: Index, fraction: float, seed: int) -> np.ndarray:
     return held_out
 
 
-def _file_bytes(path: str) -> np.ndarray:
-    try:
-        return np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); was it moved while in use?") from error
-
-
-def _nonempty_index(root: Path, on_progress: Progress | None) -> Index:
-    index = open_index(root, on_progress)
+def _nonempty_index(root: Path, on_progress: Progress | None, on_bad_image: OnBadImage) -> Index:
+    index = open_index(root, on_progress, on_bad_image)
     if not len(index.labels):
         raise UserError(f"{root}: holds no images; expected a folder of images for each class")
     return index

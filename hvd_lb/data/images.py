@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 Progress = Callable[[str, int, int], None]
 """Is told what is being done, how much of it is done, and of how much."""
+
+OnBadImage = Literal["fail", "skip"]
+"""What becomes of an image that cannot be decoded (docs/data.md, broken images)."""
 
 _CHUNK = 1 << 16
 
@@ -32,11 +35,11 @@ class Images(Protocol):
 
     @property
     def widths(self) -> np.ndarray:
-        """int32 (N,), pixels as stored: EXIF orientation is ignored."""
+        """int32 (N,), pixels as stored: EXIF orientation is ignored. 0 where the header is broken."""
 
     @property
     def heights(self) -> np.ndarray:
-        """int32 (N,), pixels as stored."""
+        """int32 (N,), pixels as stored. 0 where the header is broken."""
 
     @property
     def encoded(self) -> bool:
@@ -45,7 +48,10 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, ids: np.ndarray) -> list[np.ndarray]:
-        """uint8 arrays: (bytes,) when encoded, else (height, width, 3). UserError for what cannot be read."""
+        """uint8 arrays: (bytes,) when encoded, else (height, width, 3).
+
+        UserError for what cannot be read, also after some tries (`hvd_lb.data.reading`).
+        """
 
     def name(self, image_id: int) -> str:
         """The path or the like, for messages."""

@@ -16,6 +16,7 @@ from PIL import Image
 def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HVD_LB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HVD_LB_DATA", raising=False)
+    monkeypatch.setattr("hvd_lb.data.reading.RETRY_AFTER_SECONDS", (0.001, 0.002))
 
 
 @pytest.fixture

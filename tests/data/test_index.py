@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -109,10 +110,28 @@ def test_it_works_without_a_place_for_the_cache(
     assert len(open_index(folder).labels) == 305
 
 
-def test_nothing_is_cached_for_a_broken_folder(folder: Path) -> None:
+def test_broken_headers_are_refused_or_kept_without_a_size(folder: Path) -> None:
     (folder / "ant" / "0.png").write_text("broken")
-    with pytest.raises(UserError, match="ant/0.png"):
-        open_index(folder)
+    (folder / "bee" / "1.JPEG").write_bytes(b"")
+    for _ in range(2):  # made, and from the cache
+        with pytest.raises(UserError, match=r"ant/0.png: .* --on-bad-image skip \(2 such files in"):
+            open_index(folder)
+        index = open_index(folder, on_bad_image="skip")
+        assert index.broken == 2
+        broken = np.flatnonzero(index.widths == 0)
+        assert [Path(index.path(int(i))).name for i in broken] == ["0.png", "1.JPEG"]
+        assert (index.heights[broken] == 0).all()
+
+
+def test_a_header_that_the_file_system_does_not_give_is_no_broken_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("PIL.Image.open", fails)
+    with pytest.raises(UserError, match=r": cannot be read \(Input/output error, 3 times\)"):
+        open_index(folder, on_bad_image="skip")
     assert not cached()
 
 
