@@ -132,8 +132,9 @@ def _srun(places: Sequence[str], mpi: str, container: Container | None) -> list[
         *(word for name in _UNSET for word in ("-u", name)),
         *("srun", "--distribution=arbitrary", f"--nodelist={','.join(places)}"),
         *(f"--nodes={len(set(places))}", f"--ntasks={len(places)}"),
-        # Beside a task that the job may have already; all cores to each, whatever the site binds tasks to.
-        *("--overlap", "--cpu-bind=none", f"--mpi={mpi}", f"--export={','.join(_EXPORTED)}"),
+        # Beside a task that the job may have already, also with more GPUs than cores; all cores to each, whatever the
+        # site binds tasks to.
+        *("--overlap", "--overcommit", "--cpu-bind=none", f"--mpi={mpi}", f"--export={','.join(_EXPORTED)}"),
         *(container.options() if container else []),
     ]
 

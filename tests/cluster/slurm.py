@@ -55,6 +55,8 @@ def slurm(controller: Host, nodes: Mapping[Host, int]) -> Iterator[Cluster]:
     folder = controller.folder.parent / "slurm"
     folder.mkdir()
     (folder / "slurm.conf").write_text(_configuration(controller, nodes, folder))
+    # Each host's own: in what they share, one host would find another's folder in the way.
+    (folder / "mpi.conf").write_text("PMIxCliTmpDirBase=/dev/shm\n")
     (folder / "gres.conf").write_text(_pretended_gpus(nodes, folder))
     cluster = Cluster(controller, {"SLURM_CONF": f"{folder}/slurm.conf"}, folder)
     daemons = [controller.start(_munged(folder), stderr=subprocess.DEVNULL)]

@@ -1,17 +1,41 @@
-"""Jobs of a real Slurm: ranks started by srun without ssh, batch scripts, cancellation, loss of a node, preemption."""
+"""Jobs of a real Slurm: ranks started by srun without ssh; submitted, cancelled, out of time, preempted, nodes lost."""
+
+from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from hosts import lab
-from slurm import Cluster, slurm
+from hosts import Host, lab
+from real_runs import finish, trained_steps, until
+from slurm import Cluster, slurm, start_node
 
 ROOT = Path(__file__).parents[2]
-SLOTS = {"h1": 2, "h2": 1, "h3": 3}
+HVD_LB = [sys.executable, "-P", "-m", "hvd_lb_cli.main"]
+CORES = {"h1": 2, "h2": 2, "h3": 3}
+RECIPE = (
+    *("--data", "digits", "--device", "cpu", "--model", "resnet8", "--threads", "1", "--reproducible"),
+    *(
+        "--gpus",
+        "4",
+        "--per-gpu-batch",
+        "24",
+        "--epochs",
+        "12",
+        "--checkpoint-every",
+        "5steps",
+        "--log-every",
+        "1",
+    ),
+)
+STEPS = 8 * 14
+Submit = Callable[..., subprocess.Popen[str]]
 
 pytestmark = [
     pytest.mark.cluster,
@@ -19,8 +43,90 @@ pytestmark = [
     pytest.mark.skipif(find_spec("horovod") is None, reason="needs Horovod"),
 ]
 
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[list[Host]]:
+    with lab(["h0", *CORES]) as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def cluster(hosts: list[Host]) -> Iterator[Cluster]:
+    with slurm(hosts[0], {host: CORES[host.name] for host in hosts[1:]}) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def simulated(hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("simulated") / "run"
+    hosts[0].run([*HVD_LB, "simulate", *RECIPE, "--output", run], timeout=240)
+    return run
+
+
+@pytest.fixture
+def submit(cluster: Cluster) -> Iterator[Submit]:
+    """submit(RUN, …): `hvd-lb train --launcher slurm --submit` on the head node; its jobs end with the test."""
+    started = []
+
+    def start(run: Path, *options: object) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        where = ("--launcher", "slurm", "--submit", "--per-node", 2, "--slurm-time", 30)
+        process = cluster.controller.start(
+            [*HVD_LB, "train", *RECIPE, *where, *options, "--output", run],
+            env=cluster.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    cluster.run(["scancel", "--user=root"])
+    for process in started:
+        process.kill()
+        process.communicate()
+    idle(cluster)
+
+
+def idle(cluster: Cluster) -> None:
+    until(lambda: not cluster.run(["squeue", "--noheader"]).stdout, 60, every=0.3)
+
+
+def batch(cluster: Cluster, script: str, folder: Path, *options: object) -> str:
+    """What a batch script wrote, once the job has ended."""
+    log = folder / "log"
+    command = ["sbatch", "--parsable", f"--output={log}", *options]
+    job = cluster.run(command, input=script, env={"PYTHONPATH": str(ROOT), "SECRET": "geheim"}).stdout.strip()
+    until(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), every=0.3)
+    return log.read_text()
+
+
+def job_of(cluster: Cluster, run: Path) -> str:
+    """The number of the job that has that run's folder's name, once it is there."""
+    command = ["squeue", "--noheader", f"--name={run.name}", "--format=%i"]
+    until(lambda: cluster.run(command).stdout, 30)
+    return cluster.run(command).stdout.strip()
+
+
+def restarted(cluster: Cluster, job: str, restarts: int) -> None:
+    """Wait until it is back in the queue, and let it begin at once: Slurm would wait for two minutes."""
+
+    def queued() -> bool:
+        state = cluster.job(job)
+        return (state["JobState"], state["Restarts"]) == ("PENDING", str(restarts))
+
+    until(queued, 120, every=0.3)
+    cluster.run(["scontrol", "update", f"job={job}", "StartTime=now"])
+
+
+def assert_same(host: Host, *runs: Path) -> None:
+    said = host.run([*HVD_LB, "compare", *runs], check=False).stdout
+    assert said.splitlines()[-1] == "bitwise identical", said
+
+
 LAUNCH = """
-import json, os, subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 from hvd_lb.launch.rendezvous import rendezvous
 from hvd_lb.launch.slurm import allocation, one_per_node, srun_command
@@ -42,25 +148,15 @@ from pathlib import Path
 sys.path.insert(0, ROOT)
 from hvd_lb.launch.slurm import rank_environment
 
+assert "SECRET" not in os.environ
 os.environ.update(json.loads(Path(__file__).with_suffix(".env").read_text()))
 os.environ.update(rank_environment(os.environ), HOROVOD_GLOO_IFACE="eth0")
 import torch, horovod.torch as hvd
 hvd.init()
 total = hvd.allreduce(torch.tensor([2.0 ** hvd.rank()]), op=hvd.Sum).item()
 ranks = [hvd.rank(), hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), hvd.cross_size()]
-print("REPLY", json.dumps([*ranks, socket.gethostname(), total, os.environ.get("CUDA_VISIBLE_DEVICES")]))
-assert "SECRET" not in os.environ
+print("REPLY", json.dumps([*ranks, socket.gethostname(), total]))
 """
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with lab(["h0", *SLOTS]) as (head, *nodes), slurm(head, {node: SLOTS[node.name] for node in nodes}) as it:
-        yield it
-
-
-def python(*lines: str) -> str:
-    return "#!/bin/sh\nexec " + " ".join(lines) + "\n"
 
 
 def said(text: str, word: str) -> list[object]:
@@ -68,27 +164,149 @@ def said(text: str, word: str) -> list[object]:
     return sorted(json.loads(line.partition(word)[2]) for line in text.splitlines() if line.startswith(word))
 
 
-def batch(cluster: Cluster, tmp_path: Path, script: str, *options: str, seconds: float = 90) -> str:
-    """What a batch script wrote, once the job has ended."""
-    log = tmp_path / "log"
-    environment = {"PYTHONPATH": str(ROOT), "SECRET": "geheim"}
-    command = ["sbatch", "--wait", f"--output={log}", *options]
-    cluster.run(command, input=script, env=environment, timeout=seconds, check=False)
-    return log.read_text()
-
-
 def test_ranks_fill_uneven_nodes_and_find_each_other_without_ssh(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "launch.py").write_text(LAUNCH)
     (tmp_path / "worker.py").write_text(WORKER.replace("ROOT", repr(str(ROOT))))
-    script = python(sys.executable, f"{tmp_path}/launch.py", "10.77.0.2", f"{tmp_path}/worker.py")
-    log = batch(cluster, tmp_path, script, "--nodes=3", "--ntasks=6")
-    nodes = [["h1", 2], ["h2", 1], ["h3", 3]]
-    assert said(log, "LAUNCH") == [[nodes, [f"question {name}" for name in SLOTS], 0]], log
+    script = f"#!/bin/sh\nexec {sys.executable} {tmp_path}/launch.py 10.77.0.2 {tmp_path}/worker.py\n"
+    log = batch(cluster, script, tmp_path, "--nodes=3", "--ntasks=7")
+    nodes = [["h1", 2], ["h2", 2], ["h3", 3]]
+    assert said(log, "LAUNCH") == [[nodes, [f"question {name}" for name in CORES], 0]], log
     assert said(log, "REPLY") == [
-        [0, 0, 2, 0, 3, "h1", 63.0, None],
-        [1, 1, 2, 0, 2, "h1", 63.0, None],
-        [2, 0, 1, 1, 3, "h2", 63.0, None],
-        [3, 0, 3, 2, 3, "h3", 63.0, None],
-        [4, 1, 3, 1, 2, "h3", 63.0, None],
-        [5, 2, 3, 0, 1, "h3", 63.0, None],
+        [0, 0, 2, 0, 3, "h1", 127.0],
+        [1, 1, 2, 0, 3, "h1", 127.0],
+        [2, 0, 2, 1, 3, "h2", 127.0],
+        [3, 1, 2, 1, 3, "h2", 127.0],
+        [4, 0, 3, 2, 3, "h3", 127.0],
+        [5, 1, 3, 2, 3, "h3", 127.0],
+        [6, 2, 3, 0, 1, "h3", 127.0],
     ], log
+
+
+SEEN = """#!/bin/sh
+exec {python} -c '
+import subprocess
+from hvd_lb.launch.slurm import allocation, srun_command
+seen = ["sh", "-c", "echo $SLURM_PROCID $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES"]
+subprocess.run(srun_command(allocation("auto"), seen), check=True)
+'
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--ntasks-per-node=2", "--gpus-per-node=2"),
+        ("--ntasks-per-node=1", "--gpus-per-node=2"),  # more GPUs than cores
+        # Slurm would show each task a GPU of its own, as number 0.
+        ("--ntasks-per-node=2", "--gpus-per-task=1"),
+    ],
+)
+def test_each_rank_sees_all_gpus_of_its_node(
+    cluster: Cluster, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    log = batch(cluster, SEEN.format(python=sys.executable), tmp_path, "--nodelist=h[1-2]", *options)
+    lines = sorted(line for line in log.splitlines() if not line.startswith("srun:"))
+    assert lines == ["0 h1 0,1", "1 h1 0,1", "2 h2 0,1", "3 h2 0,1"], log
+
+
+def test_a_cancelled_run_goes_on_and_one_out_of_time_puts_itself_back_into_the_queue(
+    cluster: Cluster, submit: Submit, simulated: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "story-one"
+    first = submit(run)
+    until(lambda: trained_steps(run) >= 8)
+    job = job_of(cluster, run)
+    cluster.run(["scancel", job])
+    out, _ = finish(first, 128 + signal.SIGTERM)
+    assert f"job {job} submitted" in out
+    assert "hosts: h1:2, h2:2 (Slurm job" in out
+    assert f"job {job}: cancelled" in out
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["exit_reason"] == "interrupted by SIGTERM"
+    stopped = summary["steps"]
+    assert (run / "checkpoints" / "last").resolve().name == f"step-{stopped:08}"
+
+    second = submit(run)
+    until(lambda: trained_steps(run) >= stopped + 8)
+    job = job_of(cluster, run)
+    # What Slurm does before the time limit, by the script's --signal.
+    cluster.run(["scancel", "--batch", "--signal=USR1", job])
+    restarted(cluster, job, 1)
+    out, _ = finish(second)
+    assert f"going on from step {stopped} " in out
+    assert out.count("going on from step") == 2
+    assert f"job {job}: completed, start 2" in out
+    assert trained_steps(run) == STEPS
+    assert_same(cluster.controller, simulated, run)
+
+
+def test_preempted_and_its_nodes_lost_a_run_ends_at_the_same_bits(
+    cluster: Cluster, hosts: list[Host], submit: Submit, simulated: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "story-two"
+    by_name = {host.name: host for host in hosts}
+    process = submit(run)
+    until(lambda: trained_steps(run) >= 8)
+    job = job_of(cluster, run)
+
+    urgent = "#!/bin/sh\nsleep 1\n"
+    cluster.run(
+        ["sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null"], input=urgent
+    )
+    restarted(cluster, job, 1)
+    preempted = trained_steps(run)
+    assert (run / "checkpoints" / "last").resolve().name == f"step-{preempted:08}"
+
+    until(lambda: trained_steps(run) >= preempted + 8)
+    assert cluster.job(job)["BatchHost"] == "h1"
+    by_name["h2"].cut()
+    restarted(cluster, job, 2)
+
+    until(lambda: cluster.job(job)["JobState"] == "RUNNING")
+    assert cluster.job(job)["NodeList"] == "h[1,3]"
+    lost = trained_steps(run)
+    until(lambda: trained_steps(run) >= lost + 8)
+    by_name["h2"].mend()
+    by_name["h1"].kill()  # where the script and rank 0 are
+    restarted(cluster, job, 3)
+
+    out, _ = finish(process)
+    assert cluster.job(job)["NodeList"] == "h[2-3]"
+    assert f"job {job}: completed, start 4" in out
+    assert trained_steps(run) == STEPS
+    assert_same(cluster.controller, simulated, run)
+    by_name["h1"].boot()
+    start_node(cluster, by_name["h1"])
+
+
+def test_what_cannot_be_submitted_is_said_in_one_line(
+    cluster: Cluster, submit: Submit, tmp_path: Path
+) -> None:
+    for options, reason in [
+        (("--slurm-partition", "nope"), "Invalid partition name specified"),
+        (("--slurm-constraint", "a b"), "Invalid feature specification"),
+        (("--sbatch", "--nodelist=nowhere"), "Invalid node name specified"),
+    ]:
+        _, err = finish(submit(tmp_path / "run", *options), 2)
+        assert "sbatch refuses the job: " in err
+        assert reason in err
+        assert err.count("\n") == 1
+
+
+def test_whoever_follows_a_job_may_leave_it_and_srun_is_not_for_hvd_lb(
+    cluster: Cluster, submit: Submit, tmp_path: Path
+) -> None:
+    run = tmp_path / "it's %j #1"
+    process = submit(run, "--sbatch", "--begin=now+1hour")
+    assert process.stdout is not None
+    assert "submitted" in process.stdout.readline()
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, _ = finish(process, 130)
+    assert "goes on." in out
+    job = cluster.run(["squeue", "--noheader", "--format=%i"]).stdout.strip()
+    assert f"scancel {job}" in out
+
+    wrong = ["srun", "--nodes=2", *HVD_LB, "train", *RECIPE, "--output", tmp_path / "none"]
+    assert "without srun" in cluster.run(wrong, check=False).stderr
+    assert not (tmp_path / "none").exists()
