@@ -29,7 +29,7 @@ _UNSET = (
     "SLURM_EXACT",
 )
 # What an interpreter needs before it reads the job's file, which holds the rest; SLURM_* go along in any case.
-_EXPORTED = ("HOME", "PATH", "LD_LIBRARY_PATH")
+_EXPORTED = ("HOME", "PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,8 @@ HVD_LB = [sys.executable, "-P", "-m", "hvd_lb_cli.main"]
 CORES = {"h1": 2, "h2": 2, "h3": 3}
 RECIPE = (
     *("--data", "digits", "--device", "cpu", "--model", "resnet8", "--threads", "1", "--reproducible"),
-    *(
-        "--gpus",
-        "4",
-        "--per-gpu-batch",
-        "24",
-        "--epochs",
-        "12",
-        "--checkpoint-every",
-        "5steps",
-        "--log-every",
-        "1",
-    ),
+    *("--gpus", "4", "--per-gpu-batch", "24", "--epochs", "8"),
+    *("--checkpoint-every", "5steps", "--log-every", "1"),
 )
 STEPS = 8 * 14
 Submit = Callable[..., subprocess.Popen[str]]
