@@ -9,13 +9,15 @@ from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from hvd_lb.data.imagenet import DEVKIT, ILSVRC2012, TRAIN_TAR, VAL_TAR, prepare_imagenet
+from hvd_lb_cli.lazy import LazyGroup
 
+_COMMANDS: dict[str, str] = {}
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
-@click.group()
+@click.group(cls=LazyGroup, lazy=_COMMANDS)
 def data() -> None:
-    """Prepare data sets."""
+    """Prepare data sets, and look at them."""
 
 
 @data.command(

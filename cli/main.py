@@ -4,42 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module, metadata
+from importlib import metadata
 
 import rich_click as click
 from click.exceptions import NoArgsIsHelpError
 
 from hvd_lb.errors import UserError
+from hvd_lb_cli.lazy import LazyGroup
 
 # Threads that wait for each other give up their core: on a shared machine, spinning ones made a step five times
 # slower. Read when torch is loaded, here and in the workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Imported when asked for: `hvd-lb --help` need not wait for torch.
 _COMMANDS = {
-    "train": "hvd_lb_cli.train",
-    "simulate": "hvd_lb_cli.simulate",
-    "compare": "hvd_lb_cli.compare",
-    "recipes": "hvd_lb_cli.recipes",
-    "data": "hvd_lb_cli.data",
-    "doctor": "hvd_lb_cli.doctor",
+    "train": "hvd_lb_cli.train:train",
+    "simulate": "hvd_lb_cli.simulate:simulate",
+    "compare": "hvd_lb_cli.compare:compare",
+    "recipes": "hvd_lb_cli.recipes:recipes",
+    "data": "hvd_lb_cli.data:data",
+    "doctor": "hvd_lb_cli.doctor:doctor",
 }
 
 
-class _Group(click.RichGroup):
-    """Finds its commands by name, each in a module of its own."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in _COMMANDS:
-            return None
-        command: click.Command = getattr(import_module(_COMMANDS[name]), name)
-        return command
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, lazy=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(metadata.version("hvd-lb"), prog_name="hvd-lb")
 def cli() -> None:
     """Train image models with very large minibatches on many GPUs, without losing accuracy.

@@ -1,0 +1,27 @@
+"""Command groups whose commands are imported when asked for: `hvd-lb --help` need not wait for torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import rich_click as click
+
+
+class LazyGroup(click.RichGroup):
+    """Finds commands by name in `lazy`, as "module:function"; commands added as usual come first."""
+
+    def __init__(self, *arguments: Any, lazy: Mapping[str, str], **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._lazy = lazy
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *self._lazy]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self._lazy:
+            return super().get_command(ctx, name)
+        module, _, function = self._lazy[name].partition(":")
+        command: click.Command = getattr(import_module(module), function)
+        return command
