@@ -97,3 +97,13 @@ def test_horovodrun_starts_a_job_over_both(hosts: list[Host], tmp_path: Path) ->
     out = hosts[0].run(command).stdout
     replies = sorted(line.partition("REPLY ")[2] for line in out.splitlines() if "REPLY" in line)
     assert replies == ["h1 0 3.0", "h2 1 3.0"]
+
+
+def test_a_link_is_slowed_down(hosts: list[Host]) -> None:
+    first, second = hosts
+    second.slow_down("8mbit")
+    first.known_hosts.unlink(missing_ok=True)
+    began = time.monotonic()
+    sent = first.run(ssh(22, "h2", "head", "-c", "2000000", "/dev/zero")).stdout
+    assert len(sent) == 2_000_000
+    assert time.monotonic() - began > 1.5
