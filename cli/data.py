@@ -11,7 +11,10 @@ from rich.progress import Progress, TimeRemainingColumn, TransferSpeedColumn
 from hvd_lb.data.imagenet import DEVKIT, ILSVRC2012, TRAIN_TAR, VAL_TAR, prepare_imagenet
 from hvd_lb_cli.lazy import LazyGroup
 
-_COMMANDS: dict[str, str] = {}
+_COMMANDS = {
+    "pack": "hvd_lb_cli.data_pack:pack_command",
+    "export": "hvd_lb_cli.data_export:export_command",
+}
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
