@@ -25,6 +25,10 @@ from hvd_lb.schedule import Rule, Schedule, Shape, Warmup
 
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 LoaderKind = Literal["dali", "torchvision"]
+OnBadImage = Literal["fail", "skip"]
+
+# A header may promise more pixels than any memory holds. Beyond MOST_PIXELS PIL does not open a file.
+MAX_PIXELS, MOST_PIXELS = 100_000_000, 178_956_970
 
 # The source of fields that were given on the command line.
 OPTIONS = "options"
@@ -105,6 +109,16 @@ class Recipe(BaseModel):
     mean: Colour = Field((0.485, 0.456, 0.406), description="Mean of the colours, 0 to 1.")
     std: Colour = Field((0.229, 0.224, 0.225), description="Standard deviation of the colours.")
     antialias: bool = Field(True, description="Smooth before shrinking images.")
+    # Free: a run that goes on with `skip` has met no bad image before.
+    on_bad_image: OnBadImage = _free(
+        "fail", "An image that cannot be decoded ends the run, or another one stands in (docs/data.md)."
+    )
+    max_bad_images: float = _free(
+        0.01, "With skip: more than this share of the images in an epoch ends the run.", ge=0, le=1
+    )
+    max_pixels: int = Field(
+        MAX_PIXELS, ge=1, le=MOST_PIXELS, description="An image of more pixels is not decoded, and so bad."
+    )
 
     # minibatch
     gpus: int = Field(1, ge=1, description="Virtual workers k; the minibatch is k × per-gpu-batch.")

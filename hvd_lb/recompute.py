@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from hvd_lb.data.images import Images
-from hvd_lb.plan.augment import Microbatch, RandomWindows
+from hvd_lb.data.stand_in import sizes
+from hvd_lb.plan.augment import Microbatch, Place, RandomWindows
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.plan.shuffle import Permutation
@@ -27,14 +29,15 @@ class Recomputation:
         self._seed = generator_seed(recipe.seed, 3)
         self._windows = replace(windows, seed=self._seed)
 
-    def microbatches(self, step: int, numbers: Iterable[int]) -> Iterator[Microbatch]:
-        """Those of these numbers, for an evaluation after `step` steps."""
+    def microbatches(self, epoch: int, step: int, numbers: Iterable[int]) -> Iterator[Microbatch]:
+        """Those of these numbers, for an evaluation after `step` steps, the last of them in `epoch`."""
         order = Permutation(len(self._train), self._seed, step)
+        draw = partial(self._windows.windows, step)
         for number in numbers:
             positions = hosted(number, self.count, self.images)
             ids = order.slice(positions.start, positions.stop)
-            widths, heights = self._train.widths[ids], self._train.heights[ids]
-            yield Microbatch(ids, self._windows.windows(step, ids, widths, heights))
+            place = Place("recompute_bn", epoch, step - 1, number)
+            yield Microbatch(ids, draw(ids, *sizes(self._train, ids)), place, draw)
 
     def seed(self, step: int, number: int) -> int:
         """Of what the model draws (dropout) in one of them."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hvd_lb.data import Dataset, default_data, open_dataset
+from hvd_lb.data.decode import refuse_large
 from hvd_lb.errors import UserError
 from hvd_lb.models import check_input, check_model_name, has_batch_norm
 from hvd_lb.plan.samples import SamplePlan
@@ -58,7 +59,10 @@ def resolve(
     given = check_options(options, recipe)
     spec = data_spec(options, given, fallback_data)
     val_fraction = options.get("val_fraction", given.get("val_fraction"))
-    dataset = open_dataset(spec, val_fraction=val_fraction, on_progress=on_progress)
+    on_bad_image = options.get("on_bad_image", given.get("on_bad_image", "fail"))
+    dataset = open_dataset(
+        spec, val_fraction=val_fraction, on_progress=on_progress, on_bad_image=on_bad_image
+    )
     if recipe:
         preset, why = recipe, "as asked for"
     else:
@@ -77,6 +81,9 @@ def resolve(
             f"--num-classes {resolved.num_classes}, but {dataset.name} has {len(dataset.train.classes)} classes: "
             "expected at least as many"
         )
+    if resolved.on_bad_image == "fail":
+        for split in (dataset.train, dataset.val):
+            refuse_large(split, resolved.max_pixels)
     plan = sample_plan(resolved, dataset)
     _check_recompute_bn(resolved, plan)
     check_input(

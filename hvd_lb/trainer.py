@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -16,18 +16,20 @@ from typing import Any, Protocol
 
 import torch
 
+from hvd_lb.bad_images import BadImages
 from hvd_lb.batchnorm import ReproducibleStatistics, allow_single_values, running_statistics
 from hvd_lb.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore
 from hvd_lb.clock import StepClock, Timer
 from hvd_lb.data import Dataset
 from hvd_lb.data.loader import Loader, Pixels, open_loader
+from hvd_lb.data.stand_in import sizes
 from hvd_lb.errors import UserError
 from hvd_lb.evaluate import Evaluation, Evaluator
 from hvd_lb.fixed_point import FixedPointOverflow
 from hvd_lb.models import build_model, sum_loss
 from hvd_lb.optim import SGD, DistributedOptimizer, parameter_groups
 from hvd_lb.optim.state import flatten_state, restore_state
-from hvd_lb.plan.augment import CentreWindows, Microbatch, RandomWindows
+from hvd_lb.plan.augment import CentreWindows, Microbatch, Place, RandomWindows
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.plan.samples import SamplePlan
@@ -58,6 +60,9 @@ class Observer(Protocol):
 
     def repeat(self, record: dict[str, Any]) -> None:
         """A step is taken again, and why."""
+
+    def bad_images(self, records: Sequence[dict[str, Any]]) -> None:
+        """Images of a step, or of a pass after it, that could not be decoded, and what was used instead."""
 
     def microbatch(self, step: int, done: int, of: int) -> None:
         """`done` of this process's `of` microbatches of step `step` have gone through."""
@@ -143,6 +148,7 @@ class Trainer:
         # A sum for each virtual worker, 0 for those of other processes: what is added up does not depend on p.
         self.losses = torch.zeros(recipe.gpus, dtype=torch.float64, device=device)
         self.loss_images = 0
+        self.bad_images = BadImages.of(recipe, world, observer.bad_images)
         self.best_error = math.inf
         self.last_evaluation: Evaluation | None = None
         state = self._load(checkpoint) if checkpoint else {}
@@ -200,6 +206,7 @@ class Trainer:
         epoch_step = self.step % self.plan.steps_per_epoch
         workers = self._workers_with_images(epoch_step)
         losses: dict[int, torch.Tensor] = {}
+        self.bad_images.discard()
         for done, worker in enumerate(workers, start=1):
             images, labels = next(batches)
             seed = generator_seed(self.recipe.seed, 1, self.step, worker)
@@ -214,10 +221,13 @@ class Trainer:
         # Beside the gradients, this exchange costs no time of its own.
         wishes = torch.tensor([self.stop_requested(), self.save_due()])
         wished = self.world.maximum_async(wishes, "hvd_lb.wishes")
+        counting = self.bad_images.count()
         try:
             self._synchronize(global_images)
         finally:
             stop, save = wished.wait().tolist()
+            if counting:
+                counting.wait()
         self.optimizer.steps = self.step
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -227,6 +237,7 @@ class Trainer:
             self.losses[worker] += loss
         self.loss_images += global_images
         self.step += 1
+        self.bad_images.settle_step(counting, first=epoch_step == 0, images=len(self.dataset.train))
         self.stopped_by = stop
         return bool(stop or save)
 
@@ -254,12 +265,13 @@ class Trainer:
 
     def microbatches(self) -> Iterator[Microbatch]:
         """What this process's virtual workers see from the present step to the end."""
-        train = self.dataset.train
         for step in range(self.step, self.end):
             epoch, epoch_step = divmod(step, self.plan.steps_per_epoch)
+            draw = partial(self.windows.windows, epoch)
             for worker in self._workers_with_images(epoch_step):
                 ids = self.plan.image_ids(epoch, epoch_step, worker)
-                yield Microbatch(ids, self.windows.windows(epoch, ids, train.widths[ids], train.heights[ids]))
+                place = Place("train", epoch, step, worker)
+                yield Microbatch(ids, draw(ids, *sizes(self.dataset.train, ids)), place, draw)
 
     def _workers_with_images(self, epoch_step: int) -> list[int]:
         return [worker for worker in self.workers if len(self.plan.positions(epoch_step, worker))]
@@ -277,6 +289,8 @@ class Trainer:
             batch_size=self.recipe.per_gpu_batch,
             device=self.device,
             threads=self.threads,
+            max_pixels=self.recipe.max_pixels,
+            tell=self.bad_images.teller,
         )
 
     def kernels(self) -> AbstractContextManager[None]:
@@ -328,7 +342,8 @@ class Trainer:
         """Makes batch norm's statistics the mean over the images of `recompute_bn` with the weights as they are."""
         anew, full = self.recomputation, self.recipe.per_gpu_batch
         mine = hosted(self.world.rank, self.world.size, anew.count)
-        with self._open(anew.microbatches(self.step, mine)) as loader:
+        epoch = self._position()["epoch"]
+        with self._open(anew.microbatches(epoch, self.step, mine)) as loader:
             for number, (images, _) in zip(mine, loader, strict=True):
                 self._forward(images, anew.seed(self.step, number))
                 self.statistics.after_forward(len(images) / full)
@@ -336,9 +351,11 @@ class Trainer:
             self.statistics.synchronize()
         except FixedPointOverflow:
             self.statistics.discard()
+            self.bad_images.discard()
             self._recompute_statistics()
         else:
             self.statistics.replace(anew.images / full)
+            self.bad_images.settle(self.bad_images.count())
 
     def _evaluate(self) -> None:
         if self.recomputation.images:
@@ -354,9 +371,12 @@ class Trainer:
             device=self.device,
             dtype=self.dtype,
             memory_format=self.memory_format,
+            max_pixels=self.recipe.max_pixels,
+            bad_images=self.bad_images,
         )
         self.model.eval()
-        self.last_evaluation = evaluator(self.forward, self.world, self.autocast())
+        place = Place("eval", **self._position(), number=0)
+        self.last_evaluation = evaluator(self.forward, self.world, self.autocast(), place)
         self.model.train()
         if self.world.rank == 0:
             self.observer.evaluation({**self._position(), **asdict(self.last_evaluation)})
@@ -383,6 +403,7 @@ class Trainer:
             "optimizer": skeleton,
             "scaler": self.scaler.state_dict(),
             "loss_images": self.loss_images,
+            "bad_images": self.bad_images.in_epoch,
             "best_error": self.best_error if math.isfinite(self.best_error) else None,
             "evaluation": asdict(self.last_evaluation) if self.last_evaluation else None,
         }
@@ -418,6 +439,7 @@ class Trainer:
         own = slice(self.workers.start, self.workers.stop)
         self.losses[own] = tensors[_LOSSES][own].to(self.device)
         self.loss_images = state["loss_images"]
+        self.bad_images.in_epoch = state.get("bad_images", 0)
         self.best_error = math.inf if state["best_error"] is None else state["best_error"]
         self.last_evaluation = Evaluation(**state["evaluation"]) if state["evaluation"] else None
         return state

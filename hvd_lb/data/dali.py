@@ -3,11 +3,16 @@
 One iteration of the pipeline is one microbatch: on GPUs the share decoded by hardware depends on the batch,
 so the pixels of a microbatch would else depend on its neighbours. None of DALI's own randomness, shuffling or
 sharding is used. On CUDA the JPEGs are decoded there ("mixed"); it is the same pipeline.
+
+One image that DALI cannot decode costs it the batches under way and the pipeline. DALI does not always tell which one
+it was, so the images of the batch are decoded one by one, with their windows; then a new pipeline starts over with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,11 +20,11 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
-from hvd_lb.data.decode import decode_image
+from hvd_lb.data.decode import BadImage, decode_image
 from hvd_lb.data.images import Images
-from hvd_lb.data.loader import Batch, Decode, Pixels, RawBatch
+from hvd_lb.data.loader import Decode, Decoded, Pixels
+from hvd_lb.data.stand_in import Mend, RawBatch
 from hvd_lb.errors import UserError
-from hvd_lb.plan.augment import Microbatch, Windows
 
 _PREFETCH = 2
 
@@ -27,8 +32,11 @@ _PREFETCH = 2
 def dali_decoder(pixels: Pixels, batch_size: int, device: torch.device, threads: int) -> Decode:
     """Decodes on `device` with `threads` CPU threads."""
 
-    def decode(images: Images, batches: Iterator[RawBatch]) -> Iterator[Batch]:
-        feed = _Feed(batches)
+    def decode(images: Images, batches: Iterator[RawBatch], mend: Mend) -> Iterator[Decoded]:
+        def trial(one: RawBatch) -> BadImage | None:
+            return _trial(images, one, pixels, device)
+
+        feed = _Feed(batches, lambda batch, bad: mend(batch, bad, trial))
         pipeline = _pipeline(feed, images.encoded, pixels, batch_size, device, threads)
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         while True:
@@ -39,8 +47,11 @@ def dali_decoder(pixels: Pixels, batch_size: int, device: torch.device, threads:
             except RuntimeError as error:
                 if not feed.in_flight:  # the pipeline itself could not be made
                     raise
-                raise _blame(images, feed.in_flight[0], pixels, error) from error
-            batch = feed.in_flight.pop(0)
+                feed.in_flight[0] = mend(*_blame(images, feed.in_flight[0], trial, error), trial)
+                feed.rewind()
+                pipeline = _pipeline(feed, images.encoded, pixels, batch_size, device, threads)
+                continue
+            batch = feed.in_flight.popleft()
             y = torch.from_numpy(images.labels[batch.microbatch.image_ids])
             # No copy on the CPU: DALI's dynamic executor recycles no output while a tensor refers to it.
             x = torch.from_dlpack(output.as_tensor())
@@ -50,7 +61,7 @@ def dali_decoder(pixels: Pixels, batch_size: int, device: torch.device, threads:
                 with torch.cuda.stream(stream):
                     x, y = x.clone(), y.to(device)
                 stream.synchronize()
-            yield x, y
+            yield Decoded(x, y, batch.stand_ins)
         if feed.failure is not None:
             raise feed.failure
 
@@ -60,24 +71,40 @@ def dali_decoder(pixels: Pixels, batch_size: int, device: torch.device, threads:
 class _Feed:
     """Gives the pipeline its inputs; what the reading raises waits until the batches before it are out."""
 
-    def __init__(self, batches: Iterator[RawBatch]) -> None:
-        self._batches = batches
-        self.in_flight: list[RawBatch] = []
+    def __init__(
+        self, batches: Iterator[RawBatch], mend: Callable[[RawBatch, dict[int, BadImage]], RawBatch]
+    ) -> None:
+        self._batches, self._mend = batches, mend
+        self._again: deque[RawBatch] = deque()
+        self.in_flight: deque[RawBatch] = deque()
         self.failure: Exception | None = None
 
+    def rewind(self) -> None:
+        """What is in flight is given to the next pipeline again."""
+        self._again.extendleft(reversed(self.in_flight))
+        self.in_flight.clear()
+
     def __call__(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+        batch = self._again.popleft() if self._again else self._next()
+        self.in_flight.append(batch)
+        windows = batch.microbatch.windows
+        anchor = np.stack([windows.x, windows.y], axis=1)
+        shape = np.stack([windows.width, windows.height], axis=1)
+        data = [content for content in batch.data if not isinstance(content, BadImage)]
+        return data, anchor, shape, windows.flip.astype(np.int32)
+
+    def _next(self) -> RawBatch:
+        if self.failure is not None:
+            raise StopIteration
         try:
             batch = next(self._batches)
+            bad = batch.bad()
+            return self._mend(batch, bad) if bad else batch
         except StopIteration:
             raise
         except Exception as error:
             self.failure = error
             raise StopIteration from error
-        self.in_flight.append(batch)
-        windows = batch.microbatch.windows
-        anchor = np.stack([windows.x, windows.y], axis=1)
-        shape = np.stack([windows.width, windows.height], axis=1)
-        return batch.data, anchor, shape, windows.flip.astype(np.int32)
 
 
 def _pipeline(
@@ -127,25 +154,43 @@ def _pipeline(
     return pipeline
 
 
-def _blame(images: Images, batch: RawBatch, pixels: Pixels, error: RuntimeError) -> UserError:
-    """Names the image at fault. DALI itself names none of some kinds, so the batch is decoded one by one."""
-    ids = [int(image_id) for image_id in batch.microbatch.image_ids]
-    for image_id, content in zip(ids, batch.data, strict=True):
-        if images.encoded:
-            try:
-                decode_image(images, image_id, content)
-            except UserError as found:
-                return found
-    for index, image_id in enumerate(ids):
-        alone = _Feed(iter([_single(batch, index)]))
+def _blame(
+    images: Images, batch: RawBatch, trial: Callable[[RawBatch], BadImage | None], error: RuntimeError
+) -> tuple[RawBatch, dict[int, BadImage]]:
+    """The batch and which of its images fail alone, too. UserError where none does."""
+    tried = ((position, trial(batch.single(position))) for position in range(len(batch.data)))
+    bad = {position: found for position, found in tried if found is not None}
+    if not bad:
+        first = images.name(int(batch.microbatch.image_ids[0]))
+        raise UserError(
+            f"DALI failed on {first} and the {len(batch.data) - 1} after it: {_cause(error)}"
+        ) from error
+    return batch, bad
+
+
+def _trial(images: Images, one: RawBatch, pixels: Pixels, device: torch.device) -> BadImage | None:
+    """What is wrong with the one image of this batch. UserError where it is the machine that failed."""
+    alone = _Feed(iter([one]), lambda batch, bad: batch)
+    try:
+        _pipeline(alone, images.encoded, pixels, 1, device, 1).run()
+    except RuntimeError as error:
+        cause = _cause(error)
+        if not images.encoded or re.search("alloc|memory|CUDA", cause):
+            name = images.name(int(one.microbatch.image_ids[0]))
+            raise UserError(f"DALI failed on {name}: {cause}") from error
+        return _reason(images, one, cause)
+    return None
+
+
+def _reason(images: Images, one: RawBatch, cause: str) -> BadImage:
+    """Why DALI cannot decode an image: in PIL's words where PIL cannot either, as DALI's are less clear."""
+    image_id, (content,) = int(one.microbatch.image_ids[0]), one.data
+    if not isinstance(content, BadImage):
         try:
-            _pipeline(alone, images.encoded, pixels, 1, torch.device("cpu"), 1).run()
-        except RuntimeError as reason:
-            return UserError(
-                f"{images.name(image_id)}: DALI cannot decode it, PIL can ({_cause(reason)}); "
-                "convert it, or use --loader torchvision"
-            )
-    return UserError(f"DALI failed on {images.name(ids[0])} and the {len(ids) - 1} after it: {_cause(error)}")
+            decode_image(images, image_id, content)
+        except BadImage as bad:
+            return bad
+    return BadImage(images.name(image_id), f"by DALI, though PIL can: {cause}")
 
 
 def _cause(error: RuntimeError) -> str:
@@ -153,18 +198,4 @@ def _cause(error: RuntimeError) -> str:
     _, _, after = str(error).partition("encountered:")
     return next(
         (line.strip() for line in (after or str(error)).splitlines() if line.strip()), "no reason given"
-    )
-
-
-def _single(batch: RawBatch, index: int) -> RawBatch:
-    windows = batch.microbatch.windows
-    one = slice(index, index + 1)
-    return RawBatch(
-        Microbatch(
-            batch.microbatch.image_ids[one],
-            Windows(
-                windows.x[one], windows.y[one], windows.width[one], windows.height[one], windows.flip[one]
-            ),
-        ),
-        batch.data[one],
     )

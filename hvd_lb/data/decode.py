@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from typing import BinaryIO
 
 import numpy as np
@@ -11,9 +12,10 @@ from PIL import ExifTags, Image
 from hvd_lb.data.images import Images
 from hvd_lb.data.reading import file_error, retried
 from hvd_lb.errors import UserError
+from hvd_lb.recipe import MAX_PIXELS, MOST_PIXELS
 
-# A header may promise more pixels than any memory holds; this is where PIL, too, refuses to open a file.
-MAX_PIXELS = 178_956_970
+# Of what is bounded here anyway, by `max_pixels`.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # PIL turns TIFF images, and only those, by their orientation; this turns them back.
 _TURN_BACK = {
@@ -26,6 +28,7 @@ _TURN_BACK = {
     8: Image.Transpose.ROTATE_270,
 }
 _FIRST_ON_ITS_SIDE = 5
+_CHUNK = 1 << 16
 
 
 class BadImage(UserError):
@@ -34,8 +37,8 @@ class BadImage(UserError):
     Never raised for what the file system, the memory or a change of the file is to blame for.
     """
 
-    def __init__(self, name: str, reason: str, more: str = "") -> None:
-        super().__init__(f"{name}: cannot be decoded ({reason}){more}; mend or remove it")
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: cannot be decoded ({reason}); mend or remove it")
         self.name, self.reason = name, reason
 
 
@@ -59,11 +62,18 @@ def check_header(images: Images, image_id: int, content: np.ndarray, max_pixels:
     """
     width, height = int(images.widths[image_id]), int(images.heights[image_id])
     if width * height > max_pixels:
-        raise BadImage(
-            images.name(image_id), f"{width} x {height} pixels are more than the {max_pixels} allowed"
-        )
+        raise _too_large(images, image_id, max_pixels)
     if not width:
         raise _changed(images, image_id, _header_size(images.name(image_id), io.BytesIO(content.tobytes())))
+
+
+def refuse_large(images: Images, max_pixels: int) -> None:
+    """BadImage, the first of those with more than `max_pixels` pixels."""
+    for start in range(0, len(images), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        large = images.widths[chunk].astype(np.int64) * images.heights[chunk] > max_pixels
+        if large.any():
+            raise _too_large(images, start + int(large.argmax()), max_pixels)
 
 
 def decode_image(images: Images, image_id: int, content: np.ndarray) -> np.ndarray:
@@ -109,11 +119,16 @@ def _checked_size(name: str, image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     if _tiff_orientation(image) >= _FIRST_ON_ITS_SIDE:
         width, height = height, width
-    if width * height > MAX_PIXELS:
-        raise BadImage(name, f"{width} x {height} pixels are more than the {MAX_PIXELS} that can be decoded")
+    if width * height > MOST_PIXELS:
+        raise BadImage(name, f"{width} x {height} pixels are more than the {MOST_PIXELS} that can be decoded")
     if min(width, height) < 1:
         raise BadImage(name, f"its header says {width} x {height} pixels")
     return width, height
+
+
+def _too_large(images: Images, image_id: int, max_pixels: int) -> BadImage:
+    size = f"{images.widths[image_id]} x {images.heights[image_id]} pixels"
+    return BadImage(images.name(image_id), f"{size} are more than the {max_pixels} of --max-pixels")
 
 
 def _changed(images: Images, image_id: int, size: tuple[int, int]) -> UserError:

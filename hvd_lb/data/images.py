@@ -9,15 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from hvd_lb.recipe import OnBadImage as OnBadImage
+
 Progress = Callable[[str, int, int], None]
 """Is told what is being done, how much of it is done, and of how much."""
-
-OnBadImage = Literal["fail", "skip"]
-"""What becomes of an image that cannot be decoded (docs/data.md, broken images)."""
 
 _CHUNK = 1 << 16
 

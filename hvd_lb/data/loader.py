@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 
+from hvd_lb.data.decode import BadImage, check_header
 from hvd_lb.data.images import Images
-from hvd_lb.data.plain import read_plain
+from hvd_lb.data.plain import as_plain
 from hvd_lb.data.readahead import ReadAhead
+from hvd_lb.data.stand_in import Content, Mend, RawBatch, StandIn, Substitute, Tell, refuse
 from hvd_lb.plan.augment import Microbatch
+from hvd_lb.recipe import MAX_PIXELS
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -39,18 +42,18 @@ class Pixels:
     antialias: bool
 
 
-@dataclass(frozen=True)
-class RawBatch:
-    """A microbatch and what was read for it: one uint8 array an image, as `Images.read` and `read_plain` give them."""
+class Decoded(NamedTuple):
+    """The tensors of a microbatch, and which of its images are stand-ins."""
 
-    microbatch: Microbatch
-    data: list[np.ndarray]
+    x: torch.Tensor
+    y: torch.Tensor
+    stand_ins: tuple[StandIn, ...]
 
 
 class Loader(Protocol):
     """Iterates (x float32 (b, 3, S, S) contiguous, y int64 (b,)) on the device, in the microbatches' order.
 
-    Also a context manager. UserError for an image that cannot be read or decoded.
+    Also a context manager. UserError for an image that cannot be read, or cannot be decoded and not be replaced.
     """
 
     @property
@@ -70,16 +73,22 @@ class Loader(Protocol):
     ) -> None: ...
 
 
-Decode = Callable[[Images, Iterator[RawBatch]], Iterator[Batch]]
+Decode = Callable[[Images, Iterator[RawBatch], Mend], Iterator[Decoded]]
 """Turns what was read into tensors on the device, in order; one generator a loader."""
+
+Prepare = Callable[[Images, int, np.ndarray], np.ndarray]
+"""Makes of an image file's bytes what the decoder takes; BadImage where it is found out that they are broken."""
 
 
 class ThreadedLoader:
     """The Loader around a decoding generator; see the module's docstring."""
 
-    def __init__(self, images: Images, batches: Iterator[RawBatch], decode: Decode) -> None:
+    def __init__(
+        self, images: Images, batches: Iterator[RawBatch], decode: Decode, mend: Mend, tell: Tell
+    ) -> None:
+        self._tell = tell
         self._read = ReadAhead(batches, _READ_DEPTH, "hvd-lb read")
-        self._ready = ReadAhead(decode(images, self._read), _READY_DEPTH, "hvd-lb decode")
+        self._ready = ReadAhead(decode(images, self._read, mend), _READY_DEPTH, "hvd-lb decode")
         self._close = weakref.finalize(self, _close, self._read, self._ready)  # also when it is just dropped
         # Before the interpreter ends, and before DALI's own exit function, registered earlier, pulls its pipelines
         # from under a running thread.
@@ -93,7 +102,9 @@ class ThreadedLoader:
         return self
 
     def __next__(self) -> Batch:
-        x, y = next(self._ready)
+        x, y, stand_ins = next(self._ready)
+        if stand_ins:
+            self._tell(stand_ins)
         if x.is_cuda:
             # Made on the decoding thread's stream, which has been waited for; from here on the consumer's.
             stream = torch.cuda.current_stream(x.device)
@@ -123,24 +134,60 @@ def open_loader(
     batch_size: int,
     device: torch.device,
     threads: int,
+    max_pixels: int = MAX_PIXELS,
+    tell: Tell | None = None,
 ) -> Loader:
-    """A loader of `kind` for microbatches of at most `batch_size` images, decoding with `threads` threads."""
+    """A loader of `kind` for microbatches of at most `batch_size` images, decoding with `threads` threads.
+
+    An image that cannot be decoded, or has more than `max_pixels` pixels, is an error. Where it is given `tell`,
+    another image stands in: it is told of stand-ins right before the consumer gets the microbatch with them.
+    """
     if threads < 1 or batch_size < 1:
         raise ValueError(f"threads={threads}, batch_size={batch_size}: expected positive numbers")
     if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())  # this thread's, not the decoding one's
-    read: Callable[[np.ndarray], list[np.ndarray]]
+    prepare: Prepare
     # Imported when chosen: DALI exists for fewer platforms than torchvision.
     if kind == "dali":
         from hvd_lb.data.dali import dali_decoder as decoder
 
-        read = partial(read_plain, images)
+        prepare = as_plain
     else:
         from hvd_lb.data.torch_loader import torchvision_decoder as decoder
 
-        read = images.read
+        prepare = _as_it_is
+    read = partial(_contents, images, prepare, max_pixels)
+    mend: Mend = Substitute(images, read) if tell else refuse
     batches = _read(read, microbatches, batch_size, threads)
-    return ThreadedLoader(images, batches, decoder(pixels, batch_size, device, threads))
+    decode = decoder(pixels, batch_size, device, threads)
+    return ThreadedLoader(images, batches, decode, mend, tell or _nobody)
+
+
+def _nobody(stand_ins: Sequence[StandIn]) -> None:
+    pass
+
+
+def _as_it_is(images: Images, image_id: int, content: np.ndarray) -> np.ndarray:
+    return content
+
+
+def _contents(images: Images, prepare: Prepare, max_pixels: int, ids: np.ndarray) -> list[Content]:
+    return [
+        _content(images, prepare, max_pixels, image_id, content)
+        for image_id, content in zip(ids.tolist(), images.read(ids), strict=True)
+    ]
+
+
+def _content(
+    images: Images, prepare: Prepare, max_pixels: int, image_id: int, content: np.ndarray
+) -> Content:
+    if not images.encoded:
+        return content
+    try:
+        check_header(images, image_id, content, max_pixels)
+        return prepare(images, image_id, content)
+    except BadImage as bad:
+        return bad
 
 
 def _close(*stages: ReadAhead) -> None:
@@ -150,7 +197,7 @@ def _close(*stages: ReadAhead) -> None:
 
 
 def _read(
-    read: Callable[[np.ndarray], list[np.ndarray]],
+    read: Callable[[np.ndarray], list[Content]],
     microbatches: Iterable[Microbatch],
     batch_size: int,
     threads: int,

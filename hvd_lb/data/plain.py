@@ -19,12 +19,13 @@ _SHORTEST = 30
 _BASELINE, _PROGRESSIVE = 0xC0, 0xC2
 
 
-def read_plain(images: Images, ids: np.ndarray) -> list[np.ndarray]:
-    """As `images.read`, but of encoded images only what DALI decodes as PIL does. UserError: cannot be decoded."""
-    contents = images.read(ids)
-    if not images.encoded:
-        return contents
-    return [_plain(images, int(image_id), content) for image_id, content in zip(ids, contents, strict=True)]
+def as_plain(images: Images, image_id: int, content: np.ndarray) -> np.ndarray:
+    """Of an image file's bytes only what DALI decodes as PIL does. BadImage; UserError as `decode_image`."""
+    if plain_size(content) == (images.widths[image_id], images.heights[image_id]):
+        return content
+    pixels = decode_image(images, image_id, content)
+    header = b"P6 %d %d 255\n" % pixels.shape[1::-1]
+    return np.concatenate([np.frombuffer(header, np.uint8), pixels.ravel()])
 
 
 def plain_size(content: np.ndarray) -> tuple[int, int] | None:
@@ -39,14 +40,6 @@ def plain_size(content: np.ndarray) -> tuple[int, int] | None:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and int.from_bytes(data[4:8], "little") == len(data) - 8:
         return _webp_size(data)
     return None
-
-
-def _plain(images: Images, image_id: int, content: np.ndarray) -> np.ndarray:
-    if plain_size(content) == (images.widths[image_id], images.heights[image_id]):
-        return content
-    pixels = decode_image(images, image_id, content)
-    header = b"P6 %d %d 255\n" % pixels.shape[1::-1]
-    return np.concatenate([np.frombuffer(header, np.uint8), pixels.ravel()])
 
 
 def _jpeg_size(data: memoryview) -> tuple[int, int] | None:

@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torchvision.transforms.v2 import functional as F  # noqa: N812 (its name everywhere)
 
-from hvd_lb.data.decode import decode_image
+from hvd_lb.data.decode import BadImage, decode_image
 from hvd_lb.data.images import Images
-from hvd_lb.data.loader import Batch, Decode, Pixels, RawBatch
+from hvd_lb.data.loader import Decode, Decoded, Pixels
+from hvd_lb.data.stand_in import Mend, RawBatch
 
 
 def torchvision_decoder(pixels: Pixels, batch_size: int, device: torch.device, threads: int) -> Decode:
@@ -26,28 +27,44 @@ def torchvision_decoder(pixels: Pixels, batch_size: int, device: torch.device, t
         for of in (pixels.mean, pixels.std)
     )
 
-    def decode(images: Images, batches: Iterator[RawBatch]) -> Iterator[Batch]:
+    def decode(images: Images, batches: Iterator[RawBatch], mend: Mend) -> Iterator[Decoded]:
+        def trial(one: RawBatch) -> BadImage | None:
+            cut = _cut(images, one, 0, pixels)
+            return cut if isinstance(cut, BadImage) else None
+
+        def cut_all(batch: RawBatch) -> list[torch.Tensor | BadImage]:
+            return list(
+                pool.map(lambda position: _cut(images, batch, position, pixels), range(len(batch.data)))
+            )
+
         with ThreadPoolExecutor(threads, "hvd-lb torchvision") as pool:
             for batch in batches:
-                cut = pool.map(
-                    lambda index, batch=batch: _cut(images, batch, index, pixels), range(len(batch.data))
-                )
-                x = torch.stack(list(cut)).to(device).float().sub_(mean).mul_(1 / std)
+                cut = cut_all(batch)
+                if bad := {position: of for position, of in enumerate(cut) if isinstance(of, BadImage)}:
+                    batch = mend(batch, bad, trial)
+                    cut = cut_all(batch)
+                whole = [tensor for tensor in cut if not isinstance(tensor, BadImage)]
+                x = torch.stack(whole).to(device).float().sub_(mean).mul_(1 / std)
                 y = torch.from_numpy(images.labels[batch.microbatch.image_ids]).to(device)
                 if device.type == "cuda":
                     torch.cuda.current_stream(device).synchronize()
-                yield x, y
+                yield Decoded(x, y, batch.stand_ins)
 
     return decode
 
 
-def _cut(images: Images, batch: RawBatch, index: int, pixels: Pixels) -> torch.Tensor:
+def _cut(images: Images, batch: RawBatch, position: int, pixels: Pixels) -> torch.Tensor | BadImage:
     """uint8 (3, S, S): the window of one image, resized and perhaps mirrored."""
     windows = batch.microbatch.windows
-    x, y, width, height = (int(of[index]) for of in (windows.x, windows.y, windows.width, windows.height))
-    source = batch.data[index]
-    if images.encoded:
-        source = decode_image(images, int(batch.microbatch.image_ids[index]), source)
+    x, y, width, height = (int(of[position]) for of in (windows.x, windows.y, windows.width, windows.height))
+    source = batch.data[position]
+    if images.encoded and not isinstance(source, BadImage):
+        try:
+            source = decode_image(images, int(batch.microbatch.image_ids[position]), source)
+        except BadImage as bad:
+            return bad
+    if isinstance(source, BadImage):
+        return source
     window = torch.from_numpy(source[y : y + height, x : x + width].copy()).permute(2, 0, 1)
     resized = F.resize(window, [pixels.image_size, pixels.image_size], antialias=pixels.antialias)
-    return F.horizontal_flip(resized) if windows.flip[index] else resized
+    return F.horizontal_flip(resized) if windows.flip[position] else resized

@@ -92,6 +92,7 @@ def run_job(
     write_json(run.environment, describe_environment(placement, command))
     run.summary.unlink(missing_ok=True)
     truncate_metrics(run.metrics, start.step)
+    truncate_metrics(run.bad_images, start.step)
     CheckpointStore(run.checkpoints).discard_after(start.step)
     for message in start.messages:
         console.print(f"[yellow]warning:[/] {message}", soft_wrap=True, highlight=False)
@@ -172,6 +173,7 @@ def _figures(
     rates = [record["images_per_second"] for record in records if record["kind"] == "train"]
     waits = [record["data_wait"] for record in records if record["kind"] == "train"]
     stalls = [record["stall_seconds"] for record in records if record["kind"] == "checkpoint"]
+    bad = read_metrics(run.bad_images)
     last = evaluations[-1] if evaluations else None
     best = min(evaluations, key=lambda record: record["top1_error"], default=None)
     steps = max((record["step"] + 1 for record in records), default=0)
@@ -185,6 +187,7 @@ def _figures(
         "wall_seconds": seconds,
         "images_per_second": statistics.median(rates) if rates else None,
         "data_wait": statistics.median(waits) if waits else None,
+        "bad_images": len(bad),
         "checkpoints": len(stalls),
         "checkpoint_stall_seconds": statistics.median(stalls) if stalls else None,
     }
@@ -194,6 +197,8 @@ def _figures(
         figures.append(("best top-1 error", f"{best['top1_error']:.2f} % (epoch {best['epoch']})"))
     if rates:
         figures.append(("speed", f"{speed(statistics.median(rates))} (median)"))
+    if bad:
+        figures.append(("bad images", f"another one stood in {len(bad):,} times: {run.bad_images.name}"))
     figures.append(("wall time", duration(seconds)))
     return summary, figures
 

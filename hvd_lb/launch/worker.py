@@ -36,7 +36,9 @@ def run(job: Job, world: World, stop_requested: StopRequests) -> None:
     directory = RunDirectory(job.output)
     checkpoint = open_checkpoint(job.checkpoint) if job.checkpoint else None
     recipe = job.recipe
-    dataset = open_dataset(recipe.data or "", val_fraction=recipe.val_fraction)
+    dataset = open_dataset(
+        recipe.data or "", val_fraction=recipe.val_fraction, on_bad_image=recipe.on_bad_image
+    )
     if dataset.fingerprint() != job.data_fingerprint:
         raise UserError(
             f"{recipe.data} on this host is not the data set that the run was planned with (other names, sizes or "

@@ -6,7 +6,9 @@ The training window is that of torchvision's `RandomResizedCrop` (scale and aspe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -28,12 +30,38 @@ class Windows:
     flip: np.ndarray
 
 
+Draw = Callable[[np.ndarray, np.ndarray, np.ndarray], Windows]
+"""Windows of the images with these ids, widths and heights, all of shape (b,), in one pass over the data."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a run a microbatch belongs: the `number`-th of step `step` of the run, in the pass `of`.
+
+    In training that is the virtual worker; evaluations and recomputations come after their step.
+    """
+
+    of: Literal["train", "eval", "recompute_bn"]
+    epoch: int
+    step: int
+    number: int
+
+    def __str__(self) -> str:
+        what = {"train": "", "eval": "evaluation after ", "recompute_bn": "recomputing batch norm after "}
+        return f"{what[self.of]}epoch {self.epoch} step {self.step}"
+
+
 @dataclass(frozen=True)
 class Microbatch:
-    """One virtual worker's images of one step: ids, int64 (b,), and their windows."""
+    """One virtual worker's images of one step: ids, int64 (b,), and their windows.
+
+    `place` says where it belongs; `draw` gives the windows of other images in the same place.
+    """
 
     image_ids: np.ndarray
     windows: Windows
+    place: Place | None = None
+    draw: Draw | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)

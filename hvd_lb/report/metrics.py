@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ class RunObserver:
 
     def repeat(self, record: dict[str, Any]) -> None:
         self._write("repeat", record)
+
+    def bad_images(self, records: Sequence[dict[str, Any]]) -> None:
+        with self._run.bad_images.open("a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(record) + "\n" for record in records)
+            lines.flush()
+            os.fsync(lines.fileno())
 
     def microbatch(self, step: int, done: int, of: int) -> None:
         now = time.monotonic()
@@ -69,6 +75,9 @@ class SilentObserver:
         pass
 
     def repeat(self, record: dict[str, Any]) -> None:
+        pass
+
+    def bad_images(self, records: Sequence[dict[str, Any]]) -> None:
         pass
 
     def microbatch(self, step: int, done: int, of: int) -> None:

@@ -40,6 +40,10 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def bad_images(self) -> Path:
+        return self.path / "bad_images.jsonl"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 
