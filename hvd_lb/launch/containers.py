@@ -47,12 +47,9 @@ class Containers:
     SIGINT and SIGTERM are handed on to the command while it runs, and raise Interrupted before.
     """
 
-    def __init__(
-        self, submission: Submission, hosts: Sequence[str], ssh: Sequence[str], *, port: int, workdir: Path
-    ):
+    def __init__(self, submission: Submission, hosts: Sequence[str], ssh: Sequence[str], *, port: int):
         self.run_id = secrets.token_hex(6)
         self._submission, self._hosts, self._ssh, self._port = submission, hosts, ssh, port
-        self._workdir = workdir
         self._events: queue.SimpleQueue[Started | Ended | Signalled] = queue.SimpleQueue()
         self._containers: list[Container] = []
         self._beat = time.monotonic()
@@ -90,9 +87,7 @@ class Containers:
     def _start(self) -> None:
         with _new_key(self.run_id) as (private, public):
             for host in self._hosts:
-                command = on_host(
-                    self._ssh, host, run_command(self._submission, self.run_id, host, self._workdir)
-                )
+                command = on_host(self._ssh, host, run_command(self._submission, self.run_id, host))
                 container = Container(host, command, self._events)
                 self._containers.append(container)
                 container.send(

@@ -24,10 +24,10 @@ _SCRIPT = (
 _LEASE = ("python", "-m", "hvd_lb.launch.lease")
 
 
-def run_command(submission: Submission, run: str, host: str, workdir: Path) -> list[str]:
+def run_command(submission: Submission, run: str, host: str) -> list[str]:
     """What is run on `host` to start its container of the run `run`: it lives as long as its standard input.
 
-    Data, recipe file and output are at the same places inside as outside, and relative paths mean what they mean in `workdir`.
+    Data, recipe file and output, absolute paths all of them, are at the same places inside as outside.
     """
     if submission.image is None:
         raise ValueError("a submission without an image has no containers")
@@ -43,7 +43,7 @@ def run_command(submission: Submission, run: str, host: str, workdir: Path) -> l
         *("--security-opt", "no-new-privileges", "--log-driver", "none"),
         *(("--gpus", "all") if submission.device == "cuda" else ()),
         *mounts,
-        *("--workdir", str(workdir), "--entrypoint", "hvd-lb-entry", submission.image, *_LEASE),
+        *("--entrypoint", "hvd-lb-entry", submission.image, *_LEASE),
     ]
 
 
@@ -88,7 +88,8 @@ _MEANINGS = (
      "load` it there ({last})"),
     (r"could not select device driver|nvidia-container-cli|[Uu]nknown runtime", "Docker cannot give it GPUs: install "
      "the NVIDIA Container Toolkit and driver, or use --device cpu ({last})"),
-    (r"(?m)bind source path does not exist: (?P<path>.*?)\.?$", "no {path} there: it has to be at the same path on all hosts"),
+    (r"(?m)bind source path does not exist: (?P<path>.*?)\.?$", "no {path} there: it has to be at the same path on "
+     "all hosts"),
     (r"mkdir: .*", "the output folder cannot be made: {last}"),
     (r"\"?hvd-lb-entry\"?: (?:executable file not found|no such file)", "{image} is no image of hvd-lb"),
     (r"port (?P<port>\d+) cannot be listened on: .*in use", "port {port} is in use there: is another run on that host? "
