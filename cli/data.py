@@ -12,6 +12,8 @@ from hvd_lb.data.imagenet import DEVKIT, ILSVRC2012, TRAIN_TAR, VAL_TAR, prepare
 from hvd_lb_cli.lazy import LazyGroup
 
 _COMMANDS = {
+    "info": "hvd_lb_cli.data_info:info",
+    "preview": "hvd_lb_cli.data_preview:preview",
     "pack": "hvd_lb_cli.data_pack:pack_command",
     "export": "hvd_lb_cli.data_export:export_command",
 }
