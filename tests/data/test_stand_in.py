@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,9 +173,36 @@ def test_no_memory_is_no_bad_image(kind: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_only_dali_cannot_decode_is_bad_for_dali_alone() -> None:
-    """Zeros in a JPEG's tables: PIL makes something of it. So the loader is part of a run's mathematics."""
-    content = good_file("JPEG", 4)
-    images = make_images({4: content[:200] + bytes(20) + content[220:]})
+    """A PNG whose checksum is wrong, which PIL does not look at. So the loader is part of a run's mathematics."""
+    content = good_file("PNG", 4)
+    checksum = content.index(b"IEND") - 8
+    wrong = content[:checksum] + bytes(4) + content[checksum + 4 :]
+    images = make_images({4: wrong})
     (told,) = skip("dali", images, [batch(images, (4, 1))])[1]
     assert told.reason.startswith("by DALI, though PIL can: ")
     assert skip("torchvision", images, [batch(images, (4, 1))])[1] == []
+
+
+CRASH = """if True:
+    import sys
+    from broken import good_file
+    from test_stand_in import batch, make_images, skip
+    names = {number: good_file("JPEG", number) for number in range(32)}
+    jpeg = names[4]
+    start = jpeg.index(b"\\xff\\xc4") + 2
+    names[4] = jpeg[:start] + bytes([jpeg[start], jpeg[start + 1] + 3]) + jpeg[start + 2:]
+    images = make_images(names, count=32)
+    for _ in range(20):
+        skip("dali", images, [batch(images, range(32))])
+"""
+
+
+@pytest.mark.slow
+def test_a_header_that_dali_cannot_follow_does_not_crash_the_process() -> None:
+    """In a process of its own: given such a JPEG in a batch of 32, DALI 2.4.0 died of SIGSEGV."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    ended = subprocess.run(
+        [sys.executable, "-c", CRASH], check=False, capture_output=True, text=True, env=environment,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
