@@ -16,6 +16,7 @@ _COMMANDS = {
     "preview": "hvd_lb_cli.data_preview:preview",
     "pack": "hvd_lb_cli.data_pack:pack_command",
     "export": "hvd_lb_cli.data_export:export_command",
+    "verify": "hvd_lb_cli.data_verify:verify_command",
 }
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 

@@ -5,6 +5,7 @@ Only the file system is asked again. What was read and is broken stays broken.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -16,6 +17,8 @@ T = TypeVar("T")
 RETRY_AFTER_SECONDS = (0.2, 0.8, 3.0, 6.0)
 """How long is waited before each further try."""
 
+_LASTING = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
 
 def retried(read: Callable[[], T], path: str) -> T:
     """What `read` returns, tried again after an error of the file system; UserError after the last try."""
@@ -26,6 +29,8 @@ def retried(read: Callable[[], T], path: str) -> T:
         except OSError as error:
             if not file_error(error):
                 raise
+            if error.errno in _LASTING:
+                raise UserError(f"{path}: cannot be read ({error.strerror})") from error
             seconds = next(waits, None)
             if seconds is None:
                 tries = len(RETRY_AFTER_SECONDS) + 1

@@ -45,5 +45,13 @@ def test_other_errors_pass_at_once(error: Exception) -> None:
     assert flaky.calls == 1
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EISDIR])
+def test_what_no_waiting_mends_is_told_at_once(number: int) -> None:
+    flaky = Flaky(OSError(number, "Permission denied"))
+    with pytest.raises(UserError, match=r"^a.jpg: cannot be read \(Permission denied\)$"):
+        retried(flaky, "a.jpg")
+    assert flaky.calls == 1
+
+
 def test_about_ten_seconds_are_waited() -> None:
     assert 5 <= sum(RETRY_AFTER_SECONDS) <= 15
