@@ -80,7 +80,7 @@ def pack(
     if shard_bytes < 1 or threads < 1:
         raise ValueError(f"shard_bytes={shard_bytes}, threads={threads}: expected positive numbers")
     encoding = encoding or Encoding()
-    made_from = {"data": dataset.fingerprint(), "shard_bytes": shard_bytes, **encoding.parameters()}
+    made_from = {"data": dataset.fingerprint(), "shard_size": shard_bytes, **encoding.parameters()}
     folder = PackFolder(target, made_from, source)
     job = _Job(folder, encoding, shard_bytes, threads, on_progress or (lambda label, done, total: None))
     if folder.finished and _intact(job):

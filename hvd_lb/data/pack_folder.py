@@ -143,7 +143,7 @@ class PackFolder:
         given = {**self._made_from, "source": self._source}
         there = {**made_from, "source": source}
         differing = [
-            f"{name.replace('_', '-')} {there.get(name)}, not {given.get(name)}"
+            f"{name.replace('_', '-')} {_told(there.get(name))}, not {_told(given.get(name))}"
             for name in sorted({*given, *there})
             if given.get(name) != there.get(name)
         ]
@@ -170,3 +170,7 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _told(value: object) -> str:
+    return "none" if value is None else str(value)

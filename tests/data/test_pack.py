@@ -250,8 +250,8 @@ def test_other_options_or_another_source_are_refused(
     before = contents(target)
     copy = shutil.copytree(source, tmp_path / "copy")
     for at, options, told in (
-        (source, {"shard_bytes": 30_000}, "shard-bytes 20000, not 30000"),
-        (source, {"encoding": Encoding(24)}, "max-side None, not 24"),
+        (source, {"shard_bytes": 30_000}, "shard-size 20000, not 30000"),
+        (source, {"encoding": Encoding(24)}, "max-side none, not 24"),
         (copy, {}, f"source {source}, not {copy}"),
     ):
         with pytest.raises(UserError, match=told) as raised:
@@ -264,7 +264,7 @@ def test_other_options_or_another_source_are_refused(
     assert contents(target) == before
 
     assert packed(source, target).kept == 2
-    with pytest.raises(UserError, match="shard-bytes 20000, not 30000"):
+    with pytest.raises(UserError, match="shard-size 20000, not 30000"):
         packed(source, target, shard_bytes=30_000)
 
 
