@@ -157,7 +157,7 @@ def test_three_containers_are_the_hosts_of_one_run(docker: Engine, hosts: list[H
         "hvd_lb_cli.main",
         "simulate",
         *DIGITS,
-        "--epochs=1",
+        "--steps=8",
         f"--output={alone}",
     ]
     subprocess.run(simulate, check=True, capture_output=True)
