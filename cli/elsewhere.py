@@ -24,7 +24,7 @@ from hvd_lb.launch.slurm_script import SlurmOptions
 from hvd_lb.launch.ssh import ssh_command
 from hvd_lb.launch.submission import Submission
 from hvd_lb.launch.where import Where
-from hvd_lb.resolve import check_options, data_folder, data_spec
+from hvd_lb.resolve import absolute_spec, check_options, data_folder, data_spec
 from hvd_lb_cli.hand_on import hand_on
 from hvd_lb_cli.launch_options import HANDED_ON, LAUNCH_OPTIONS
 
@@ -140,7 +140,7 @@ def make_submission(
     )
     line = [
         *hand_on(arguments, command, {*dropped, "device", "data", "output", "recipe"}),
-        *("--data", str(data or spec), "--device", device_name),
+        *("--data", absolute_spec(spec), "--device", device_name),
         *(("--recipe", str(recipe_file or recipe)) if recipe else ()),
     ]
     # The same command finds its run again, as in default_output.

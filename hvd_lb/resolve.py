@@ -11,6 +11,7 @@ import numpy as np
 
 from hvd_lb.data import Dataset, default_data, open_dataset
 from hvd_lb.data.decode import refuse_large
+from hvd_lb.data.sources import folder_of
 from hvd_lb.errors import UserError
 from hvd_lb.models import check_input, check_model_name, has_batch_norm
 from hvd_lb.plan.samples import SamplePlan
@@ -74,7 +75,7 @@ def resolve(
         **_without_none(given),
         **options,
     }
-    values["data"] = str(data_folder(spec) or spec)
+    values["data"] = absolute_spec(spec)
     resolved = make_recipe(values, f"recipe {preset} with your options")
     if (resolved.num_classes or 0) < len(dataset.train.classes):
         raise UserError(
@@ -110,9 +111,14 @@ def data_spec(options: Mapping[str, Any], given: Mapping[str, Any], fallback: st
     return str(options.get("data") or given.get("data") or fallback or default_data())
 
 
+def absolute_spec(spec: str) -> str:
+    """The same data, named so that it is found from any working directory."""
+    return spec if _is_named(spec) else str(Path(spec).expanduser().resolve())
+
+
 def data_folder(spec: str) -> Path | None:
-    """The folder that `--data` names; None where it names none."""
-    return None if _is_named(spec) else Path(spec).expanduser().resolve()
+    """The folder in which the data that `--data` names lie; None where they lie in none."""
+    return None if _is_named(spec) else folder_of(absolute_spec(spec))
 
 
 def choose_preset(spec: str, dataset: Dataset) -> tuple[str, str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
 
+from hvd_lb.data.header import BrokenHeader, read_header
 from hvd_lb.data.images import Images
-from hvd_lb.data.reading import file_error, retried
+from hvd_lb.data.section import Section
 from hvd_lb.errors import UserError
 from hvd_lb.recipe import MAX_PIXELS, MOST_PIXELS
 
@@ -28,7 +28,6 @@ _TURN_BACK = {
     8: Image.Transpose.ROTATE_270,
 }
 _FIRST_ON_ITS_SIDE = 5
-_CHUNK = 1 << 16
 
 
 class BadImage(UserError):
@@ -42,38 +41,33 @@ class BadImage(UserError):
         self.name, self.reason = name, reason
 
 
-def read_size(path: str) -> tuple[int, int]:
-    """Width and height, from the header alone. BadImage for what is no image, or too large a one.
-
-    UserError where the file itself cannot be read, also after some tries.
-    """
-
-    def read() -> tuple[int, int]:
-        with open(path, "rb") as file:
-            return _header_size(path, file)
-
-    return retried(read, path)
-
-
 def check_header(images: Images, image_id: int, content: np.ndarray, max_pixels: int = MAX_PIXELS) -> None:
     """BadImage for an image file's bytes without a size, or with more than `max_pixels` pixels, in the index.
 
     Of images with broken headers the index has width and height 0. UserError when this one has changed since.
     """
-    width, height = int(images.widths[image_id]), int(images.heights[image_id])
-    if width * height > max_pixels:
-        raise _too_large(images, image_id, max_pixels)
-    if not width:
-        raise _changed(images, image_id, _header_size(images.name(image_id), io.BytesIO(content.tobytes())))
+    indexed = size = int(images.widths[image_id]), int(images.heights[image_id])
+    if not size[0]:
+        try:
+            header = read_header(Section.of_bytes(content.data))
+        except BrokenHeader as error:
+            raise BadImage(images.name(image_id), str(error)) from error
+        size = header.width, header.height
+    if size[0] * size[1] > max_pixels:
+        raise _too_large(images, image_id, size, max_pixels)
+    if size != indexed:
+        raise _changed(images, image_id, size)
 
 
 def refuse_large(images: Images, max_pixels: int) -> None:
-    """BadImage, the first of those with more than `max_pixels` pixels."""
-    for start in range(0, len(images), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        large = images.widths[chunk].astype(np.int64) * images.heights[chunk] > max_pixels
-        if large.any():
-            raise _too_large(images, start + int(large.argmax()), max_pixels)
+    """BadImage, the one with most pixels, if that has more than `max_pixels`."""
+    largest = getattr(images, "largest", None)  # which an index knows
+    if largest is None:
+        pixels = images.widths.astype(np.int64) * images.heights
+        largest = int(pixels.argmax())
+    size = int(images.widths[largest]), int(images.heights[largest])
+    if size[0] * size[1] > max_pixels:
+        raise _too_large(images, largest, size, max_pixels)
 
 
 def decode_image(images: Images, image_id: int, content: np.ndarray) -> np.ndarray:
@@ -102,19 +96,6 @@ def decode_image(images: Images, image_id: int, content: np.ndarray) -> np.ndarr
     return decoded
 
 
-def _header_size(name: str, file: BinaryIO) -> tuple[int, int]:
-    """Width and height. BadImage; OSError where the file system is to blame."""
-    try:
-        with Image.open(file) as image:
-            return _checked_size(name, image)
-    except UserError:
-        raise
-    except Exception as error:
-        if file_error(error):
-            raise
-        raise BadImage(name, _reason(error)) from error
-
-
 def _checked_size(name: str, image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     if _tiff_orientation(image) >= _FIRST_ON_ITS_SIDE:
@@ -126,9 +107,9 @@ def _checked_size(name: str, image: Image.Image) -> tuple[int, int]:
     return width, height
 
 
-def _too_large(images: Images, image_id: int, max_pixels: int) -> BadImage:
-    size = f"{images.widths[image_id]} x {images.heights[image_id]} pixels"
-    return BadImage(images.name(image_id), f"{size} are more than the {max_pixels} of --max-pixels")
+def _too_large(images: Images, image_id: int, size: tuple[int, int], max_pixels: int) -> BadImage:
+    pixels = f"{size[0]} x {size[1]} pixels"
+    return BadImage(images.name(image_id), f"{pixels} are more than the {max_pixels} of --max-pixels")
 
 
 def _changed(images: Images, image_id: int, size: tuple[int, int]) -> UserError:

@@ -1,159 +1,185 @@
-"""The index of image headers: path, label, width and height of every image of a folder, cached.
+"""The index of a split: location, size, label, width, height and orientation of every image, mapped by every process.
 
-Crop windows are computed from sizes before an image is decoded, so sizes are read once and kept as .npy files
-that every process maps. The cache is keyed by the folder and by each file's name, size and time of change.
+Crop windows are computed from sizes before an image is decoded, so headers are read once and kept. Opening an index
+reads no row: what a run needs to know of all of them is in its facts.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from hvd_lb.data.cache import cache_folder
-from hvd_lb.data.decode import BadImage, read_size
+from hvd_lb.data import store
+from hvd_lb.data.decode import BadImage
 from hvd_lb.data.images import OnBadImage, Progress
-from hvd_lb.data.listing import Listing, list_images
+from hvd_lb.data.listing import Listing, Source
+from hvd_lb.data.rows import Table
+from hvd_lb.data.store import Facts
 from hvd_lb.errors import UserError
 
-_FORMAT = 2
-_CHUNK = 256
-_ARRAYS = {"labels": np.int64, "widths": np.int32, "heights": np.int32, "ends": np.int64, "names": np.uint8}
+Check = Literal["none", "quick", "full"]
+"""Whether an index that is there is compared with nothing, with the places of its source, or with every file."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """`names` are the relative paths in one piece, the i-th ends at `ends[i]`; other arrays are (N,).
+    """`rows` are (N,) of `hvd_lb.data.rows.ROW`, `names` all names in one piece (uint8).
 
-    `broken` images have a header that cannot be read: width and height 0.
+    `keep` are folders in which what follows from the index may be kept, the first choice first; `identity` names its
+    contents.
     """
 
     root: Path
-    classes: list[str]
-    labels: np.ndarray
-    widths: np.ndarray
-    heights: np.ndarray
-    ends: np.ndarray
+    facts: Facts
+    rows: np.ndarray
     names: np.ndarray
-    broken: int = 0
+    identity: str = ""
+    keep: tuple[Path, ...] = field(default=())
 
-    def path(self, position: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.relative(position)))
+    @property
+    def classes(self) -> list[str]:
+        return self.facts.classes
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (N,), a view."""
+        return self.rows["label"]
+
+    @property
+    def widths(self) -> np.ndarray:
+        """int32 (N,), a view."""
+        return self.rows["width"]
+
+    @property
+    def heights(self) -> np.ndarray:
+        """int32 (N,), a view."""
+        return self.rows["height"]
 
     def relative(self, position: int) -> bytes:
-        start = self.ends[position - 1] if position else 0
-        return self.names[start : self.ends[position]].tobytes()
+        """The image's path relative to the root, or its name in the shard."""
+        row = self.rows[position]
+        start = int(row["name_at"])
+        return self.names[start : start + int(row["name_bytes"])].tobytes()
+
+    def path(self, position: int) -> str:
+        """For messages, and to open it where it is a file of its own."""
+        shard = int(self.rows[position]["shard"])
+        name = os.fsdecode(self.relative(position))
+        if shard < 0:
+            return os.path.join(self.root, name)
+        return f"{os.path.join(self.root, self.facts.shards[shard])}: {name}"
 
 
-def open_index(root: Path, on_progress: Progress | None = None, on_bad_image: OnBadImage = "fail") -> Index:
-    """The index of `root`, from the cache if nothing has changed. UserError: the first image without a size.
+def open_index(
+    source: Source,
+    on_progress: Progress | None = None,
+    on_bad_image: OnBadImage = "fail",
+    *,
+    check: Check = "quick",
+    write_beside: bool = False,
+) -> Index:
+    """The index of `source`: the one that is there, or, if there is none or anything has changed, a new one.
 
-    With "skip" such an image is kept, of width and height 0.
+    UserError: the first image without a size; with "skip" it is kept, of width and height 0. `write_beside` uses only
+    an index beside the data.
     """
-    listing = list_images(root)
-    # Everything cached under a name that says what is in it is never changed, only replaced as a whole.
-    home = cache_folder() / "index" / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
-    folder = home / f"{listing.stamp}-{_FORMAT}"
-    index = _load(folder, listing)
+    homes = store.homes(source, write_beside)
+    index, listing = _present(source, homes, check)
     if index is None:
-        index = _build(listing, on_progress)
-        try:
-            _save(index, folder)
-        except OSError:
-            pass  # no room or no right to write: works as well, only not as fast the next time
-        else:
-            for old in home.iterdir():
-                if old != folder and not old.name.startswith("tmp"):
-                    shutil.rmtree(old, ignore_errors=True)
-            index = _load(folder, listing) or index
-    if index.broken and on_bad_image == "fail":
-        raise _first_broken(index)
+        index = _make(
+            source, homes, "full" if check == "full" else "quick", listing, on_progress or _tell_nobody
+        )
+    if on_bad_image == "fail":
+        _refuse_broken(index)
     return index
 
 
-def _build(listing: Listing, on_progress: Progress | None) -> Index:
-    total = len(listing.names)
-    sizes = np.zeros((total, 2), np.int32)
-
-    def measure(start: int) -> None:
-        for position in range(start, min(start + _CHUNK, total)):
-            with suppress(BadImage):
-                sizes[position] = read_size(os.path.join(listing.root, os.fsdecode(listing.names[position])))
-
-    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1)), "hvd-lb index") as pool:
-        starts = range(0, total, _CHUNK)
-        for start, _ in zip(starts, pool.map(measure, starts), strict=True):
-            if on_progress is not None:
-                on_progress(f"reading image sizes in {listing.root.name}", min(start + _CHUNK, total), total)
-    return Index(
-        listing.root,
-        listing.classes,
-        listing.labels,
-        sizes[:, 0],
-        sizes[:, 1],
-        np.cumsum([len(name) for name in listing.names], dtype=np.int64),
-        np.frombuffer(b"".join(listing.names), np.uint8),
-        int((sizes[:, 0] == 0).sum()),
-    )
+def _present(source: Source, homes: list[Path], check: Check) -> tuple[Index | None, Listing | None]:
+    """The newest index that the check, which may be a cheap full one, lets pass; a listing if one was needed."""
+    listing: Listing | None = None
+    for folder in (folder for home in homes for folder in store.newest(home)):
+        index = _load(folder, source)
+        if index is None:
+            continue
+        if check == "none":
+            return index, None
+        # Whoever mends a broken file changes no place.
+        full = check == "full" or index.facts.images <= source.cheap or index.facts.broken
+        if not full and store.unchanged(folder, source.root):
+            return index, None
+        listing = listing or source.listing()
+        if folder.name == store.folder_name(listing.stamp):
+            with suppress(OSError):  # so that the next look at the places is enough
+                store.write_places(folder, listing.places)
+            return index, listing
+    return None, listing
 
 
-def _first_broken(index: Index) -> UserError:
-    path = index.path(int(np.argmin(index.widths)))
-    more = f" ({index.broken} such files in {index.root})" if index.broken > 1 else ""
+def _make(
+    source: Source, homes: list[Path], check: Check, listing: Listing | None, report: Progress
+) -> Index:
+    """In the first home that can be written."""
+    for home in homes:
+        with ExitStack() as held:
+            try:
+                waited = held.enter_context(store.locked(home))
+            except OSError:
+                continue
+            if waited:  # for another process, which may have made it
+                index, listing = _present(source, homes, check)
+                if index is not None:
+                    return index
+            return _make_in(home, source, listing or source.listing(), report)
+    table = (listing or source.listing()).build(report)
+    return _unsaved(source, table)
+
+
+def _make_in(home: Path, source: Source, listing: Listing, report: Progress) -> Index:
+    table = listing.build(report)
+    facts = store.facts_of(table)
+    folder = home / store.folder_name(listing.stamp)
+
+    def fill(made: Path) -> None:
+        store.save_rows(made, table.rows, facts)
+        np.save(made / "names.npy", table.names, allow_pickle=False)
+        store.write_places(made, listing.places)
+
     try:
-        read_size(path)
-    except UserError as error:
-        return UserError(f"{error}, or --on-bad-image skip{more}")
-    return UserError(f"{path}: changed while its header was read; leave files in use alone")
+        store.save(folder, fill)
+    except OSError:
+        return _unsaved(source, table)
+    store.discard_others(folder)
+    return _load(folder, source) or _unsaved(source, table)
 
 
-def _save(index: Index, folder: Path) -> None:
-    """Written elsewhere and renamed: what `folder` holds is complete. Whoever is second loses nothing."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix="tmp", dir=folder.parent, ignore_cleanup_errors=True
-    ) as temporary:
-        made = Path(temporary) / "index"
-        made.mkdir()
-        for name, dtype in _ARRAYS.items():
-            np.save(
-                made / f"{name}.npy", np.ascontiguousarray(getattr(index, name), dtype), allow_pickle=False
-            )
-        about = {"root": str(index.root), "classes": index.classes, "broken": index.broken}
-        (made / "index.json").write_text(json.dumps(about))
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            made.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
+def _unsaved(source: Source, table: Table) -> Index:
+    """It works as well, only not as fast the next time."""
+    return Index(source.root, store.facts_of(table), table.rows, table.names)
 
 
-def _load(folder: Path, listing: Listing) -> Index | None:
-    """None for what is not there, or is not what `_save` wrote."""
-    try:
-        about = json.loads((folder / "index.json").read_text())
-        classes, broken = about["classes"], int(about["broken"])
-        arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS
-        }
-    except (OSError, ValueError, EOFError, KeyError, TypeError):
+def _load(folder: Path, source: Source) -> Index | None:
+    found, names = store.load_rows(folder), store.load_names(folder)
+    if found is None or names is None:
         return None
-    count = len(listing.names)
-    whole = all(
-        array.dtype == _ARRAYS[name] and (name == "names" or array.shape == (count,))
-        for name, array in arrays.items()
-    )
-    return (
-        Index(listing.root, classes, **arrays, broken=broken)
-        if whole and classes == listing.classes
-        else None
-    )
+    rows, facts = found
+    if len(rows) and int(rows[-1]["name_at"]) + int(rows[-1]["name_bytes"]) > len(names):
+        return None
+    spare = store.cached(source) / folder.name
+    return Index(source.root, facts, rows, names, folder.name, tuple(dict.fromkeys([folder, spare])))
+
+
+def _tell_nobody(label: str, done: int, total: int) -> None:
+    pass
+
+
+def _refuse_broken(index: Index) -> None:
+    facts = index.facts
+    if facts.first_broken is not None:
+        position, reason = facts.first_broken
+        more = f" ({facts.broken} such files in {index.root})" if facts.broken > 1 else ""
+        raise UserError(f"{BadImage(index.path(position), reason)}, or --on-bad-image skip{more}")

@@ -1,42 +1,141 @@
-"""The image files of a folder of class folders, in the order of torchvision's ImageFolder.
+"""What a split consists of: its sources, and the first of them, a folder of class folders.
 
-Classes are the sorted names of the folders; hidden names (leading dot) are ignored everywhere, files beside
-the class folders too. Every other file inside a class folder, at any depth, has to be an image, told by its
-extension; links are followed.
+Listing looks at names, sizes and times only. Folders are listed in the order of torchvision's ImageFolder: classes are
+the sorted names of the folders; hidden names (leading dot) are ignored everywhere, files beside the class folders too.
+Every other file inside a class folder, at any depth, has to be an image, told by its extension; links are followed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from stat import S_ISDIR
+from typing import Protocol
 
 import numpy as np
 
+from hvd_lb.data.images import Progress
+from hvd_lb.data.rows import Table, in_threads, measure_files
 from hvd_lb.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+GIF = "GIF is not read: convert it to PNG"
+
+Place = tuple[str, int, int]
+"""A file or folder relative to the root, its time of change (ns; 0: not settled) and size (bytes; -1 for a folder)."""
+
+_UNSETTLED_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Relative paths (bytes, as the file system has them), labels, and a stamp that changes with any file."""
+    """One look at a source. `stamp` changes with the name, size or time of any file.
+
+    `places` are fewer than the files: whoever adds, removes or renames a file changes one of them.
+    """
+
+    stamp: str
+    places: list[Place]
+    build: Callable[[Progress], Table]
+
+
+class Source(Protocol):
+    """Where the images of one split come from."""
+
+    @property
+    def root(self) -> Path:
+        """Paths in the index are relative to it."""
+
+    @property
+    def home(self) -> Path:
+        """The folder beside whose contents an index can lie."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in `home`; no other source there has the same."""
+
+    @property
+    def cheap(self) -> int:
+        """An index of so many images is compared with all files at each opening, not only with the places."""
+
+    def listing(self) -> Listing:
+        """UserError for what can be seen to be wrong without opening an image."""
+
+    def with_classes(self, classes: list[str]) -> Source:
+        """The same, with the classes of the training split."""
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """A folder of class folders."""
 
     root: Path
-    classes: list[str]
-    names: list[bytes]
-    labels: np.ndarray
-    stamp: str
+    home: Path
+    name: str
+    cheap: int = 20_000
+
+    def with_classes(self, classes: list[str]) -> FolderSource:
+        """Its own folders say what its classes are."""
+        return self
+
+    def listing(self) -> Listing:
+        _check_folder(self.root)
+        before = place(self.root, ".")  # before its contents, so that no change falls between
+        classes = class_folders(self.root)
+        found = [of for each in in_threads(partial(_list_class, self.root), classes) for of in each]
+        strangers = [path for folder in found for path in folder.strangers]
+        if strangers:
+            more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+            kind = GIF if strangers[0].lower().endswith(".gif") else "no image file"
+            raise UserError(
+                f"{self.root / strangers[0]}{more}: {kind} ({' '.join(EXTENSIONS)}); "
+                "move what is no image out of the class folders"
+            )
+        stamp = hashlib.sha256()
+        names: list[bytes] = []
+        counts = np.zeros(len(classes), np.int64)
+        position = dict(zip(classes, range(len(classes)), strict=True))
+        for class_name in classes:
+            stamp.update(b"\0" + os.fsencode(class_name) + b"\0")
+        for folder in found:
+            for name, size, changed in folder.images:
+                names.append(name)
+                stamp.update(b"%s\0%d\0%d\0" % (name, size, changed))
+            counts[position[folder.label]] += len(folder.images)
+        labels = np.repeat(np.arange(len(classes)), counts)
+        places = [before, *(folder.place for folder in found)]
+        return Listing(
+            stamp.hexdigest()[:32],
+            places,
+            lambda report: measure_files(self.root, classes, names, labels, report),
+        )
 
 
-def class_folders(root: Path) -> list[str]:
-    """Sorted names of the folders in `root`. UserError when it is missing or no folder."""
+@dataclass(frozen=True)
+class _Folder:
+    """Its images as (name relative to the root, size, time of change), sorted; `strangers` are no images."""
+
+    label: str
+    place: Place
+    images: list[tuple[bytes, int, int]]
+    strangers: list[str]
+
+
+def _check_folder(root: Path) -> None:
     if not root.exists():
         raise UserError(f"{root}: no such folder")
     if not root.is_dir():
         raise UserError(f"{root}: expected a folder of images, not a file")
+
+
+def class_folders(root: Path) -> list[str]:
+    """Sorted names of the folders in `root`. UserError when it is missing or no folder."""
+    _check_folder(root)
     try:
         return sorted(
             entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
@@ -45,47 +144,52 @@ def class_folders(root: Path) -> list[str]:
         raise UserError(f"{root}: cannot be listed ({error.strerror})") from error
 
 
-def list_images(root: Path) -> Listing:
-    """Every image below `root`. UserError for a file in a class folder that is none."""
-    classes = class_folders(root)
-    stamp = hashlib.sha256()
-    names: list[bytes] = []
-    labels: list[int] = []
-    strangers: list[str] = []
-    for label, name in enumerate(classes):
-        stamp.update(b"\0" + os.fsencode(name) + b"\0")
-        for folder, file, stat in sorted(_walk(root / name, name, frozenset()), key=lambda found: found[:2]):
-            path = f"{folder}/{file}"
-            if not file.lower().endswith(EXTENSIONS):
-                strangers.append(path)
-                continue
-            names.append(os.fsencode(path))
-            labels.append(label)
-            stamp.update(b"%s\0%d\0%d\0" % (names[-1], stat.st_size, stat.st_mtime_ns))
-    if strangers:
-        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
-        raise UserError(
-            f"{root / strangers[0]}{more}: no image file ({' '.join(EXTENSIONS)}); "
-            "move what is no image out of the class folders"
-        )
-    return Listing(root, classes, names, np.array(labels, np.int64), stamp.hexdigest()[:32])
+def place(root: Path, relative: str) -> Place:
+    """As it is now. OSError when it is not there."""
+    stat = os.stat(os.path.join(root, relative))
+    # What has changed just now may change again without getting another time: it counts as changed next time.
+    settled = abs(time.time_ns() - stat.st_mtime_ns) > _UNSETTLED_NS
+    return relative, stat.st_mtime_ns if settled else 0, -1 if S_ISDIR(stat.st_mode) else stat.st_size
+
+
+def stamped(parts: Iterable[str | bytes]) -> str:
+    """32 hexadecimal digits that change with any of the parts."""
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = part if isinstance(part, bytes) else os.fsencode(part)
+        digest.update(b"%d\0%s\0" % (len(encoded), encoded))
+    return digest.hexdigest()[:32]
+
+
+def _list_class(root: Path, name: str) -> list[_Folder]:
+    folders = sorted(_walk(root, name, name, frozenset()), key=lambda found: found[0])
+    return [folder for _, folder in folders]
 
 
 def _walk(
-    folder: Path, relative: str, above: frozenset[tuple[int, int]]
-) -> Iterator[tuple[str, str, os.stat_result]]:
-    """(relative folder, file name, stat) of all that is below, in any order; no link upwards is followed."""
+    root: Path, relative: str, label: str, above: frozenset[tuple[int, int]]
+) -> Iterator[tuple[str, _Folder]]:
+    """(relative path, what it holds) of a folder and all below, in any order; no link upwards is followed."""
     try:
-        here = folder.stat()
+        own = place(root, relative)
+        here = os.stat(root / relative)
         identity = (here.st_dev, here.st_ino)
         if identity in above:
             return
-        for entry in os.scandir(folder):
+        folders, images, strangers = [], [], []
+        for entry in os.scandir(root / relative):
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                yield from _walk(folder / entry.name, f"{relative}/{entry.name}", above | {identity})
+                folders.append(entry.name)
+            elif entry.name.lower().endswith(EXTENSIONS):
+                stat = entry.stat()
+                images.append((entry.name, stat.st_size, stat.st_mtime_ns))
             else:
-                yield relative, entry.name, entry.stat()
+                strangers.append(f"{relative}/{entry.name}")
+        named = [(os.fsencode(f"{relative}/{name}"), size, changed) for name, size, changed in sorted(images)]
+        yield relative, _Folder(label, own, named, sorted(strangers))
+        for name in folders:
+            yield from _walk(root, f"{relative}/{name}", label, above | {identity})
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{error.filename or root / relative}: cannot be read ({error.strerror})") from error

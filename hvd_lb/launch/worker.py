@@ -37,7 +37,10 @@ def run(job: Job, world: World, stop_requested: StopRequests) -> None:
     checkpoint = open_checkpoint(job.checkpoint) if job.checkpoint else None
     recipe = job.recipe
     dataset = open_dataset(
-        recipe.data or "", val_fraction=recipe.val_fraction, on_bad_image=recipe.on_bad_image
+        recipe.data or "",
+        val_fraction=recipe.val_fraction,
+        on_bad_image=recipe.on_bad_image,
+        expected=job.data_fingerprint,
     )
     if dataset.fingerprint() != job.data_fingerprint:
         raise UserError(

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
 from hvd_lb.data import open_dataset
-from hvd_lb.data.folder import hold_out
+from hvd_lb.data.hold_out import hold_out
 from hvd_lb.data.index import Index
+from hvd_lb.data.rows import ROW, Table
+from hvd_lb.data.store import facts_of
 from hvd_lb.errors import UserError
 
 Make = Callable[..., Path]
@@ -27,9 +29,12 @@ def make_index(names: list[str]) -> Index:
     classes = sorted({name.split("/")[0] for name in names})
     labels = np.array([classes.index(name.split("/")[0]) for name in names], np.int64)
     encoded = [name.encode() for name in names]
-    sizes = np.ones(len(names), np.int32)
-    ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-    return Index(Path("x"), classes, labels, sizes, sizes, ends, np.frombuffer(b"".join(encoded), np.uint8))
+    rows = np.ones(len(names), ROW)
+    rows["label"], rows["shard"] = labels, -1
+    rows["name_bytes"] = [len(name) for name in encoded]
+    rows["name_at"] = np.cumsum(rows["name_bytes"], dtype=np.int64) - rows["name_bytes"]
+    table = Table(classes, rows, np.frombuffer(b"".join(encoded), np.uint8), [], None)
+    return Index(Path("x"), facts_of(table), rows, table.names)
 
 
 def test_order_and_labels_are_those_of_imagefolder(
@@ -166,7 +171,7 @@ def break_link(folder: Path) -> None:
 
 MISTAKES = {
     break_missing: "set: no such folder",
-    break_file: "set: expected a folder of images, not a file",
+    break_file: "set: expected a folder of images, a list .* not a file of another kind",
     break_empty: "set: is empty; expected train/ and val/",
     break_no_val: "set: has no val/; .*--val-fraction",
     break_no_train: "set: has no train/",
@@ -191,7 +196,7 @@ def test_mistakes_are_named_in_one_line(
 
 
 def test_val_fraction_beside_a_val_folder_is_refused(tmp_path: Path, make_dataset: Make) -> None:
-    with pytest.raises(UserError, match="has a val/ of its own"):
+    with pytest.raises(UserError, match="set has a val of its own"):
         open_dataset(str(make_dataset(tmp_path / "set")), val_fraction=0.1)
 
 

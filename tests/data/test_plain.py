@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from loading import CPU, KINDS, BlobImages, as_levels, load, one_window, random_batches
 from PIL import Image
 
-from hvd_lb.data.decode import read_size
-from hvd_lb.data.folder import open_folder
+from hvd_lb.data import open_dataset
 from hvd_lb.data.images import ArrayImages, Images
 from hvd_lb.data.loader import Pixels, open_loader
 from hvd_lb.data.plain import plain_size
@@ -81,12 +80,6 @@ def test_pixels_are_exactly_those_of_pil(
 ) -> None:
     found = cuts_of_files[kind][:, list(FILES).index(file)]
     assert torch.equal(found, expected_cuts(as_pil_converts_it(FILES[file])))
-
-
-def test_the_index_has_the_size_of_every_kind_of_file(tmp_path: Path) -> None:
-    for content in [*FILES.values(), *deep_grey_files().values()]:
-        (tmp_path / "image").write_bytes(content)
-        assert read_size(str(tmp_path / "image")) == SIZE
 
 
 def test_16_bit_grey_is_scaled_not_cut_off() -> None:
@@ -175,7 +168,7 @@ def write_splits(folder: Path, contents: dict[str, bytes]) -> Images:
             path = folder / split / "abc"[number % 3] / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-    return open_folder(folder).train
+    return open_dataset(str(folder)).train
 
 
 def test_a_plan_over_every_kind_of_file_without_resizing(tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""A validation split out of one source: which images are held out, kept beside the index they come from."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from hvd_lb.data import store
+from hvd_lb.data.index import Index
+from hvd_lb.data.rows import Table
+
+_SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Divided:
+    """The two parts of an index, each an index of its own."""
+
+    train: Index
+    val: Index
+
+
+def divide(index: Index, fraction: float, seed: int) -> Divided:
+    """The index without and with the images that `hold_out` chooses: computed once, then mapped."""
+    name = f"held-out-{fraction!r}-{seed}"
+    folders = [folder / name for folder in index.keep]
+    for folder in folders:
+        if found := _load(index, folder):
+            return found
+    held_out = hold_out(index, fraction, seed)
+    parts = [_part(index, chosen) for chosen in (~held_out, held_out)]
+
+    def fill(made: Path) -> None:
+        for split, part in zip(_SPLITS, parts, strict=True):
+            store.save_rows(made, part.rows, part.facts, f"{split}-")
+
+    for folder in folders:
+        with suppress(OSError):
+            store.save(folder, fill)
+            if found := _load(index, folder):
+                return found
+    return Divided(*parts)
+
+
+def hold_out(index: Index, fraction: float, seed: int) -> np.ndarray:
+    """bool (N,): which images validate. Those whose keyed hash of the relative path falls below `fraction`.
+
+    So a file added to the folder moves no other. A class of two images or more always has one on either side.
+    """
+    key = seed.to_bytes(8, "little", signed=True)
+    digests = (
+        hashlib.blake2b(index.relative(i), digest_size=8, key=key).digest() for i in range(len(index.rows))
+    )
+    hashes = np.frombuffer(b"".join(digests), "<u8")
+    held_out = hashes < np.uint64(fraction * 2.0**64)
+    count = np.bincount(index.labels, minlength=len(index.classes))
+    held = np.bincount(index.labels[held_out], minlength=len(index.classes))
+    for label in np.flatnonzero((count > 0) & ((held == 0) | (held == count))):
+        members = np.flatnonzero(index.labels == label)
+        if len(members) < 2:
+            held_out[members] = False
+        elif held[label]:
+            held_out[members[np.argmax(hashes[members])]] = False
+        else:
+            held_out[members[np.argmin(hashes[members])]] = True
+    return held_out
+
+
+def _part(index: Index, chosen: np.ndarray) -> Index:
+    """The images of `chosen`, bool (N,)."""
+    rows = index.rows[chosen]
+    first = index.facts.first_broken
+    broken = np.flatnonzero(rows["width"] == 0)
+    first_broken = (int(broken[0]), first[1] if first else "") if len(broken) else None
+    table = Table(index.classes, rows, index.names, index.facts.shards, first_broken)
+    return replace(index, facts=store.facts_of(table), rows=rows, identity="", keep=())
+
+
+def _load(index: Index, folder: Path) -> Divided | None:
+    parts = []
+    for split in _SPLITS:
+        found = store.load_rows(folder, f"{split}-")
+        if found is None:
+            return None
+        rows, facts = found
+        identity = f"{index.identity}-{folder.name}-{split}"
+        parts.append(replace(index, facts=facts, rows=rows, identity=identity, keep=(folder,)))
+    return Divided(*parts)

@@ -1,0 +1,51 @@
+"""Images of an index: read from files of their own, or from shards, in any order and by several threads at once."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from hvd_lb.data.index import Index
+from hvd_lb.data.reading import retried
+from hvd_lb.data.tar import Shards
+from hvd_lb.errors import UserError
+
+
+class IndexedImages:
+    """The images of an index, in its order; `largest` is the position of the one with most pixels."""
+
+    encoded = True
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self.classes = index.classes
+        self.labels = index.labels
+        self.widths = index.widths
+        self.heights = index.heights
+        self.largest = index.facts.largest
+        self._shards = Shards(index.root, index.facts.shards)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, ids: np.ndarray) -> list[np.ndarray]:
+        return [self._read(int(image_id)) for image_id in ids]
+
+    def name(self, image_id: int) -> str:
+        return self.index.path(image_id)
+
+    def _read(self, image_id: int) -> np.ndarray:
+        row = self.index.rows[image_id]
+        size, shard = int(row["size"]), int(row["shard"])
+        if shard >= 0:
+            content = self._shards.read(shard, int(row["offset"]), size)
+        else:
+            path = self.name(image_id)
+            content = retried(partial(np.fromfile, path, np.uint8), path)
+        if len(content) != size:
+            raise UserError(
+                f"{self.name(image_id)}: has {len(content)} bytes now, but had {size} when it was indexed; leave "
+                "files in use alone, and let `hvd-lb data index --check` find changes before"
+            )
+        return content
