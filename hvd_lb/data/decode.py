@@ -126,7 +126,8 @@ def _as_stored(image: Image.Image) -> np.ndarray:
         grey = np.rint(np.asarray(image) / 257).astype(np.uint8)  # 65535 / 255; PIL would cut off at 255
         image = Image.fromarray(grey)
     image.info.pop("transparency", None)  # convert drops it too, but may warn
-    image = image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
     return np.asarray(image.transpose(_TURN_BACK[turned]) if turned in _TURN_BACK else image)
 
 
