@@ -12,6 +12,7 @@ from hvd_lb.data.imagenet import DEVKIT, ILSVRC2012, TRAIN_TAR, VAL_TAR, prepare
 from hvd_lb_cli.lazy import LazyGroup
 
 _COMMANDS = {
+    "index": "hvd_lb_cli.data_index:index_command",
     "info": "hvd_lb_cli.data_info:info",
     "preview": "hvd_lb_cli.data_preview:preview",
     "pack": "hvd_lb_cli.data_pack:pack_command",

@@ -112,3 +112,31 @@ def _every_class_trained(index: Index) -> None:
     empty = [name for name, count in zip(index.classes, index.facts.counts, strict=True) if not count]
     if empty:
         raise UserError(f"{index.root}: no images to train on in {some(empty)}; fill or remove these classes")
+
+
+def index_splits(
+    spec: str,
+    *,
+    val_fraction: float | None = None,
+    on_progress: Progress | None = None,
+    check: Check = "quick",
+    write_beside: bool = False,
+) -> dict[str, Index]:
+    """By split, the indexes of `spec`, made where they are missing or old, with all that a run would keep beside them.
+
+    Broken headers are kept, and data without a validation split are no error. Options as in `open_path`.
+    """
+    sources = find_sources(spec)
+    if val_fraction is None and sources.val is None:
+        train = open_index(sources.train, on_progress, "skip", check=check, write_beside=write_beside)
+        return {"train": train}
+    data = open_path(
+        spec,
+        val_fraction=val_fraction,
+        on_progress=on_progress,
+        on_bad_image="skip",
+        check=check,
+        write_beside=write_beside,
+    )
+    data.fingerprint()
+    return {"train": data.train.index, "val": data.val.index}
