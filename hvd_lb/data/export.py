@@ -13,9 +13,9 @@ from pathlib import Path
 
 from hvd_lb.data.encode import Encoding, encoded_in_order
 from hvd_lb.data.images import Dataset, Images, Progress
+from hvd_lb.data.shards import UNFINISHED
 from hvd_lb.errors import UserError
 
-_UNFINISHED = ".unfinished"
 _REPORT_EVERY = 50
 
 
@@ -32,9 +32,9 @@ def export(
         raise UserError(f"class {bad[0]!r} cannot be the name of a class folder")
     if len(set(folders)) < len(folders):
         raise UserError(f"{dataset.name}: two classes would have the same folder")
-    if target.exists() and (not target.is_dir() or set(os.listdir(target)) - {_UNFINISHED}):
+    if target.exists() and (not target.is_dir() or set(os.listdir(target)) - {UNFINISHED}):
         raise UserError(f"{target}: is not empty; give a new folder")
-    work = target / _UNFINISHED
+    work = target / UNFINISHED
     report = on_progress or (lambda label, done, total: None)
     try:
         shutil.rmtree(work, ignore_errors=True)

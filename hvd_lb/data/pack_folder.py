@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lb.data.shard_writer import Shard
+from hvd_lb.data.shards import MANIFEST, UNFINISHED
 from hvd_lb.errors import UserError
 
-UNFINISHED = ".unfinished"
-MANIFEST = "manifest.json"
 CLASSES = "classes.json"
 
 _JOURNAL = "shards.jsonl"

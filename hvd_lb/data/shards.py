@@ -22,6 +22,7 @@ from hvd_lb.data.tar_scan import Scan, scan_shard
 from hvd_lb.errors import UserError
 
 MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_SHARDS = 1_000_000
 _NUMBERED = re.compile(r"(?P<prefix>(?:.*[-_.])?(?P<split>train|val|validation)[-_.]?)(?P<number>\d+)\.tar")
@@ -133,6 +134,8 @@ def sibling(source: ShardSource) -> ShardSource | None:
 def shards_in(folder: Path) -> dict[str, ShardSource]:
     """By split, "train" and "val": the numbered shards of a folder. UserError where one is missing."""
     names = set(os.listdir(folder))
+    if UNFINISHED in names:
+        raise UserError(f"{folder}: is not finished; give the command that makes it again")
     missing = sorted(set(_manifest(folder)) - names)
     found: dict[str, list[str]] = {}
     numbers: dict[str, list[tuple[int, str]]] = {}

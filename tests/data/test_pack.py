@@ -268,6 +268,24 @@ def test_other_options_or_another_source_are_refused(
         packed(source, target, shard_bytes=30_000)
 
 
+def test_what_is_half_packed_is_no_data_set(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "packed"
+    killed_after(2, source, target, monkeypatch)
+    with pytest.raises(UserError, match=r"packed: is not finished; give the command that makes it again"):
+        open_dataset(str(target))
+    packed(source, target)
+    before, after = open_dataset(str(source)), open_dataset(str(target))
+    assert after.fingerprint() == before.fingerprint()
+    ids = np.arange(len(before.train))
+    for one, other in zip(before.train.read(ids), after.train.read(ids), strict=True):
+        assert (one == other).all()
+    (target / ".unfinished").mkdir()  # killed when all was moved, but for the last shards
+    with pytest.raises(UserError, match="is not finished"):
+        open_dataset(str(target))
+
+
 def test_a_source_that_changes_on_the_way_is_told(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
