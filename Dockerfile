@@ -66,6 +66,7 @@ RUN apt-get update \
     && chmod 1777 /work \
     && find / -xdev -type f -perm /6000 -exec chmod a-s {} +
 COPY docker/sshd.conf /etc/ssh/sshd_config.d/hvd-lb.conf
+COPY docker/ssh.conf /etc/ssh/ssh_config.d/hvd-lb.conf
 COPY docker/entry.sh /usr/local/bin/hvd-lb-entry
 COPY --from=libraries /opt/hvd-lb /opt/hvd-lb
 ENV PATH=/opt/hvd-lb/bin:$PATH HOME=/home/hvd-lb NVIDIA_DRIVER_CAPABILITIES=compute,utility

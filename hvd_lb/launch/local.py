@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from hvd_lb.errors import UserError
 from hvd_lb.launch.allreduce import HorovodBuild, needs_mpi
 from hvd_lb.launch.hosts import Host
+from hvd_lb.launch.probe import unknown_to_itself
 from hvd_lb.launch.ssh import mpirun_arguments
 from hvd_lb.launch.start import Launch, horovodrun_command, rank_command
 from hvd_lb.world.horovod import built_with, import_horovod
@@ -30,6 +31,8 @@ def local(processes: int, environment: Mapping[str, str]) -> Launch:
         import_horovod()
     except UserError as error:
         raise UserError(f"{error}; or use --processes 1 or `hvd-lb simulate`") from None
+    if nameless := unknown_to_itself():
+        raise UserError(f"several processes cannot find each other on this machine: {nameless}")
     hosts = [Host(_HERE, processes)]
     mpi_arguments = mpirun_arguments(("ssh",), ["lo"]) if needs_mpi(environment) else None
     return Launch(

@@ -176,7 +176,10 @@ def _judge(
     yield Finding("reached", "ok", answer["hostname"])
     yield _judge_versions(answer, here)
     yield _judge_processes(host, answer, request.device, device)
-    yield _judge_network(answer["interface"], silent)
+    if answer["nameless"]:
+        yield Finding("network", "wrong", answer["nameless"])
+    else:
+        yield _judge_network(answer["interface"], silent)
     if request.data and answer["data"]:
         yield Finding("data", "ok", f"{request.data}")
     elif request.data:

@@ -34,6 +34,7 @@ def answer(name: str, request: dict[str, Any]) -> dict[str, Any]:
         "versions": versions(),
         "horovod": horovod_build(),
         "mpirun": shutil.which("mpirun"),
+        "nameless": unknown_to_itself(),
         "cores": usable_cores(),
         "gpus": gpus(),
         "interface": interface(request["interface"], peers),
@@ -88,6 +89,16 @@ def _is_visible(index: int, uuid: str, visible: str) -> bool:
     """By CUDA_VISIBLE_DEVICES: indices or beginnings of UUIDs, with commas between them."""
     names = [name.strip() for name in visible.split(",") if name.strip()]
     return any(name == str(index) or (name.startswith("GPU-") and uuid.startswith(name)) for name in names)
+
+
+def unknown_to_itself() -> str | None:
+    """Why processes that look up the name of their own host would fail, Gloo's with a SIGSEGV; None when it has one."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        return f"its own name, {name}, has no address: put it into /etc/hosts there"
+    return None
 
 
 def interface(wanted: str | None, peers: list[str]) -> dict[str, Any]:

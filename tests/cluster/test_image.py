@@ -17,7 +17,9 @@ from engine import IMAGE, Engine, engine
 from hosts import Host, lab
 from real_runs import trained_steps, until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
+from hvd_lb.launch.kubernetes import SSH_PORT, sshd_command
+
+pytestmark = [pytest.mark.cluster, pytest.mark.image, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 UID = 4321  # of nobody in the image
 PORT = 2222  # the lab's own sshd has 12345
@@ -129,6 +131,23 @@ def test_it_says_what_it_is(docker: Engine, image: str) -> None:
     assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
     assert config["User"] == "1000:1000"
     assert config["Entrypoint"] == ["hvd-lb-entry", "hvd-lb"]
+
+
+def test_pods_of_an_mpijob_check_each_others_keys(docker: Engine, image: str, output: Path) -> None:
+    """As the operator has it: one key pair for all pods, which is the workers' host key as well, and a hostfile."""
+    (output / "hostfile").write_text("localhost slots=1\n")
+    keys = "/home/hvd-lb/.ssh"
+    make = f"mkdir -m 700 {keys}; ssh-keygen -q -N '' -f {keys}/id_rsa; cp {keys}/id_rsa.pub {keys}/authorized_keys"
+    sshd = shlex.join(sshd_command(keys))
+    ask = f"ssh -p {SSH_PORT} -o BatchMode=yes localhost id -u"
+    script = f"{make}; {sshd} 2>/dev/null & sleep 3; {ask} && ls {keys}"
+    mount = f"{output}/hostfile:/etc/mpi/hostfile:ro"
+    shell = ("--network", "host", "--entrypoint", "hvd-lb-entry", image, "bash", "-c", script)
+    did = docker("run", "--rm", "-v", mount, *shell)
+    assert did.stderr == ""
+    assert did.stdout.split() == ["1000", "authorized_keys", "id_rsa", "id_rsa.pub"], (
+        "no known_hosts was needed"
+    )
 
 
 def test_containers_reach_each_other_with_the_environment_they_were_given(
