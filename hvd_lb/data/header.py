@@ -9,8 +9,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image
 
@@ -35,14 +34,25 @@ class BrokenHeader(ValueError):
     """This is no image, or of no kind that is read; the message is the reason, for a person, in one line."""
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """Sides in pixels as stored; EXIF orientation 1 … 8 (1 where none is given); `kind` as in `KINDS`."""
 
     width: int
     height: int
     orientation: int
     kind: int
+
+
+NO_HEADER = Header(0, 0, 1, 0)
+"""What an index has of a file without one."""
+
+
+def header_or_reason(section: Section) -> Header | str:
+    """As `read_header`, but what is broken is told as a text."""
+    try:
+        return read_header(section)
+    except BrokenHeader as error:
+        return str(error)
 
 
 def read_header(section: Section) -> Header:

@@ -6,6 +6,7 @@ reads no row: what a run needs to know of all of them is in its facts.
 
 from __future__ import annotations
 
+import mmap
 import os
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -59,6 +60,12 @@ class Index:
     def heights(self) -> np.ndarray:
         """int32 (N,), a view."""
         return self.rows["height"]
+
+    def forget(self) -> None:
+        """Let the rows that were touched leave this process's memory, where they are mapped; they stay usable."""
+        mapping = getattr(self.rows, "_mmap", None)
+        if mapping is not None:
+            mapping.madvise(mmap.MADV_DONTNEED)
 
     def relative(self, position: int) -> bytes:
         """The image's path relative to the root, or its name in the shard."""

@@ -30,6 +30,8 @@ class IndexedDataset(Dataset):
         if known := self.known_fingerprint():
             return known
         found = super().fingerprint()
+        for images in (self.train, self.val):
+            images.index.forget()
         for path in self._memos():
             with suppress(OSError):
                 path.write_text(found, "ascii")

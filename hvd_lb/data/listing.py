@@ -20,7 +20,8 @@ from typing import Protocol
 import numpy as np
 
 from hvd_lb.data.images import Progress
-from hvd_lb.data.rows import Table, in_threads, measure_files
+from hvd_lb.data.rows import Table, measure_files
+from hvd_lb.data.threads import in_threads
 from hvd_lb.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")

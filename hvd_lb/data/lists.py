@@ -13,7 +13,8 @@ import numpy as np
 
 from hvd_lb.data.labels import Classes, UnknownLabel, find_classes, read_classes
 from hvd_lb.data.listing import EXTENSIONS, GIF, Listing, place, stamped
-from hvd_lb.data.rows import in_threads, measure_files
+from hvd_lb.data.rows import measure_files
+from hvd_lb.data.threads import in_threads
 from hvd_lb.errors import UserError
 
 SUFFIXES = {".csv": ",", ".tsv": "\t"}

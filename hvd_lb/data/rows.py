@@ -6,18 +6,18 @@ A row is one record of 48 bytes, so that whoever uses an image touches one page 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
-from hvd_lb.data.header import BrokenHeader, read_header
+from hvd_lb.data.header import NO_HEADER, Header, header_or_reason
 from hvd_lb.data.images import Progress
 from hvd_lb.data.reading import retried
 from hvd_lb.data.section import Section
+from hvd_lb.data.threads import in_threads
 
 ROW = np.dtype(
     [
@@ -34,12 +34,7 @@ ROW = np.dtype(
     ]
 )
 
-S = TypeVar("S")
-T = TypeVar("T")
-
 _CHUNK = 256
-THREADS = min(32, 4 * (os.cpu_count() or 1))
-"""For reading headers: more than cores, as most of them wait for a file system."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +56,17 @@ def measure_files(
     rows["label"], rows["shard"] = labels, -1
     rows["name_bytes"] = [len(name) for name in names]
     np.cumsum(rows["name_bytes"][:-1], dtype=np.int64, out=rows["name_at"][1:])
+    measured = rows[["size", "width", "height", "orientation", "kind"]]  # a view
     broken: dict[int, str] = {}
 
     def measure(start: int) -> int:
         stop = min(start + _CHUNK, len(names))
         for position in range(start, stop):
             path = os.path.join(root, os.fsdecode(names[position]))
-            try:
-                _measure_file(path, rows[position])
-            except BrokenHeader as error:
-                broken[position] = str(error)
+            size, header = retried(partial(_header, path), path)
+            if isinstance(header, str):
+                broken[position], header = header, NO_HEADER
+            measured[position] = (size, *header)
         return stop
 
     for stop in in_threads(measure, range(0, len(names), _CHUNK)):
@@ -80,27 +76,11 @@ def measure_files(
     )
 
 
-def in_threads(work: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """What `work` makes of each item, in order."""
-    with ThreadPoolExecutor(THREADS, "hvd-lb index") as pool:
-        yield from pool.map(work, items)
-
-
-def measure(section: Section, row: np.void) -> None:
-    """Fill width, height, orientation and kind of one row. BrokenHeader."""
-    header = read_header(section)
-    row["width"], row["height"] = header.width, header.height
-    row["orientation"], row["kind"] = header.orientation, header.kind
-
-
-def _measure_file(path: str, row: np.void) -> None:
-    def read() -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            row["size"] = size = os.fstat(descriptor).st_size
-            row["orientation"] = 1
-            measure(Section.of_file(descriptor, 0, size), row)
-        finally:
-            os.close(descriptor)
-
-    retried(read, path)
+def _header(path: str) -> tuple[int, Header | str]:
+    """Bytes of a file, and its header or what is wrong with that."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(descriptor).st_size
+        return size, header_or_reason(Section.of_file(descriptor, 0, size))
+    finally:
+        os.close(descriptor)

@@ -17,8 +17,9 @@ import numpy as np
 from hvd_lb.data.images import Progress
 from hvd_lb.data.labels import Classes, UnknownLabel, find_classes, read_classes
 from hvd_lb.data.listing import Listing, place, stamped
-from hvd_lb.data.rows import Table, in_threads
+from hvd_lb.data.rows import Table
 from hvd_lb.data.tar_scan import Scan, scan_shard
+from hvd_lb.data.threads import in_threads
 from hvd_lb.errors import UserError
 
 MANIFEST = "manifest.json"

@@ -25,7 +25,8 @@ import numpy as np
 from hvd_lb.data.cache import cache_folder
 from hvd_lb.data.header import KINDS
 from hvd_lb.data.listing import Place, Source, place
-from hvd_lb.data.rows import ROW, Table, in_threads
+from hvd_lb.data.rows import ROW, Table
+from hvd_lb.data.threads import in_threads
 from hvd_lb.errors import UserError
 
 BESIDE = ".hvd-lb-index"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hvd_lb.data.header import BrokenHeader, read_header
+from hvd_lb.data.header import NO_HEADER, header_or_reason
 from hvd_lb.data.listing import EXTENSIONS, GIF
 from hvd_lb.data.reading import retried
 from hvd_lb.data.rows import ROW
@@ -72,14 +72,11 @@ def _scanned(path: Path, descriptor: int, section: Section, samples: dict[str, _
         label = labels.setdefault(_label(path, key, section, sample), len(labels))
         name = os.fsencode(sample.image.name)
         start, size = sample.image.start, sample.image.size
-        try:
-            header = read_header(Section.of_file(descriptor, start, size))
-            found = (header.width, header.height, header.orientation, header.kind)
-        except BrokenHeader as error:
-            first_broken = first_broken or (len(rows), str(error))
-            found = (0, 0, 1, 0)
-        width, height, orientation, kind = found
-        rows.append((label, size, start, at, width, height, 0, len(name), orientation, kind))
+        header = header_or_reason(Section.of_file(descriptor, start, size))
+        if isinstance(header, str):
+            first_broken = first_broken or (len(rows), header)
+            header = NO_HEADER
+        rows.append((label, size, start, at, header.width, header.height, 0, len(name), *header[2:]))
         names.append(name)
         at += len(name)
     return Scan(np.array(rows, ROW), b"".join(names), list(labels), first_broken)
