@@ -1,8 +1,9 @@
-"""The DALI loader: one pipeline that decodes, cuts, resizes, mirrors and normalises what the plan says.
+"""The DALI loader: a pipeline that decodes and cuts what the plan says and, on GPUs, resizes, mirrors and normalises.
 
+On CPUs `hvd_lb.data.resize` does the rest, many times as fast. On CUDA the JPEGs are decoded there ("mixed").
 One iteration of the pipeline is one microbatch: on GPUs the share decoded by hardware depends on the batch,
 so the pixels of a microbatch would else depend on its neighbours. None of DALI's own randomness, shuffling or
-sharding is used. On CUDA the JPEGs are decoded there ("mixed"); it is the same pipeline.
+sharding is used.
 
 One image that DALI cannot decode costs it the batches under way and the pipeline. DALI does not always tell which one
 it was, so the images of the batch are decoded one by one, with their windows; then a new pipeline starts over with it.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from nvidia.dali.pipeline import Pipeline
 from hvd_lb.data.decode import BadImage, decode_image
 from hvd_lb.data.images import Images
 from hvd_lb.data.loader import Decode, Decoded, Pixels
+from hvd_lb.data.resize import Finisher
 from hvd_lb.data.stand_in import Mend, RawBatch
 from hvd_lb.errors import UserError
 
@@ -30,42 +33,72 @@ _PREFETCH = 2
 
 
 def dali_decoder(pixels: Pixels, batch_size: int, device: torch.device, threads: int) -> Decode:
-    """Decodes on `device` with `threads` CPU threads."""
+    """Decodes image files on `device` with `threads` CPU threads; for GPUs it takes decoded images, too."""
 
     def decode(images: Images, batches: Iterator[RawBatch], mend: Mend) -> Iterator[Decoded]:
-        def trial(one: RawBatch) -> BadImage | None:
-            return _trial(images, one, pixels, device)
-
-        feed = _Feed(batches, lambda batch, bad: mend(batch, bad, trial))
-        pipeline = _pipeline(feed, images.encoded, pixels, batch_size, device, threads)
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        while True:
-            try:
-                (output,) = pipeline.run(stream)
-            except StopIteration:
-                break
-            except RuntimeError as error:
-                if not feed.in_flight:  # the pipeline itself could not be made
-                    raise
-                feed.in_flight[0] = mend(*_blame(images, feed.in_flight[0], trial, error), trial)
-                feed.rewind()
-                pipeline = _pipeline(feed, images.encoded, pixels, batch_size, device, threads)
-                continue
-            batch = feed.in_flight.popleft()
-            y = torch.from_numpy(images.labels[batch.microbatch.image_ids])
-            # No copy on the CPU: DALI's dynamic executor recycles no output while a tensor refers to it.
-            x = torch.from_dlpack(output.as_tensor())
-            if stream is not None:
-                # On a GPU Python may let go before the consumer's kernels have run; only torch's own
-                # allocator can wait for those (record_stream in ThreadedLoader).
-                with torch.cuda.stream(stream):
-                    x, y = x.clone(), y.to(device)
-                stream.synchronize()
-            yield Decoded(x, y, batch.stand_ins)
-        if feed.failure is not None:
-            raise feed.failure
+        runs = _runs(images, batches, mend, pixels, batch_size, device, threads, stream)
+        if stream is not None:
+            return _on_gpu(images, runs, stream)
+        return _on_cpu(images, runs, pixels, batch_size, threads)
 
     return decode
+
+
+Runs = Iterator[tuple[RawBatch, Any]]
+"""Microbatches and DALI's output for them: the windows on CPUs, the tensor on GPUs. Valid until the next one."""
+
+
+def _on_cpu(images: Images, runs: Runs, pixels: Pixels, batch_size: int, threads: int) -> Iterator[Decoded]:
+    # DALI meanwhile decodes the next microbatches.
+    with ThreadPoolExecutor(threads, "hvd-lb resize") as pool:
+        finish = Finisher(pixels, batch_size, pool)
+        for batch, output in runs:
+            x = finish([np.asarray(window) for window in output], batch.microbatch.windows.flip)
+            yield Decoded(x, torch.from_numpy(images.labels[batch.microbatch.image_ids]), batch.stand_ins)
+
+
+def _on_gpu(images: Images, runs: Runs, stream: torch.cuda.Stream) -> Iterator[Decoded]:
+    for batch, output in runs:
+        # Python may let go of DALI's memory before the consumer's kernels have run; only torch's own allocator can wait
+        # for those (record_stream in ThreadedLoader).
+        with torch.cuda.stream(stream):
+            x = torch.from_dlpack(output.as_tensor()).clone()
+            y = torch.from_numpy(images.labels[batch.microbatch.image_ids]).to(stream.device)
+        stream.synchronize()
+        yield Decoded(x, y, batch.stand_ins)
+
+
+def _runs(
+    images: Images,
+    batches: Iterator[RawBatch],
+    mend: Mend,
+    pixels: Pixels,
+    batch_size: int,
+    device: torch.device,
+    threads: int,
+    stream: torch.cuda.Stream | None,
+) -> Runs:
+    def trial(one: RawBatch) -> BadImage | None:
+        return _trial(images, one, pixels, device)
+
+    feed = _Feed(batches, lambda batch, bad: mend(batch, bad, trial))
+    pipeline = _pipeline(feed, images.encoded, pixels, batch_size, device, threads)
+    while True:
+        try:
+            output = pipeline.run(stream)[0]
+        except StopIteration:
+            break
+        except RuntimeError as error:
+            if not feed.in_flight:  # the pipeline itself could not be made
+                raise
+            feed.in_flight[0] = mend(*_blame(images, feed.in_flight[0], trial, error), trial)
+            feed.rewind()
+            pipeline = _pipeline(feed, images.encoded, pixels, batch_size, device, threads)
+            continue
+        yield feed.in_flight.popleft(), output
+    if feed.failure is not None:
+        raise feed.failure
 
 
 class _Feed:
@@ -135,23 +168,28 @@ def _pipeline(
         else:
             data = fn.reinterpret(data, layout="HWC")
             cut = fn.slice(data.gpu() if on_gpu else data, anchor, shape, **absolute)
-        resized: Any = fn.resize(
-            cut,
-            size=[pixels.image_size, pixels.image_size],
-            interp_type=types.DALIInterpType.INTERP_LINEAR,
-            antialias=pixels.antialias,
-        )
-        pipeline.set_outputs(
-            fn.crop_mirror_normalize(
-                resized,
-                mirror=mirror,
-                dtype=types.DALIDataType.FLOAT,
-                output_layout="CHW",
-                mean=[255 * value for value in pixels.mean],
-                std=[255 * value for value in pixels.std],
-            )
-        )
+        # The flips as well, as an input that is not used makes DALI warn.
+        outputs = (_finished(cut, mirror, pixels),) if on_gpu else (cut, mirror)
+        pipeline.set_outputs(*outputs)
     return pipeline
+
+
+def _finished(windows: Any, mirror: Any, pixels: Pixels) -> Any:
+    """What `hvd_lb.data.resize` does on CPUs."""
+    resized: Any = fn.resize(
+        windows,
+        size=[pixels.image_size, pixels.image_size],
+        interp_type=types.DALIInterpType.INTERP_LINEAR,
+        antialias=pixels.antialias,
+    )
+    return fn.crop_mirror_normalize(
+        resized,
+        mirror=mirror,
+        dtype=types.DALIDataType.FLOAT,
+        output_layout="CHW",
+        mean=[255 * value for value in pixels.mean],
+        std=[255 * value for value in pixels.std],
+    )
 
 
 def _blame(

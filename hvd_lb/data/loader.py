@@ -148,7 +148,7 @@ def open_loader(
         device = torch.device("cuda", torch.cuda.current_device())  # this thread's, not the decoding one's
     prepare: Prepare
     # Imported when chosen: DALI exists for fewer platforms than torchvision.
-    if kind == "dali":
+    if kind == "dali" and (images.encoded or device.type == "cuda"):  # else there is nothing for it to do
         from hvd_lb.data.dali import dali_decoder as decoder
 
         prepare = as_plain

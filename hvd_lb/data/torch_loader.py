@@ -1,50 +1,49 @@
 """The torchvision loader: the reference for DALI's pixels, and what runs where DALI does not.
 
-Windows are resized as tensors, not by PIL, which always antialiases; where both do they agree to 0-1 levels.
-DALI agrees to 0-1 levels too, except in the outermost pixels of an antialiased tensor: where the filter reaches
-over the window's edge DALI repeats pixels and torchvision reweighs. Without resizing nothing differs (docs/data.md).
+PIL decodes; windows are resized as 8-bit tensors. On CPUs DALI's loader does the same with what it has decoded, so no
+bit differs (docs/data.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
-from torchvision.transforms.v2 import functional as F  # noqa: N812 (its name everywhere)
 
 from hvd_lb.data.decode import BadImage, decode_image
 from hvd_lb.data.images import Images
 from hvd_lb.data.loader import Decode, Decoded, Pixels
+from hvd_lb.data.resize import Finisher, resize
 from hvd_lb.data.stand_in import Mend, RawBatch
+
+Finish = Callable[[Sequence[np.ndarray], np.ndarray], torch.Tensor]
 
 
 def torchvision_decoder(pixels: Pixels, batch_size: int, device: torch.device, threads: int) -> Decode:
-    """Decodes on the CPU with `threads` threads, moves the microbatch to `device` and normalises it there."""
-    # In DALI's arithmetic, of levels and with the reciprocal, so that no bit differs on a CPU.
-    mean, std = (
-        torch.tensor([255 * value for value in of], dtype=torch.float32, device=device).view(3, 1, 1)
-        for of in (pixels.mean, pixels.std)
-    )
+    """Decodes and resizes on the CPU with `threads` threads; for a GPU the microbatch is normalised there."""
 
     def decode(images: Images, batches: Iterator[RawBatch], mend: Mend) -> Iterator[Decoded]:
         def trial(one: RawBatch) -> BadImage | None:
-            cut = _cut(images, one, 0, pixels)
-            return cut if isinstance(cut, BadImage) else None
+            window = _window(images, one, 0)
+            return window if isinstance(window, BadImage) else None
 
-        def cut_all(batch: RawBatch) -> list[torch.Tensor | BadImage]:
-            return list(
-                pool.map(lambda position: _cut(images, batch, position, pixels), range(len(batch.data)))
-            )
+        def cut(batch: RawBatch) -> list[np.ndarray | BadImage]:
+            return list(pool.map(lambda position: _window(images, batch, position), range(len(batch.data))))
 
         with ThreadPoolExecutor(threads, "hvd-lb torchvision") as pool:
+            finish = (
+                _on_gpu(pixels, device, pool) if device.type == "cuda" else Finisher(pixels, batch_size, pool)
+            )
             for batch in batches:
-                cut = cut_all(batch)
-                if bad := {position: of for position, of in enumerate(cut) if isinstance(of, BadImage)}:
+                windows = cut(batch)
+                if bad := {position: of for position, of in enumerate(windows) if isinstance(of, BadImage)}:
                     batch = mend(batch, bad, trial)
-                    cut = cut_all(batch)
-                whole = [tensor for tensor in cut if not isinstance(tensor, BadImage)]
-                x = torch.stack(whole).to(device).float().sub_(mean).mul_(1 / std)
+                    windows = cut(batch)
+                x = finish(
+                    [of for of in windows if not isinstance(of, BadImage)], batch.microbatch.windows.flip
+                )
                 y = torch.from_numpy(images.labels[batch.microbatch.image_ids]).to(device)
                 if device.type == "cuda":
                     torch.cuda.current_stream(device).synchronize()
@@ -53,8 +52,28 @@ def torchvision_decoder(pixels: Pixels, batch_size: int, device: torch.device, t
     return decode
 
 
-def _cut(images: Images, batch: RawBatch, position: int, pixels: Pixels) -> torch.Tensor | BadImage:
-    """uint8 (3, S, S): the window of one image, resized and perhaps mirrored."""
+def _on_gpu(pixels: Pixels, device: torch.device, pool: ThreadPoolExecutor) -> Finish:
+    """A Finisher for a GPU."""
+    # In DALI's arithmetic, of levels and with the reciprocal.
+    mean, std = (
+        torch.tensor([255 * value for value in of], dtype=torch.float32, device=device).view(3, 1, 1)
+        for of in (pixels.mean, pixels.std)
+    )
+
+    def one(window: np.ndarray, flip: bool) -> np.ndarray:
+        resized = resize(window, pixels)
+        return resized[:, ::-1] if flip else resized
+
+    def finish(windows: Sequence[np.ndarray], flips: np.ndarray) -> torch.Tensor:
+        levels = np.stack(list(pool.map(one, windows, flips.tolist())))
+        x = torch.from_numpy(levels).to(device).permute(0, 3, 1, 2)
+        return x.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).mul_(1 / std)
+
+    return finish
+
+
+def _window(images: Images, batch: RawBatch, position: int) -> np.ndarray | BadImage:
+    """uint8 (height, width, 3): the window of one image."""
     windows = batch.microbatch.windows
     x, y, width, height = (int(of[position]) for of in (windows.x, windows.y, windows.width, windows.height))
     source = batch.data[position]
@@ -63,8 +82,4 @@ def _cut(images: Images, batch: RawBatch, position: int, pixels: Pixels) -> torc
             source = decode_image(images, int(batch.microbatch.image_ids[position]), source)
         except BadImage as bad:
             return bad
-    if isinstance(source, BadImage):
-        return source
-    window = torch.from_numpy(source[y : y + height, x : x + width].copy()).permute(2, 0, 1)
-    resized = F.resize(window, [pixels.image_size, pixels.image_size], antialias=pixels.antialias)
-    return F.horizontal_flip(resized) if windows.flip[position] else resized
+    return source if isinstance(source, BadImage) else source[y : y + height, x : x + width]
