@@ -13,7 +13,7 @@ from hvd_lb.cores import usable_cores
 from hvd_lb.data import open_dataset
 from hvd_lb.data.verify import verify
 from hvd_lb.recipe import MAX_PIXELS, MOST_PIXELS, LoaderKind
-from hvd_lb.report.progress import count
+from hvd_lb.report.progress import count, printable
 from hvd_lb.report.run_directory import write_json
 from hvd_lb_cli.lasting import lasting_progress
 
@@ -74,7 +74,7 @@ def verify_command(
                 images, loader, threads=threads or usable_cores(), max_pixels=max_pixels, on_progress=show
             )
             for failure in found:
-                click.echo(_one_line(f"{failure.path}: {failure.reason}"))
+                click.echo(printable(f"{failure.path}: {failure.reason}"))
                 bad.append({"split": split, **asdict(failure)})
     total = sum(map(len, splits.values()))
     if report:
@@ -85,11 +85,3 @@ def verify_command(
         else f"{count(total, 'image')}, all whole"
     )
     return 1 if bad else 0
-
-
-def _one_line(text: str) -> str:
-    """File names may hold anything."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
-        for letter in text
-    )

@@ -95,7 +95,8 @@ class Evaluator:
         ):
             for batch, (x, y) in zip(own, loader, strict=True):
                 bad = [of.position for of in self.bad_images.found if of.place and of.place.number == batch]
-                y[bad] = _LEFT_OUT  # a stand-in only fills the batch
+                if bad:
+                    y[bad] = _LEFT_OUT  # a stand-in only fills the batch
                 logits = forward(x.to(self.dtype, memory_format=self.memory_format)).double()
                 ranked = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
                 loss = nn.functional.cross_entropy(logits, y, reduction="sum", ignore_index=_LEFT_OUT)

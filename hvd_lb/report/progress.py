@@ -46,6 +46,8 @@ class RunView:
     def __init__(self, run: RunDirectory, display: Display, first_step: int):
         self._run, self._display = run, display
         self._follower = MetricsFollower(run.metrics, first_step)
+        self._bad_images = MetricsFollower(run.bad_images, first_step)
+        self._told_of_bad = False
 
     def __enter__(self) -> RunView:
         return self
@@ -65,6 +67,13 @@ class RunView:
             elif record["kind"] == "repeat":
                 self._display.note(
                     f"epoch {record['epoch']} step {record['step']} is taken again: {record['reason']}"
+                )
+        for bad in self._bad_images.new_records():
+            if not self._told_of_bad:
+                self._told_of_bad = True
+                self._display.note(
+                    f"epoch {bad['epoch']} step {bad['step']}: {printable(bad['path'])} cannot be decoded "
+                    f"({bad['reason']}) and is skipped; all such cases are in {self._run.bad_images.name}"
                 )
         try:
             beat = json.loads(self._run.heartbeat.read_text("utf-8"))
@@ -189,6 +198,14 @@ def evaluation_line(record: dict[str, Any]) -> str:
     return (
         f"epoch {record['epoch']} step {record['step']} evaluation: top-1 error {record['top1_error']:.2f} %, "
         f"top-5 error {record['top5_error']:.2f} %, loss {record['loss']:.4f}, {record['images']:,} images"
+    )
+
+
+def printable(text: str) -> str:
+    """On one line and of whole characters: names of files may hold anything."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
+        for letter in text
     )
 
 
