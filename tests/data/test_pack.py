@@ -121,6 +121,36 @@ def test_shrunk_images_are_entered_with_those_that_would_not_decode(source: Path
     assert Image.open(io.BytesIO(content)).size == (16, 24)
 
 
+def test_lists_and_shards_can_be_packed(source: Path, tmp_path: Path) -> None:
+    packed(source, tmp_path / "first")
+    packed(tmp_path / "first", tmp_path / "again")
+    lines = ["path,label"]
+    images = open_dataset(str(source)).train
+    for i in (4, 2, 17, 9):
+        lines.append(f"{images.name(i)},{images.classes[int(images.labels[i])]}")
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    packed(tmp_path / "train.csv", tmp_path / "of-list")
+    assert contents(tmp_path / "again") == contents(tmp_path / "first")
+    found = [member for shard in members(tmp_path / "of-list", "train") for member in shard]
+    assert [content for _, content in found[::2]] == [
+        Path(images.name(i)).read_bytes() for i in (4, 2, 17, 9)
+    ]
+
+
+def test_broken_images_are_copied(source: Path, tmp_path: Path) -> None:
+    cut = source / "train" / "ant" / "2.png"
+    cut.write_bytes(cut.read_bytes()[:-300])
+    (source / "train" / "bee" / "1.JPEG").write_bytes(b"no image")
+    packed(source, tmp_path / "packed")
+    before, after = (open_dataset(str(of), on_bad_image="skip") for of in (source, tmp_path / "packed"))
+    assert after.fingerprint() == before.fingerprint()
+    ids = np.arange(len(before.train))
+    assert [one.tobytes() for one in after.train.read(ids)] == [
+        one.tobytes() for one in before.train.read(ids)
+    ]
+
+
 def test_pixels_are_packed_as_png(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8), dtype=np.uint8)
     images = ArrayImages(pixels, np.arange(10) % 3, ["a/b", "c", "d"], "noise")
