@@ -11,6 +11,7 @@ from rich.console import Console
 
 from hvd_lb.cores import usable_cores
 from hvd_lb.data import open_dataset
+from hvd_lb.data.listing import NoImages
 from hvd_lb.data.verify import verify
 from hvd_lb.recipe import MAX_PIXELS, MOST_PIXELS, LoaderKind
 from hvd_lb.report.progress import count, printable
@@ -60,9 +61,17 @@ def verify_command(
     console = Console(stderr=True)
     bad: list[dict[str, Any]] = []
     with lasting_progress(console) as on_progress:
-        dataset = open_dataset(
-            source, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
-        )
+        try:
+            dataset = open_dataset(
+                source, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
+            )
+        except NoImages as found:
+            for path in found.paths:
+                click.echo(printable(f"{path}: no image file"))
+            click.echo(
+                f"nothing decoded: move {count(len(found.paths), 'file')} out of the class folders first"
+            )
+            return 1
         splits = {"train": dataset.train, "val": dataset.val}
         for split, images in splits.items():
             label = f"decoding {split}"

@@ -33,6 +33,14 @@ Place = tuple[str, int, int]
 _UNSETTLED_NS = 2_000_000_000
 
 
+class NoImages(UserError):
+    """The files at `paths` lie where only images should."""
+
+    def __init__(self, message: str, paths: list[str]) -> None:
+        super().__init__(message)
+        self.paths = paths
+
+
 @dataclass(frozen=True)
 class Listing:
     """One look at a source. `stamp` changes with the name, size or time of any file.
@@ -93,9 +101,10 @@ class FolderSource:
         if strangers:
             more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
             kind = GIF if strangers[0].lower().endswith(".gif") else "no image file"
-            raise UserError(
+            raise NoImages(
                 f"{self.root / strangers[0]}{more}: {kind} ({' '.join(EXTENSIONS)}); "
-                "move what is no image out of the class folders"
+                "move what is no image out of the class folders",
+                [str(self.root / path) for path in strangers],
             )
         stamp = hashlib.sha256()
         names: list[bytes] = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -100,6 +102,43 @@ def test_a_png_with_a_wrong_checksum_is_bad_for_dali_alone(hvd_lb, data: Path) -
     said = hvd_lb("data", "verify", data)
     assert said.status == 1
     assert f"{path}: by DALI, though PIL can: " in said.out
+
+
+def test_files_that_are_no_images_are_all_listed(hvd_lb, data: Path) -> None:
+    strangers = [data / "train" / "ant" / "Thumbs.db", data / "train" / "bee" / "notes.txt"]
+    for path in strangers:
+        path.write_bytes(b"text")
+    said = hvd_lb("data", "verify", data)
+    assert said.status == 1
+    assert said.out.splitlines()[:2] == [f"{path}: no image file" for path in strangers]
+    assert "move 2 files out" in said.out
+
+
+@pytest.mark.parametrize("loader", KINDS)
+def test_shards_and_lists_are_verified_like_folders(hvd_lb, loader: str, data: Path, tmp_path: Path) -> None:
+    for path in (data / "train" / "ant" / "2.png", data / "val" / "bee" / "3.jpg"):
+        path.write_bytes(path.read_bytes()[:-200])
+    (data / "train" / "bee" / "1.jpg").write_bytes(b"no image")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(shards / f"{split}-000000.tar", "w") as archive:
+            for number, path in enumerate(sorted((data / split).glob("*/*"))):
+                archive.add(path, f"{number:06d}{path.suffix}")
+                label = tarfile.TarInfo(f"{number:06d}.cls")
+                label.size = 1
+                archive.addfile(label, io.BytesIO(b"01"[path.parent.name == "bee" :][:1]))
+        rows = [f"{path},{path.parent.name}\n" for path in sorted((data / split).glob("*/*"))]
+        (tmp_path / f"{split}.csv").write_text("path,label\n" + "".join(rows))
+    for source, names in (
+        (shards, [": 000002.png: ", ": 000007.jpg: ", ": 000009.jpg: "]),
+        (tmp_path / "train.csv", ["ant/2.png: ", "bee/1.jpg: ", "bee/3.jpg: "]),
+    ):
+        said = hvd_lb("data", "verify", source, "--loader", loader)
+        assert said.status == 1, said
+        *lines, last = said.out.splitlines()
+        assert last == "24 images decoded, 3 failed"
+        assert all(name in line for name, line in zip(names, lines, strict=True))
 
 
 def test_named_data_sets_are_read_too(hvd_lb) -> None:
