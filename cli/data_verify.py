@@ -65,11 +65,11 @@ def verify_command(
             dataset = open_dataset(
                 source, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
             )
-        except NoImages as found:
-            for path in found.paths:
+        except NoImages as error:
+            for path in error.paths:
                 click.echo(printable(f"{path}: no image file"))
             click.echo(
-                f"nothing decoded: move {count(len(found.paths), 'file')} out of the class folders first"
+                f"nothing decoded: move {count(len(error.paths), 'file')} out of the class folders first"
             )
             return 1
         splits = {"train": dataset.train, "val": dataset.val}
