@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from hvd_lb_cli.options import recipe_options
 from hvd_lb_cli.picture_file import PICTURE, write_picture
 
 _EPOCHS = 4
+_option = functools.partial(click.option, panel="The picture")
 
 
 @click.command("preview")
-@click.option("--recipe", metavar="NAME|FILE", help="A preset (see `hvd-lb recipes`) or a YAML file.")
-@click.option(
+@_option("--recipe", metavar="NAME|FILE", help="A preset (see `hvd-lb recipes`) or a YAML file.")
+@_option(
     "--output",
     type=PICTURE,
     metavar="FILE.png",
@@ -34,14 +36,14 @@ _EPOCHS = 4
     show_default=True,
     help="The picture.",
 )
-@click.option(
+@_option(
     "--images",
     type=click.IntRange(1, 50),
     default=4,
     show_default=True,
     help="How many training images; half as many of validation.",
 )
-@click.option(
+@_option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
