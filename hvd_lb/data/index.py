@@ -62,10 +62,11 @@ class Index:
         return self.rows["height"]
 
     def forget(self) -> None:
-        """Let the rows that were touched leave this process's memory, where they are mapped; they stay usable."""
-        mapping = getattr(self.rows, "_mmap", None)
-        if mapping is not None:
-            mapping.madvise(mmap.MADV_DONTNEED)
+        """Let what was touched leave this process's memory, where it is mapped; it stays usable."""
+        for array in (self.rows, self.names):
+            mapping = getattr(array, "_mmap", None)
+            if mapping is not None:
+                mapping.madvise(mmap.MADV_DONTNEED)
 
     def relative(self, position: int) -> bytes:
         """The image's path relative to the root, or its name in the shard."""

@@ -11,6 +11,10 @@ from hvd_lb.data.reading import retried
 from hvd_lb.data.tar import Shards
 from hvd_lb.errors import UserError
 
+# The kernel maps up to a megabyte around a row: a thousand random ones can be all of an index. Forgetting them costs
+# some microseconds an image.
+_FORGET_EVERY = 64
+
 
 class IndexedImages:
     """The images of an index, in its order; `largest` is the position of the one with most pixels."""
@@ -24,13 +28,19 @@ class IndexedImages:
         self.widths = index.widths
         self.heights = index.heights
         self.largest = index.facts.largest
+        self._unforgotten = 0
         self._shards = Shards(index.root, index.facts.shards)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, ids: np.ndarray) -> list[np.ndarray]:
-        return [self._read(int(image_id)) for image_id in ids]
+        contents = [self._read(int(image_id)) for image_id in ids]
+        self._unforgotten += len(ids)
+        if self._unforgotten >= _FORGET_EVERY:
+            self._unforgotten = 0
+            self.index.forget()
+        return contents
 
     def name(self, image_id: int) -> str:
         return self.index.path(image_id)

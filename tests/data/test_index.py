@@ -17,6 +17,7 @@ from hvd_lb.data.cache import cache_folder
 from hvd_lb.data.images import OnBadImage, Progress
 from hvd_lb.data.index import Check, Index
 from hvd_lb.data.index import open_index as open_source
+from hvd_lb.data.indexed import IndexedImages
 from hvd_lb.data.listing import FolderSource
 from hvd_lb.data.rows import ROW, Table
 from hvd_lb.data.store import facts_of
@@ -293,9 +294,14 @@ def test_opening_a_large_index_costs_neither_time_nor_memory(folder: Path) -> No
     index = open_index(folder, cheap=0)
     assert len(index.rows) == count
     assert sum(index.facts.counts) == count
-    positions = np.arange(0, count, count // 20)
+    rng = np.random.default_rng(0)
+    positions = rng.integers(count, size=10)
     assert (index.widths[positions] == 20).all()
     assert index.path(count - 1).endswith("ant/0.png")
+    assert resident() - before < 40e6
+    images = IndexedImages(index)
+    for _ in range(10):
+        assert len(images.read(rng.integers(count, size=64))) == 64
     assert resident() - before < 40e6
 
 
