@@ -61,7 +61,7 @@ def index_command(source: str, beside: bool, check: bool, val_fraction: float | 
                 f"{split}: {count(index.facts.broken, 'image')} with a broken header, the first: "
                 f"{index.path(position)} ({reason})"
             )
-    places = sorted({str(index.keep[0]) for index in indexes.values() if index.keep})
+    places = sorted({str(index.keep[0].parent) for index in indexes.values() if index.keep})
     seconds = time.monotonic() - began
     state = f"read in {seconds:,.1f} s" if told else f"up to date ({seconds:,.1f} s)"
     click.echo(f"index {state}: {', '.join(places) or 'kept nowhere, as no cache folder can be written'}")

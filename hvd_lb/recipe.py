@@ -89,7 +89,7 @@ class Recipe(BaseModel):
     # data
     data: str | None = _free(
         None,
-        "digits, fashion-mnist, synthetic[:N], or a folder with train/ and val/ [default: $HVD_LB_DATA or /data]",
+        "digits, fashion-mnist, synthetic[:N], a folder, list or shards: docs/data.md [default: $HVD_LB_DATA or /data]",
     )
     val_fraction: float | None = Field(
         None, gt=0, lt=1, description="Share held out where there is no val/ folder."

@@ -14,7 +14,7 @@ from hvd_lb.data.synthetic import open_synthetic
 from hvd_lb.errors import UserError
 
 CHOICES = (
-    "digits, fashion-mnist, synthetic[:N], or a folder with train/ and val/, lists or shards (docs/data.md)"
+    "digits, fashion-mnist, synthetic[:N], or a folder with train/ and val/, a list or shards: docs/data.md"
 )
 _USUAL_FOLDER = Path("/data")
 _FIXED_SPLITS = {"digits": open_digits, "fashion-mnist": open_fashion_mnist}

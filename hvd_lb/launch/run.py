@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import statistics
 import sys
@@ -32,7 +33,7 @@ _LOOK_SECONDS = 0.2
 
 def default_output(recipe: Recipe, prefix: str = "") -> Path:
     """runs/PREFIX DATA-MODEL-KxN-DIGEST: the same command finds its run again, another one gets another folder."""
-    data = Path((recipe.data or "data").replace(":", "-")).name
+    data = re.sub(r"[:{}*?]+", "-", Path(recipe.data or "data").name)
     return (
         Path("runs") / f"{prefix}{data}-{recipe.model}-{recipe.gpus}x{recipe.per_gpu_batch}-{recipe.digest()}"
     )

@@ -35,11 +35,11 @@ def test_it_says_what_it_found_and_where_the_index_is(hvd_lb: Run) -> None:
 
 def test_beside_the_data_and_used_from_there(hvd_lb: Run) -> None:
     said = hvd_lb("data", "index", "set", "--beside")
-    assert "set/.hvd-lb-index/train/" in said.out
+    assert "set/.hvd-lb-index/train" in said.out
     Path("set").rename("moved")
     again = hvd_lb("data", "index", "moved")
     assert "index up to date" in again.out
-    assert "moved/.hvd-lb-index/train/" in again.out
+    assert "moved/.hvd-lb-index/train" in again.out
 
 
 def test_broken_headers_are_told(hvd_lb: Run) -> None:

@@ -74,6 +74,26 @@ def test_foreign_shards(kind: int, tmp_path: Path) -> None:
         assert data.val.labels.tolist() == [1]
 
 
+def test_shards_that_webdataset_wrote(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset", reason="needs pip install webdataset")
+    for split, count in (("train", 30), ("val", 5)):
+        with webdataset.ShardWriter(str(tmp_path / f"{split}-%06d.tar"), maxcount=8, verbose=0) as writer:
+            for i in range(count):
+                sample = {
+                    "__key__": f"a.b/sample{i:04d}",
+                    "png": png(i, 20 + i),
+                    "json": {"label": i % 3},
+                    "txt": "x",
+                }
+                writer.write(sample)
+    data = open_dataset(str(tmp_path))
+    assert data.train.classes == ["0", "1", "2"]
+    assert data.train.labels.tolist() == [i % 3 for i in range(30)]
+    assert data.train.widths.tolist() == list(range(20, 50))
+    assert data.train.read(np.array([29]))[0].tobytes() == png(29, 49)
+    assert len(data.val) == 5
+
+
 def test_numbers_without_a_list_of_classes(tmp_path: Path) -> None:
     write_tar(tmp_path / "train-0.tar", [*samples("ab", b"0"), *samples("cd", b"2"), *samples("e", b"001")])
     write_tar(tmp_path / "val-0.tar", samples("a", b"2"))
