@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from hvd_lb.data.index import Index
 from hvd_lb.data.rows import Table
 
 _SPLITS = ("train", "val")
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,7 @@ def hold_out(index: Index, fraction: float, seed: int) -> np.ndarray:
 
     So a file added to the folder moves no other. A class of two images or more always has one on either side.
     """
-    key = seed.to_bytes(8, "little", signed=True)
-    digests = (
-        hashlib.blake2b(index.relative(i), digest_size=8, key=key).digest() for i in range(len(index.rows))
-    )
-    hashes = np.frombuffer(b"".join(digests), "<u8")
+    hashes = _hashes(index, seed.to_bytes(8, "little", signed=True))
     held_out = hashes < np.uint64(fraction * 2.0**64)
     count = np.bincount(index.labels, minlength=len(index.classes))
     held = np.bincount(index.labels[held_out], minlength=len(index.classes))
@@ -68,6 +66,20 @@ def hold_out(index: Index, fraction: float, seed: int) -> np.ndarray:
         else:
             held_out[members[np.argmin(hashes[members])]] = True
     return held_out
+
+
+def _hashes(index: Index, key: bytes) -> np.ndarray:
+    """uint64 (N,): keyed hashes of the names, which lie in the order of the rows, one behind the other."""
+    hashes = np.empty(len(index.rows), "<u8")
+    for start in range(0, len(hashes), _CHUNK):
+        rows = index.rows[start : start + _CHUNK]
+        ends = np.cumsum(rows["name_bytes"], dtype=np.int64)
+        begin = int(rows["name_at"][0])
+        names = index.names[begin : begin + int(ends[-1])].tobytes()
+        parts = itertools.pairwise([0, *ends.tolist()])
+        digests = (hashlib.blake2b(names[a:b], digest_size=8, key=key).digest() for a, b in parts)
+        hashes[start : start + len(rows)] = np.frombuffer(b"".join(digests), "<u8")
+    return hashes
 
 
 def _part(index: Index, chosen: np.ndarray) -> Index:

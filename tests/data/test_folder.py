@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -98,6 +99,14 @@ def test_a_file_added_moves_no_other(seed: int, names: set[str], data: st.DataOb
         sets.append({index.relative(i) for i in np.flatnonzero(held_out)})
     assert sets[0] - sets[1] <= {added.encode()}
     assert sets[1] <= sets[0]
+
+
+def test_the_split_is_what_it_was_in_the_first_version() -> None:
+    index = make_index([f"{label}/{i}.png" for label in "ab" for i in range(40_000)])
+    key = (7).to_bytes(8, "little", signed=True)
+    digests = [hashlib.blake2b(index.relative(i), digest_size=8, key=key).digest() for i in range(80_000)]
+    expected = [int.from_bytes(digest, "little") < 0.25 * 2**64 for digest in digests]
+    assert hold_out(index, 0.25, 7).tolist() == expected
 
 
 def test_the_held_out_share_is_the_fraction_and_follows_the_seed() -> None:
