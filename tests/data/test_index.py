@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -277,6 +278,14 @@ def test_the_fingerprint_is_that_of_the_arrays_and_kept(tmp_path: Path, make_dat
     assert memo.read_text() == plain
     memo.write_text("damaged")
     assert open_dataset(spec).fingerprint() == plain
+
+
+def test_one_reads_the_headers_and_the_others_wait(folder: Path) -> None:
+    reads = [Reads() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda told: open_index(folder, told), reads))
+    assert len({index.identity for index in found}) == 1
+    assert sum(bool(of.told) for of in reads) == 1
 
 
 def test_opening_a_large_index_costs_neither_time_nor_memory(folder: Path) -> None:
