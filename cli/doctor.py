@@ -15,12 +15,7 @@ from rich.text import Text
 from hvd_lb.doctor import Finding, examine
 from hvd_lb.doctor.selftest import selftest
 from hvd_lb.launch.options import LaunchOptions
-from hvd_lb.launch.preflight import Request, asking_over_ssh, preflight
-from hvd_lb.launch.where import Where, named_hosts
-from hvd_lb.report.progress import count
-from hvd_lb.resolve import data_folder
 from hvd_lb_cli.launch_options import host_options
-from hvd_lb_cli.show import print_preflight
 
 _COLOURS = {"ok": "green", "missing": "yellow", "wrong": "red"}
 
@@ -51,32 +46,16 @@ def doctor(
     hvd-lb doctor --hosts h1:8,h2:8 --data /data/imagenet --output /shared/runs
     """
     console = Console()
-    if where := named_hosts(launch_options):
-        folder = data_folder(data) if data else None
-        return _examine_hosts(console, where, launch_options, device, folder, output)
+    if launch_options.hosts is not None or launch_options.hostfile is not None:
+        from hvd_lb_cli.doctor_hosts import examine_hosts  # needs torch, which this command looks for
+
+        return examine_hosts(console, launch_options, device, data, output)
     findings = chain(examine(), selftest() if with_selftest else ())
     shown = _show_table(console, findings) if console.is_terminal else _print_lines(findings)
     failed = [finding.name.strip() for finding in shown if finding.prevents_training]
     if failed:
         click.echo(f"`hvd-lb train` cannot run here as it is: {', '.join(failed)}")
     return 1 if failed else 0
-
-
-def _examine_hosts(
-    console: Console, where: Where, options: LaunchOptions, device: str, data: Path | None, output: Path
-) -> int:
-    request = Request(device, data, output.expanduser().absolute(), options.network_interface)
-    with console.status(f"asking {count(len(where.hosts), 'host')}"):
-        report = preflight(where.hosts, request, asking_over_ssh(options))
-    print_preflight(console, report)
-    if not report.cluster:
-        click.echo("`hvd-lb train` cannot run on these hosts as they are")
-        return 1
-    ready = report.cluster
-    click.echo(
-        f"ready: {', '.join(map(str, ready.hosts))}: {count(ready.slots, 'process')} on {ready.device}"
-    )
-    return 0
 
 
 def _show_table(console: Console, findings: Iterable[Finding]) -> list[Finding]:
