@@ -30,6 +30,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
 from hvd_lb.data import Images, open_dataset
+from hvd_lb.data.cached import cached
 from hvd_lb.data.loader import Pixels, open_loader
 from hvd_lb.data.pack import pack
 from hvd_lb.plan.augment import Microbatch, RandomWindows
@@ -69,11 +70,16 @@ def open_sides(folder: Path, size: int, threads: int, stack: ExitStack) -> dict[
     images, pixels = opened.train, Pixels(size, MEAN, STD, antialias=True)
     pack(opened, folder / "packed", source=str(folder))
     shards = open_dataset(str(folder / "packed")).train
+    kept, file = cached(opened, "memory", f"benchmark {os.getpid()}")
+    file.unlink()
+    for i in range(len(images)):
+        kept.train.read(np.array([i]))
     sides: dict[str, Batches] = {}
     for name, kind, ours in (
         ("hvd-lb dali, folder", "dali", images),
         ("hvd-lb dali, tar", "dali", shards),
         ("hvd-lb torchvision", "torchvision", images),
+        ("hvd-lb, cache memory", "dali", kept.train),
     ):
         sides[name] = stack.enter_context(
             open_loader(

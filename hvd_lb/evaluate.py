@@ -47,6 +47,7 @@ class Evaluator:
     batch_size: int
     loader: LoaderKind
     threads: int
+    prefetch: int
     device: torch.device
     dtype: torch.dtype
     memory_format: torch.memory_format
@@ -89,6 +90,7 @@ class Evaluator:
                 batch_size=self.batch_size,
                 device=self.device,
                 threads=self.threads,
+                prefetch=self.prefetch,
                 max_pixels=self.max_pixels,
                 tell=self.bad_images.teller,
             ) as loader,

@@ -77,9 +77,11 @@ def check_processes(processes: int, gpus: int) -> None:
 def loader_threads(recipe: Recipe, threads: int, processes_here: int) -> int:
     """Threads that read and decode for one of this machine's processes, which computes with `threads`.
 
-    No pixel depends on their number. So where a reproducible run fixes that of computing, decoding still gets its
-    share of the cores.
+    As many as the recipe says; no pixel depends on it. So where it says nothing and a reproducible run fixes the
+    threads of computing, decoding still gets its share of the cores.
     """
+    if recipe.loader_threads:
+        return recipe.loader_threads
     return max(threads, usable_cores() // processes_here) if recipe.reproducible else threads
 
 

@@ -26,6 +26,7 @@ from hvd_lb.schedule import Rule, Schedule, Shape, Warmup
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 LoaderKind = Literal["dali", "torchvision"]
 OnBadImage = Literal["fail", "skip"]
+CacheKind = Literal["none", "memory", "disk"]
 
 # A header may promise more pixels than any memory holds. Beyond MOST_PIXELS PIL does not open a file.
 MAX_PIXELS, MOST_PIXELS = 100_000_000, 178_956_970
@@ -180,6 +181,18 @@ class Recipe(BaseModel):
     # how it is run: none of these touches the mathematics, but see `mathematics`
     threads: int | None = _free(
         None, "CPU threads of each process [default: cores / processes; 1 with --reproducible]", ge=1
+    )
+    loader_threads: int | None = _free(
+        None,
+        "CPU threads of each process that read, decode and resize images [default: as --threads; cores / processes "
+        "with --reproducible]",
+        ge=1,
+    )
+    prefetch: int = _free(
+        2, "Microbatches kept ready for the network; twice as many are read ahead of these.", ge=1
+    )
+    cache: CacheKind = _free(
+        "none", "Decode small data once for all processes of a host: memory, or disk to keep it between runs."
     )
     channels_last: bool = _free(False, "Keep images and weights in channels-last memory order.")
     compile: bool = _free(False, "Compile the model with torch.compile.")

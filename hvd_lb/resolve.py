@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hvd_lb.data import Dataset, default_data, open_dataset
+from hvd_lb.data.cached import check_cache
 from hvd_lb.data.decode import refuse_large
 from hvd_lb.data.sources import folder_of
 from hvd_lb.errors import UserError
@@ -85,6 +86,7 @@ def resolve(
     if resolved.on_bad_image == "fail":
         for split in (dataset.train, dataset.val):
             refuse_large(split, resolved.max_pixels)
+    check_cache(resolved, dataset)
     plan = sample_plan(resolved, dataset)
     _check_recompute_bn(resolved, plan)
     check_input(

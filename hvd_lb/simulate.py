@@ -7,6 +7,7 @@ microbatches are timed and the step is given up. Where not even one microbatch w
 from __future__ import annotations
 
 import copy
+import os
 import resource
 import statistics
 import sys
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hvd_lb.data.cached import shared
 from hvd_lb.fixed_point import FixedPointOverflow
 from hvd_lb.hardware import loader_threads
 from hvd_lb.report.metrics import SilentObserver
@@ -90,10 +92,11 @@ def rehearse(
     """Take steps until the next whole one would end after `deadline` (of time.monotonic)."""
     watch = _Stopwatch(deadline, on_microbatch)
     torch.set_num_threads(threads)
+    world = Solo()
     trainer = Trainer(
         resolved.recipe,
-        resolved.dataset,
-        Solo(),
+        shared(resolved.recipe, resolved.dataset, device.type, f"simulate {os.getpid()}", world.barrier),
+        world,
         device=device,
         threads=loader_threads(resolved.recipe, threads, 1),
         observer=watch,

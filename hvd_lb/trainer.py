@@ -289,6 +289,7 @@ class Trainer:
             batch_size=self.recipe.per_gpu_batch,
             device=self.device,
             threads=self.threads,
+            prefetch=self.recipe.prefetch,
             max_pixels=self.recipe.max_pixels,
             tell=self.bad_images.teller,
         )
@@ -368,6 +369,7 @@ class Trainer:
             batch_size=self.recipe.per_gpu_batch,
             loader=self.recipe.loader,
             threads=self.threads,
+            prefetch=self.recipe.prefetch,
             device=self.device,
             dtype=self.dtype,
             memory_format=self.memory_format,

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple, Protocol, Self
 import numpy as np
 import torch
 
+from hvd_lb.data.cached import CachedImages
 from hvd_lb.data.decode import BadImage, check_header
 from hvd_lb.data.images import Images
 from hvd_lb.data.plain import as_plain
@@ -28,8 +29,7 @@ from hvd_lb.recipe import MAX_PIXELS
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
-_READ_DEPTH = 4
-_READY_DEPTH = 2
+PREFETCH = 2
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,17 @@ class ThreadedLoader:
     """The Loader around a decoding generator; see the module's docstring."""
 
     def __init__(
-        self, images: Images, batches: Iterator[RawBatch], decode: Decode, mend: Mend, tell: Tell
+        self,
+        images: Images,
+        batches: Iterator[RawBatch],
+        decode: Decode,
+        mend: Mend,
+        tell: Tell,
+        prefetch: int = PREFETCH,
     ) -> None:
         self._tell = tell
-        self._read = ReadAhead(batches, _READ_DEPTH, "hvd-lb read")
-        self._ready = ReadAhead(decode(images, self._read, mend), _READY_DEPTH, "hvd-lb decode")
+        self._read = ReadAhead(batches, 2 * prefetch, "hvd-lb read")
+        self._ready = ReadAhead(decode(images, self._read, mend), prefetch, "hvd-lb decode")
         self._close = weakref.finalize(self, _close, self._read, self._ready)  # also when it is just dropped
         # Before the interpreter ends, and before DALI's own exit function, registered earlier, pulls its pipelines
         # from under a running thread.
@@ -134,16 +140,20 @@ def open_loader(
     batch_size: int,
     device: torch.device,
     threads: int,
+    prefetch: int = PREFETCH,
     max_pixels: int = MAX_PIXELS,
     tell: Tell | None = None,
 ) -> Loader:
     """A loader of `kind` for microbatches of at most `batch_size` images, decoding with `threads` threads.
 
+    `prefetch` microbatches are kept ready, and twice as many are read ahead of these.
     An image that cannot be decoded, or has more than `max_pixels` pixels, is an error. Where it is given `tell`,
     another image stands in: it is told of stand-ins right before the consumer gets the microbatch with them.
     """
-    if threads < 1 or batch_size < 1:
-        raise ValueError(f"threads={threads}, batch_size={batch_size}: expected positive numbers")
+    if min(threads, batch_size, prefetch) < 1:
+        raise ValueError(
+            f"threads={threads}, batch_size={batch_size}, prefetch={prefetch}: expected positive numbers"
+        )
     if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())  # this thread's, not the decoding one's
     prepare: Prepare
@@ -160,7 +170,7 @@ def open_loader(
     mend: Mend = Substitute(images, read) if tell else refuse
     batches = _read(read, microbatches, batch_size, threads)
     decode = decoder(pixels, batch_size, device, threads)
-    return ThreadedLoader(images, batches, decode, mend, tell or _nobody)
+    return ThreadedLoader(images, batches, decode, mend, tell or _nobody, prefetch)
 
 
 def _nobody(stand_ins: Sequence[StandIn]) -> None:
@@ -172,6 +182,8 @@ def _as_it_is(images: Images, image_id: int, content: np.ndarray) -> np.ndarray:
 
 
 def _contents(images: Images, prepare: Prepare, max_pixels: int, ids: np.ndarray) -> list[Content]:
+    if isinstance(images, CachedImages):
+        return [_decoded(images, max_pixels, image_id) for image_id in ids.tolist()]
     return [
         _content(images, prepare, max_pixels, image_id, content)
         for image_id, content in zip(ids.tolist(), images.read(ids), strict=True)
@@ -186,6 +198,13 @@ def _content(
     try:
         check_header(images, image_id, content, max_pixels)
         return prepare(images, image_id, content)
+    except BadImage as bad:
+        return bad
+
+
+def _decoded(images: CachedImages, max_pixels: int, image_id: int) -> Content:
+    try:
+        return images.decoded(image_id, max_pixels)
     except BadImage as bad:
         return bad
 

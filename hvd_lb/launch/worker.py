@@ -17,6 +17,7 @@ import torch
 from hvd_lb import world as worlds
 from hvd_lb.checkpoint import CheckpointStore, open_checkpoint
 from hvd_lb.data import open_dataset
+from hvd_lb.data.cached import shared
 from hvd_lb.errors import UserError
 from hvd_lb.hardware import loader_threads
 from hvd_lb.job import Job
@@ -52,7 +53,7 @@ def run(job: Job, world: World, stop_requested: StopRequests) -> None:
     try:
         trainer = Trainer(
             recipe,
-            dataset,
+            shared(recipe, dataset, device.type, str(job.output), world.barrier),
             world,
             device=device,
             threads=loader_threads(recipe, job.threads, world.local_size),

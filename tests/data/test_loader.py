@@ -16,10 +16,13 @@ import pytest
 import torch
 from loading import CPU, KINDS, BlobImages, as_levels, load, one_window, random_batches
 
+from hvd_lb.clock import StepClock
 from hvd_lb.data.images import ArrayImages
 from hvd_lb.data.loader import Loader, Pixels, open_loader
 from hvd_lb.errors import UserError
+from hvd_lb.hardware import loader_threads
 from hvd_lb.plan.augment import Microbatch, Windows
+from hvd_lb.recipe import make_recipe
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -245,3 +248,62 @@ def test_pixels_on_a_gpu_are_those_of_the_cpu(kind: str, make_photo: Callable, e
             difference = (x.cpu() - expected).abs()
             assert difference.mean() < 1
             assert y.tolist() == [0, 1, 2]
+
+
+def test_threads_for_loading_are_the_recipes_else_a_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hvd_lb.hardware.usable_cores", lambda: 16)
+    for values, threads in (
+        ({}, 3),
+        ({"reproducible": True}, 4),
+        ({"loader_threads": 7}, 7),
+        ({"loader_threads": 1, "reproducible": True}, 1),
+    ):
+        assert loader_threads(make_recipe(values), 3, processes_here=4) == threads
+
+
+@pytest.mark.parametrize("prefetch", [1, 5])
+def test_so_many_microbatches_are_made_ahead(prefetch: int) -> None:
+    taken = []
+
+    def batches() -> Iterator[Microbatch]:
+        for number in range(100):
+            taken.append(number)
+            yield one_window([0], 0, 0, 4, False)
+
+    images = ArrayImages(np.zeros((1, 4, 4), np.uint8), np.zeros(1), ["any"], "black")
+    with open_loader(
+        "dali", images, batches(), as_levels(4), batch_size=1, device=CPU, threads=1, prefetch=prefetch
+    ) as loader:
+        next(loader)
+        # One is out, and each of two threads holds one that has no place yet.
+        expected, patience = 1 + 3 * prefetch + 2, time.monotonic() + 30
+        while len(taken) < expected and time.monotonic() < patience:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(taken) == expected
+
+
+def test_the_share_of_waiting_is_that_of_the_slower_side() -> None:
+    images = ArrayImages(np.zeros((1, 4, 4), np.uint8), np.zeros(1), ["any"], "black")
+
+    def share(read_seconds: float, step_seconds: float) -> float:
+        def batches() -> Iterator[Microbatch]:
+            for _ in range(12):
+                time.sleep(read_seconds)
+                yield one_window([0], 0, 0, 4, False)
+
+        with open_loader(
+            "torchvision", images, batches(), as_levels(4), batch_size=1, device=CPU, threads=1
+        ) as loader:
+            next(loader)
+            clock = StepClock(loader)
+            for _ in loader:
+                time.sleep(step_seconds)
+            seconds, waited = clock.lap()
+        return waited / seconds
+
+    assert share(read_seconds=0.1, step_seconds=0) > 0.8
+    assert share(read_seconds=0, step_seconds=0.1) < 0.2
+    assert share(read_seconds=0.2, step_seconds=0.1) == pytest.approx(0.5, abs=0.2)

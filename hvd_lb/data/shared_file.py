@@ -1,0 +1,99 @@
+"""A file of a given size that the processes of a host map together, in memory (/dev/shm) or on disk.
+
+Who maps one holds a shared lock on it, so what nobody has locked is a dead run's, and may be removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from hvd_lb.errors import UserError
+
+
+class SharedFile:
+    """`path`, made with `size` bytes of zeros if it is not there; `content` is uint8 (size,), mapped.
+
+    UserError when there is no room for it: all of it is taken at once, as a write without room to a mapped file would
+    kill the process. `unlink` removes the name; the memory stays until the last process that maps it has ended,
+    however it ends.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = _open(path, size)
+            self._mapping = mmap.mmap(self._descriptor, size)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be used as a cache ({error.strerror})") from error
+        self.content = np.frombuffer(self._mapping, np.uint8)
+
+    def unlink(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+def discard_unused(folder: Path, pattern: str, but: Path | None = None) -> None:
+    """Remove the shared files in `folder` that match `pattern` and that no process maps, except `but`."""
+    with suppress(OSError):
+        for path in folder.glob(pattern):
+            if path != but:
+                with suppress(OSError), path.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+
+
+def _open(path: Path, size: int) -> int:
+    """A descriptor of the file with a shared lock on it; made and given its size by whoever is alone with it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(descriptor).st_size != size:
+                    _allocate(descriptor, path, size)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            there = os.fstat(descriptor)
+            with suppress(FileNotFoundError):  # where somebody removed it, as nobody had locked it yet
+                if there.st_size == size and os.path.samestat(os.stat(path), there):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _allocate(descriptor: int, path: Path, size: int) -> None:
+    os.ftruncate(descriptor, 0)
+    there = shutil.disk_usage(path.parent).free
+    if path.is_relative_to("/dev/shm"):
+        there = min(there, _free_memory())
+    if size <= there:
+        with suppress(OSError):
+            os.posix_fallocate(descriptor, 0, size)
+            return
+    path.unlink(missing_ok=True)
+    raise UserError(
+        f"{path.parent}: the decoded images need {size:,} bytes and there are {there:,}; leave --cache out"
+    )
+
+
+def _free_memory() -> int:
+    """Bytes that are available on this machine, and in this container where it has a limit."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    return max(0, free)
