@@ -16,6 +16,9 @@ from torchvision.transforms.v2 import functional as F  # noqa: N812 (its name ev
 
 from hvd_lb.data.loader import Pixels
 
+# Values in a task of the pool: with less to do, threads would only wait for each other's Python.
+_WORTH_A_TASK = 1 << 18
+
 
 def resize(window: np.ndarray, pixels: Pixels) -> np.ndarray:
     """uint8 (height, width, 3) to (S, S, 3), in torchvision's arithmetic for 8 bits."""
@@ -44,15 +47,20 @@ class Finisher:
     def __call__(self, windows: Sequence[np.ndarray], flips: np.ndarray) -> torch.Tensor:
         """uint8 arrays (height, width, 3) and bool (b,) to float32 (b, 3, S, S)."""
         rows = self._rows(len(windows))
-        list(self._pool.map(self._fill, rows, windows, flips.tolist()))
-        return torch.from_numpy(rows)
+        largest = max(rows[0].size, *(window.size for window in windows))
+        together = max(1, _WORTH_A_TASK // largest)
 
-    def _fill(self, row: np.ndarray, window: np.ndarray, flip: bool) -> None:
-        # In numpy: elementwise operations of torch would start threads of their own in each of ours.
-        resized = resize(window, self._pixels)
-        row[...] = (resized[:, ::-1] if flip else resized).transpose(2, 0, 1)
-        row -= self._mean
-        row *= self._scale
+        def fill(start: int) -> None:
+            part = slice(start, start + together)
+            for row, window, flip in zip(rows[part], windows[part], flips[part].tolist(), strict=True):
+                resized = resize(window, self._pixels)
+                row[...] = (resized[:, ::-1] if flip else resized).transpose(2, 0, 1)
+            # In numpy: elementwise operations of torch would start threads of their own in each of ours.
+            rows[part] -= self._mean
+            rows[part] *= self._scale
+
+        list(self._pool.map(fill, range(0, len(windows), together)))
+        return torch.from_numpy(rows)
 
     def _rows(self, count: int) -> np.ndarray:
         """float32 (count, 3, S, S): a new object, which lives as long as any tensor that shares its memory."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ def torchvision_decoder(pixels: Pixels, batch_size: int, device: torch.device, t
             return window if isinstance(window, BadImage) else None
 
         def cut(batch: RawBatch) -> list[np.ndarray | BadImage]:
-            return list(pool.map(lambda position: _window(images, batch, position), range(len(batch.data))))
+            decode_in = pool.map if images.encoded else map
+            return list(decode_in(partial(_window, images, batch), range(len(batch.data))))
 
         with ThreadPoolExecutor(threads, "hvd-lb torchvision") as pool:
             finish = (
