@@ -98,8 +98,9 @@ def host(tmp_path: Path) -> Iterator[Lease]:
         Path("/run/sshd").mkdir(exist_ok=True)  # what Debian's service makes
     it = Lease(tmp_path)
     yield it
-    it.process.kill()
-    it.process.wait()
+    # Asked to end, it ends its sshd too; outside of a container that of a killed one would stay.
+    it.process.terminate()
+    it.process.wait(30)
 
 
 def until(condition: Any) -> None:
