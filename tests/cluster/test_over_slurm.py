@@ -107,6 +107,9 @@ def restarted(cluster: Cluster, job: str, restarts: int) -> None:
         return (state["JobState"], state["Restarts"]) == ("PENDING", str(restarts))
 
     until(queued, 120, every=0.3)
+    # A node that still clears up after the first start refuses the second one; the two minutes are for that.
+    until(lambda: "comp" not in cluster.run(["sinfo", "--noheader", "--format=%t"]).stdout, 120, every=0.3)
+    time.sleep(3)
     cluster.run(["scontrol", "update", f"job={job}", "StartTime=now"])
 
 

@@ -51,7 +51,9 @@ run=$!
 while wait "$run"; status=$?; kill -0 "$run" 2>/dev/null; do :; done
 # It has stopped with a checkpoint: before the time limit or for a more urgent job, unless it was cancelled.
 if [ "$status" = 143 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-  scontrol requeue "$SLURM_JOB_ID"
+  trap - TERM
+  # Until Slurm ends this script: its own exit might count for the next start.
+  scontrol requeue "$SLURM_JOB_ID" && sleep 300
 fi
 exit "$status"
 """
