@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from hvd_lb.hardware import Placement, choose_device, default_gpus, place
 from hvd_lb.launch.allreduce import allreduce_environment
 from hvd_lb.launch.dry_run import describe
 from hvd_lb.launch.kubernetes_options import KubernetesOptions
-from hvd_lb.launch.local import local, this_machine
+from hvd_lb.launch.local import local
 from hvd_lb.launch.options import LaunchOptions, environment
 from hvd_lb.launch.preflight import Ask, Cluster, Request, asking_over_ssh, preflight
 from hvd_lb.launch.run import find_start_of, plan_job, run_directory, run_job
@@ -158,10 +159,11 @@ def _launch(
     container: Container | None,
 ) -> Launch:
     variables = environment(options, os.environ)
-    hosts, build, mpirun = (
-        (cluster.hosts, cluster.build, cluster.mpirun) if cluster else this_machine(placement.processes)
+    mpirun = cluster.mpirun if cluster else shutil.which("mpirun") is not None
+    several_hosts = cluster is not None and len(cluster.hosts) > 1
+    variables |= allreduce_environment(
+        options.allreduce, placement.device, several_hosts=several_hosts, mpirun=mpirun
     )
-    variables |= allreduce_environment(options.allreduce, placement.device, hosts, build, mpirun=mpirun)
     if cluster and where.launcher == "slurm":
         return over_srun(cluster, placement.processes, variables, container)
     if cluster:

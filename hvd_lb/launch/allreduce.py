@@ -1,34 +1,46 @@
-"""The algorithm that adds the gradients up (paper section 3), as Horovod's variables."""
+"""The algorithm that adds the gradients up (paper section 4), as Horovod's variables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hvd_lb.errors import UserError
-from hvd_lb.launch.hosts import Host
 from hvd_lb.launch.options import AllreduceName
+from hvd_lb.world.horovod import built_with, import_horovod
 
 
 @dataclass(frozen=True)
 class HorovodBuild:
-    """What the Horovod of a job was built with."""
+    """What a Horovod was built with, beside Gloo."""
 
-    gloo: bool
     mpi: bool
     nccl: bool
 
 
+def installed_build() -> HorovodBuild:
+    """Of this Python's Horovod: from its record, and of a Horovod without one (not built by our script) from itself."""
+    if record := built_with():
+        return HorovodBuild(bool(record.get("mpi")), bool(record.get("nccl")))
+    hvd = import_horovod()
+    return HorovodBuild(bool(hvd.mpi_built()), bool(hvd.nccl_built()))
+
+
 def allreduce_environment(
-    name: AllreduceName, device: str, hosts: Sequence[Host], build: HorovodBuild, *, mpirun: bool
+    name: AllreduceName, device: str, *, several_hosts: bool, mpirun: bool, build: HorovodBuild | None = None
 ) -> dict[str, str]:
-    """The variables that select an allreduce (paper section 3); UserError with the reason where it cannot be had.
+    """The variables that select an allreduce (paper section 4); UserError with the reason where it cannot be had.
 
     `mpirun`: whether Open MPI is there to start processes with. HOROVOD_CPU_OPERATIONS is "MPI" exactly when the job
-    has to be started by mpirun.
+    has to be started by mpirun. `build` is the installed one if not given.
     """
     refuse = f"--allreduce {name} cannot be had here: "
     if name in ("hierarchical", "halving-doubling"):
+        build = build or installed_build()
+        if name == "hierarchical" and (device != "cuda" or not build.nccl):
+            raise UserError(
+                refuse + "it sums inside a host with NCCL, which needs GPUs: use --allreduce ring"
+            )
         if not build.mpi:
             raise UserError(
                 refuse
@@ -40,11 +52,7 @@ def allreduce_environment(
                 refuse + "there is no mpirun: apt-get install openmpi-bin, or use --allreduce ring"
             )
     if name == "hierarchical":
-        if device != "cuda" or not build.nccl:
-            raise UserError(
-                refuse + "it sums inside a host with NCCL, which needs GPUs: use --allreduce ring"
-            )
-        if len(hosts) < 2:
+        if not several_hosts:
             raise UserError(refuse + "it needs more than one host: use --allreduce ring")
         return {"HOROVOD_HIERARCHICAL_ALLREDUCE": "1", "HOROVOD_CPU_OPERATIONS": "MPI"}
     if name == "halving-doubling":

@@ -25,9 +25,10 @@ def describe(job: Job, launch: Launch, run: RunDirectory) -> str:
         job.model_dump_json(indent=1),
         _END,
     ]
-    with launch.during() as more:
-        if more:
-            lines.append("# once it runs, also in its environment: " + ", ".join(sorted(more)))
+    if launch.during:
+        lines.append(
+            "# Not to copy: processes meet at a rendezvous server that hvd-lb runs; its address belongs into job.json."
+        )
     # What the launcher itself must have; the processes find it in the job's file.
     for name, value in launch.environment.items():
         if name.startswith("OMPI_"):

@@ -12,8 +12,8 @@ from typing import Any
 
 from hvd_lb.launch.hosts import Host, host_of_rank
 from hvd_lb.launch.rank import log_name
+from hvd_lb.launch.ssh import SSH_FAILED
 
-_SSH_FAILED = 255
 # How horovodrun, mpirun and srun tell which process ended, and how.
 _ENDINGS = (
     re.compile(r"Process name: (?P<rank>\d+)\s*\n\s*Exit code: (?P<code>-?\d+)"),
@@ -107,7 +107,7 @@ def _ended(match: re.Match[str], logs: Path, hosts: Sequence[Host], launcher_log
         code = int(found["code"])
     if not log.exists():  # it never came so far
         log = launcher_log
-    if code == _SSH_FAILED:
+    if code == SSH_FAILED:
         return WorkerFailure(_how_ssh_ended(rank, launcher_log), rank, host, launcher_log)
     return WorkerFailure(_how(code, log), rank, host, log)
 

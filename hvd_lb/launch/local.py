@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 
 from hvd_lb.errors import UserError
-from hvd_lb.launch.allreduce import HorovodBuild, needs_mpi
+from hvd_lb.launch.allreduce import needs_mpi
 from hvd_lb.launch.hosts import Host
 from hvd_lb.launch.probe import unknown_to_itself
 from hvd_lb.launch.ssh import mpirun_arguments
 from hvd_lb.launch.start import Launch, horovodrun_command, rank_command
-from hvd_lb.world.horovod import built_with, import_horovod
+from hvd_lb.world.horovod import import_horovod
 
 _HERE = "localhost"
-
-
-def this_machine(processes: int) -> tuple[list[Host], HorovodBuild, bool]:
-    """Itself as a host, what its Horovod was built with, and whether it has an mpirun."""
-    built = built_with()
-    build = HorovodBuild(**{part: bool(built.get(part)) for part in ("gloo", "mpi", "nccl")})
-    return [Host(_HERE, processes)], build, shutil.which("mpirun") is not None
 
 
 def local(processes: int, environment: Mapping[str, str]) -> Launch:

@@ -19,7 +19,6 @@ from hvd_lb.doctor.finding import Finding
 from hvd_lb.errors import UserError
 from hvd_lb.hardware import DeviceName, Placement, check_processes
 from hvd_lb.launch import probe
-from hvd_lb.launch.allreduce import HorovodBuild
 from hvd_lb.launch.hosts import Host, assign
 from hvd_lb.launch.options import LaunchOptions
 from hvd_lb.launch.ssh import ask_all, explain_failure, is_this_machine, on_host, ssh_command
@@ -78,7 +77,6 @@ class Cluster:
     interfaces: dict[str, str]
     interface: str  #: of this machine, where the rendezvous is
     address: str  #: of that
-    build: HorovodBuild
     mpirun: bool
 
     @property
@@ -154,7 +152,6 @@ def preflight(hosts: Sequence[Host], request: Request, ask: Ask) -> Report:
             interfaces={name: answer["interface"]["name"] for name, answer in ready.items()},
             interface=own["name"],
             address=own["address"],
-            build=HorovodBuild(**{part: bool(here["horovod"].get(part)) for part in ("gloo", "mpi", "nccl")}),
             mpirun=all(answer["mpirun"] for answer in ready.values()),
         ),
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _CONNECT_SECONDS = 10
 # Without these, the processes of a host that went away would be waited for until TCP gives up, two hours.
 _ALIVE_SECONDS, _ALIVE_COUNT = 15, 4
-_SSH_FAILED = 255  # its own exit code, not that of the command
+SSH_FAILED = 255  # its own exit code, not that of the command
 
 
 def ssh_command(options: LaunchOptions) -> list[str]:
@@ -137,7 +137,7 @@ def explain_failure(host: str, run: subprocess.CompletedProcess[str] | None, opt
         ("Network is unreachable", "no route to it: is this machine in its network?"),
     )
     said = next(
-        (meaning for text, meaning in meanings if run.returncode == _SSH_FAILED and text in run.stderr), None
+        (meaning for text, meaning in meanings if run.returncode == SSH_FAILED and text in run.stderr), None
     )
     last = next((line.strip() for line in reversed(run.stderr.splitlines()) if line.strip()), "")
     last = last or f"exit code {run.returncode}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ _STALL_SECONDS = 1800
 class Launch:
     """`command(JOB.json)` starts all processes of a job, `environment` is set in each of them before anything else.
 
-    `during` is entered while they run; what it gives is added to their environment.
+    `during` is entered while they run, if there is one; what it gives is added to their environment.
     """
 
     launcher: Literal["local", "ssh", "slurm"]
@@ -28,7 +28,7 @@ class Launch:
     command: Callable[[Path], list[str]]
     interfaces: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
-    during: Callable[[], AbstractContextManager[Mapping[str, str]]] = lambda: nullcontext({})
+    during: Callable[[], AbstractContextManager[Mapping[str, str]]] | None = None
 
 
 def rank_command(job_file: Path, python: str = sys.executable) -> list[str]:

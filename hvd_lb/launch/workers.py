@@ -30,8 +30,9 @@ class Workers:
         self._run, self._hosts = run, launch.hosts
         self.log = run.logs / "launcher.log"
         self._during = ExitStack()
-        more = self._during.enter_context(launch.during())
-        job = job.model_copy(update={"environment": {**job.environment, **more}})
+        if launch.during:
+            more = self._during.enter_context(launch.during())
+            job = job.model_copy(update={"environment": {**job.environment, **more}})
         replace_text(run.job, job.model_dump_json(indent=1), mode=0o600)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(

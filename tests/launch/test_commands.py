@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from hvd_lb.errors import UserError
-from hvd_lb.launch.allreduce import HorovodBuild
 from hvd_lb.launch.hosts import Host
 from hvd_lb.launch.local import local
 from hvd_lb.launch.options import LaunchOptions
@@ -39,7 +38,6 @@ def cluster(**changes: object) -> Cluster:
         "interfaces": {"h1": "eth0", "h2": "ens3"},
         "interface": "eth0",
         "address": "10.0.0.1",
-        "build": HorovodBuild(True, True, True),
         "mpirun": True,
     }
     return Cluster(**{**values, **changes})  # type: ignore[arg-type]

@@ -4,11 +4,9 @@ import pytest
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.allreduce import HorovodBuild, allreduce_environment, needs_mpi
-from hvd_lb.launch.hosts import Host
 from hvd_lb.launch.options import LaunchOptions, environment
 
-FULL = HorovodBuild(gloo=True, mpi=True, nccl=True)
-TWO = [Host("a", 2), Host("b", 2)]
+FULL = HorovodBuild(mpi=True, nccl=True)
 
 
 def test_options_become_horovods_variables() -> None:
@@ -45,7 +43,7 @@ def test_what_is_no_variable_is_refused(item: str) -> None:
 
 def test_allreduce_variables() -> None:
     def variables(name: str, device: str) -> dict[str, str]:
-        return allreduce_environment(name, device, TWO, FULL, mpirun=True)  # type: ignore[arg-type]
+        return allreduce_environment(name, device, several_hosts=True, mpirun=True, build=FULL)  # type: ignore[arg-type]
 
     assert variables("auto", "cpu") == variables("ring", "cpu") == {"HOROVOD_CPU_OPERATIONS": "GLOO"}
     assert variables("auto", "cuda") == {"HOROVOD_CPU_OPERATIONS": "GLOO"}
@@ -63,19 +61,19 @@ def test_allreduce_variables() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "hosts", "build", "mpirun", "reason"),
+    ("name", "device", "several_hosts", "build", "mpirun", "reason"),
     [
-        ("halving-doubling", "cpu", TWO, HorovodBuild(True, False, True), True, "built without MPI"),
-        ("halving-doubling", "cpu", TWO, FULL, False, "no mpirun"),
-        ("halving-doubling", "cuda", TWO, FULL, True, "NCCL, which has rings and trees"),
-        ("hierarchical", "cpu", TWO, FULL, True, "needs GPUs"),
-        ("hierarchical", "cuda", TWO[:1], FULL, True, "more than one host"),
-        ("hierarchical", "cuda", TWO, HorovodBuild(True, True, False), True, "NCCL"),
-        ("hierarchical", "cuda", TWO, HorovodBuild(True, False, True), True, "built without MPI"),
+        ("halving-doubling", "cpu", True, HorovodBuild(False, True), True, "built without MPI"),
+        ("halving-doubling", "cpu", True, FULL, False, "no mpirun"),
+        ("halving-doubling", "cuda", True, FULL, True, "NCCL, which has rings and trees"),
+        ("hierarchical", "cpu", True, FULL, True, "needs GPUs"),
+        ("hierarchical", "cuda", False, FULL, True, "more than one host"),
+        ("hierarchical", "cuda", True, HorovodBuild(True, False), True, "NCCL"),
+        ("hierarchical", "cuda", True, HorovodBuild(False, True), True, "built without MPI"),
     ],
 )
 def test_what_the_build_or_the_hosts_cannot_do_is_refused_with_the_reason(
-    name: str, device: str, hosts: list[Host], build: HorovodBuild, mpirun: bool, reason: str
+    name: str, device: str, several_hosts: bool, build: HorovodBuild, mpirun: bool, reason: str
 ) -> None:
     with pytest.raises(UserError, match=reason):
-        allreduce_environment(name, device, hosts, build, mpirun=mpirun)  # type: ignore[arg-type]
+        allreduce_environment(name, device, several_hosts=several_hosts, mpirun=mpirun, build=build)  # type: ignore[arg-type]
