@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
+from click.core import ParameterSource
 
 from hvd_lb import __version__
 from hvd_lb.errors import UserError
@@ -30,6 +31,15 @@ from hvd_lb_cli.launch_options import HANDED_ON, LAUNCH_OPTIONS
 
 #: What the release workflow publishes; docs/image.md says how to pin a digest.
 PUBLISHED_IMAGE = "ghcr.io/hvd-lb/hvd-lb"
+
+
+_STARTED = {
+    "local": "on this machine",
+    "ssh": "over ssh",
+    "slurm": "in a Slurm allocation",
+    "submit-slurm": "as a Slurm job",
+    "submit-kubernetes": "on Kubernetes",
+}
 
 
 @dataclass(frozen=True)
@@ -85,10 +95,8 @@ def elsewhere_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return decorated
 
 
-def goes_elsewhere(where: Where, options: ElsewhereOptions, slurm_options: SlurmOptions) -> bool:
+def goes_elsewhere(where: Where, options: ElsewhereOptions) -> bool:
     """Whether this process only has the command run; UserError for options that have no meaning there."""
-    if slurm_options.container_image is not None and where.launcher not in ("slurm", "submit-slurm"):
-        raise UserError("--container-image is for --launcher slurm; over ssh and on Kubernetes give --image")
     if where.launcher.startswith("submit"):
         return True
     if options.submit:
@@ -106,6 +114,31 @@ def goes_elsewhere(where: Where, options: ElsewhereOptions, slurm_options: Slurm
             "--image runs in containers on other hosts: name them with --hosts, or on this machine use docker run"
         )
     return True
+
+
+def refuse_unused(context: click.Context, where: Where, options: ElsewhereOptions) -> None:
+    """UserError for an option that was given and that nothing would read: it was meant for another place."""
+    over_ssh = where.launcher == "ssh"
+    read = {
+        "ssh_": over_ssh,
+        "strict_host_keys": over_ssh,
+        "network_interface": where.launcher != "local",
+        "container_port": over_ssh and options.image is not None,
+        "container_": where.launcher in ("slurm", "submit-slurm"),
+        "slurm_": where.launcher == "submit-slurm",
+        "sbatch": where.launcher == "submit-slurm",
+        "k8s_": where.launcher == "submit-kubernetes",
+        "per_node": where.launcher.startswith("submit"),
+    }
+    for option in context.command.params:
+        name = option.name or ""
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            prefix = next((prefix for prefix in read if name.startswith(prefix)), None)
+            if prefix and not read[prefix]:
+                raise UserError(
+                    f"{option.opts[0]} has no meaning for a run that is started {_STARTED[where.launcher]}: leave it "
+                    "out, or see --launcher"
+                )
 
 
 def make_submission(

@@ -32,6 +32,7 @@ from hvd_lb_cli.elsewhere import (
     elsewhere_options,
     goes_elsewhere,
     make_submission,
+    refuse_unused,
     run_elsewhere,
 )
 from hvd_lb_cli.hand_on import without_values
@@ -82,7 +83,8 @@ def train(
     """
     console = Console()
     where = find_where(launch_options, device, os.environ)
-    if goes_elsewhere(where, elsewhere_options, slurm_options):
+    refuse_unused(context, where, elsewhere_options)
+    if goes_elsewhere(where, elsewhere_options):
         submission = make_submission(
             context.command,
             sys.argv[1:],

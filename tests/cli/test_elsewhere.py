@@ -117,7 +117,17 @@ def test_containers_over_ssh_are_told_before_any_is_started(tmp_path: Path) -> N
         (("--image", "x", "--data", "digits"), "name them with --hosts"),
         (("--image", "x", "--data", "digits", "--hosts", "h1,h2"), "h1:8"),
         (("--submit", "--data", "digits"), "--submit submits a job"),
-        (("--container-image", "x", "--data", "digits"), "--container-image is for --launcher slurm"),
+        (
+            ("--container-image", "x", "--data", "digits"),
+            "--container-image has no meaning for a run that is started on this",
+        ),
+        (("--ssh-port", 22, "--data", "digits"), "--ssh-port has no meaning"),
+        (
+            ("--k8s-queue", "q", "--data", "digits", "--hosts", "h1"),
+            "--k8s-queue has no meaning for a run that is started over",
+        ),
+        (("--launcher", "kubernetes", "--slurm-time", "1:00", "--gpus", 8), "--slurm-time has no meaning"),
+        (("--container-port", 2222, "--data", "digits", "--hosts", "h1"), "--container-port has no meaning"),
         (("--env", "a b=c", "--data", "digits"), "NAME=VALUE"),
     ],
 )
