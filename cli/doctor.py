@@ -31,10 +31,18 @@ _COLOURS = {"ok": "green", "missing": "yellow", "wrong": "red"}
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="With --hosts.")
 @click.option("--data", help="With --hosts: the data that a run will read.")
 @click.option(
+    "--image", metavar="NAME", help="With --hosts: for a run in containers; looks for Docker instead."
+)
+@click.option(
     "--output", type=click.Path(path_type=Path), default=Path("runs"), help="With --hosts: where to."
 )
 def doctor(
-    with_selftest: bool, launch_options: LaunchOptions, device: str, data: str | None, output: Path
+    with_selftest: bool,
+    launch_options: LaunchOptions,
+    device: str,
+    data: str | None,
+    output: Path,
+    image: str | None,
 ) -> int:
     """Check what this machine has for a run; exit code 1 when `hvd-lb train` could not run.
 
@@ -49,7 +57,7 @@ def doctor(
     if launch_options.hosts is not None or launch_options.hostfile is not None:
         from hvd_lb_cli.doctor_hosts import examine_hosts  # needs torch, which this command looks for
 
-        return examine_hosts(console, launch_options, device, data, output)
+        return examine_hosts(console, launch_options, device, data, output, image)
     findings = chain(examine(), selftest() if with_selftest else ())
     shown = _show_table(console, findings) if console.is_terminal else _print_lines(findings)
     failed = [finding.name.strip() for finding in shown if finding.prevents_training]

@@ -7,8 +7,10 @@ from pathlib import Path
 import rich_click as click
 from rich.console import Console
 
+from hvd_lb.launch.docker_probe import docker_preflight
 from hvd_lb.launch.options import LaunchOptions
 from hvd_lb.launch.preflight import Request, asking_over_ssh, preflight
+from hvd_lb.launch.submission import Submission
 from hvd_lb.launch.where import named_hosts
 from hvd_lb.report.progress import count
 from hvd_lb.resolve import data_folder
@@ -16,21 +18,28 @@ from hvd_lb_cli.show import print_preflight
 
 
 def examine_hosts(
-    console: Console, options: LaunchOptions, device: str, data: str | None, output: Path
+    console: Console, options: LaunchOptions, device: str, data: str | None, output: Path, image: str | None
 ) -> int:
-    """Shows what is found on each; 1 when a run could not start there."""
+    """Shows what is found on each, for containers of an image if one is named; 1 when a run could not start there."""
     where = named_hosts(options)
     hosts = where.hosts if where else []
     folder = data_folder(data) if data else None
-    request = Request(device, folder, output.expanduser().absolute(), options.network_interface)
+    place = output.expanduser().absolute()
     with console.status(f"asking {count(len(hosts), 'host')}"):
-        report = preflight(hosts, request, asking_over_ssh(options))
+        if image:
+            # As `train --image`: where nobody says otherwise, for GPUs.
+            run = Submission((), "", "cpu" if device == "cpu" else "cuda", 1, 1, place, folder, image=image)
+            report = docker_preflight(run, [host.name for host in hosts], options)
+        else:
+            request = Request(device, folder, place, options.network_interface)
+            report = preflight(hosts, request, asking_over_ssh(options))
     print_preflight(console, report)
-    if not report.cluster:
+    if report.problems:
         click.echo("`hvd-lb train` cannot run on these hosts as they are")
         return 1
-    ready = report.cluster
-    click.echo(
-        f"ready: {', '.join(map(str, ready.hosts))}: {count(ready.slots, 'process')} on {ready.device}"
-    )
+    if ready := report.cluster:
+        names, what = ready.hosts, f"{count(ready.slots, 'process')} on {ready.device}"
+    else:
+        names, what = hosts, "containers"
+    click.echo(f"ready: {', '.join(map(str, names))}: {what}")
     return 0

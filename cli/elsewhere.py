@@ -13,11 +13,13 @@ from typing import Any
 
 import rich_click as click
 from click.core import ParameterSource
+from rich.console import Console
 
 from hvd_lb import __version__
 from hvd_lb.errors import UserError
 from hvd_lb.hardware import DeviceName
 from hvd_lb.launch import docker, kubectl, kubernetes, slurm_script, slurm_submit
+from hvd_lb.launch.docker_probe import docker_preflight
 from hvd_lb.launch.hosts import Host
 from hvd_lb.launch.kubernetes_options import KubernetesOptions
 from hvd_lb.launch.options import LaunchOptions, carried_environment, named_environment
@@ -28,6 +30,7 @@ from hvd_lb.launch.where import Where
 from hvd_lb.resolve import absolute_spec, check_options, data_folder, data_spec
 from hvd_lb_cli.hand_on import hand_on
 from hvd_lb_cli.launch_options import HANDED_ON, LAUNCH_OPTIONS
+from hvd_lb_cli.show import print_preflight
 
 #: What the release workflow publishes; docs/image.md says how to pin a digest.
 PUBLISHED_IMAGE = "ghcr.io/hvd-lb/hvd-lb"
@@ -227,6 +230,10 @@ def run_elsewhere(
     if launch_options.dry_run:
         click.echo("\n".join(docker.describe(submission, hosts, ssh, port)))
         return 0
+    report = docker_preflight(submission, [name for name, _ in hosts], launch_options)
+    if report.problems:
+        print_preflight(Console(), report)
+    report.refuse()
     return docker.run_in_containers(submission, hosts, ssh, port)
 
 

@@ -59,8 +59,15 @@ class Report:
 
     def ready(self) -> Cluster:
         """The cluster; UserError with everything that is wrong."""
-        if self.cluster:
-            return self.cluster
+        self.refuse()
+        if self.cluster is None:
+            raise ValueError("a report without problems and without a cluster is not of this preflight")
+        return self.cluster
+
+    def refuse(self) -> None:
+        """UserError with everything that is wrong, if anything is."""
+        if not self.problems:
+            return
         wrong = sum(any(f.state != "ok" for f in found) for found in self.findings.values())
         raise UserError(
             f"{wrong} of {len(self.findings)} hosts not ready, nothing was started: {'. '.join(self.problems)}"

@@ -223,12 +223,12 @@ def test_a_cut_network_leaves_no_container(
 
 FAILURES = {
     "desk: the Docker daemon does not run: systemctl start docker": {"hosts": "h1:1,desk:1"},
-    "nowhere: its ssh connection failed: ssh: Could not resolve hostname nowhere": {
-        "hosts": "h1:1,nowhere:1"
-    },
+    "nowhere: no such host: check its name": {"hosts": "h1:1,nowhere:1"},
     "h1: no image localhost/none there and none to pull": {"hosts": "h1:1", "image": "localhost/none"},
-    "h1: Docker cannot give it GPUs": {"more": ["--device", "cuda"]},
-    "h1: no /no/data there: it has to be at the same path": {"more": ["--data", "/no/data"]},
+    "h1: Docker there has no NVIDIA runtime; install the NVIDIA Container Toolkit": {
+        "more": ["--device", "cuda"]
+    },
+    "h1: no readable /no/data there; it has to be at the same path": {"more": ["--data", "/no/data"]},
     "h1: the output folder cannot be made: mkdir: cannot create": {"more": ["--output", "/proc/no"]},
     "h1: port 12345 is in use there: is another run": {"more": ["--container-port", "12345"]},
 }
@@ -243,3 +243,13 @@ def test_what_is_wrong_is_said_of_its_host(
     assert did.returncode == 2
     assert meaning in did.stderr
     assert docker.containers() == []
+
+
+def test_doctor_looks_for_docker_on_all_hosts_and_starts_nothing(hosts: list[Host], output: Path) -> None:
+    doctor = [sys.executable, "-m", "hvd_lb_cli.main", "doctor", "--device", "cpu", "--image", IMAGE]
+    did = hosts[0].run([*doctor, "--hosts", "h1,h2", "--data", output])
+    assert did.stdout.splitlines()[-1] == "ready: h1, h2: containers"
+    assert f"data: {output}" in did.stdout
+    did = hosts[0].run([*doctor, "--hosts", "h1,desk"], check=False)
+    assert did.returncode == 1
+    assert "wrong   desk  Docker: the Docker daemon does not run: systemctl start docker" in did.stdout

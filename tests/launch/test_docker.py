@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shlex
 import subprocess
 from dataclasses import replace
@@ -13,7 +14,9 @@ import pytest
 
 from hvd_lb.launch import docker_run
 from hvd_lb.launch.docker import describe
+from hvd_lb.launch.docker_probe import judge, probe_command
 from hvd_lb.launch.docker_run import container_name, explain, inner_command, known_host, run_command
+from hvd_lb.launch.options import LaunchOptions
 from hvd_lb.launch.submission import Submission
 
 PLAIN = Submission(
@@ -200,3 +203,53 @@ def test_every_failure_is_one_line_and_says_what_to_do(status: int, said: str, m
 def test_a_submission_without_an_image_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="without an image"):
         docker_run.run_command(replace(PLAIN, image=None), "42", "h1")
+
+
+def answer(out: str, err: str = "", status: int = 0) -> subprocess.CompletedProcess[str]:
+    return subprocess.CompletedProcess([], status, out, err)
+
+
+SERVER = "server 28.1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("run", "wrong"),
+    [
+        (answer(SERVER + "runtimes io.containerd.runc.v2 nvidia runc \n"), None),
+        (answer(SERVER + "runtimes runc \nruntimes nvidia\n"), None),
+        (answer(SERVER + "runtimes runc \n"), "Docker there has no NVIDIA runtime"),
+        (answer(SERVER + "runtimes nvidia \nmissing /data/x\n"), "no readable /data/x there"),
+        (answer("", "sh: 1: docker: not found", 127), "no docker there: install Docker Engine"),
+        (
+            answer("", "permission denied while trying to connect to the Docker daemon socket", 1),
+            "no permission to use Docker: add the user to the group `docker`",
+        ),
+        (
+            answer("", "Cannot connect to the Docker daemon at unix:///var/run/docker.sock.", 1),
+            "does not run",
+        ),
+        (answer("", "me@h1: Permission denied (publickey).", 255), "key refused"),
+        (None, "no answer in time"),
+    ],
+)
+def test_what_a_host_lacks_for_containers_is_found_before_any_is_started(
+    run: subprocess.CompletedProcess[str] | None, wrong: str | None
+) -> None:
+    findings = list(judge("h1", run, PLAIN, LaunchOptions()))
+    found = [finding.detail for finding in findings if finding.state != "ok"]
+    assert (wrong is None) == (not found)
+    assert wrong is None or wrong in found[0]
+
+
+def test_the_shell_that_asks_takes_any_path_as_it_is(tmp_path: Path) -> None:
+    there = tmp_path / "a 'b'; $(touch pwned)"
+    there.mkdir()
+    (tmp_path / "docker").write_text("#!/bin/sh\necho server 1\n")
+    (tmp_path / "docker").chmod(0o755)
+    run = replace(PLAIN, data=there, recipe=tmp_path / "no; touch pwned")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    did = subprocess.run(
+        probe_command(run), cwd=tmp_path, env={"PATH": path}, capture_output=True, text=True, check=True
+    )
+    assert [line for line in did.stdout.splitlines() if "missing" in line] == [f"missing {run.recipe}"]
+    assert not (tmp_path / "pwned").exists()
