@@ -1,4 +1,4 @@
-"""Images by PIL, as stored: EXIF orientation is not applied, 16-bit grey is scaled to 8 bits, not cut off."""
+"""Images by PIL, as stored: EXIF orientation is not applied, of 16-bit grey the high byte counts."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _changed(images: Images, image_id: int, size: tuple[int, int]) -> UserError:
 def _as_stored(image: Image.Image) -> np.ndarray:
     turned = _tiff_orientation(image)
     if image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I"):
-        grey = np.rint(np.asarray(image) / 257).astype(np.uint8)  # 65535 / 255; PIL would cut off at 255
+        grey = (np.asarray(image) >> 8).astype(np.uint8)  # PIL would cut off at 255
         image = Image.fromarray(grey)
     image.info.pop("transparency", None)  # convert drops it too, but may warn
     if image.mode != "RGB":
