@@ -10,6 +10,7 @@ from rich.console import Console
 from hvd_lb.launch.docker_probe import docker_preflight
 from hvd_lb.launch.options import LaunchOptions
 from hvd_lb.launch.preflight import Request, asking_over_ssh, preflight
+from hvd_lb.launch.ssh import reach_over_ssh
 from hvd_lb.launch.submission import Submission
 from hvd_lb.launch.where import named_hosts
 from hvd_lb.report.progress import count
@@ -29,7 +30,7 @@ def examine_hosts(
         if image:
             # As `train --image`: where nobody says otherwise, for GPUs.
             run = Submission((), "", "cpu" if device == "cpu" else "cuda", 1, 1, place, folder, image=image)
-            report = docker_preflight(run, [host.name for host in hosts], options)
+            report = docker_preflight(run, [host.name for host in hosts], reach_over_ssh(options), options)
         else:
             request = Request(device, folder, place, options.network_interface)
             report = preflight(hosts, request, asking_over_ssh(options))

@@ -23,8 +23,9 @@ from hvd_lb.launch.docker_probe import docker_preflight
 from hvd_lb.launch.hosts import Host
 from hvd_lb.launch.kubernetes_options import KubernetesOptions
 from hvd_lb.launch.options import LaunchOptions, carried_environment, named_environment
+from hvd_lb.launch.slurm import on_node
 from hvd_lb.launch.slurm_script import SlurmOptions
-from hvd_lb.launch.ssh import ssh_command
+from hvd_lb.launch.ssh import reach_over_ssh
 from hvd_lb.launch.submission import Submission
 from hvd_lb.launch.where import Where
 from hvd_lb.resolve import absolute_spec, check_options, data_folder, data_spec
@@ -98,8 +99,10 @@ def elsewhere_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return decorated
 
 
-def goes_elsewhere(where: Where, options: ElsewhereOptions) -> bool:
+def goes_elsewhere(where: Where, options: ElsewhereOptions, slurm_options: SlurmOptions) -> bool:
     """Whether this process only has the command run; UserError for options that have no meaning there."""
+    if options.image is not None and slurm_options.container_image is not None:
+        raise UserError("--image is for Docker and --container-image for Pyxis: give one of them")
     if where.launcher.startswith("submit"):
         return True
     if options.submit:
@@ -108,10 +111,6 @@ def goes_elsewhere(where: Where, options: ElsewhereOptions) -> bool:
         )
     if options.image is None:
         return False
-    if where.launcher == "slurm":
-        raise UserError(
-            "--image starts containers over ssh; in a Slurm allocation Pyxis does: give --container-image instead"
-        )
     if where.launcher == "local":
         raise UserError(
             "--image runs in containers on other hosts: name them with --hosts, or on this machine use docker run"
@@ -126,7 +125,7 @@ def refuse_unused(context: click.Context, where: Where, options: ElsewhereOption
         "ssh_": over_ssh,
         "strict_host_keys": over_ssh,
         "network_interface": where.launcher != "local",
-        "container_port": over_ssh and options.image is not None,
+        "container_port": options.image is not None and where.launcher != "submit-kubernetes",
         "container_": where.launcher in ("slurm", "submit-slurm"),
         "slurm_": where.launcher == "submit-slurm",
         "sbatch": where.launcher == "submit-slurm",
@@ -192,6 +191,7 @@ def make_submission(
         data=data,
         recipe=recipe_file,
         image=options.image,
+        container_port=options.container_port,
         environment=named_environment(launch_options.env, os.environ),
     )
 
@@ -213,10 +213,6 @@ def run_elsewhere(
         click.echo(kubernetes.to_yaml(job), nl=False)
         return 0
     if where.launcher == "submit-slurm":
-        if options.image is not None:
-            raise UserError(
-                "--image with --launcher slurm: give --container-image, which Pyxis runs processes in"
-            )
         program = [sys.executable, "-P", "-m", "hvd_lb_cli.main"]
         batch = slurm_script.script(submission, slurm_options, program)
         if options.submit and not launch_options.dry_run:
@@ -225,16 +221,16 @@ def run_elsewhere(
         return 0
     environment = carried_environment(os.environ) | dict(submission.environment)
     submission = replace(submission, environment=environment)
-    ssh, port = ssh_command(launch_options), options.container_port
+    reach = on_node if where.launcher == "slurm" else reach_over_ssh(launch_options)
     hosts = [(host.name, _slots(host)) for host in where.hosts]
     if launch_options.dry_run:
-        click.echo("\n".join(docker.describe(submission, hosts, ssh, port)))
+        click.echo("\n".join(docker.describe(submission, hosts, reach)))
         return 0
-    report = docker_preflight(submission, [name for name, _ in hosts], launch_options)
+    report = docker_preflight(submission, [name for name, _ in hosts], reach, launch_options)
     if report.problems:
         print_preflight(Console(), report)
     report.refuse()
-    return docker.run_in_containers(submission, hosts, ssh, port)
+    return docker.run_in_containers(submission, hosts, reach)
 
 
 def _slots(host: Host) -> int:

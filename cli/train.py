@@ -84,7 +84,7 @@ def train(
     console = Console()
     where = find_where(launch_options, device, os.environ)
     refuse_unused(context, where, elsewhere_options)
-    if goes_elsewhere(where, elsewhere_options):
+    if goes_elsewhere(where, elsewhere_options, slurm_options):
         submission = make_submission(
             context.command,
             sys.argv[1:],

@@ -1,10 +1,10 @@
 """One container per host, alive as long as this process: started in parallel, keys exchanged, one command run.
 
-with Containers(submission, ["h1", "h2"], ssh, port=12345) as containers:
+with Containers(submission, ["h1", "h2"], reach) as containers:
     status = containers.run(["hvd-lb", "train", ...])
 
-Each container's standard input comes from here, through ssh where its host is another machine, and it ends with that
-(hvd_lb.launch.lease). So none is left when this process is killed or its ssh is cut.
+Each container's standard input comes from here, through ssh or srun where its host is another machine, and it ends
+with that (hvd_lb.launch.lease). So none is left when this process is killed or its connection is cut.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.launch.container import Container, Ended, Started, say
 from hvd_lb.launch.docker_run import known_host, remove_command, run_command
 from hvd_lb.launch.lease import GRACE_SECONDS
-from hvd_lb.launch.ssh import on_host
+from hvd_lb.launch.ssh import Reach
 from hvd_lb.launch.stopping import SIGNALS
 from hvd_lb.launch.submission import Submission
 
@@ -47,9 +47,9 @@ class Containers:
     SIGINT and SIGTERM are handed on to the command while it runs, and raise Interrupted before.
     """
 
-    def __init__(self, submission: Submission, hosts: Sequence[str], ssh: Sequence[str], *, port: int):
+    def __init__(self, submission: Submission, hosts: Sequence[str], reach: Reach):
         self.run_id = secrets.token_hex(6)
-        self._submission, self._hosts, self._ssh, self._port = submission, hosts, ssh, port
+        self._submission, self._hosts, self._reach = submission, hosts, reach
         self._events: queue.SimpleQueue[Started | Ended | Signalled] = queue.SimpleQueue()
         self._containers: list[Container] = []
         self._beat = time.monotonic()
@@ -87,12 +87,12 @@ class Containers:
     def _start(self) -> None:
         with _new_key(self.run_id) as (private, public):
             for host in self._hosts:
-                command = on_host(self._ssh, host, run_command(self._submission, self.run_id, host))
+                command = self._reach(host, run_command(self._submission, self.run_id, host))
                 container = Container(host, command, self._events)
                 self._containers.append(container)
                 container.send(
                     {
-                        "port": self._port,
+                        "port": self._submission.container_port,
                         "authorized_key": public,
                         "private_key": private if container is self._containers[0] else None,
                         "environment": {
@@ -106,7 +106,7 @@ class Containers:
             raise UserError(
                 "; ".join(f"{host}: {failures[host]}" for host in self._hosts if host in failures)
             )
-        known = [known_host(host, self._port, keys[host]) for host in self._hosts]
+        known = [known_host(host, self._submission.container_port, keys[host]) for host in self._hosts]
         for container in self._containers:
             container.send({"known_hosts": known})
 
@@ -146,7 +146,7 @@ class Containers:
         deadline = time.monotonic() + GRACE_SECONDS + _HEARTBEAT_SECONDS
         for container in self._containers:
             if not container.ended(deadline - time.monotonic()):
-                command = on_host(self._ssh, container.host, remove_command(self.run_id, container.host))
+                command = self._reach(container.host, remove_command(self.run_id, container.host))
                 with suppress(subprocess.TimeoutExpired):
                     subprocess.run(command, capture_output=True, timeout=_REMOVE_SECONDS, check=False)
                 container.kill()

@@ -7,25 +7,24 @@ from collections.abc import Sequence
 
 from hvd_lb.launch.containers import Containers, Interrupted
 from hvd_lb.launch.docker_run import inner_command, run_command
-from hvd_lb.launch.ssh import on_host
+from hvd_lb.launch.ssh import Reach
 from hvd_lb.launch.submission import Submission
 
 
 def run_in_containers(
     submission: Submission,
     hosts: Sequence[tuple[str, int]],
-    ssh: Sequence[str],
-    container_port: int = 12345,
+    reach: Reach,
 ) -> int:
     """Run `hvd-lb ARGUMENTS` over `hosts` (names and slots) in containers; its exit status.
 
-    `ssh` is the command line by which other hosts are reached, without their names; `container_port` is where the
-    containers' sshd listens. UserError when a container cannot be started. No container is left, however this ends.
+    `reach` gets commands to the hosts. UserError when a container cannot be started. No container is left, however
+    this ends.
     """
     names = [name for name, _ in hosts]
     try:
-        with Containers(submission, names, ssh, port=container_port) as containers:
-            return containers.run(inner_command(submission, hosts, container_port))
+        with Containers(submission, names, reach) as containers:
+            return containers.run(inner_command(submission, hosts))
     except Interrupted as interrupted:
         return 128 + interrupted.number
 
@@ -33,9 +32,8 @@ def run_in_containers(
 def describe(
     submission: Submission,
     hosts: Sequence[tuple[str, int]],
-    ssh: Sequence[str],
-    container_port: int = 12345,
+    reach: Reach,
 ) -> list[str]:
     """The command lines of `run_in_containers`: one per host, then the one that is run in the first container."""
-    starts = [on_host(ssh, name, run_command(submission, "dry-run", name)) for name, _ in hosts]
-    return [shlex.join(command) for command in [*starts, inner_command(submission, hosts, container_port)]]
+    starts = [reach(name, run_command(submission, "dry-run", name)) for name, _ in hosts]
+    return [shlex.join(command) for command in [*starts, inner_command(submission, hosts)]]

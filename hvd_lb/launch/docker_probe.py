@@ -1,6 +1,6 @@
 """Before containers are started: whether each host has Docker, NVIDIA's runtime where GPUs are asked for, and the data.
 
-Asked over ssh by a few lines of shell, as these hosts need no Python. The rest is for the preflight inside.
+Asked by a few lines of shell, as these hosts need no Python. The rest is for the preflight inside.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hvd_lb.doctor.finding import Finding
 from hvd_lb.launch.docker_run import explain
 from hvd_lb.launch.options import LaunchOptions
 from hvd_lb.launch.preflight import Report
-from hvd_lb.launch.ssh import SSH_FAILED, ask_all, explain_failure, on_host, ssh_command
+from hvd_lb.launch.ssh import SSH_FAILED, Reach, ask_all, explain_failure
 from hvd_lb.launch.submission import Submission
 
 _ANSWER_SECONDS = 60.0
@@ -33,10 +33,12 @@ def probe_command(submission: Submission) -> list[str]:
     return ["sh", "-c", _SCRIPT, "sh", *paths]
 
 
-def docker_preflight(submission: Submission, hosts: Sequence[str], options: LaunchOptions) -> Report:
+def docker_preflight(
+    submission: Submission, hosts: Sequence[str], reach: Reach, options: LaunchOptions
+) -> Report:
     """What is found on all hosts, asked at once; nothing is started or written."""
-    ssh, command = ssh_command(options), probe_command(submission)
-    runs = ask_all({host: on_host(ssh, host, command) for host in hosts}, "", _ANSWER_SECONDS)
+    command = probe_command(submission)
+    runs = ask_all({host: reach(host, command) for host in hosts}, "", _ANSWER_SECONDS)
     return Report({host: list(judge(host, run, submission, options)) for host, run in runs.items()}, None)
 
 

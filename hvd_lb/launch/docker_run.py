@@ -56,12 +56,12 @@ def container_name(run: str, host: str) -> str:
     return f"hvd-lb-{run}-{re.sub('[^A-Za-z0-9_.-]', '-', host)}"
 
 
-def inner_command(submission: Submission, hosts: Sequence[tuple[str, int]], port: int) -> list[str]:
+def inner_command(submission: Submission, hosts: Sequence[tuple[str, int]]) -> list[str]:
     """What is run in the first container: the same run over the sshd of all of them."""
     return [
         *("hvd-lb", *submission.arguments, "--launcher", "ssh"),
         *("--hosts", ",".join(f"{name}:{slots}" for name, slots in hosts)),
-        *("--ssh-port", str(port), "--strict-host-keys"),
+        *("--ssh-port", str(submission.container_port), "--strict-host-keys"),
     ]
 
 

@@ -9,8 +9,9 @@ JSON object, and an empty one only says that the launcher is alive:
     {"signal": 2}                                for the command that runs
 
 The first is answered with {"host_key": "ssh-ed25519 …"} once sshd accepts. The lease ends with the command, when sshd
-dies, at the end of input, and after 120 s of silence. When it is lost so, the command gets SIGTERM and it and all ssh
-sessions have a minute to end by themselves, with a checkpoint. The end of a container's first process ends all others.
+dies, at the end of input, after 120 s of silence, and by a signal. In the last three cases the command gets SIGTERM and
+it and all ssh sessions have a minute to end by themselves, with a checkpoint. The end of a container's first process
+ends all others.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SILENCE_SECONDS = 120.0  #: a launcher that says nothing for so long is gone
 GRACE_SECONDS = 60.0  #: for a command to end by itself
 _START_SECONDS = 20.0
@@ -134,9 +136,19 @@ def host(
 
 
 def hold(messages: Messages, sshd: subprocess.Popen[bytes]) -> int:
-    """Do what the messages say until the lease ends; the exit status."""
+    """Do what the messages say until the lease ends; the exit status.
+
+    The end of the messages and a signal to this process ask the command to end, and give it and all sessions a while.
+    Several may ask at once, such as the launcher and Docker when a scheduler signals all processes: the command hears
+    it as often as the one says it that says it most, as a second time means at once.
+    """
     command: subprocess.Popen[bytes] | None = None
     deadline: float | None = None
+    lost = False
+    told = from_launcher = 0
+    own: list[int] = []
+    for number in _SIGNALS:
+        signal.signal(number, lambda number, _: own.append(number))
     try:
         while True:
             if sshd.poll() is not None:
@@ -144,23 +156,27 @@ def hold(messages: Messages, sshd: subprocess.Popen[bytes]) -> int:
             if command and (status := command.poll()) is not None:
                 return status if status >= 0 else 128 - status
             _reap({sshd.pid, command.pid if command else 0})
-            if deadline is not None:
-                if (command is None and not _sessions(sshd)) or time.monotonic() > deadline:
-                    return 1
+            message: dict[str, Any] = {}
+            if lost:
                 time.sleep(_LOOK_SECONDS)
-                continue
-            try:
-                message = messages.next(_LOOK_SECONDS) or {}
-            except EOFError:
+            else:
+                try:
+                    message = messages.next(_LOOK_SECONDS) or {}
+                except EOFError:
+                    lost = True
+            if deadline is None and (own or lost):
                 deadline = time.monotonic() + GRACE_SECONDS
-                message = {"signal": signal.SIGTERM}
+            if deadline and ((command is None and not _sessions(sshd)) or time.monotonic() > deadline):
+                return 1
             if "known_hosts" in message:
                 lines = "".join(f"{line}\n" for line in message["known_hosts"])
                 _write_private(_ssh_folder() / "known_hosts", lines)
             if "run" in message:
                 command = _start(message["run"])
-            if "signal" in message and command:
-                command.send_signal(message["signal"])
+            from_launcher += "signal" in message
+            if command and max(from_launcher, len(own), lost) > told:
+                told += 1
+                command.send_signal(message.get("signal", signal.SIGTERM))
     finally:
         if command and command.poll() is None:
             os.killpg(command.pid, signal.SIGKILL)
@@ -226,7 +242,7 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def main() -> int:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, _end)
     messages = Messages(sys.stdin.fileno())
     try:

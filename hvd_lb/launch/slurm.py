@@ -125,6 +125,11 @@ def one_per_node(
     return [*_srun(nodes, "none", container), "--kill-on-bad-exit=0", "--input=all", *command]
 
 
+def on_node(node: str, command: Sequence[str]) -> list[str]:
+    """Runs `command` once on a node of the allocation, which reads and writes what srun does."""
+    return one_per_node([node], command)
+
+
 def _srun(places: Sequence[str], mpi: str, container: Container | None) -> list[str]:
     """srun with one task for each place, a node's name, in this order."""
     return [

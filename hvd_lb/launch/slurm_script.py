@@ -100,6 +100,8 @@ def _arguments(submission: Submission, options: SlurmOptions) -> list[str]:
     arguments = ["--launcher", "slurm"]
     for name in submission.environment:
         arguments += ["--env", name]
+    if submission.image is not None:
+        arguments += ["--image", submission.image, "--container-port", str(submission.container_port)]
     if options.container_image is not None:
         arguments += ["--container-image", options.container_image]
     for mount in options.container_mounts:

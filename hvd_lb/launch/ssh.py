@@ -6,8 +6,9 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hvd_lb.errors import UserError
@@ -18,6 +19,9 @@ from hvd_lb.launch.start import Launch, horovodrun_command
 
 if TYPE_CHECKING:
     from hvd_lb.launch.preflight import Cluster
+
+Reach = Callable[[str, Sequence[str]], list[str]]
+"""Gives the command line that runs a command on a host, reading and writing what that reads and writes."""
 
 _CONNECT_SECONDS = 10
 # Without these, the processes of a host that went away would be waited for until TCP gives up, two hours.
@@ -85,6 +89,10 @@ def mpirun_arguments(ssh: Sequence[str], interfaces: Sequence[str]) -> str:
 def on_host(ssh: Sequence[str], host: str, command: Sequence[str]) -> list[str]:
     """The command line that runs `command` on `host`; without ssh when that is this machine."""
     return list(command) if is_this_machine(host) else [*ssh, host, shlex.join(command)]
+
+
+def reach_over_ssh(options: LaunchOptions) -> Reach:
+    return partial(on_host, ssh_command(options))
 
 
 def is_this_machine(host: str) -> bool:

@@ -26,6 +26,7 @@ class Submission:
     data: Path | None = None  #: a folder that has to be there; None for named data such as "digits"
     recipe: Path | None = None  #: a file that has to be there; None for a preset
     image: str | None = None
+    container_port: int = 12345  #: of the containers' sshd, on their hosts' network
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property

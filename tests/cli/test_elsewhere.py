@@ -108,7 +108,21 @@ def test_containers_over_ssh_are_told_before_any_is_started(tmp_path: Path) -> N
     [
         (("--launcher", "slurm", "--data", "digits"), "--gpus is left out"),
         (("--launcher", "kubernetes", "--data", "digits", "--gpus", 8), "--output"),
-        (("--launcher", "slurm", "--gpus", 8, "--data", "digits", "--image", "x"), "give --container-image"),
+        (
+            (
+                "--launcher",
+                "slurm",
+                "--gpus",
+                8,
+                "--data",
+                "digits",
+                "--image",
+                "x",
+                "--container-image",
+                "y",
+            ),
+            "give one of them",
+        ),
         (("--launcher", "slurm", "--gpus", 8, "--data", "digits", "--hosts", "h1"), "finds its own hosts"),
         (("--launcher", "slurm", "--gpus", 8, "--data", "digits", "--model", "nope"), "nope"),
         (("--launcher", "ssh", "--gpus", 8, "--data", "digits"), "give --hosts"),

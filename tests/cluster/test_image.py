@@ -16,6 +16,7 @@ import pytest
 from engine import IMAGE, Engine, engine
 from hosts import Host, lab
 from real_runs import trained_steps, until
+from slurm import slurm
 
 from hvd_lb.launch.kubernetes import SSH_PORT, sshd_command
 
@@ -28,12 +29,16 @@ DIGITS = ["--data", "digits", "--gpus", "6", "--per-gpu-batch", "8", "--device",
 # Any command in containers on all hosts, where `train --image` runs hvd-lb.
 IN_CONTAINERS = """
 import sys
+from functools import partial
 from pathlib import Path
 from hvd_lb.launch.containers import Containers
+from hvd_lb.launch.ssh import on_host
 from hvd_lb.launch.submission import Submission
 image, port, output, *command = sys.argv[1:]
-submission = Submission((), "", "cpu", 3, 1, Path(output), image=image, environment={"TOKEN": "secret"})
-with Containers(submission, ["h1", "h2", "h3"], ["ssh"], port=int(port)) as containers:
+submission = Submission(
+    (), "", "cpu", 3, 1, Path(output), image=image, container_port=int(port), environment={"TOKEN": "secret"}
+)
+with Containers(submission, ["h1", "h2", "h3"], partial(on_host, ["ssh"])) as containers:
     sys.exit(containers.run(command))
 """
 
@@ -253,3 +258,37 @@ def test_doctor_looks_for_docker_on_all_hosts_and_starts_nothing(hosts: list[Hos
     did = hosts[0].run([*doctor, "--hosts", "h1,desk"], check=False)
     assert did.returncode == 1
     assert "wrong   desk  Docker: the Docker daemon does not run: systemctl start docker" in did.stdout
+
+
+def test_containers_on_the_nodes_of_a_slurm_job_need_no_ssh_between_them(
+    docker: Engine, image: str, output: Path, tmp_path: Path
+) -> None:
+    with lab(["n1", "n2"]) as nodes, docker.on(nodes, user=f"{UID}:{UID}"):
+        for node in nodes:
+            node.refuse_key()
+        with slurm(nodes[0], dict.fromkeys(nodes, 2)) as cluster:
+            command = [sys.executable, "-m", "hvd_lb_cli.main", "train", *DIGITS, "--steps", "8"]
+            in_containers = ["--image", image, "--container-port", PORT, "--output", output]
+            did = cluster.run(["salloc", "--nodes=2", "--ntasks=4", *command, *in_containers], timeout=300)
+            assert "hosts: n1:2, n2:2 (--hosts), by ssh" in did.stdout
+            assert docker.containers() == []
+            alone = [*command[:3], "simulate", *command[4:], "--output", tmp_path / "alone"]
+            subprocess.run(list(map(str, alone)), check=True, capture_output=True)
+            weights = "checkpoints/last/model.safetensors"
+            assert (output / weights).read_bytes() == (tmp_path / "alone" / weights).read_bytes()
+
+            # As a batch job that is cancelled: a checkpoint, and no container is left. Who submits it is root here and
+            # the containers' user is not, so the folder for both is made beforehand.
+            for folder in (output / "batch", output / "batch" / "logs"):
+                folder.mkdir()
+                os.chown(folder, UID, UID)
+            submit = ["--epochs", 100, "--launcher", "slurm", "--per-node", 2, "--processes", 4, "--submit"]
+            again = [*command[:-2], "--seed", 1, *in_containers[:-1], output / "batch", *submit]
+            going = nodes[0].start(again, env=cluster.environment, stdout=subprocess.PIPE)
+            until(lambda: trained_steps(output / "batch") > 2 or going.poll() is not None, 300)
+            assert going.poll() is None, going.communicate()
+            assert len(docker.containers()) == 2
+            cluster.run(["scancel", "--user=root"])
+            going.communicate(timeout=120)
+            until(lambda: docker.containers() == [], 120)
+            assert (output / "batch" / "checkpoints" / "last").exists()

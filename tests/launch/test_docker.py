@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hvd_lb.launch.docker import describe
 from hvd_lb.launch.docker_probe import judge, probe_command
 from hvd_lb.launch.docker_run import container_name, explain, inner_command, known_host, run_command
 from hvd_lb.launch.options import LaunchOptions
+from hvd_lb.launch.ssh import on_host
 from hvd_lb.launch.submission import Submission
 
 PLAIN = Submission(
@@ -71,21 +73,21 @@ def test_a_recipe_file_is_taken_along() -> None:
 
 
 def test_the_run_inside() -> None:
-    assert inner_command(PLAIN, [("h1", 8), ("h2", 8)], 12345) == [
+    assert inner_command(replace(PLAIN, container_port=2222), [("h1", 8), ("h2", 8)]) == [
         *words("hvd-lb train --data /data/imagenet --gpus 16 --output /home/ada/runs/one"),
-        *words("--launcher ssh --hosts h1:8,h2:8 --ssh-port 12345 --strict-host-keys"),
+        *words("--launcher ssh --hosts h1:8,h2:8 --ssh-port 2222 --strict-host-keys"),
     ]
 
 
 def test_nothing_secret_is_on_a_command_line() -> None:
-    lines = describe(PLAIN, [("h1", 8), ("h2", 8)], SSH)
+    lines = describe(PLAIN, [("h1", 8), ("h2", 8)], partial(on_host, SSH))
     assert len(lines) == 3
     assert not [line for line in lines if "secret" in line or "TOKEN" in line]
 
 
 def test_a_dry_run_can_be_copied() -> None:
-    first, inside = describe(PLAIN, [("h1", 8)], SSH)
-    assert shlex.split(inside) == inner_command(PLAIN, [("h1", 8)], 12345)
+    first, inside = describe(PLAIN, [("h1", 8)], partial(on_host, SSH))
+    assert shlex.split(inside) == inner_command(PLAIN, [("h1", 8)])
     ssh, *options, host, command = shlex.split(first)
     assert [ssh, *options, host] == [*SSH, "h1"]
     assert shlex.split(command) == run_command(PLAIN, "dry-run", "h1")

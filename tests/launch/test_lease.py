@@ -186,6 +186,41 @@ def test_a_signal_reaches_the_command(host: Lease) -> None:
     assert host.end() == (3, "got 2\n", "")
 
 
+COUNTS = """
+import signal, time
+got = []
+signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
+print("waiting", flush=True)
+while not got:
+    time.sleep(0.05)
+time.sleep(2)
+print(len(got), flush=True)
+"""
+
+
+@needs_sshd
+def test_what_several_ask_for_at_once_reaches_the_command_once(host: Lease) -> None:
+    """As when Slurm signals the launcher, docker and all else of a job: a second SIGTERM would skip the checkpoint."""
+    host.become_host()
+    host.send(run=[sys.executable, "-c", COUNTS])
+    assert host.read() == "waiting\n"
+    host.process.terminate()
+    host.send(signal=int(signal.SIGTERM))
+    host.lose()
+    assert host.end()[:2] == (0, "1\n")
+
+
+@needs_sshd
+def test_who_asks_twice_means_it(host: Lease) -> None:
+    host.become_host()
+    host.send(run=[sys.executable, "-c", COUNTS])
+    assert host.read() == "waiting\n"
+    for _ in range(2):
+        host.send(signal=int(signal.SIGTERM))
+        time.sleep(0.5)
+    assert host.end()[:2] == (0, "2\n")
+
+
 @needs_sshd
 def test_a_lost_launcher_gives_the_command_time_to_end(host: Lease) -> None:
     host.become_host()

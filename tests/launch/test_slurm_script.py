@@ -134,3 +134,8 @@ def test_paths_are_mounted_once() -> None:
     container = options.container(Path("/data"), None, Path("/out"))
     assert container is not None
     assert container.mounts == ("/data", "/out", "/a")
+
+
+def test_containers_of_docker_are_started_inside_of_the_allocation() -> None:
+    text = script(replace(RUN, image="ghcr.io/hvd-lb/hvd-lb:0.1.0", container_port=2222), SlurmOptions())
+    assert "--launcher slurm --image ghcr.io/hvd-lb/hvd-lb:0.1.0 --container-port 2222" in text
