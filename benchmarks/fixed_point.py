@@ -12,13 +12,14 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from hvd_lb.data import open_dataset
-from hvd_lb.data.loader import Pixels, open_loader
-from hvd_lb.fixed_point import FixedPointSum
-from hvd_lb.models import build_model
+from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.loading.contract import Pixels
+from hvd_lb.data.loading.open import open_loader
+from hvd_lb.exact.fixed_point import FixedPointSum
 from hvd_lb.optim import SGD, parameter_groups
 from hvd_lb.plan.augment import Microbatch, RandomWindows
 from hvd_lb.plan.samples import SamplePlan
+from hvd_lb.training.models import build_model
 from hvd_lb.world.solo import Solo
 
 WORKERS, IMAGES, STEPS = 256, 4, 3

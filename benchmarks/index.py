@@ -40,9 +40,10 @@ def main(images: int, files: int) -> None:
 
 def synthetic(folder: Path, images: int) -> None:
     """Class folders without files, and an index that says otherwise."""
-    from hvd_lb.data import store
-    from hvd_lb.data.listing import FolderSource, place
-    from hvd_lb.data.rows import Table
+    from hvd_lb.data.files.rows import Table
+    from hvd_lb.data.index import store
+    from hvd_lb.data.sources.folders import FolderSource
+    from hvd_lb.data.sources.source import place
 
     began = time.perf_counter()
     for split, count in (("train", images), ("val", VAL)):
@@ -69,7 +70,7 @@ def synthetic(folder: Path, images: int) -> None:
 
 
 def write_rows(index: Path, count: int) -> np.ndarray:
-    from hvd_lb.data.rows import ROW
+    from hvd_lb.data.files.rows import ROW
 
     rows = np.lib.format.open_memmap(index / "rows.npy", "w+", ROW, (count,))
     names = np.lib.format.open_memmap(index / "names.npy", "w+", np.uint8, (count * _NAME,))
@@ -96,8 +97,8 @@ def grown(before: np.ndarray) -> str:
 
 def open_it(folder: str, who: str) -> None:
     """In a process of its own: what opening adds to its memory."""
-    from hvd_lb.data import open_dataset
-    from hvd_lb.data.indexed_dataset import IndexedDataset
+    from hvd_lb.data.dataset import open_dataset
+    from hvd_lb.data.index.dataset import IndexedDataset
     from hvd_lb.plan.samples import SamplePlan
 
     expected = (
@@ -125,8 +126,8 @@ def real(folder: Path, files: int) -> None:
     from PIL import Image
     from torchvision.datasets import ImageFolder
 
-    from hvd_lb.data import open_dataset
-    from hvd_lb.data.pack import pack
+    from hvd_lb.data.dataset import open_dataset
+    from hvd_lb.data.prepare.pack import pack
 
     root = folder / "real"
     for split, count in (("train", files), ("val", 100)):

@@ -29,10 +29,12 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
-from hvd_lb.data import Images, open_dataset
-from hvd_lb.data.cached import cached
-from hvd_lb.data.loader import Pixels, open_loader
-from hvd_lb.data.pack import pack
+from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.images import Images
+from hvd_lb.data.loading.contract import Pixels
+from hvd_lb.data.loading.open import open_loader
+from hvd_lb.data.loading.shared_pixels import cached
+from hvd_lb.data.prepare.pack import pack
 from hvd_lb.plan.augment import Microbatch, RandomWindows
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

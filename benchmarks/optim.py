@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hvd_lb as lb
-from hvd_lb.models import build_model
+from hvd_lb.training.models import build_model
 
 STEPS = 20
 CASES = {"resnet20": (32, 32), "resnet18": (8, 64)}  # images of a process, pixels

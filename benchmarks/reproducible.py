@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hvd_lb as lb
-from hvd_lb.checkpoint import BackgroundWriter, CheckpointStore
-from hvd_lb.data import ArrayImages, Dataset
-from hvd_lb.models import build_model
+from hvd_lb.data.images import ArrayImages, Dataset
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import SilentObserver
-from hvd_lb.trainer import Trainer
+from hvd_lb.training.checkpoint import BackgroundWriter, CheckpointStore
+from hvd_lb.training.models import build_model
+from hvd_lb.training.trainer import Trainer
 
 TURNS, WARM_UP = 15, 2
 # Model, pixels, images of a virtual worker.

@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from hvd_lb.compare import Comparison, MetricDifference, MetricsComparison, compare_runs
-from hvd_lb.compare_tensors import CheckpointComparison, TensorComparison
 from hvd_lb.errors import UserError
-from hvd_lb.report.progress import count
+from hvd_lb.report.compare import Comparison, MetricDifference, MetricsComparison, compare_runs
+from hvd_lb.report.compare_tensors import CheckpointComparison, TensorComparison
+from hvd_lb.report.text import count
 from hvd_lb_cli.show import print_plan
 
 _RUN = click.Path(path_type=Path)

@@ -15,7 +15,7 @@ from rich.text import Text
 from hvd_lb.doctor import Finding, examine
 from hvd_lb.doctor.selftest import selftest
 from hvd_lb.launch.options import LaunchOptions
-from hvd_lb_cli.launch_options import host_options
+from hvd_lb_cli.options.launch import host_options
 
 _COLOURS = {"ok": "green", "missing": "yellow", "wrong": "red"}
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import rich_click as click
 from rich.console import Console
 
-from hvd_lb.launch.docker_probe import docker_preflight
+from hvd_lb.data.spec import data_folder
 from hvd_lb.launch.options import LaunchOptions
-from hvd_lb.launch.preflight import Request, asking_over_ssh, preflight
-from hvd_lb.launch.ssh import reach_over_ssh
-from hvd_lb.launch.submission import Submission
-from hvd_lb.launch.where import named_hosts
-from hvd_lb.report.progress import count
-from hvd_lb.resolve import data_folder
+from hvd_lb.launch.preflight.judge import Request, preflight
+from hvd_lb.launch.starters.ssh import asking_over_ssh, reach_over_ssh
+from hvd_lb.launch.submit.command import Submission
+from hvd_lb.launch.submit.docker.check import docker_preflight
+from hvd_lb.launch.target import named_hosts
+from hvd_lb.report.text import count
 from hvd_lb_cli.show import print_preflight
 
 

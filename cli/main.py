@@ -21,7 +21,7 @@ _COMMANDS = {
     "simulate": "hvd_lb_cli.simulate:simulate",
     "compare": "hvd_lb_cli.compare:compare",
     "recipes": "hvd_lb_cli.recipes:recipes",
-    "data": "hvd_lb_cli.data:data",
+    "data": "hvd_lb_cli.data.group:data",
     "doctor": "hvd_lb_cli.doctor:doctor",
 }
 

@@ -12,15 +12,15 @@ import rich_click as click
 import torch
 from rich.console import Console
 
-from hvd_lb.hardware import choose_device, place
-from hvd_lb.launch.local import local
-from hvd_lb.launch.run import default_output, run_job
-from hvd_lb.models import parameter_count
+from hvd_lb.launch.session import default_output, run_job
+from hvd_lb.launch.starters.local import local
+from hvd_lb.machine.placement import choose_device, place
 from hvd_lb.recipe import Recipe
-from hvd_lb.report.progress import count, duration, speed
+from hvd_lb.report.text import count, duration, speed
 from hvd_lb.resolve import Resolved, explain, resolve
 from hvd_lb.simulate import Rehearsal, rehearse
-from hvd_lb_cli.options import recipe_options, run_options
+from hvd_lb.training.models import parameter_count
+from hvd_lb_cli.options.recipe import recipe_options, run_options
 from hvd_lb_cli.show import index_progress, print_plan
 
 _STARTED = time.monotonic()

@@ -11,23 +11,32 @@ from typing import Any, Literal
 import rich_click as click
 from rich.console import Console
 
-from hvd_lb.hardware import Placement, choose_device, default_gpus, place
+from hvd_lb.data.spec import data_folder, data_spec
 from hvd_lb.launch.allreduce import allreduce_environment
 from hvd_lb.launch.dry_run import describe
-from hvd_lb.launch.kubernetes_options import KubernetesOptions
-from hvd_lb.launch.local import local
 from hvd_lb.launch.options import LaunchOptions, environment
-from hvd_lb.launch.preflight import Ask, Cluster, Request, asking_over_ssh, preflight
-from hvd_lb.launch.run import find_start_of, plan_job, run_directory, run_job
-from hvd_lb.launch.slurm import Container
-from hvd_lb.launch.slurm_script import SlurmOptions
-from hvd_lb.launch.srun import asking_over_srun, over_srun
-from hvd_lb.launch.ssh import over_ssh
-from hvd_lb.launch.start import Launch
-from hvd_lb.launch.where import Where, find_where
-from hvd_lb.report.progress import count
-from hvd_lb.resolve import check_options, data_folder, data_spec, explain, resolve
-from hvd_lb_cli.elsewhere import (
+from hvd_lb.launch.plan import Launch
+from hvd_lb.launch.preflight.ask import Ask
+from hvd_lb.launch.preflight.cluster import Cluster
+from hvd_lb.launch.preflight.judge import Request, preflight
+from hvd_lb.launch.session import plan_job, resume_point_of, run_directory, run_job
+from hvd_lb.launch.starters.allocation import Container
+from hvd_lb.launch.starters.local import local
+from hvd_lb.launch.starters.srun import asking_over_srun, over_srun
+from hvd_lb.launch.starters.ssh import asking_over_ssh, over_ssh
+from hvd_lb.launch.submit.kubernetes.options import KubernetesOptions
+from hvd_lb.launch.submit.slurm.script import SlurmOptions
+from hvd_lb.launch.target import Where, find_where
+from hvd_lb.machine.placement import Placement, choose_device, default_gpus, place
+from hvd_lb.report.text import count
+from hvd_lb.resolve import check_options, explain, resolve
+from hvd_lb_cli.arguments import without_values
+from hvd_lb_cli.options.kubernetes import kubernetes_options
+from hvd_lb_cli.options.launch import launch_options
+from hvd_lb_cli.options.recipe import recipe_options, run_options
+from hvd_lb_cli.options.slurm import slurm_options
+from hvd_lb_cli.show import index_progress, print_plan, print_preflight
+from hvd_lb_cli.submit import (
     ElsewhereOptions,
     elsewhere_options,
     goes_elsewhere,
@@ -35,12 +44,6 @@ from hvd_lb_cli.elsewhere import (
     refuse_unused,
     run_elsewhere,
 )
-from hvd_lb_cli.hand_on import without_values
-from hvd_lb_cli.kubernetes_options import kubernetes_options
-from hvd_lb_cli.launch_options import launch_options
-from hvd_lb_cli.options import recipe_options, run_options
-from hvd_lb_cli.show import index_progress, print_plan, print_preflight
-from hvd_lb_cli.slurm_options import slurm_options
 
 
 @click.command()
@@ -125,8 +128,8 @@ def train(
     launch = _launch(where, cluster, placement, launch_options, container)
     if launch_options.dry_run:
         run = run_directory(output, resolved.recipe)
-        start = find_start_of(run, resolved, placement, resume)
-        click.echo(describe(plan_job(resolved, placement, launch, run, start), launch, run), nl=False)
+        resume_point = resume_point_of(run, resolved, placement, resume)
+        click.echo(describe(plan_job(resolved, placement, launch, run, resume_point), launch, run), nl=False)
         return 0
     share = f"{placement.processes} on {placement.device}, {count(placement.threads, 'thread')} each"
     rows = [*explain(resolved), ("processes", share)]

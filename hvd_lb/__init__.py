@@ -13,7 +13,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hvd_lb.fixed_point import FixedPointOverflow
+    from hvd_lb.exact.fixed_point import FixedPointOverflow
     from hvd_lb.optim import SGD, DistributedOptimizer, parameter_groups
     from hvd_lb.schedule import Schedule, scaled_learning_rate
     from hvd_lb.world import current, init, shutdown
@@ -35,7 +35,7 @@ __all__ = [
 _HOMES = {
     "SGD": "hvd_lb.optim",
     "DistributedOptimizer": "hvd_lb.optim",
-    "FixedPointOverflow": "hvd_lb.fixed_point",
+    "FixedPointOverflow": "hvd_lb.exact.fixed_point",
     "parameter_groups": "hvd_lb.optim",
     "Schedule": "hvd_lb.schedule",
     "scaled_learning_rate": "hvd_lb.schedule",

@@ -1,5 +1,16 @@
-"""The error a user can cause and mend: one line, shown without a traceback, exit code 2."""
+"""The error a user can cause and put right: one line, shown without a traceback, exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
     """Says in one line what was given, what was expected and what to do."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean …?" for a misspelt name, else nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""

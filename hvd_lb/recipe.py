@@ -6,12 +6,11 @@ A field is documented once, here: the command line's options and their help are 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,17 +18,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hvd_lb.errors import UserError
-from hvd_lb.plan.samples import LastBatch
+from hvd_lb.data.options import MAX_PIXELS, MOST_PIXELS, CacheKind, LoaderKind, OnBadImage
+from hvd_lb.errors import UserError, nearest
+from hvd_lb.plan.counter import generator_seed
+from hvd_lb.plan.samples import LastBatch, SamplePlan
 from hvd_lb.schedule import Rule, Schedule, Shape, Warmup
 
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
-LoaderKind = Literal["dali", "torchvision"]
-OnBadImage = Literal["fail", "skip"]
-CacheKind = Literal["none", "memory", "disk"]
-
-# A header may promise more pixels than any memory holds. Beyond MOST_PIXELS PIL does not open a file.
-MAX_PIXELS, MOST_PIXELS = 100_000_000, 178_956_970
 
 # The source of fields that were given on the command line.
 OPTIONS = "options"
@@ -256,6 +251,17 @@ class Recipe(BaseModel):
             power=self.power,
         )
 
+    def sample_plan(self, images: int) -> SamplePlan:
+        """The plan on a data set of so many training images; UserError when the minibatch is larger than that."""
+        return SamplePlan(
+            images, self.gpus, self.per_gpu_batch, generator_seed(self.seed, 2), self.last_batch
+        )
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """The number of steps of a run: its epochs', or fewer where --steps ends it."""
+        total = self.epochs * steps_per_epoch
+        return min(total, self.steps or total)
+
     def mathematics(self) -> dict[str, Any]:
         """The fields a resumed run must share, as JSON values.
 
@@ -344,12 +350,6 @@ def _parse(text: str, source: str) -> dict[str, Any]:
         raise UserError(f"recipe {source}: expected `field: value` lines")
     make_recipe(values, source)
     return values
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean …?" for a misspelt name, else nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _presets() -> Any:

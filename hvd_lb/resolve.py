@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hvd_lb.data import Dataset, default_data, open_dataset
-from hvd_lb.data.cached import check_cache
-from hvd_lb.data.decode import refuse_large
-from hvd_lb.data.sources import folder_of
+from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.decoding.decode import refuse_large
+from hvd_lb.data.images import Dataset
+from hvd_lb.data.loading.shared_pixels import check_cache
+from hvd_lb.data.spec import absolute_spec, data_spec
 from hvd_lb.errors import UserError
-from hvd_lb.models import check_input, check_model_name, has_batch_norm
 from hvd_lb.plan.samples import SamplePlan
 from hvd_lb.recipe import OPTIONS, Recipe, load_values, make_recipe
 from hvd_lb.schedule import Schedule
-from hvd_lb.trainer import sample_plan, total_steps
+from hvd_lb.training.models import check_input, check_model_name, has_batch_norm
 
 _IMAGENET_CLASSES, _IMAGENET_IMAGES = 1000, 1_000_000
 _SMALL_SIDE = 64
@@ -37,7 +36,7 @@ class Resolved:
 
     @property
     def total_steps(self) -> int:
-        return total_steps(self.recipe, self.plan)
+        return self.recipe.total_steps(self.plan.steps_per_epoch)
 
     @property
     def stops_early(self) -> bool:
@@ -86,8 +85,8 @@ def resolve(
     if resolved.on_bad_image == "fail":
         for split in (dataset.train, dataset.val):
             refuse_large(split, resolved.max_pixels)
-    check_cache(resolved, dataset)
-    plan = sample_plan(resolved, dataset)
+    check_cache(resolved.cache, dataset)
+    plan = resolved.sample_plan(len(dataset.train))
     _check_recompute_bn(resolved, plan)
     check_input(
         resolved.model,
@@ -106,21 +105,6 @@ def check_options(options: Mapping[str, Any], recipe: str | None) -> Mapping[str
     if "model" in {**given, **options}:
         check_model_name({**given, **options}["model"])
     return given
-
-
-def data_spec(options: Mapping[str, Any], given: Mapping[str, Any], fallback: str | None = None) -> str:
-    """The data that a command line and its recipe name, else `fallback`, else $HVD_LB_DATA or /data."""
-    return str(options.get("data") or given.get("data") or fallback or default_data())
-
-
-def absolute_spec(spec: str) -> str:
-    """The same data, named so that it is found from any working directory."""
-    return spec if _is_named(spec) else str(Path(spec).expanduser().resolve())
-
-
-def data_folder(spec: str) -> Path | None:
-    """The folder in which the data that `--data` names lie; None where they lie in none."""
-    return None if _is_named(spec) else folder_of(absolute_spec(spec))
 
 
 def choose_preset(spec: str, dataset: Dataset) -> tuple[str, str]:
@@ -184,10 +168,6 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
     if recipe.recompute_bn:
         rows.append(("batch norm", f"statistics from {recipe.recompute_bn:,} images before each evaluation"))
     return rows
-
-
-def _is_named(spec: str) -> bool:
-    return spec in ("digits", "fashion-mnist") or spec.split(":")[0] == "synthetic"
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from hvd_lb.data.cached import shared
-from hvd_lb.fixed_point import FixedPointOverflow
-from hvd_lb.hardware import loader_threads
+from hvd_lb.data.loading.shared_pixels import shared
+from hvd_lb.exact.fixed_point import FixedPointOverflow
+from hvd_lb.machine.placement import loader_threads
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.resolve import Resolved
-from hvd_lb.trainer import Trainer
+from hvd_lb.training.trainer import Trainer
 from hvd_lb.world.solo import Solo
 
 # Fewer microbatches than this say little, as the first ones are slow.
@@ -92,20 +92,27 @@ def rehearse(
     """Take steps until the next whole one would end after `deadline` (of time.monotonic)."""
     watch = _Stopwatch(deadline, on_microbatch)
     torch.set_num_threads(threads)
-    world = Solo()
+    world, recipe = Solo(), resolved.recipe
     trainer = Trainer(
-        resolved.recipe,
-        shared(resolved.recipe, resolved.dataset, device.type, f"simulate {os.getpid()}", world.barrier),
+        recipe,
+        shared(
+            resolved.dataset,
+            recipe.cache,
+            recipe.loader,
+            device.type,
+            f"simulate {os.getpid()}",
+            world.barrier,
+        ),
         world,
         device=device,
-        threads=loader_threads(resolved.recipe, threads, 1),
+        threads=loader_threads(recipe.loader_threads, threads, 1, reproducible=recipe.reproducible),
         observer=watch,
     )
     trainer.model.train()
-    images = min(resolved.recipe.per_gpu_batch, _PROBED_IMAGES)
-    guess = _probe(trainer, images) * resolved.recipe.per_gpu_batch / images
+    images = min(recipe.per_gpu_batch, _PROBED_IMAGES)
+    guess = _probe(trainer, images) * recipe.per_gpu_batch / images
     if time.monotonic() + guess > deadline:
-        return Rehearsal(0, guess, 0, guess * resolved.recipe.gpus, [], _peak_memory(device), images)
+        return Rehearsal(0, guess, 0, guess * recipe.gpus, [], _peak_memory(device), images)
     steps: list[float] = []
     losses: list[float] = []
     spent = False
@@ -128,7 +135,7 @@ def rehearse(
         microbatches=len(watch.seconds),
         microbatch_seconds=typical,
         steps=len(steps),
-        step_seconds=statistics.median(steps[1:] or steps) if steps else typical * resolved.recipe.gpus,
+        step_seconds=statistics.median(steps[1:] or steps) if steps else typical * recipe.gpus,
         losses=losses,
         peak_memory=_peak_memory(device),
     )

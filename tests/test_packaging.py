@@ -17,9 +17,14 @@ def setup() -> configparser.ConfigParser:
 
 
 def test_every_package_is_named(setup: configparser.ConfigParser) -> None:
-    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "hvd_lb").rglob("*.py")}
-    expected = {".".join(folder.parts) for folder in folders} | {"hvd_lb_cli"}
+    folders = {
+        path.parent.relative_to(ROOT) for top in ("hvd_lb", "cli") for path in (ROOT / top).rglob("*.py")
+    }
+    expected = {
+        ".".join(folder.parts).replace("cli", "hvd_lb_cli", folder.parts[0] == "cli") for folder in folders
+    }
     assert set(setup["options"]["packages"].split()) == expected
+    assert [folder for folder in folders if not (ROOT / folder / "__init__.py").exists()] == []
 
 
 def test_every_data_file_is_named(setup: configparser.ConfigParser) -> None:

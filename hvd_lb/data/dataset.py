@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
-from pathlib import Path
 
-from hvd_lb.data.images import Dataset, OnBadImage, Progress
-from hvd_lb.data.index import Check
-from hvd_lb.data.indexed_dataset import IndexedDataset, open_path
-from hvd_lb.data.named import open_digits, open_fashion_mnist
-from hvd_lb.data.synthetic import open_synthetic
+from hvd_lb.data.builtin.named import open_digits, open_fashion_mnist
+from hvd_lb.data.builtin.synthetic import open_synthetic
+from hvd_lb.data.images import Dataset, Progress
+from hvd_lb.data.index.dataset import IndexedDataset, open_path
+from hvd_lb.data.index.index import Check
+from hvd_lb.data.options import OnBadImage
 from hvd_lb.errors import UserError
 
-CHOICES = (
-    "digits, fashion-mnist, synthetic[:N], or a folder with train/ and val/, a list or shards: docs/data.md"
-)
-_USUAL_FOLDER = Path("/data")
 _FIXED_SPLITS = {"digits": open_digits, "fashion-mnist": open_fashion_mnist}
 
 
@@ -63,12 +58,3 @@ def open_dataset(
             f"--val-fraction {val_fraction}: {spec} has its own validation set; leave the option out"
         )
     return opened
-
-
-def default_data() -> str:
-    """What to train on when nothing is named: $HVD_LB_DATA, then /data if it is there."""
-    if named := os.environ.get("HVD_LB_DATA"):
-        return named
-    if _USUAL_FOLDER.is_dir():
-        return str(_USUAL_FOLDER)
-    raise UserError(f"no data: give --data ({CHOICES}), or set HVD_LB_DATA")

@@ -1,7 +1,7 @@
 """What a data set is to the rest of the house: two splits of lazily read images with known labels and sizes.
 
 Sizes belong to it because crop windows are computed from them before any image is decoded (docs/design.md,
-augmentation); a loader (`hvd_lb.data.loader`) then only executes windows.
+augmentation); a loader (`hvd_lb.data.loading.open`) then only executes windows.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-
-from hvd_lb.recipe import OnBadImage as OnBadImage
 
 Progress = Callable[[str, int, int], None]
 """Is told what is being done, how much of it is done, and of how much."""
@@ -49,7 +47,7 @@ class Images(Protocol):
     def read(self, ids: np.ndarray) -> list[np.ndarray]:
         """uint8 arrays: (bytes,) when encoded, else (height, width, 3).
 
-        UserError for what cannot be read, also after some tries (`hvd_lb.data.reading`).
+        UserError for what cannot be read, also after some tries (`hvd_lb.data.files.reading`).
         """
 
     def name(self, image_id: int) -> str:

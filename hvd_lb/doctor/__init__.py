@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hvd_lb.cores import usable_cores
-from hvd_lb.data.cache import cache_folder
 from hvd_lb.doctor import libraries, machine
 from hvd_lb.doctor.ask import Answer, ProbeError, ask, last_line
 from hvd_lb.doctor.finding import Finding
+from hvd_lb.machine.cache_folder import cache_folder
+from hvd_lb.machine.cpu import usable_cores
 
 __all__ = ["Finding", "examine"]
 

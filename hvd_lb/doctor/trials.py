@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hvd_lb.data.loader import Pixels, open_loader
+from hvd_lb.data.loading.contract import Pixels
+from hvd_lb.data.loading.open import open_loader
 from hvd_lb.plan.augment import Microbatch, RandomWindows
 from hvd_lb.world import init, shutdown
 

@@ -6,8 +6,8 @@ import os
 import shlex
 from pathlib import Path
 
-from hvd_lb.job import Job
-from hvd_lb.launch.start import Launch
+from hvd_lb.launch.job import Job
+from hvd_lb.launch.plan import Launch
 from hvd_lb.report.run_directory import RunDirectory
 
 _END = "end of job.json"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lb.launch.hosts import Host, host_of_rank
-from hvd_lb.launch.rank import log_name
-from hvd_lb.launch.ssh import SSH_FAILED
+from hvd_lb.launch.preflight.ask import SSH_FAILED
+from hvd_lb.launch.rank.names import log_name
 
 # How horovodrun, mpirun and srun tell which process ended, and how.
 _ENDINGS = (

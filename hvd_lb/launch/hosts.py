@@ -7,6 +7,7 @@ CPU), which the preflight finds out.
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,16 @@ def host_of_rank(hosts: Sequence[Host], rank: int) -> str:
             return host.name
         rank -= host.slots or 0
     raise ValueError(f"no host takes {rank + 1} more processes")
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a name or address is this machine's own: only then can a socket be bound to it."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True
 
 
 def _host(item: str, where: str) -> Host:

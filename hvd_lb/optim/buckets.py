@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from hvd_lb.fixed_point import FixedPointSum, offsets_of
+from hvd_lb.exact.fixed_point import FixedPointSum, offsets_of
 from hvd_lb.world import Handle, World
 
 HALF = (torch.float16, torch.bfloat16)
@@ -204,7 +204,7 @@ class Bucket:
 
 
 class FixedPointBucket(Bucket):
-    """Adds up to `terms` gradients of each parameter, of all processes, in fixed point (see `hvd_lb.fixed_point`).
+    """Adds up to `terms` gradients of each parameter, of all processes, in fixed point (see `exact.fixed_point`).
 
     Every backward's gradient is taken out of `p.grad`, which is None until the exchange has finished. Then the flat
     bucket and its views hold the sums, as in the bucket that is inherited from.

@@ -21,7 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hvd_lb.fixed_point import GROWTH_BITS, FixedPointOverflow
+from hvd_lb.exact.fixed_point import GROWTH_BITS, FixedPointOverflow
 from hvd_lb.optim.buckets import Bucket, FixedPointBucket, Slot, plan_buckets
 from hvd_lb.optim.state import broadcast_optimizer, broadcast_tensors
 from hvd_lb.world import Handle, World, current

@@ -23,7 +23,7 @@ from real_runs import (
     until,
 )
 
-from hvd_lb.data import open_dataset
+from hvd_lb.data.dataset import open_dataset
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.samples import SamplePlan
 

@@ -70,7 +70,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_no_data_names_the_choices(hvd_lb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HVD_LB_DATA", raising=False)
-    monkeypatch.setattr("hvd_lb.data.dataset._USUAL_FOLDER", Path("/nonexistent"))
+    monkeypatch.setattr("hvd_lb.data.spec._USUAL_FOLDER", Path("/nonexistent"))
     said = hvd_lb("train", "--device", "cpu")
     assert said.status == 2
     assert all(word in said.err for word in ("--data", "digits", "synthetic", "HVD_LB_DATA"))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_lb.checkpoint import CheckpointStore
 from hvd_lb.recipe import Recipe
+from hvd_lb.training.checkpoint import CheckpointStore
 
 # The fixture of conftest.py: arguments to what was said.
 Run = Callable[..., Any]

@@ -70,7 +70,7 @@ def test_preview(loader: str, hvd_lb: Run) -> None:
 
 def test_preview_shows_the_first_images_of_the_run(hvd_lb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from hvd_lb.resolve import resolve
-    from hvd_lb_cli import data_preview
+    from hvd_lb_cli.data import preview as data_preview
 
     shown = []
     draw = data_preview.draw

@@ -19,7 +19,7 @@ KINDS = ["dali", "torchvision"]
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HVD_LB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("hvd_lb.data.reading.RETRY_AFTER_SECONDS", (0.001,))
+    monkeypatch.setattr("hvd_lb.data.files.reading.RETRY_AFTER_SECONDS", (0.001,))
     folder = tmp_path / "data"
     random = np.random.default_rng(0)
     for split in ("train", "val"):

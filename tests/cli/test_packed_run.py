@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from real_runs import Start, finish
 
-from hvd_lb.data import ArrayImages, Dataset, open_dataset
-from hvd_lb.data.export import export
+from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.images import ArrayImages, Dataset
+from hvd_lb.data.prepare.export import export
 
 pytestmark = [
     pytest.mark.slow,

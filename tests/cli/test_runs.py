@@ -248,7 +248,7 @@ def worker_of_rank(run: Path, rank: int) -> int:
     for process in processes_of(run):
         command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
         environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-        if f"HOROVOD_RANK={rank}".encode() in environment and b"hvd_lb.launch.rank" in command[:5]:
+        if f"HOROVOD_RANK={rank}".encode() in environment and b"hvd_lb.launch.rank.entry" in command[:5]:
             return process
     raise AssertionError(f"no worker of rank {rank}")
 

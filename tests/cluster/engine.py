@@ -31,7 +31,7 @@ import pytest
 from hosts import Host
 from real_runs import until
 
-from hvd_lb.data.cache import cache_folder
+from hvd_lb.machine.cache_folder import cache_folder
 
 IMAGE = "localhost/hvd-lb"
 SUITE = "bookworm"

@@ -18,7 +18,7 @@ from hosts import Host, lab
 from real_runs import trained_steps, until
 from slurm import slurm
 
-from hvd_lb.launch.kubernetes import SSH_PORT, sshd_command
+from hvd_lb.launch.submit.kubernetes.manifest import SSH_PORT, sshd_command
 
 pytestmark = [pytest.mark.cluster, pytest.mark.image, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -31,9 +31,9 @@ IN_CONTAINERS = """
 import sys
 from functools import partial
 from pathlib import Path
-from hvd_lb.launch.containers import Containers
-from hvd_lb.launch.ssh import on_host
-from hvd_lb.launch.submission import Submission
+from hvd_lb.launch.submit.docker.group import Containers
+from hvd_lb.launch.starters.ssh import on_host
+from hvd_lb.launch.submit.command import Submission
 image, port, output, *command = sys.argv[1:]
 submission = Submission(
     (), "", "cpu", 3, 1, Path(output), image=image, container_port=int(port), environment={"TOKEN": "secret"}

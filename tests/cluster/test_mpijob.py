@@ -16,10 +16,10 @@ from hosts import Host, lab
 from pods import hostfile, launcher_environment, mounted_secret, worker_names
 from real_runs import until
 
-from hvd_lb.launch.kubernetes import manifest
-from hvd_lb.launch.kubernetes_options import KubernetesOptions
-from hvd_lb.launch.kubernetes_volumes import Volume
-from hvd_lb.launch.submission import Submission
+from hvd_lb.launch.submit.command import Submission
+from hvd_lb.launch.submit.kubernetes.manifest import manifest
+from hvd_lb.launch.submit.kubernetes.options import KubernetesOptions
+from hvd_lb.launch.submit.kubernetes.volumes import Volume
 
 pytest.importorskip("horovod")
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

@@ -121,8 +121,8 @@ def assert_same(host: Host, *runs: Path) -> None:
 LAUNCH = """
 import json, subprocess, sys
 from pathlib import Path
-from hvd_lb.launch.rendezvous import rendezvous
-from hvd_lb.launch.slurm import allocation, one_per_node, srun_command
+from hvd_lb.launch.starters.rendezvous import rendezvous
+from hvd_lb.launch.starters.allocation import allocation, one_per_node, srun_command
 
 address, worker = sys.argv[1:]
 hosts = allocation("cpu")
@@ -139,7 +139,7 @@ WORKER = """
 import json, os, socket, sys
 from pathlib import Path
 sys.path.insert(0, ROOT)
-from hvd_lb.launch.slurm import rank_environment
+from hvd_lb.launch.starters.allocation import rank_environment
 
 assert "SECRET" not in os.environ
 os.environ.update(json.loads(Path(__file__).with_suffix(".env").read_text()))
@@ -178,7 +178,7 @@ def test_ranks_fill_uneven_nodes_and_find_each_other_without_ssh(cluster: Cluste
 SEEN = """#!/bin/sh
 exec {python} -c '
 import subprocess
-from hvd_lb.launch.slurm import allocation, srun_command
+from hvd_lb.launch.starters.allocation import allocation, srun_command
 seen = ["sh", "-c", "echo $SLURM_PROCID $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES"]
 subprocess.run(srun_command(allocation("auto"), seen), check=True)
 '

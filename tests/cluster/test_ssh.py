@@ -255,7 +255,7 @@ def test_no_secret_on_a_command_line_and_no_open_door(hosts: list[Host], tmp_pat
     run = tmp_path / "run"
     with running(hosts, run, "--env", "TOKEN=pa55word"):
         for host in hosts[1:]:
-            assert "hvd_lb.launch.rank" in (shown := host.run(["ps", "axww", "-o", "args"]).stdout)
+            assert "hvd_lb.launch.rank.entry" in (shown := host.run(["ps", "axww", "-o", "args"]).stdout)
             assert "pa55word" not in shown
         for host in hosts:
             for line in host.run(["ss", "-ltnHp"]).stdout.splitlines():
@@ -294,7 +294,7 @@ def test_stopped_on_three_hosts_gone_on_on_two_and_on_one(
 def test_a_killed_rank_is_named_with_its_host(hosts: list[Host], tmp_path: Path) -> None:
     run = tmp_path / "run"
     with running(hosts, run) as process:
-        found = hosts[2].run(["pgrep", "-f", "^[^ ]*python -P -m hvd_lb.launch.rank"]).stdout.split()
+        found = hosts[2].run(["pgrep", "-f", "^[^ ]*python -P -m hvd_lb.launch.rank.entry"]).stdout.split()
         hosts[2].run(["kill", "-KILL", *found])
         out, err = process.communicate(timeout=120)
         assert process.returncode == 1, out + err

@@ -7,7 +7,7 @@ import struct
 import zlib
 
 import numpy as np
-from files import photo
+from image_files import photo
 
 
 def good_file(kind: str, number: int, side: int = 40) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from files import photo
+from image_files import photo
 from PIL import Image
 
 
@@ -16,7 +16,7 @@ from PIL import Image
 def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HVD_LB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HVD_LB_DATA", raising=False)
-    monkeypatch.setattr("hvd_lb.data.reading.RETRY_AFTER_SECONDS", (0.001, 0.002))
+    monkeypatch.setattr("hvd_lb.data.files.reading.RETRY_AFTER_SECONDS", (0.001, 0.002))
 
 
 @pytest.fixture

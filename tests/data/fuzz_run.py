@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from hvd_lb.data import open_dataset
-from hvd_lb.data.verify import verify
+from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.prepare.verify import verify
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import SilentObserver
-from hvd_lb.trainer import Trainer
+from hvd_lb.training.trainer import Trainer
 from hvd_lb.world.solo import Solo
 
 MAX_PIXELS = 20_000_000

@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from files import photo
+from image_files import photo
 
 Member = tuple[str, bytes]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from broken import mutants
-from loading import KINDS
+from loader_cases import KINDS
 
 pytestmark = pytest.mark.slow
 

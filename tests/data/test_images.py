@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvd_lb.data import ArrayImages, Dataset, default_data, open_dataset
+from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.images import ArrayImages, Dataset
+from hvd_lb.data.spec import default_data
 from hvd_lb.errors import UserError
 
 
@@ -44,7 +46,7 @@ def test_the_fingerprint_changes_with_what_fixes_the_mathematics_only() -> None:
 
 
 def test_the_default_is_what_the_environment_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("hvd_lb.data.dataset._USUAL_FOLDER", tmp_path / "data")
+    monkeypatch.setattr("hvd_lb.data.spec._USUAL_FOLDER", tmp_path / "data")
     with pytest.raises(UserError, match="give --data .*digits.*HVD_LB_DATA"):
         default_data()
     (tmp_path / "data").mkdir()

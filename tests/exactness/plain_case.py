@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.resolve import resolve
-from hvd_lb.trainer import Trainer
+from hvd_lb.training.trainer import Trainer
 from hvd_lb.world.solo import Solo
 
 PROGRAM = Path(__file__).with_name("plain.py")

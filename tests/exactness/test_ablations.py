@@ -13,7 +13,7 @@ import torch
 from plain_case import EXACT, Reference, largest_difference, make_trainer, run_plain
 
 from hvd_lb.plan.samples import SamplePlan
-from hvd_lb.trainer import Trainer
+from hvd_lb.training.trainer import Trainer
 
 STEPS = 7
 FAR = 1e-6

@@ -30,7 +30,7 @@ from real_runs import (
     until,
 )
 
-from hvd_lb.checkpoint import CheckpointStore, open_checkpoint
+from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
 
 KILLS = int(os.environ.get("HVD_LB_KILLS", "6"))
 # Of 1,438 images in steps of 96.

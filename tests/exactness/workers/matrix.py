@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 import hvd_lb.world
-from hvd_lb.data import ArrayImages, Dataset
+from hvd_lb.data.images import ArrayImages, Dataset
 from hvd_lb.optim.state import flatten_state
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import SilentObserver
-from hvd_lb.trainer import Trainer
+from hvd_lb.training.trainer import Trainer
 from hvd_lb.world import World
 
 # With batch norm; with batch norm and dropout; without batch norm, with dropout; with stochastic depth. In pixels.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hvd_lb.world
-from hvd_lb.fixed_point import FixedPointOverflow
+from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.optim import SGD, DistributedOptimizer, parameter_groups
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.world import World

@@ -1,0 +1,39 @@
+"""`hvd-lb data export`: a data set as class folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import rich_click as click
+from rich.console import Console
+
+from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.prepare.export import export
+from hvd_lb.machine.cpu import usable_cores
+from hvd_lb.report.text import count
+from hvd_lb_cli.progress import lasting_progress
+
+
+@click.command("export")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="FOLDER", type=click.Path(path_type=Path))
+@click.option(
+    "--val-fraction", type=float, help="Share held out where there is no val/ folder, as with `train`."
+)
+def export_command(source: str, target: Path, val_fraction: float | None) -> None:
+    """Write the data set SRC (whatever --data takes) to FOLDER/train and FOLDER/val with a folder for each class.
+
+    Files are copied byte for byte; pixels, such as those of fashion-mnist, become PNG.
+
+    \b
+    hvd-lb data export fashion-mnist /data/fashion
+    """
+    with lasting_progress(Console()) as on_progress:
+        dataset = open_dataset(
+            source, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
+        )
+        folders = export(dataset, target, threads=4 * usable_cores(), on_progress=on_progress)
+    click.echo(
+        f"{target}: {len(dataset.train):,} training and {len(dataset.val):,} validation images in "
+        f"{count(len(folders), 'class')}; train with --data {target}"
+    )

@@ -1,0 +1,74 @@
+"""`hvd-lb data index`: read the headers of all images before the first run does."""
+
+from __future__ import annotations
+
+import time
+
+import rich_click as click
+from rich.console import Console
+
+from hvd_lb.data.index.dataset import index_splits
+from hvd_lb.data.index.index import Index
+from hvd_lb.data.spec import data_folder
+from hvd_lb.errors import UserError
+from hvd_lb.report.text import count
+from hvd_lb_cli.progress import lasting_progress
+
+
+@click.command("index")
+@click.argument("source", metavar="DATA")
+@click.option(
+    "--beside",
+    is_flag=True,
+    help="Keep the index in .hvd-lb-index beside the data, where all who share them find it.",
+)
+@click.option("--check", is_flag=True, help="Compare size and time of every file with the index.")
+@click.option(
+    "--val-fraction", type=float, help="Share held out where there is no val/ folder, as with `train`."
+)
+def index_command(source: str, beside: bool, check: bool, val_fraction: float | None) -> None:
+    """Index DATA, a folder, list or shards: location, size, label, width, height and orientation of every image.
+
+    `train` does it on first use. An index that is there is made anew when files came, went or changed their names; with
+    --check also when any file has another size or time.
+
+    \b
+    hvd-lb data index /data/imagenet --beside
+    hvd-lb data index /data/imagenet --check
+    """
+    if data_folder(source) is None:
+        raise UserError(f"{source}: needs no index; expected a folder, a list or shards")
+    began = time.monotonic()
+    told: list[str] = []
+    with lasting_progress(Console()) as on_progress:
+
+        def show(label: str, done: int, total: int) -> None:
+            told[:] = [label]
+            on_progress(label, done, total)
+
+        indexes = index_splits(
+            source,
+            val_fraction=val_fraction,
+            on_progress=show,
+            check="full" if check else "quick",
+            write_beside=beside,
+        )
+    for split, index in indexes.items():
+        click.echo(f"{split}: {_figures(index)}")
+        if index.facts.first_broken is not None:
+            position, reason = index.facts.first_broken
+            click.echo(
+                f"{split}: {count(index.facts.broken, 'image')} with a broken header, the first: "
+                f"{index.path(position)} ({reason})"
+            )
+    places = sorted({str(index.keep[0].parent) for index in indexes.values() if index.keep})
+    seconds = time.monotonic() - began
+    state = f"read in {seconds:,.1f} s" if told else f"up to date ({seconds:,.1f} s)"
+    click.echo(f"index {state}: {', '.join(places) or 'kept nowhere, as no cache folder can be written'}")
+
+
+def _figures(index: Index) -> str:
+    facts = index.facts
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in facts.kinds.items())
+    classes = count(len(facts.classes), "class")
+    return f"{count(facts.images, 'image')} in {classes}, {facts.bytes / 1e6:,.1f} MB ({kinds})"

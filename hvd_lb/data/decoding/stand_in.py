@@ -1,0 +1,147 @@
+"""What becomes of images that cannot be decoded: the run ends, or another image stands in (docs/data.md).
+
+The stand-in for image i is the first of i + 1, i + 2, … (modulo N) that can be decoded, with its own label and its own
+window in that epoch: a function of the plan, whichever process finds it. Whether an image can be decoded is a matter
+of its bytes, its window and the loader, and of nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from hvd_lb.data.decoding.decode import BadImage
+from hvd_lb.data.images import Images
+from hvd_lb.errors import UserError
+from hvd_lb.plan.augment import Microbatch, Place, Windows
+
+MOST_TRIES = 100
+"""So many broken images in a row are no accident."""
+
+Content = np.ndarray | BadImage
+"""What was read for an image: as `Images.read` gives it or prepared for a decoder, or why that cannot be done."""
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """The image at `position` of a microbatch was bad; another one, given by its id and path, was used instead."""
+
+    place: Place | None
+    position: int
+    image: int
+    path: str
+    reason: str
+    stand_in: int
+    stand_in_path: str
+
+
+Tell = Callable[[Sequence[StandIn]], None]
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """A microbatch and what was read for it: one array an image, or why that image is bad."""
+
+    microbatch: Microbatch
+    data: list[Content]
+    stand_ins: tuple[StandIn, ...] = ()
+
+    def bad(self) -> dict[int, BadImage]:
+        """By position in the microbatch."""
+        return {position: of for position, of in enumerate(self.data) if isinstance(of, BadImage)}
+
+    def single(self, position: int) -> RawBatch:
+        """The batch of one image."""
+        one = slice(position, position + 1)
+        windows = Windows(*(of[one] for of in _arrays(self.microbatch.windows)))
+        return RawBatch(Microbatch(self.microbatch.image_ids[one], windows), self.data[one])
+
+
+class Mend(Protocol):
+    """Makes a batch without bad images of one in which those at some positions are bad.
+
+    `trial` tries an image, a batch of one that could be read, and says what is wrong with it.
+    """
+
+    def __call__(
+        self, batch: RawBatch, bad: dict[int, BadImage], trial: Callable[[RawBatch], BadImage | None]
+    ) -> RawBatch: ...
+
+
+def refuse(
+    batch: RawBatch, bad: dict[int, BadImage], trial: Callable[[RawBatch], BadImage | None]
+) -> RawBatch:
+    """A `Mend` that ends the run with the path, the reason and the step of the first bad image."""
+    first = bad[min(bad)]
+    if batch.microbatch.place is None:
+        raise first
+    raise UserError(
+        f"{first.name}: cannot be decoded ({first.reason}), in {batch.microbatch.place}; "
+        "mend or remove it, or --on-bad-image skip"
+    )
+
+
+@dataclass(frozen=True)
+class Substitute:
+    """A `Mend` that puts stand-ins in; `read` reads images by their ids."""
+
+    images: Images
+    read: Callable[[np.ndarray], list[Content]]
+
+    def __call__(
+        self, batch: RawBatch, bad: dict[int, BadImage], trial: Callable[[RawBatch], BadImage | None]
+    ) -> RawBatch:
+        microbatch = batch.microbatch
+        ids, data = microbatch.image_ids.copy(), list(batch.data)
+        arrays = [of.copy() for of in _arrays(microbatch.windows)]
+        found = list(batch.stand_ins)
+        for position, why in sorted(bad.items()):
+            image = int(ids[position])
+            stand_in = self._first_good(image, why, microbatch, trial)
+            ids[position], data[position] = stand_in.microbatch.image_ids[0], stand_in.data[0]
+            for own, of in zip(arrays, _arrays(stand_in.microbatch.windows), strict=True):
+                own[position] = of[0]
+            chosen = int(ids[position])
+            found.append(
+                StandIn(
+                    microbatch.place,
+                    position,
+                    image,
+                    self.images.name(image),
+                    why.reason,
+                    chosen,
+                    self.images.name(chosen),
+                )
+            )
+        found.sort(key=lambda stand_in: stand_in.position)
+        mended = Microbatch(ids, Windows(*arrays), microbatch.place, microbatch.draw)
+        return RawBatch(mended, data, tuple(found))
+
+    def _first_good(
+        self, image: int, why: BadImage, microbatch: Microbatch, trial: Callable[[RawBatch], BadImage | None]
+    ) -> RawBatch:
+        for one in self._candidates(image, microbatch):
+            if not one.bad() and trial(one) is None:
+                return one
+        tries = min(MOST_TRIES, len(self.images) - 1)
+        raise UserError(f"{why}: none of the {tries} images after it can be decoded either")
+
+    def _candidates(self, image: int, microbatch: Microbatch) -> Iterator[RawBatch]:
+        if microbatch.draw is None:
+            raise ValueError("a microbatch without `draw` has no windows for stand-ins")
+        for offset in range(1, min(MOST_TRIES + 1, len(self.images))):
+            ids = np.array([(image + offset) % len(self.images)])
+            windows = microbatch.draw(ids, *sizes(self.images, ids))
+            yield RawBatch(Microbatch(ids, windows, microbatch.place), self.read(ids))
+
+
+def sizes(images: Images, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Widths and heights to compute windows from; 1 where the index has none, as the image is bad anyway."""
+    return np.maximum(images.widths[ids], 1), np.maximum(images.heights[ids], 1)
+
+
+def _arrays(windows: Windows) -> tuple[np.ndarray, ...]:
+    return windows.x, windows.y, windows.width, windows.height, windows.flip

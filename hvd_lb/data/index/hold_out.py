@@ -1,0 +1,104 @@
+"""A validation split out of one source: which images are held out, kept beside the index they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from hvd_lb.data.files.rows import Table
+from hvd_lb.data.index import store
+from hvd_lb.data.index.index import Index
+
+_SPLITS = ("train", "val")
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Divided:
+    """The two parts of an index, each an index of its own."""
+
+    train: Index
+    val: Index
+
+
+def divide(index: Index, fraction: float, seed: int) -> Divided:
+    """The index without and with the images that `hold_out` chooses: computed once, then mapped."""
+    name = f"held-out-{fraction!r}-{seed}"
+    folders = [folder / name for folder in index.keep]
+    for folder in folders:
+        if found := _load(index, folder):
+            return found
+    held_out = hold_out(index, fraction, seed)
+    parts = [_part(index, chosen) for chosen in (~held_out, held_out)]
+
+    def fill(made: Path) -> None:
+        for split, part in zip(_SPLITS, parts, strict=True):
+            store.save_rows(made, part.rows, part.facts, f"{split}-")
+
+    for folder in folders:
+        with suppress(OSError):
+            store.save(folder, fill)
+            if found := _load(index, folder):
+                return found
+    return Divided(*parts)
+
+
+def hold_out(index: Index, fraction: float, seed: int) -> np.ndarray:
+    """bool (N,): which images validate. Those whose keyed hash of the relative path falls below `fraction`.
+
+    So a file added to the folder moves no other. A class of two images or more always has one on either side.
+    """
+    hashes = _hashes(index, seed.to_bytes(8, "little", signed=True))
+    held_out = hashes < np.uint64(fraction * 2.0**64)
+    count = np.bincount(index.labels, minlength=len(index.classes))
+    held = np.bincount(index.labels[held_out], minlength=len(index.classes))
+    for label in np.flatnonzero((count > 0) & ((held == 0) | (held == count))):
+        members = np.flatnonzero(index.labels == label)
+        if len(members) < 2:
+            held_out[members] = False
+        elif held[label]:
+            held_out[members[np.argmax(hashes[members])]] = False
+        else:
+            held_out[members[np.argmin(hashes[members])]] = True
+    return held_out
+
+
+def _hashes(index: Index, key: bytes) -> np.ndarray:
+    """uint64 (N,): keyed hashes of the names, which lie in the order of the rows, one behind the other."""
+    hashes = np.empty(len(index.rows), "<u8")
+    for start in range(0, len(hashes), _CHUNK):
+        rows = index.rows[start : start + _CHUNK]
+        ends = np.cumsum(rows["name_bytes"], dtype=np.int64)
+        begin = int(rows["name_at"][0])
+        names = index.names[begin : begin + int(ends[-1])].tobytes()
+        parts = itertools.pairwise([0, *ends.tolist()])
+        digests = (hashlib.blake2b(names[a:b], digest_size=8, key=key).digest() for a, b in parts)
+        hashes[start : start + len(rows)] = np.frombuffer(b"".join(digests), "<u8")
+    return hashes
+
+
+def _part(index: Index, chosen: np.ndarray) -> Index:
+    """The images of `chosen`, bool (N,)."""
+    rows = index.rows[chosen]
+    first = index.facts.first_broken
+    broken = np.flatnonzero(rows["width"] == 0)
+    first_broken = (int(broken[0]), first[1] if first else "") if len(broken) else None
+    table = Table(index.classes, rows, index.names, index.facts.shards, first_broken)
+    return replace(index, facts=store.facts_of(table), rows=rows, identity="", keep=())
+
+
+def _load(index: Index, folder: Path) -> Divided | None:
+    parts = []
+    for split in _SPLITS:
+        found = store.load_rows(folder, f"{split}-")
+        if found is None:
+            return None
+        rows, facts = found
+        identity = f"{index.identity}-{folder.name}-{split}"
+        parts.append(replace(index, facts=facts, rows=rows, identity=identity, keep=(folder,)))
+    return Divided(*parts)

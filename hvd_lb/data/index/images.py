@@ -1,0 +1,61 @@
+"""Images of an index: read from files of their own, or from shards, in any order and by several threads at once."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from hvd_lb.data.files.reading import retried
+from hvd_lb.data.index.index import Index
+from hvd_lb.data.index.shard_reader import Shards
+from hvd_lb.errors import UserError
+
+# The kernel maps up to a megabyte around a row: a thousand random ones can be all of an index. Forgetting them costs
+# some microseconds an image.
+_FORGET_EVERY = 64
+
+
+class IndexedImages:
+    """The images of an index, in its order; `largest` is the position of the one with most pixels."""
+
+    encoded = True
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self.classes = index.classes
+        self.labels = index.labels
+        self.widths = index.widths
+        self.heights = index.heights
+        self.largest = index.facts.largest
+        self._unforgotten = 0
+        self._shards = Shards(index.root, index.facts.shards)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, ids: np.ndarray) -> list[np.ndarray]:
+        contents = [self._read(int(image_id)) for image_id in ids]
+        self._unforgotten += len(ids)
+        if self._unforgotten >= _FORGET_EVERY:
+            self._unforgotten = 0
+            self.index.forget()
+        return contents
+
+    def name(self, image_id: int) -> str:
+        return self.index.path(image_id)
+
+    def _read(self, image_id: int) -> np.ndarray:
+        row = self.index.rows[image_id]
+        size, shard = int(row["size"]), int(row["shard"])
+        if shard >= 0:
+            content = self._shards.read(shard, int(row["offset"]), size)
+        else:
+            path = self.name(image_id)
+            content = retried(partial(np.fromfile, path, np.uint8), path)
+        if len(content) != size:
+            raise UserError(
+                f"{self.name(image_id)}: has {len(content)} bytes now, but had {size} when it was indexed; leave "
+                "files in use alone, and let `hvd-lb data index --check` find changes before"
+            )
+        return content

@@ -1,0 +1,194 @@
+"""The index of a split: location, size, label, width, height and orientation of every image, mapped by every process.
+
+Crop windows are computed from sizes before an image is decoded, so headers are read once and kept. Opening an index
+reads no row: what a run needs to know of all of them is in its facts.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from hvd_lb.data.decoding.decode import BadImage
+from hvd_lb.data.files.rows import Table
+from hvd_lb.data.images import Progress
+from hvd_lb.data.index import store
+from hvd_lb.data.index.store import Facts
+from hvd_lb.data.options import OnBadImage
+from hvd_lb.data.sources.source import Listing, Source
+from hvd_lb.errors import UserError
+
+Check = Literal["none", "quick", "full"]
+"""Whether an index that is there is compared with nothing, with the places of its source, or with every file."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """`rows` are (N,) of `hvd_lb.data.files.rows.ROW`, `names` all names in one piece (uint8).
+
+    `keep` are folders in which what follows from the index may be kept, the first choice first; `identity` names its
+    contents.
+    """
+
+    root: Path
+    facts: Facts
+    rows: np.ndarray
+    names: np.ndarray
+    identity: str = ""
+    keep: tuple[Path, ...] = field(default=())
+
+    @property
+    def classes(self) -> list[str]:
+        return self.facts.classes
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (N,), a view."""
+        return self.rows["label"]
+
+    @property
+    def widths(self) -> np.ndarray:
+        """int32 (N,), a view."""
+        return self.rows["width"]
+
+    @property
+    def heights(self) -> np.ndarray:
+        """int32 (N,), a view."""
+        return self.rows["height"]
+
+    def forget(self) -> None:
+        """Let what was touched leave this process's memory, where it is mapped; it stays usable."""
+        for array in (self.rows, self.names):
+            mapping = getattr(array, "_mmap", None)
+            if mapping is not None:
+                mapping.madvise(mmap.MADV_DONTNEED)
+
+    def relative(self, position: int) -> bytes:
+        """The image's path relative to the root, or its name in the shard."""
+        row = self.rows[position]
+        start = int(row["name_at"])
+        return self.names[start : start + int(row["name_bytes"])].tobytes()
+
+    def path(self, position: int) -> str:
+        """For messages, and to open it where it is a file of its own."""
+        shard = int(self.rows[position]["shard"])
+        name = os.fsdecode(self.relative(position))
+        if shard < 0:
+            return os.path.join(self.root, name)
+        return f"{os.path.join(self.root, self.facts.shards[shard])}: {name}"
+
+
+def open_index(
+    source: Source,
+    on_progress: Progress | None = None,
+    on_bad_image: OnBadImage = "fail",
+    *,
+    check: Check = "quick",
+    write_beside: bool = False,
+) -> Index:
+    """The index of `source`: the one that is there, or, if there is none or anything has changed, a new one.
+
+    UserError: the first image without a size; with "skip" it is kept, of width and height 0. `write_beside` uses only
+    an index beside the data.
+    """
+    homes = store.homes(source, write_beside)
+    index, listing = _present(source, homes, check)
+    if index is None:
+        index = _make(
+            source, homes, "full" if check == "full" else "quick", listing, on_progress or _tell_nobody
+        )
+    if on_bad_image == "fail":
+        _refuse_broken(index)
+    return index
+
+
+def _present(source: Source, homes: list[Path], check: Check) -> tuple[Index | None, Listing | None]:
+    """The newest index that the check, which may be a cheap full one, lets pass; a listing if one was needed."""
+    listing: Listing | None = None
+    for folder in (folder for home in homes for folder in store.newest(home)):
+        index = _load(folder, source)
+        if index is None:
+            continue
+        if check == "none":
+            return index, None
+        # Whoever mends a broken file changes no place.
+        full = check == "full" or index.facts.images <= source.cheap or index.facts.broken
+        if not full and store.unchanged(folder, source.root):
+            return index, None
+        listing = listing or source.listing()
+        if folder.name == store.folder_name(listing.stamp):
+            with suppress(OSError):  # so that the next look at the places is enough
+                store.write_places(folder, listing.places)
+            return index, listing
+    return None, listing
+
+
+def _make(
+    source: Source, homes: list[Path], check: Check, listing: Listing | None, report: Progress
+) -> Index:
+    """In the first home that can be written."""
+    for home in homes:
+        with ExitStack() as held:
+            try:
+                waited = held.enter_context(store.locked(home))
+            except OSError:
+                continue
+            if waited:  # for another process, which may have made it
+                index, listing = _present(source, homes, check)
+                if index is not None:
+                    return index
+            return _make_in(home, source, listing or source.listing(), report)
+    table = (listing or source.listing()).build(report)
+    return _unsaved(source, table)
+
+
+def _make_in(home: Path, source: Source, listing: Listing, report: Progress) -> Index:
+    table = listing.build(report)
+    facts = store.facts_of(table)
+    folder = home / store.folder_name(listing.stamp)
+
+    def fill(made: Path) -> None:
+        store.save_rows(made, table.rows, facts)
+        np.save(made / "names.npy", table.names, allow_pickle=False)
+        store.write_places(made, listing.places)
+
+    try:
+        store.save(folder, fill)
+    except OSError:
+        return _unsaved(source, table)
+    store.discard_others(folder)
+    return _load(folder, source) or _unsaved(source, table)
+
+
+def _unsaved(source: Source, table: Table) -> Index:
+    """It works as well, only not as fast the next time."""
+    return Index(source.root, store.facts_of(table), table.rows, table.names)
+
+
+def _load(folder: Path, source: Source) -> Index | None:
+    found, names = store.load_rows(folder), store.load_names(folder)
+    if found is None or names is None:
+        return None
+    rows, facts = found
+    if len(rows) and int(rows[-1]["name_at"]) + int(rows[-1]["name_bytes"]) > len(names):
+        return None
+    spare = store.cached(source) / folder.name
+    return Index(source.root, facts, rows, names, folder.name, tuple(dict.fromkeys([folder, spare])))
+
+
+def _tell_nobody(label: str, done: int, total: int) -> None:
+    pass
+
+
+def _refuse_broken(index: Index) -> None:
+    facts = index.facts
+    if facts.first_broken is not None:
+        position, reason = facts.first_broken
+        more = f" ({facts.broken} such files in {index.root})" if facts.broken > 1 else ""
+        raise UserError(f"{BadImage(index.path(position), reason)}, or --on-bad-image skip{more}")

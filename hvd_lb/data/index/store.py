@@ -1,0 +1,186 @@
+"""Where indexes lie: beside the data or in the cache folder, as files that every process maps and none changes.
+
+    HOME/STAMP-FORMAT/rows.npy names.npy facts.json places.json
+
+HOME is `.hvd-lb-index/NAME` beside the data, found by all who share that file system, or a folder in the cache.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hvd_lb.data.files.header import KINDS
+from hvd_lb.data.files.rows import ROW, Table
+from hvd_lb.data.files.threads import in_threads
+from hvd_lb.data.sources.source import Place, Source, place
+from hvd_lb.errors import UserError
+from hvd_lb.machine.cache_folder import cache_folder
+
+BESIDE = ".hvd-lb-index"
+_FORMAT = 3
+_FOLDER = re.compile(rf"[0-9a-f]{{32}}-{_FORMAT}")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What would else take a pass over all rows. Lists are in the order of the classes."""
+
+    images: int
+    classes: list[str]
+    counts: list[int]
+    kinds: dict[str, int]
+    bytes: int
+    #: The position of the image with most pixels; 0 without images.
+    largest: int
+    #: Images whose header cannot be read, and the position of the first and what is wrong with it.
+    broken: int
+    first_broken: tuple[int, str] | None
+    shards: list[str]
+
+
+def beside(source: Source) -> Path:
+    return source.home / BESIDE / source.name
+
+
+def cached(source: Source) -> Path:
+    key = os.fsencode(source.home.resolve()) + b"\0" + os.fsencode(source.name)
+    return cache_folder() / "index" / hashlib.sha256(key).hexdigest()[:16]
+
+
+def homes(source: Source, write_beside: bool = False) -> list[Path]:
+    """Where an index may be, the first choice first; only beside the data, whose home is made, if it is to be there."""
+    own = beside(source)
+    if write_beside:
+        try:
+            own.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{own}: cannot be written ({error.strerror}); leave --beside out") from error
+        return [own]
+    return [own, cached(source)] if own.is_dir() else [cached(source)]
+
+
+def folder_name(stamp: str) -> str:
+    return f"{stamp}-{_FORMAT}"
+
+
+def newest(home: Path) -> Iterator[Path]:
+    """Folders with indexes of the present format in `home`, the newest first."""
+    with suppress(OSError):
+        found = [entry for entry in os.scandir(home) if _FOLDER.fullmatch(entry.name)]
+        for entry in sorted(found, key=lambda entry: entry.stat().st_mtime_ns, reverse=True):
+            yield Path(entry.path)
+
+
+def unchanged(folder: Path, root: Path) -> bool:
+    """Whether the places of an index are as they were when it was made."""
+    try:
+        known = [tuple(of) for of in json.loads((folder / "places.json").read_text("ascii"))]
+        return all(in_threads(lambda of: of[1] != 0 and place(root, of[0]) == of, known))
+    except (OSError, ValueError, TypeError, LookupError):
+        return False
+
+
+def write_places(folder: Path, places: list[Place]) -> None:
+    """OSError where that is not allowed."""
+    with tempfile.NamedTemporaryFile("w", dir=folder, encoding="ascii", delete=False) as file:
+        json.dump(places, file)
+    os.replace(file.name, folder / "places.json")
+
+
+def facts_of(table: Table) -> Facts:
+    rows = table.rows
+    pixels = rows["width"].astype(np.int64) * rows["height"]
+    kinds = np.bincount(rows["kind"], minlength=len(KINDS)).tolist()
+    return Facts(
+        images=len(rows),
+        classes=table.classes,
+        counts=np.bincount(rows["label"], minlength=len(table.classes)).tolist(),
+        kinds={name: count for name, count in zip(KINDS, kinds, strict=True) if count},
+        bytes=int(rows["size"].sum()),
+        largest=int(pixels.argmax()) if len(rows) else 0,
+        broken=kinds[0],
+        first_broken=table.first_broken,
+        shards=table.shards,
+    )
+
+
+def save(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make `folder` at once: filled elsewhere and renamed, so that what is there is complete. OSError."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix="tmp", dir=folder.parent, ignore_cleanup_errors=True
+    ) as temporary:
+        made = Path(temporary) / "made"
+        made.mkdir()
+        fill(made)
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+
+
+def save_rows(folder: Path, rows: np.ndarray, facts: Facts, prefix: str = "") -> None:
+    np.save(folder / f"{prefix}rows.npy", rows, allow_pickle=False)
+    (folder / f"{prefix}facts.json").write_text(json.dumps(asdict(facts)), "ascii")
+
+
+def load_rows(folder: Path, prefix: str = "") -> tuple[np.ndarray, Facts] | None:
+    """Mapped; None for what is not there, or is not what `save_rows` wrote."""
+    try:
+        values: dict[str, Any] = json.loads((folder / f"{prefix}facts.json").read_text("ascii"))
+        values["first_broken"] = tuple(values["first_broken"]) if values["first_broken"] else None
+        facts = Facts(**values)
+        rows = np.load(folder / f"{prefix}rows.npy", mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, KeyError, TypeError):
+        return None
+    return (rows, facts) if rows.dtype == ROW and rows.shape == (facts.images,) else None
+
+
+def load_names(folder: Path) -> np.ndarray | None:
+    """uint8, mapped; None as for `load_rows`."""
+    try:
+        names = np.load(folder / "names.npy", mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return names if names.dtype == np.uint8 and names.ndim == 1 else None
+
+
+def discard_others(folder: Path) -> None:
+    """Delete older indexes beside `folder`, and what killed processes have left. Under the lock."""
+    for old in folder.parent.iterdir():
+        if old != folder and old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def locked(home: Path) -> Iterator[bool]:
+    """One process of all that share `home` at a time, where the file system has locks; whether it had to wait.
+
+    OSError where nothing can be written.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    waited = False
+    with (home / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waited = True
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # no locks here: whoever is second does the work again, and loses nothing
+            pass
+        yield waited

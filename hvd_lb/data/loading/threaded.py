@@ -1,0 +1,73 @@
+"""The Loader around a decoding generator: two threads work ahead of the consumer, one reads, one decodes."""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from hvd_lb.data.decoding.stand_in import Mend, RawBatch, Tell
+from hvd_lb.data.images import Images
+from hvd_lb.data.loading.contract import PREFETCH, Batch, Decode
+from hvd_lb.data.loading.readahead import ReadAhead
+
+
+class ThreadedLoader:
+    """Reads `batches` ahead and decodes them; see the module's docstring."""
+
+    def __init__(
+        self,
+        images: Images,
+        batches: Iterator[RawBatch],
+        decode: Decode,
+        mend: Mend,
+        tell: Tell,
+        prefetch: int = PREFETCH,
+    ) -> None:
+        self._tell = tell
+        self._read = ReadAhead(batches, 2 * prefetch, "hvd-lb read")
+        self._ready = ReadAhead(decode(images, self._read, mend), prefetch, "hvd-lb decode")
+        self._close = weakref.finalize(self, _close, self._read, self._ready)  # also when it is just dropped
+        # Before the interpreter ends, and before DALI's own exit function, registered earlier, pulls its pipelines
+        # from under a running thread.
+        atexit.register(self._close)
+
+    @property
+    def wait_seconds(self) -> float:
+        return self._ready.wait_seconds
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        x, y, stand_ins = next(self._ready)
+        if stand_ins:
+            self._tell(stand_ins)
+        if x.is_cuda:
+            # Made on the decoding thread's stream, which has been waited for; from here on the consumer's.
+            stream = torch.cuda.current_stream(x.device)
+            x.record_stream(stream)
+            y.record_stream(stream)
+        return x, y
+
+    def close(self) -> None:
+        self._close()
+        atexit.unregister(self._close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _close(*stages: ReadAhead) -> None:
+    """In this order: a later stage may be waiting for an earlier one."""
+    for stage in stages:
+        stage.close()

@@ -1,0 +1,87 @@
+"""The torchvision loader: the reference for DALI's pixels, and what runs where DALI does not.
+
+PIL decodes; windows are resized as 8-bit tensors. On CPUs DALI's loader does the same with what it has decoded, so no
+bit differs (docs/data.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+
+from hvd_lb.data.decoding.decode import BadImage, decode_image
+from hvd_lb.data.decoding.stand_in import Mend, RawBatch
+from hvd_lb.data.images import Images
+from hvd_lb.data.loading.contract import Decode, Decoded, Pixels
+from hvd_lb.data.loading.resize import Finisher, resize
+
+Finish = Callable[[Sequence[np.ndarray], np.ndarray], torch.Tensor]
+
+
+def torchvision_decoder(pixels: Pixels, batch_size: int, device: torch.device, threads: int) -> Decode:
+    """Decodes and resizes on the CPU with `threads` threads; for a GPU the microbatch is normalised there."""
+
+    def decode(images: Images, batches: Iterator[RawBatch], mend: Mend) -> Iterator[Decoded]:
+        def trial(one: RawBatch) -> BadImage | None:
+            window = _window(images, one, 0)
+            return window if isinstance(window, BadImage) else None
+
+        def cut(batch: RawBatch) -> list[np.ndarray | BadImage]:
+            decode_in = pool.map if images.encoded else map
+            return list(decode_in(partial(_window, images, batch), range(len(batch.data))))
+
+        with ThreadPoolExecutor(threads, "hvd-lb torchvision") as pool:
+            finish = (
+                _on_gpu(pixels, device, pool) if device.type == "cuda" else Finisher(pixels, batch_size, pool)
+            )
+            for batch in batches:
+                windows = cut(batch)
+                if bad := {position: of for position, of in enumerate(windows) if isinstance(of, BadImage)}:
+                    batch = mend(batch, bad, trial)
+                    windows = cut(batch)
+                x = finish(
+                    [of for of in windows if not isinstance(of, BadImage)], batch.microbatch.windows.flip
+                )
+                y = torch.from_numpy(images.labels[batch.microbatch.image_ids]).to(device)
+                if device.type == "cuda":
+                    torch.cuda.current_stream(device).synchronize()
+                yield Decoded(x, y, batch.stand_ins)
+
+    return decode
+
+
+def _on_gpu(pixels: Pixels, device: torch.device, pool: ThreadPoolExecutor) -> Finish:
+    """A Finisher for a GPU."""
+    # In DALI's arithmetic, of levels and with the reciprocal.
+    mean, std = (
+        torch.tensor([255 * value for value in of], dtype=torch.float32, device=device).view(3, 1, 1)
+        for of in (pixels.mean, pixels.std)
+    )
+
+    def one(window: np.ndarray, flip: bool) -> np.ndarray:
+        resized = resize(window, pixels)
+        return resized[:, ::-1] if flip else resized
+
+    def finish(windows: Sequence[np.ndarray], flips: np.ndarray) -> torch.Tensor:
+        levels = np.stack(list(pool.map(one, windows, flips.tolist())))
+        x = torch.from_numpy(levels).to(device).permute(0, 3, 1, 2)
+        return x.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).mul_(1 / std)
+
+    return finish
+
+
+def _window(images: Images, batch: RawBatch, position: int) -> np.ndarray | BadImage:
+    """uint8 (height, width, 3): the window of one image."""
+    windows = batch.microbatch.windows
+    x, y, width, height = (int(of[position]) for of in (windows.x, windows.y, windows.width, windows.height))
+    source = batch.data[position]
+    if images.encoded and not isinstance(source, BadImage):
+        try:
+            source = decode_image(images, int(batch.microbatch.image_ids[position]), source)
+        except BadImage as bad:
+            return bad
+    return source if isinstance(source, BadImage) else source[y : y + height, x : x + width]

@@ -1,0 +1,12 @@
+"""What a recipe may choose about data, and its limits; imports nothing."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+LoaderKind = Literal["dali", "torchvision"]
+OnBadImage = Literal["fail", "skip"]
+CacheKind = Literal["none", "memory", "disk"]
+
+# A header may promise more pixels than any memory holds. Beyond MOST_PIXELS PIL does not open a file.
+MAX_PIXELS, MOST_PIXELS = 100_000_000, 178_956_970

@@ -1,0 +1,201 @@
+"""WebDataset shards: plain tar files of images and labels, listed and scanned once (docs/data.md, shards)."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from hvd_lb.data.files.rows import Table
+from hvd_lb.data.files.threads import in_threads
+from hvd_lb.data.images import Progress
+from hvd_lb.data.sources.labels import Classes, UnknownLabel, find_classes, read_classes
+from hvd_lb.data.sources.source import Listing, place, stamped
+from hvd_lb.data.sources.tar_scan import Scan, scan_shard
+from hvd_lb.errors import UserError
+
+MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MOST_SHARDS = 1_000_000
+_NUMBERED = re.compile(r"(?P<prefix>(?:.*[-_.])?(?P<split>train|val|validation)[-_.]?)(?P<number>\d+)\.tar")
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """Shards by their names in `root`, in order; `classes` are those of the training split where this is the other."""
+
+    root: Path
+    name: str
+    shards: tuple[str, ...]
+    classes: Classes | None = None
+    cheap: int = 0  # all files are places
+
+    @property
+    def home(self) -> Path:
+        return self.root
+
+    def with_classes(self, classes: list[str]) -> ShardSource:
+        return replace(self, classes=Classes(classes, from_file=False))
+
+    def listing(self) -> Listing:
+        try:
+            places = list(in_threads(partial(place, self.root), self.shards))
+            stats = list(in_threads(lambda name: os.stat(self.root / name), self.shards))
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        _check_sizes(self.root, {name: of.st_size for name, of in zip(self.shards, stats, strict=True)})
+        classes = read_classes(self.root) or self.classes
+        given = [*classes.names, str(classes.from_file)] if classes else []
+        known = (
+            f"{name}\0{of.st_size}\0{of.st_mtime_ns}" for name, of in zip(self.shards, stats, strict=True)
+        )
+        return Listing(stamped([*given, "", *known]), places, partial(self._build, classes))
+
+    def _build(self, classes: Classes | None, report: Progress) -> Table:
+        scans = []
+        for scan in in_threads(lambda name: scan_shard(self.root / name), self.shards):
+            scans.append(scan)
+            report(f"reading shards in {self.root.name}", len(scans), len(self.shards))
+        labels = {label: None for scan in scans for label in scan.labels}
+        try:
+            classes = classes or find_classes(labels)
+            for scan in scans:
+                scan.rows["label"] = classes.numbers(scan.labels)[scan.rows["label"]]
+        except UnknownLabel as error:
+            raise _blame(self.root, self.shards, scans, error) from error
+        return _joined(classes.names, list(self.shards), scans)
+
+
+def _joined(classes: list[str], shards: list[str], scans: Sequence[Scan]) -> Table:
+    broken, rows_before, bytes_before = None, 0, 0
+    for shard, scan in enumerate(scans):
+        scan.rows["shard"] = shard
+        scan.rows["name_at"] += bytes_before
+        if broken is None and scan.first_broken is not None:
+            broken = (rows_before + scan.first_broken[0], scan.first_broken[1])
+        rows_before += len(scan.rows)
+        bytes_before += len(scan.names)
+    names = np.frombuffer(b"".join(scan.names for scan in scans), np.uint8)
+    return Table(classes, np.concatenate([scan.rows for scan in scans]), names, shards, broken)
+
+
+def _blame(root: Path, shards: Sequence[str], scans: Sequence[Scan], error: UnknownLabel) -> UserError:
+    """Names the first image with that label, where labels are still those of the scan."""
+    for shard, scan in zip(shards, scans, strict=True):
+        if error.label in scan.labels:
+            row = scan.rows[int(np.argmax(scan.rows["label"] == scan.labels.index(error.label)))]
+            name = scan.names[row["name_at"] : row["name_at"] + row["name_bytes"]]
+            return UserError(f"{root / shard}: {os.fsdecode(name)}: {error}")
+    return UserError(f"{root}: {error}")
+
+
+def is_pattern(spec: str) -> bool:
+    """Whether it names shards: a tar file, a range or a glob of them."""
+    return spec.endswith(".tar")
+
+
+def named_shards(spec: str) -> ShardSource:
+    """Of `DIR/train-{0000..0146}.tar`, `DIR/train-*.tar` or one tar file. UserError for those that are not there."""
+    root, pattern = divided(spec)
+    names = _expanded(pattern)
+    if any(mark in pattern for mark in "*?"):
+        present = sorted(os.listdir(root)) if root.is_dir() else []
+        names = [name for pattern in names for name in fnmatch.filter(present, pattern)]
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing or not names:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"{root / (missing[0] if missing else pattern)}: no such file{more}; copy or unname it"
+        )
+    return ShardSource(root, pattern.replace("/", "|"), tuple(names))
+
+
+def sibling(source: ShardSource) -> ShardSource | None:
+    """The validation shards beside training shards: `val` or `validation` in place of the last `train` of the name."""
+    before, train, after = source.name.rpartition("train")
+    if not train:
+        return None
+    for word in ("val", "validation"):
+        of = re.compile(r"\d+".join(map(re.escape, re.split(r"\{\d+\.\.\d+\}|\*", f"{before}{word}{after}"))))
+        names = sorted(name for name in os.listdir(source.root) if of.fullmatch(name))
+        if names:
+            return ShardSource(source.root, f"{before}{word}{after}", tuple(names))
+    return None
+
+
+def shards_in(folder: Path) -> dict[str, ShardSource]:
+    """By split, "train" and "val": the numbered shards of a folder. UserError where one is missing."""
+    names = set(os.listdir(folder))
+    if UNFINISHED in names:
+        raise UserError(f"{folder}: is not finished; give the command that makes it again")
+    missing = sorted(set(_manifest(folder)) - names)
+    found: dict[str, list[str]] = {}
+    numbers: dict[str, list[tuple[int, str]]] = {}
+    for name in sorted(names):
+        if match := _NUMBERED.fullmatch(name):
+            found.setdefault("train" if match["split"] == "train" else "val", []).append(name)
+            numbers.setdefault(match["prefix"], []).append((int(match["number"]), name))
+    for prefix, present in numbers.items():
+        for (number, name), (following, _) in itertools.pairwise(sorted(present)):
+            if following > number + 1:
+                width = len(name) - len(prefix) - len(".tar")
+                missing.append(f"{prefix}{number + 1:0{width}}.tar")
+    if missing:
+        raise UserError(
+            f"{folder}: has no {missing[0]}; copy it, or name the shards to use, such as "
+            f"--data '{folder}/train-{{0000..0146}}.tar' or '{folder}/train-*.tar'"
+        )
+    return {split: ShardSource(folder, f"{split}-shards", tuple(names)) for split, names in found.items()}
+
+
+def divided(spec: str) -> tuple[Path, str]:
+    """The last folder without a range or glob in its path, and the rest."""
+    parts = Path(spec).expanduser().parts
+    count = next((i for i, part in enumerate(parts) if set("{*?") & set(part)), len(parts) - 1)
+    return Path(*parts[:count]), "/".join(parts[count:])
+
+
+def _expanded(pattern: str) -> list[str]:
+    pieces, choices = _RANGE.split(pattern), []
+    for first, last in zip(pieces[1::3], pieces[2::3], strict=True):
+        if int(last) < int(first) or int(last) - int(first) >= _MOST_SHARDS:
+            raise UserError(
+                f"{{{first}..{last}}}: expected an increasing range of at most {_MOST_SHARDS} shards"
+            )
+        width = len(first) if len(first) == len(last) or first.startswith("0") else 0
+        choices.append([f"{number:0{width}}" for number in range(int(first), int(last) + 1)])
+    texts = pieces[::3]
+    return [
+        "".join(itertools.chain(*zip(texts, (*chosen, ""), strict=True)))
+        for chosen in itertools.product(*choices)
+    ]
+
+
+def _manifest(folder: Path) -> dict[str, int]:
+    """Bytes of each shard that the packer wrote; empty where it was not ours."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        shards = json.loads(path.read_text("utf-8"))["shards"]
+        return {str(name): int(of["bytes"]) for name, of in shards.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy it again, or remove it") from error
+
+
+def _check_sizes(root: Path, sizes: dict[str, int]) -> None:
+    known = _manifest(root)
+    for name, size in sizes.items():
+        if known.get(name, size) != size:
+            raise UserError(
+                f"{root / name}: has {size} bytes, but {known[name]} in {MANIFEST}; copy it again"
+            )

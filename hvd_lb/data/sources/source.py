@@ -1,0 +1,78 @@
+"""Where the images of a split come from: what every source offers, and one look at its files.
+
+Listing looks at names, sizes and times only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISDIR
+from typing import Protocol
+
+from hvd_lb.data.files.rows import Table
+from hvd_lb.data.images import Progress
+
+Place = tuple[str, int, int]
+"""A file or folder relative to the root, its time of change (ns; 0: not settled) and size (bytes; -1 for a folder)."""
+
+_UNSETTLED_NS = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One look at a source. `stamp` changes with the name, size or time of any file.
+
+    `places` are fewer than the files: whoever adds, removes or renames a file changes one of them.
+    """
+
+    stamp: str
+    places: list[Place]
+    build: Callable[[Progress], Table]
+
+
+class Source(Protocol):
+    """Where the images of one split come from."""
+
+    @property
+    def root(self) -> Path:
+        """Paths in the index are relative to it."""
+
+    @property
+    def home(self) -> Path:
+        """The folder beside whose contents an index can lie."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in `home`; no other source there has the same."""
+
+    @property
+    def cheap(self) -> int:
+        """An index of so many images is compared with all files at each opening, not only with the places."""
+
+    def listing(self) -> Listing:
+        """UserError for what can be seen to be wrong without opening an image."""
+
+    def with_classes(self, classes: list[str]) -> Source:
+        """The same, with the classes of the training split."""
+
+
+def place(root: Path, relative: str) -> Place:
+    """As it is now. OSError when it is not there."""
+    stat = os.stat(os.path.join(root, relative))
+    # What has changed just now may change again without getting another time: it counts as changed next time.
+    settled = abs(time.time_ns() - stat.st_mtime_ns) > _UNSETTLED_NS
+    return relative, stat.st_mtime_ns if settled else 0, -1 if S_ISDIR(stat.st_mode) else stat.st_size
+
+
+def stamped(parts: Iterable[str | bytes]) -> str:
+    """32 hexadecimal digits that change with any of the parts."""
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = part if isinstance(part, bytes) else os.fsencode(part)
+        digest.update(b"%d\0%s\0" % (len(encoded), encoded))
+    return digest.hexdigest()[:32]

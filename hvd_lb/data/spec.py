@@ -1,0 +1,45 @@
+"""What `--data` may say, before anything is opened: names of data sets, else a path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hvd_lb.data.sources.find import folder_of
+from hvd_lb.errors import UserError
+
+CHOICES = (
+    "digits, fashion-mnist, synthetic[:N], or a folder with train/ and val/, a list or shards: docs/data.md"
+)
+_USUAL_FOLDER = Path("/data")
+
+
+def data_spec(options: Mapping[str, Any], given: Mapping[str, Any], fallback: str | None = None) -> str:
+    """The data that a command line and its recipe name, else `fallback`, else $HVD_LB_DATA or /data."""
+    return str(options.get("data") or given.get("data") or fallback or default_data())
+
+
+def default_data() -> str:
+    """What to train on when nothing is named: $HVD_LB_DATA, then /data if it is there."""
+    if named := os.environ.get("HVD_LB_DATA"):
+        return named
+    if _USUAL_FOLDER.is_dir():
+        return str(_USUAL_FOLDER)
+    raise UserError(f"no data: give --data ({CHOICES}), or set HVD_LB_DATA")
+
+
+def absolute_spec(spec: str) -> str:
+    """The same data, named so that it is found from any working directory."""
+    return spec if is_named(spec) else str(Path(spec).expanduser().resolve())
+
+
+def data_folder(spec: str) -> Path | None:
+    """The folder in which the data that `--data` names lie; None where they lie in none."""
+    return None if is_named(spec) else folder_of(absolute_spec(spec))
+
+
+def is_named(spec: str) -> bool:
+    """Whether these are data that come by a name rather than from a path."""
+    return spec in ("digits", "fashion-mnist") or spec.split(":")[0] == "synthetic"

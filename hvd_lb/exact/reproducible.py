@@ -1,0 +1,73 @@
+"""What the reproducible mode needs of this machine: kernels that always add in the same order, and a record of
+everything besides the recipe that rounding depends on (docs/exactness.md).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from hvd_lb.errors import UserError
+from hvd_lb.machine.cpu import cpu_features
+from hvd_lb.machine.packages import version
+
+# Libraries that compute: another version may round otherwise.
+_LIBRARIES = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy")
+
+
+@contextmanager
+def deterministic_kernels(model: str) -> Iterator[None]:
+    """Inside, torch uses deterministic kernels only. UserError when `model` needs one that does not exist."""
+    before = torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic
+    fill, benchmark = settings.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # costs time, and nobody reads such memory
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        name, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        raise UserError(
+            f"{model} uses {name.split()[-1]}, which has no deterministic kernel on this device: "
+            "train it with --no-reproducible, or choose another --model or --device"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = fill
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def rounding_environment(device: str) -> dict[str, Any]:
+    """What the last bits of a run depend on besides its recipe, as JSON values; `device` is cpu or cuda."""
+    environment: dict[str, Any] = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
+    environment |= {name: version(name) for name in _LIBRARIES}
+    environment["torch"] = torch.__version__  # with the build it is of
+    environment["cuda"] = torch.version.cuda
+    environment["machine"] = platform.machine()
+    environment["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    environment["cpu_features"] = cpu_features()
+    return environment
+
+
+def rounding_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two `rounding_environment`s, in words."""
+    differences = []
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if name == "cpu_features":
+            old, new = set(old or ()), set(new or ())
+            changes = [f"without {item}" for item in sorted(old - new)]
+            changes += [f"with {item}" for item in sorted(new - old)]
+            differences += [f"CPU {', '.join(changes)}"] if changes else []
+        elif old != new:
+            differences.append(f"{name}: {old} → {new}")
+    return differences

@@ -1,0 +1,65 @@
+"""One question asked of many hosts at once, and why one of them gave no answer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from hvd_lb.errors import UserError
+from hvd_lb.launch.options import LaunchOptions
+
+SSH_FAILED = 255  # ssh's own exit code, not that of the command
+
+#: Asks hosts by name; gives what each answered (the output of the probe), or why it did not.
+Ask = Callable[[list[str], str], Mapping[str, str | UserError]]
+
+
+def ask_all(
+    commands: dict[str, list[str]], question: str, seconds: float
+) -> dict[str, subprocess.CompletedProcess[str] | None]:
+    """Run one command per host, all at once, with the question on stdin; None for one that did not end in time."""
+
+    def ask(host: str) -> subprocess.CompletedProcess[str] | None:
+        try:
+            return subprocess.run(
+                commands[host], input=question, capture_output=True, text=True, timeout=seconds, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return None
+
+    with ThreadPoolExecutor(max_workers=min(64, len(commands))) as pool:
+        return dict(zip(commands, pool.map(ask, commands), strict=True))
+
+
+def explain_failure(host: str, run: subprocess.CompletedProcess[str] | None, options: LaunchOptions) -> str:
+    """Why a host gave no answer, and what to do, in one line."""
+    if run is None:
+        return "no answer in time: is it up, and are its file systems?"
+    at = f" on port {options.ssh_port}" if options.ssh_port is not None else ""
+    meanings = (
+        ("Could not resolve hostname", "no such host: check its name, or put it into /etc/hosts"),
+        ("Permission denied", f"key refused{at}: ssh-copy-id {host}, or name another key with --ssh-key"),
+        ("Too many authentication failures", f"key refused{at}: name the right one with --ssh-key"),
+        (
+            "IDENTIFICATION HAS CHANGED",
+            f"its host key is another than in known_hosts: if it was set up anew, ssh-keygen -R {host}",
+        ),
+        (
+            "Host key verification failed",
+            f"its host key is not in known_hosts: log in once by hand (ssh {host}), or leave --strict-host-keys out",
+        ),
+        ("Connection refused", f"no sshd answers{at}: start one there, or name its port with --ssh-port"),
+        ("timed out", f"no answer{at}: is it up, and does a firewall let ssh through?"),
+        ("No route to host", "no route to it: is it up, and in this network?"),
+        ("Network is unreachable", "no route to it: is this machine in its network?"),
+    )
+    said = next(
+        (meaning for text, meaning in meanings if run.returncode == SSH_FAILED and text in run.stderr), None
+    )
+    last = next((line.strip() for line in reversed(run.stderr.splitlines()) if line.strip()), "")
+    last = last or f"exit code {run.returncode}"
+    if said is None and (run.returncode in (126, 127) or "No module named" in run.stderr):
+        said = f"no hvd-lb there ({last}): install it where it is here, {sys.executable}"
+    return said or f"it gave no answer: {last}"

@@ -1,0 +1,33 @@
+"""Hosts that have passed the preflight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hvd_lb.launch.hosts import Host, assign
+from hvd_lb.machine.placement import DeviceName, Placement, check_processes
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Hosts that are ready, their slots known, and how they reach each other."""
+
+    hosts: list[Host]
+    device: DeviceName
+    cores: dict[str, int]
+    interfaces: dict[str, str]
+    interface: str  #: of this machine, where the rendezvous is
+    address: str  #: of that
+    mpirun: bool
+
+    @property
+    def slots(self) -> int:
+        return sum(host.slots or 0 for host in self.hosts)
+
+    def place(self, *, gpus: int, processes: int | None, threads: int | None) -> Placement:
+        """Processes and threads for `gpus` virtual workers on these hosts; UserError when they cannot be had."""
+        wanted = processes or min(gpus, self.slots)
+        check_processes(wanted, gpus)
+        hosts = assign(self.hosts, wanted)
+        share = min(self.cores[host.name] // (host.slots or 1) for host in hosts)
+        return Placement(self.device, wanted, threads or max(1, share), tuple(host.name for host in hosts))

@@ -1,0 +1,166 @@
+"""What a host says of itself before a run: `python -m hvd_lb.launch.preflight.probe NAME`, asked and answered by pipe.
+
+Both in JSON, in a second or two: nothing heavy is imported. `judge` asks and judges. NAME is what the asker calls this
+host; in a Slurm job it may be left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hvd_lb.machine.cpu import usable_cores
+
+#: Begins the line that is the answer, among whatever else a login shell may print.
+ANSWER = "hvd-lb-probe "
+_PACKAGES = ("hvd-lb", "torch", "torchvision", "nvidia-dali-cuda130", "horovod", "numpy")
+
+
+def answer(name: str, request: dict[str, Any]) -> dict[str, Any]:
+    """`request`: hosts (all their names), interface (a name or None), data (a folder or None), marker (a file)."""
+    peers = [host for host in request["hosts"] if host != name]
+    return {
+        "name": name,
+        "hostname": socket.gethostname(),
+        "versions": versions(),
+        "horovod": horovod_build(),
+        "mpirun": shutil.which("mpirun"),
+        "nameless": unknown_to_itself(),
+        "cores": usable_cores(),
+        "gpus": gpus(),
+        "interface": interface(request["interface"], peers),
+        "data": None if request["data"] is None else os.access(request["data"], os.R_OK | os.X_OK),
+        "output": shares(request["marker"], name),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that have to be the same on all hosts; "none" for what is not there."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        found[name] = "none"
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def horovod_build() -> dict[str, Any]:
+    """What docker/build-horovod.sh recorded of the installed Horovod, without its paths; empty for another one."""
+    spec = importlib.util.find_spec("horovod")
+    if spec is None or spec.origin is None:
+        return {}
+    record = Path(spec.origin).with_name("hvd_lb_build.json")
+    built = json.loads(record.read_text()) if record.is_file() else {}
+    return {name: built.get(name) for name in ("torch", "gloo", "mpi", "nccl")} if built else {}
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, memory (bytes), that in use, and the number of compute processes of each GPU that a run would see."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no driver, or none of its library
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = pynvml.nvmlDeviceGetCount()
+    found = []
+    for index in range(count):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        if visible is not None and not _is_visible(index, pynvml.nvmlDeviceGetUUID(handle), visible):
+            continue
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        processes = len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        name = pynvml.nvmlDeviceGetName(handle)
+        found.append({"name": name, "total": memory.total, "used": memory.used, "processes": processes})
+    return found
+
+
+def _is_visible(index: int, uuid: str, visible: str) -> bool:
+    """By CUDA_VISIBLE_DEVICES: indices or beginnings of UUIDs, with commas between them."""
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    return any(name == str(index) or (name.startswith("GPU-") and uuid.startswith(name)) for name in names)
+
+
+def unknown_to_itself() -> str | None:
+    """Why processes that look up the name of their own host would fail, Gloo's with a SIGSEGV; None when it has one."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        return f"its own name, {name}, has no address: put it into /etc/hosts there"
+    return None
+
+
+def interface(wanted: str | None, peers: list[str]) -> dict[str, Any]:
+    """The network interface that reaches the peers: {"name", "address", "unreached": {peer: why}}, or {"problem"}.
+
+    `wanted` asks for one by name. Without other hosts it is the one of this machine's own traffic, the loopback.
+    """
+    import psutil
+
+    addresses = {
+        name: entry.address
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family == socket.AF_INET
+    }
+    own: dict[str, str] = {}
+    unreached: dict[str, str] = {}
+    for peer in peers or ["127.0.0.1"]:
+        try:
+            own[peer] = address_towards(peer)
+        except OSError as error:
+            unreached[peer] = f"{peer} cannot be reached from it ({error.strerror or error})"
+        else:
+            if peers and own[peer].startswith("127."):
+                unreached[peer] = f"{peer} is a loopback address there: see its /etc/hosts"
+    if wanted is None:
+        towards = next((address for peer, address in own.items() if peer not in unreached), "127.0.0.1")
+        wanted = next((name for name, address in addresses.items() if address == towards), None)
+    if wanted not in addresses:
+        return {
+            "problem": f"no interface {wanted or ''} with an IPv4 address, only {', '.join(sorted(addresses))}"
+        }
+    return {"name": wanted, "address": addresses[wanted], "unreached": unreached}
+
+
+def address_towards(peer: str) -> str:
+    """This machine's IPv4 address as `peer` would see it. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))
+        return str(probe.getsockname()[0])
+
+
+def shares(marker: str, name: str) -> dict[str, Any]:
+    """Whether the asker's marker file is seen here, and a file can be written beside it: its name ends with ours."""
+    path = Path(marker)
+    if not path.parent.is_dir():
+        return {"problem": f"no folder {path.parent} there"}
+    if not path.exists():
+        return {"problem": f"{path.parent} is another folder than here"}
+    try:
+        path.with_name(f"{path.name}.{name}").touch()
+    except OSError as error:
+        return {"problem": f"{path.parent} cannot be written there ({error.strerror})"}
+    return {}
+
+
+def parse(line: str) -> dict[str, Any]:
+    """The answer in the line that begins with ANSWER."""
+    answer: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
+    return answer
+
+
+if __name__ == "__main__":
+    own_name = sys.argv[1] if len(sys.argv) > 1 else os.environ["SLURMD_NODENAME"]
+    print(ANSWER + json.dumps(answer(own_name, json.loads(sys.stdin.readline()))), flush=True)

@@ -1,0 +1,89 @@
+"""The running processes of a job, as the process sees them that started them."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+from contextlib import ExitStack
+from typing import Any
+
+from hvd_lb.launch.failure import WorkerFailure, find_failure
+from hvd_lb.launch.job import Job
+from hvd_lb.launch.plan import Launch
+from hvd_lb.launch.stopping import AT_ONCE
+from hvd_lb.report.run_directory import RunDirectory, replace_text
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Workers:
+    """A started job. What its launcher says goes to RUN/logs/launcher.log; each rank has a log of its own beside it."""
+
+    def __init__(self, job: Job, launch: Launch, run: RunDirectory, lock: int):
+        for old in (*run.logs.glob("error-*.json"), *run.logs.glob("*.log")):
+            old.unlink()
+        for stale in (run.heartbeat, run.stop, run.stopped):
+            stale.unlink(missing_ok=True)
+        self._run, self._hosts = run, launch.hosts
+        self.log = run.logs / "launcher.log"
+        self._during = ExitStack()
+        if launch.during:
+            more = self._during.enter_context(launch.during())
+            job = job.model_copy(update={"environment": {**job.environment, **more}})
+        replace_text(run.job, job.model_dump_json(indent=1), mode=0o600)
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                launch.command(run.job),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # A process of its own group: Ctrl-C reaches the launching process alone, which then ends the job.
+                start_new_session=True,
+                env={**os.environ, **job.environment},
+                pass_fds=(lock,),
+                preexec_fn=_die_with_parent,
+            )
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def wait(self, seconds: float) -> int | None:
+        """Exit status, or None while the job is still running after so many seconds."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def ask_to_stop(self, number: int) -> None:
+        """Ask for a checkpoint after the present step and an end; `number` is the signal that caused it."""
+        replace_text(self._run.stop, str(number))
+
+    def stopped(self) -> dict[str, Any] | None:
+        """When the job has ended so, the signal that caused it and the steps that were done."""
+        return json.loads(self._run.stopped.read_text("utf-8")) if self._run.stopped.exists() else None
+
+    def stop(self) -> None:
+        """End the job at once: politely, then not."""
+        try:
+            if self.poll() is None:
+                replace_text(self._run.stop, AT_ONCE)
+            for sign, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
+                if self.poll() is not None:
+                    return
+                os.killpg(self._process.pid, sign)
+                if self.wait(seconds) is not None:
+                    return
+        finally:
+            self._during.close()
+
+    def failure(self, status: int) -> WorkerFailure:
+        """Why the job ended with `status`."""
+        return find_failure(self._run.logs, self.log, self._hosts, status)
+
+
+def _die_with_parent() -> None:
+    """The job does not outlive the process that watches it, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

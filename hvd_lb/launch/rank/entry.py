@@ -1,0 +1,69 @@
+"""Where every process of a run begins, however it was started: `python -m hvd_lb.launch.rank.entry JOB.json`.
+
+Before torch or Horovod are loaded it sets the environment (from the job's file, as command lines can be read by
+others), finds out which rank it is, and sends its output to a file of its own. It ends the process when the launcher
+that started it is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from hvd_lb.launch.hosts import Host, host_of_rank
+from hvd_lb.launch.rank.names import log_name, this_rank
+
+
+def main(job_file: str) -> None:
+    job: dict[str, Any] = json.loads(Path(job_file).read_text("utf-8"))
+    os.environ.update(job["environment"])
+    if job["launcher"] == "slurm" and "HOROVOD_RANK" not in os.environ:
+        from hvd_lb.launch.rank.slurm import rank_environment
+
+        os.environ.update(rank_environment(os.environ))
+    rank = this_rank()
+    host = host_of_rank([Host(name, slots) for name, slots in job["hosts"]], rank)
+    if interface := job["interfaces"].get(host):
+        os.environ["HOROVOD_GLOO_IFACE"] = interface
+        if "NCCL_SOCKET_IFNAME" not in job["environment"]:
+            os.environ["NCCL_SOCKET_IFNAME"] = interface
+    end_without_launcher(os.dup(sys.stderr.fileno()))
+    _write_to(Path(job["output"]) / "logs" / log_name(rank, host))
+
+    from hvd_lb.launch.rank import train  # torch is loaded here, after all of the above
+
+    train.main(job_file, rank, host)
+
+
+def end_without_launcher(stream: int) -> None:
+    """End this process when nobody reads the pipe `stream` any more: its launcher was killed, or its ssh was cut.
+
+    A broken pipe reports an error without being written to; a file or a terminal never does.
+    """
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(stream, 0)
+        while not poll.poll():
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+
+
+def _write_to(log: Path) -> None:
+    """Send what this process writes, that of its libraries too, to `log`."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(descriptor, stream.fileno())
+    os.close(descriptor)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,114 @@
+"""One process of a run, on every rank alike: hvd_lb.launch.rank.entry has prepared it.
+
+It writes nothing to the terminal: rank 0 tells the run directory what happens, and a process that fails writes why.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from hvd_lb import world as worlds
+from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.loading.shared_pixels import shared
+from hvd_lb.errors import UserError
+from hvd_lb.launch.job import Job
+from hvd_lb.launch.stopping import StopRequests
+from hvd_lb.machine.placement import loader_threads
+from hvd_lb.report.metrics import RunObserver, SilentObserver
+from hvd_lb.report.run_directory import RunDirectory, write_json
+from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
+from hvd_lb.training.trainer import Trainer
+from hvd_lb.world import World
+
+
+def run(job: Job, world: World, stop_requested: StopRequests) -> None:
+    """This process's part of the job."""
+    torch.set_num_threads(job.threads)
+    device = _device(job, world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    directory = RunDirectory(job.output)
+    checkpoint = open_checkpoint(job.checkpoint) if job.checkpoint else None
+    recipe = job.recipe
+    dataset = open_dataset(
+        recipe.data or "",
+        val_fraction=recipe.val_fraction,
+        on_bad_image=recipe.on_bad_image,
+        expected=job.data_fingerprint,
+    )
+    if dataset.fingerprint() != job.data_fingerprint:
+        raise UserError(
+            f"{recipe.data} on this host is not the data set that the run was planned with (other names, sizes or "
+            "labels of images): copy it again"
+        )
+    first_step = checkpoint.step if checkpoint else 0
+    observer = RunObserver(directory, first_step) if world.rank == 0 else SilentObserver()
+    try:
+        trainer = Trainer(
+            recipe,
+            shared(dataset, recipe.cache, recipe.loader, device.type, str(job.output), world.barrier),
+            world,
+            device=device,
+            threads=loader_threads(
+                recipe.loader_threads, job.threads, world.local_size, reproducible=recipe.reproducible
+            ),
+            observer=observer,
+            store=CheckpointStore(directory.checkpoints, recipe.keep_checkpoints),
+            checkpoint=checkpoint,
+            stop_requested=stop_requested,
+        )
+        trainer.fit()
+        if world.rank == 0 and trainer.step < trainer.end:
+            write_json(directory.stopped, {"signal": trainer.stopped_by, "steps": trainer.step})
+    finally:
+        observer.close()
+    world.barrier()
+
+
+def _device(job: Job, world: World) -> torch.device:
+    """The GPU of this process: that of its local rank, or the only one it sees, where a scheduler shows it no other."""
+    if job.device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", world.local_rank if torch.cuda.device_count() > 1 else 0)
+
+
+def main(job_file: str, rank: int, host: str) -> None:
+    """`rank` and `host` are those that the launcher gave this process."""
+    job = Job.model_validate_json(Path(job_file).read_text("utf-8"))
+    stop_requested = StopRequests(RunDirectory(job.output).stop)
+    try:
+        world = worlds.init()
+        if (world.rank, world.size) != (rank, job.processes):
+            raise UserError(
+                f"rank {rank} of {job.processes} found itself to be rank {world.rank} of {world.size}: "
+                "the launcher did not tell it who it is"
+            )
+        stop_requested.watch_file = rank == 0
+        run(job, world, stop_requested)
+    except BaseException as error:
+        with suppress(OSError):  # the disk is full
+            _tell(RunDirectory(job.output), rank, host, error)
+            traceback.print_exc()
+            sys.stderr.flush()
+        # At once, without Horovod's shutdown: it would wait for the others, who are waiting for this process.
+        os._exit(1)
+    worlds.shutdown()
+
+
+def _tell(directory: RunDirectory, rank: int, host: str, error: BaseException) -> None:
+    content = {
+        "rank": rank,
+        "host": host,
+        "time": time.time(),
+        "kind": type(error).__name__,
+        "message": " ".join(str(error).split()) or type(error).__name__,
+        "traceback": traceback.format_exc(),
+    }
+    write_json(directory.error(rank), content)

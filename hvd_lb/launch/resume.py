@@ -1,0 +1,100 @@
+"""Where a run begins or goes on: at step 0, at the newest intact checkpoint, or at one that was named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hvd_lb.errors import UserError
+from hvd_lb.exact.reproducible import rounding_differences
+from hvd_lb.recipe import Recipe, differing_fields, make_recipe
+from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run begins: at a checkpoint or at step 0, and what to tell the user about it."""
+
+    checkpoint: Checkpoint | None
+    messages: list[str]
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.step if self.checkpoint else 0
+
+
+def find_resume_point(
+    run: RunDirectory, recipe: Recipe, resume: str, total_steps: int, environment: dict[str, Any]
+) -> ResumePoint:
+    """Where the run in `run` begins or goes on; reads only. `resume` is "auto", a checkpoint or a run directory.
+
+    A reproducible run that goes on in another rounding `environment` is warned about. A run that is at its end but was
+    killed before summary.json was written "goes on" there: what is left is to sum it up.
+    UserError when the directory holds another recipe's run or a finished one, or the checkpoint is damaged or foreign.
+    """
+    stored = stored_recipe(run)
+    if stored and (differing := differing_fields(stored.mathematics(), recipe.mathematics())):
+        raise UserError(
+            f"{run.path} holds a run of another recipe ({'; '.join(differing)}): "
+            "give its options again to go on with it, or choose another --output"
+        )
+    messages: list[str] = []
+    if resume == "auto":
+        checkpoint, problems = CheckpointStore(run.checkpoints).newest_intact()
+        messages += problems
+        if problems:
+            use = f"checkpoint {checkpoint.path.name}" if checkpoint else "step 0, as no checkpoint is intact"
+            messages.append(f"going on from {use} instead")
+    else:
+        checkpoint = open_checkpoint(_checkpoint_path(Path(resume)))
+        if stored and checkpoint.path.parent != run.checkpoints.resolve():
+            raise UserError(
+                f"{run.path} holds a run already, and {resume} is a checkpoint of another: choose another --output"
+            )
+    if checkpoint:
+        if differing := differing_fields(checkpoint.state["recipe"], recipe.mathematics()):
+            raise UserError(f"checkpoint {checkpoint.path} is of another recipe: {'; '.join(differing)}")
+        told = not stored or resume != "auto" or run.summary.exists()
+        if checkpoint.step >= total_steps and told:
+            raise UserError(
+                f"{checkpoint.path} is at the end of this run already ({checkpoint.step} of {total_steps} steps): "
+                "choose another --output to train again"
+            )
+        changes = rounding_differences(checkpoint.state["environment"], environment)
+        if recipe.reproducible and changes:
+            messages.append(
+                f"{checkpoint.path.name} was made elsewhere ({'; '.join(changes)}): from here on the run is not "
+                "bitwise the one it would have been there"
+            )
+    return ResumePoint(checkpoint, messages)
+
+
+def stored_recipe(run: RunDirectory) -> Recipe | None:
+    """The recipe of the run in there, if there is one. UserError when the folder holds something else."""
+    if run.recipe.is_file():
+        try:
+            values = yaml.safe_load(run.recipe.read_text("utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            values = None
+        if not isinstance(values, dict):
+            raise UserError(f"{run.recipe} is damaged: restore it or choose another --output")
+        return make_recipe(values, str(run.recipe))
+    if run.path.exists():
+        if not run.path.is_dir():
+            raise UserError(f"output {run.path} is a file, expected a folder: choose another --output")
+        # What a start that was killed before its recipe was there may have left.
+        unfinished = (".lock", "logs", f".{run.recipe.name}.writing")
+        if any(entry.name not in unfinished for entry in run.path.iterdir()):
+            raise UserError(
+                f"output folder {run.path} holds something that is not a run: choose an empty or new folder"
+            )
+    return None
+
+
+def _checkpoint_path(path: Path) -> Path:
+    last = path / "checkpoints" / "last"
+    return last if last.exists() else path

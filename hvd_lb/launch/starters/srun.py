@@ -1,0 +1,84 @@
+"""A run in a Slurm allocation: its hosts asked and its processes started by srun, without ssh between nodes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+
+from hvd_lb.errors import UserError
+from hvd_lb.launch.allreduce import needs_mpi
+from hvd_lb.launch.hosts import assign
+from hvd_lb.launch.plan import Launch, rank_command
+from hvd_lb.launch.preflight import probe
+from hvd_lb.launch.preflight.ask import Ask
+from hvd_lb.launch.preflight.cluster import Cluster
+from hvd_lb.launch.starters.allocation import Container, one_per_node, srun_command
+from hvd_lb.launch.starters.rendezvous import rendezvous
+
+_ANSWER_SECONDS = 120.0
+
+
+def asking_over_srun(container: Container | None = None) -> Ask:
+    """Asks the nodes of the allocation by one step of a task on each."""
+
+    def ask(hosts: list[str], question: str) -> dict[str, str | UserError]:
+        probing = [_python(container), "-P", "-m", "hvd_lb.launch.preflight.probe"]
+        command = one_per_node(hosts, probing, container=container)
+        try:
+            run = subprocess.run(
+                command, input=question, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return {host: UserError("no answer in time: is the node up?") for host in hosts}
+        answers: dict[str, str | UserError] = {host: _why_silent(host, run.stderr) for host in hosts}
+        for line in run.stdout.splitlines():
+            if line.startswith(probe.ANSWER):
+                answers[probe.parse(line)["name"]] = line
+        return answers
+
+    return ask
+
+
+def over_srun(
+    cluster: Cluster, processes: int, environment: Mapping[str, str], container: Container | None = None
+) -> Launch:
+    """`processes` on the nodes of an allocation: they meet at a rendezvous of this process, or through Open MPI."""
+    hosts = assign(cluster.hosts, processes)
+    places = [(host.name, host.slots or 1) for host in hosts]
+    mpi = _mpi_plugin() if needs_mpi(environment) else None
+    return Launch(
+        "slurm",
+        hosts,
+        lambda job_file: srun_command(
+            places, rank_command(job_file, _python(container)), mpi=mpi or "none", container=container
+        ),
+        interfaces={host.name: cluster.interfaces[host.name] for host in hosts},
+        environment=environment,
+        during=None if mpi else lambda: rendezvous(cluster.address, places, processes),
+    )
+
+
+def _python(container: Container | None) -> str:
+    """The interpreter that has hvd-lb: the image's, else this one."""
+    return "python" if container else sys.executable
+
+
+def _mpi_plugin() -> str:
+    """The way in which srun starts processes of Open MPI; UserError where this Slurm has none."""
+    run = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, check=False)
+    plugins = re.findall(r"\bpmix(?:_v\d+)?\b", run.stdout + run.stderr)
+    if not plugins:
+        raise UserError(
+            "this Slurm starts no processes of Open MPI (srun --mpi=list names no pmix): use --allreduce ring"
+        )
+    return "pmix" if "pmix" in plugins else str(plugins[0])
+
+
+def _why_silent(host: str, said: str) -> UserError:
+    about = [line for line in said.splitlines() if re.search(rf"\b{re.escape(host)}\b", line)]
+    last = next(iter(reversed(about or said.splitlines())), "srun said nothing").strip()
+    if "No such file" in said or "exit code 127" in last or "No module named" in said:
+        return UserError(f"no hvd-lb there ({last}): install it where it is here, {sys.executable}")
+    return UserError(f"it gave no answer: {last}")

@@ -1,0 +1,111 @@
+"""Other machines over ssh: the command lines of a job, and how the preflight asks them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from hvd_lb.errors import UserError
+from hvd_lb.launch.allreduce import needs_mpi
+from hvd_lb.launch.hosts import assign, is_this_machine
+from hvd_lb.launch.options import LaunchOptions
+from hvd_lb.launch.plan import Launch, horovodrun_command
+from hvd_lb.launch.preflight.ask import Ask, ask_all, explain_failure
+from hvd_lb.launch.preflight.cluster import Cluster
+
+Reach = Callable[[str, Sequence[str]], list[str]]
+"""Gives the command line that runs a command on a host, reading and writing what that reads and writes."""
+
+_CONNECT_SECONDS = 10
+# Without these, the processes of a host that went away would be waited for until TCP gives up, two hours.
+_ALIVE_SECONDS, _ALIVE_COUNT = 15, 4
+_ANSWER_SECONDS = 90.0
+
+
+def ssh_command(options: LaunchOptions) -> list[str]:
+    """ssh with what a run needs of it; a host's name and a command line for its shell follow."""
+    command = [
+        *("ssh", "-o", "BatchMode=yes"),
+        *("-o", f"StrictHostKeyChecking={'yes' if options.strict_host_keys else 'accept-new'}"),
+        *("-o", f"ConnectTimeout={_CONNECT_SECONDS}"),
+        *("-o", f"ServerAliveInterval={_ALIVE_SECONDS}", "-o", f"ServerAliveCountMax={_ALIVE_COUNT}"),
+    ]
+    if options.ssh_port is not None:
+        command += ["-p", str(options.ssh_port)]
+    if options.ssh_key is not None:
+        command += ["-i", str(options.ssh_key.expanduser().absolute())]
+    return command
+
+
+def over_ssh(
+    cluster: Cluster, processes: int, options: LaunchOptions, environment: Mapping[str, str]
+) -> Launch:
+    """`processes` on the hosts of a cluster, by horovodrun: over Gloo, or Open MPI where the allreduce needs it."""
+    hosts = assign(cluster.hosts, processes)
+    ssh = ssh_command(options)
+    interfaces, mpi_arguments = [cluster.interface], None
+    if needs_mpi(environment):
+        # mpirun takes one list for all hosts, in which a name that a host does not have is passed over.
+        interfaces = sorted({cluster.interface, *(cluster.interfaces[host.name] for host in hosts)})
+        mpi_arguments = mpirun_arguments(ssh, interfaces)
+    return Launch(
+        "ssh",
+        hosts,
+        lambda job_file: horovodrun_command(
+            hosts,
+            job_file,
+            address=cluster.address,
+            interfaces=interfaces,
+            ssh=ssh,
+            mpi_arguments=mpi_arguments,
+        ),
+        interfaces={host.name: cluster.interfaces[host.name] for host in hosts},
+        environment=environment,
+    )
+
+
+def mpirun_arguments(ssh: Sequence[str], interfaces: Sequence[str]) -> str:
+    """What horovodrun hands on to mpirun, for a shell: how to log in, and the interface of its own connections."""
+    if any(len(word.split()) != 1 for word in ssh):
+        raise UserError(
+            f"mpirun cannot be given {shlex.join(ssh)}: name an --ssh-key without spaces in its path"
+        )
+    return shlex.join(
+        [
+            *("--mca", "plm_rsh_agent", "ssh", "--mca", "plm_rsh_args", " ".join(ssh[1:])),
+            *("--mca", "oob_tcp_if_include", ",".join(interfaces)),
+            *("--mca", "mpi_yield_when_idle", "1"),  # more processes than cores are common on the CPU
+        ]
+    )
+
+
+def on_host(ssh: Sequence[str], host: str, command: Sequence[str]) -> list[str]:
+    """The command line that runs `command` on `host`; without ssh when that is this machine."""
+    return list(command) if is_this_machine(host) else [*ssh, host, shlex.join(command)]
+
+
+def reach_over_ssh(options: LaunchOptions) -> Reach:
+    return partial(on_host, ssh_command(options))
+
+
+def asking_over_ssh(options: LaunchOptions) -> Ask:
+    """Asks over ssh, or without when a host is this machine."""
+
+    def ask(hosts: list[str], question: str) -> dict[str, str | UserError]:
+        ssh = ssh_command(options)
+        # Not from a folder of the user's: a `python -m` finds modules there.
+        commands = {
+            host: on_host(ssh, host, [sys.executable, "-P", "-m", "hvd_lb.launch.preflight.probe", host])
+            for host in hosts
+        }
+        answers: dict[str, str | UserError] = {}
+        for host, run in ask_all(commands, question, _ANSWER_SECONDS).items():
+            ended_well = run is not None and run.returncode == 0
+            answers[host] = (
+                run.stdout if run and ended_well else UserError(explain_failure(host, run, options))
+            )
+        return answers
+
+    return ask

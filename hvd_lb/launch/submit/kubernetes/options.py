@@ -1,0 +1,113 @@
+"""What a Kubernetes cluster has to be told beyond the run itself, and how a user writes it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hvd_lb.errors import UserError
+from hvd_lb.launch.submit.kubernetes.volumes import SUBDOMAIN, Volume
+
+# Kubernetes' rules for names (DNS-1123 label), label keys and values, and quantities.
+_DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_WORD = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_KEY = rf"({SUBDOMAIN}/)?{_WORD}"
+_QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|[MGTP]|[KMGTP]i)?"
+_EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
+
+
+@dataclass(frozen=True)
+class Toleration:
+    """The taint of a node that pods put up with; without a value any, without an effect all of that key."""
+
+    key: str
+    value: str | None = None
+    effect: str | None = None
+
+
+@dataclass(frozen=True)
+class KubernetesOptions:
+    """Where the pods run, what they are given and what is mounted in them."""
+
+    namespace: str = "default"
+    volumes: tuple[Volume, ...] = ()
+    shared_memory: str = "16Gi"  #: size of a worker's /dev/shm; counts as its memory
+    cpus: str | None = None  #: requested for each worker
+    memory: str | None = None  #: requested for each worker, and its limit
+    resources: Mapping[str, int] = field(
+        default_factory=dict
+    )  #: further devices of each worker, such as RDMA ones
+    node_selector: Mapping[str, str] = field(default_factory=dict)  #: labels of the nodes for workers
+    tolerations: tuple[Toleration, ...] = ()
+    secrets: tuple[str, ...] = ()  #: Secrets whose entries become variables of the launcher
+    pull_secret: str | None = None  #: the Secret by which the image is pulled
+    queue: str | None = None  #: Kueue's local queue: all pods start together or none
+    root: bool = False  #: run as root with IPC_LOCK, which RDMA needs, instead of as the image's user
+
+
+def parse_toleration(text: str) -> Toleration:
+    """KEY[=VALUE][:EFFECT], as `kubectl taint` writes taints."""
+    taint, _, effect = text.partition(":")
+    key, equals, value = taint.partition("=")
+    if (
+        not re.fullmatch(_KEY, key)
+        or (value and not re.fullmatch(_WORD, value))
+        or effect not in ("", *_EFFECTS)
+        or text.endswith(":")
+    ):
+        raise UserError(
+            f"--k8s-toleration {text!r} is not a taint: expected KEY, KEY=VALUE or KEY=VALUE:EFFECT with one of "
+            f"{', '.join(_EFFECTS)}, such as nvidia.com/gpu:NoSchedule"
+        )
+    return Toleration(key, value if equals else None, effect or None)
+
+
+def parse_label(text: str) -> tuple[str, str]:
+    """KEY=VALUE, a label of nodes."""
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(_KEY, key) or (value and not re.fullmatch(_WORD, value)):
+        raise UserError(
+            f"--k8s-node-selector {text!r} is not a label: expected KEY=VALUE, as `kubectl get nodes --show-labels` "
+            "lists them"
+        )
+    return key, value
+
+
+def parse_resource(text: str) -> tuple[str, int]:
+    """NAME=COUNT, devices of a node."""
+    name, equals, count = text.partition("=")
+    if not equals or not re.fullmatch(_KEY, name) or not re.fullmatch("[1-9][0-9]{0,3}", count):
+        raise UserError(
+            f"--k8s-resource {text!r} names no devices: expected NAME=COUNT as `kubectl describe node` lists them "
+            "under Capacity, such as rdma/hca_shared_devices_a=1"
+        )
+    return name, int(count)
+
+
+def parse_quantity(text: str, option: str) -> str:
+    """A number of cores or bytes, in Kubernetes' form."""
+    if not re.fullmatch(_QUANTITY, text):
+        raise UserError(
+            f"{option} {text!r} is not a quantity: expected a number such as 64Gi or, of cores, 48"
+        )
+    return text
+
+
+def parse_name(text: str, option: str) -> str:
+    """The name of something in the cluster."""
+    if not re.fullmatch(SUBDOMAIN, text):
+        raise UserError(
+            f"{option} {text!r} is not a name in Kubernetes: expected lower case letters, digits, - and ."
+        )
+    return text
+
+
+def parse_namespace(text: str) -> str:
+    """The name of a namespace."""
+    if not re.fullmatch(_DNS_LABEL, text):
+        raise UserError(
+            f"--k8s-namespace {text!r} is not a namespace: expected up to 63 lower case letters, digits and -, as "
+            "`kubectl get namespaces` lists them"
+        )
+    return text

@@ -1,0 +1,129 @@
+"""Submitting a batch script to Slurm and following the job to its end: `--launcher slurm --submit`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from hvd_lb.errors import UserError
+from hvd_lb.launch.submit.slurm.script import log_file
+
+_INTERRUPTED = 130
+_ENDED = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("REVOKED", "TIMEOUT"),
+}
+
+
+def submit(
+    script: str,
+    output: Path,
+    environment: Mapping[str, str],
+    say: Callable[[str], None] = print,
+    *,
+    poll_seconds: float = 5.0,
+) -> int:
+    """Submit the script of a run that writes to `output`, show its log, and return its exit status.
+
+    `environment` are variables for the job, beside those of this process. Ctrl-C leaves the job as it is (130).
+    UserError where there is no sbatch, or it refuses the script.
+    """
+    log_file(output, "%j").parent.mkdir(parents=True, exist_ok=True)
+    job = _sbatch(script, environment)
+    log = log_file(output, job)
+    say(f"job {job} submitted; its log is {log}")
+    try:
+        return _follow(job, log, say, poll_seconds)
+    except KeyboardInterrupt:
+        for line in (
+            f"job {job} goes on.",
+            f"follow it:               tail -F {shlex.quote(os.fspath(log))}",
+            f"end with a checkpoint:   scancel {job}",
+        ):
+            say(line)
+        return _INTERRUPTED
+
+
+def _sbatch(script: str, environment: Mapping[str, str]) -> str:
+    """The number of the new job."""
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable"],
+            input=script,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+            check=False,
+        )
+    except FileNotFoundError:
+        raise UserError(
+            "--submit needs sbatch, and there is none on PATH: submit from a login node of the cluster, or leave "
+            "--submit out and pass the printed script to sbatch there"
+        ) from None
+    if done.returncode:
+        reason = "; ".join(re.sub(r"^sbatch: (error|fatal): ", "", line) for line in done.stderr.splitlines())
+        raise UserError(f"sbatch refuses the job: {reason or f'exit status {done.returncode}'}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def _follow(job: str, log: Path, say: Callable[[str], None], poll_seconds: float) -> int:
+    """Tell changes of its state and what it writes, until it has ended; its exit status."""
+    told, position, ended = "", 0, 0
+    while True:
+        state = _state(job)
+        position = _show(log, position)
+        if state and (words := _words(state)) != told:
+            say(f"job {job}: {words}")
+            told = words
+        # Twice: between the end of one start and the next, a job that is put back into the queue looks ended.
+        ended = ended + 1 if state is None or state.get("JobState") in _ENDED else 0
+        if ended == 2:
+            _show(log, position)
+            return _exit_status(state or {})
+        time.sleep(poll_seconds)
+
+
+def _state(job: str) -> dict[str, str] | None:
+    """What Slurm says of a job, nothing when it does not answer now; None for one it no longer knows."""
+    done = subprocess.run(
+        ["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True, check=False
+    )
+    if "Invalid job id" in done.stderr:
+        return None
+    return dict(re.findall(r"(\w+)=(\S*)", done.stdout))
+
+
+def _words(state: Mapping[str, str]) -> str:
+    """The state in words: with the reason where it waits, the nodes where it runs, how often it began again."""
+    name, reason, nodes = state.get("JobState", ""), state.get("Reason", "None"), state.get("NodeList", "")
+    more = nodes if name == "RUNNING" else reason if name in ("PENDING", *_ENDED) and reason != "None" else ""
+    starts = int(state.get("Restarts", "0"))
+    again = f", start {starts + 1}" if starts else ""
+    return f"{name.lower()}{f' ({more})' if more else ''}{again}"
+
+
+def _show(log: Path, position: int) -> int:
+    """Write what the log has got since `position` to stdout; the new position."""
+    try:
+        with log.open("rb") as file:
+            file.seek(position)
+            while block := file.read(1 << 16):
+                sys.stdout.buffer.write(block)
+                sys.stdout.buffer.flush()
+            return file.tell()
+    except FileNotFoundError:
+        return position
+
+
+def _exit_status(state: Mapping[str, str]) -> int:
+    """That of the script, 128 + the signal that ended it, or 1 when Slurm ended the job."""
+    status, _, number = state.get("ExitCode", "0:0").partition(":")
+    if state.get("JobState") == "COMPLETED":
+        return 0
+    return int(status) or (128 + int(number) if int(number) else 1)

@@ -1,0 +1,82 @@
+"""Where a run is to run: what the user said, else what a scheduler left behind, else this machine."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hvd_lb.errors import UserError
+from hvd_lb.launch.hosts import MPIJOB_HOSTFILE, Host, lsf_hosts, parse_hosts, read_hostfile
+from hvd_lb.launch.options import LaunchOptions
+from hvd_lb.launch.starters import allocation as slurm
+
+_NAMES_SECONDS = 60.0
+
+Launcher = Literal["local", "ssh", "slurm", "submit-slurm", "submit-kubernetes"]
+
+
+@dataclass(frozen=True)
+class Where:
+    """`launcher` and the hosts it starts processes on; `how` says where they were found."""
+
+    launcher: Launcher
+    hosts: list[Host] = field(default_factory=list)
+    how: str = ""
+
+
+def find_where(
+    options: LaunchOptions, device: Literal["auto", "cpu", "cuda"], environment: Mapping[str, str]
+) -> Where:
+    """`environment` is this process's. UserError for options that contradict each other, or name no host."""
+    named = named_hosts(options)
+    if named and options.launcher not in ("auto", "ssh"):
+        raise UserError(
+            f"--launcher {options.launcher} finds its own hosts: leave --hosts and --hostfile out"
+        )
+    if named:
+        return named
+    if options.launcher == "kubernetes":
+        return Where("submit-kubernetes")
+    if options.launcher in ("auto", "slurm") and (nodes := slurm.allocation(device, environment)):
+        # One node that this process is on already needs no srun.
+        if options.launcher == "slurm" or len(nodes) > 1 or "SLURMD_NODENAME" not in environment:
+            hosts = [Host(name, slots) for name, slots in nodes]
+            return Where("slurm", hosts, f"Slurm job {environment['SLURM_JOB_ID']}")
+    elif options.launcher == "slurm":
+        return Where("submit-slurm")
+    if options.launcher != "local":
+        if MPIJOB_HOSTFILE.exists():
+            hosts = read_hostfile(MPIJOB_HOSTFILE)
+            wait_for_names([host.name for host in hosts], _NAMES_SECONDS)
+            return Where("ssh", hosts, f"MPIJob, {MPIJOB_HOSTFILE}")
+        if hosts := lsf_hosts(environment) or []:
+            return Where("ssh", hosts, f"LSF job {environment['LSB_JOBID']}")
+    if options.launcher == "ssh":
+        raise UserError("--launcher ssh, but no hosts are named: give --hosts h1:8,h2:8 or --hostfile FILE")
+    return Where("local")
+
+
+def wait_for_names(names: list[str], seconds: float) -> None:
+    """Until all names have addresses: those of new pods take a while. The preflight tells which have none."""
+    end = time.monotonic() + seconds
+    while names and time.monotonic() < end:
+        try:
+            socket.gethostbyname(names[-1])
+        except OSError:
+            time.sleep(1.0)
+        else:
+            names = names[:-1]
+
+
+def named_hosts(options: LaunchOptions) -> Where | None:
+    """The hosts that the user named, if any."""
+    if options.hosts is not None and options.hostfile is not None:
+        raise UserError("--hosts and --hostfile are both given: give one of them")
+    if options.hosts is not None:
+        return Where("ssh", parse_hosts(options.hosts), "--hosts")
+    if options.hostfile is not None:
+        return Where("ssh", read_hostfile(options.hostfile), f"--hostfile {options.hostfile}")
+    return None

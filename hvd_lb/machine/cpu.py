@@ -1,0 +1,38 @@
+"""The CPU: its cores, its name and its instruction sets. Imports nothing heavy, so that probes can ask."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+# Instruction sets by which kernels are chosen.
+_FEATURES = ("sse", "ssse", "avx", "fma", "f16c", "amx", "bmi", "asimd", "sve")
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_features() -> list[str]:
+    """The vector instruction sets of this CPU, as Linux names them; empty where it does not say."""
+    lines = cpu_info().splitlines()
+    line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return sorted(flag for flag in line.partition(":")[2].split() if flag.startswith(_FEATURES))
+
+
+def cpu_info() -> str:
+    """Linux's description of the CPUs, empty elsewhere."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def cpu_name() -> str:
+    """As its maker names it."""
+    names = (
+        line.partition(":")[2].strip() for line in cpu_info().splitlines() if line.startswith("model name")
+    )
+    return next(names, platform.processor() or "unknown")

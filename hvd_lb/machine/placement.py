@@ -1,0 +1,76 @@
+"""What this machine offers, and how a run uses it: device, processes, threads. None of it touches the mathematics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hvd_lb.errors import UserError
+from hvd_lb.machine.cpu import usable_cores
+
+DeviceName = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`processes` (p) on `device`, each with `threads` CPU threads; `hosts` is empty for this machine alone."""
+
+    device: DeviceName
+    processes: int
+    threads: int
+    hosts: tuple[str, ...] = ()
+
+
+def choose_device(name: str) -> DeviceName:
+    """cpu or cuda for "auto", "cpu" or "cuda"."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda, but this machine has 0 CUDA GPUs: name machines that have some with --hosts, use "
+            "--device cpu, try it out with `hvd-lb simulate`, or see `hvd-lb doctor` if there should be one"
+        )
+    return "cuda" if name == "cuda" else "cpu"
+
+
+def default_gpus(device: DeviceName) -> int:
+    """Virtual workers where nobody said how many: one per GPU of this machine."""
+    return torch.cuda.device_count() if device == "cuda" else 1
+
+
+def place(device: DeviceName, *, gpus: int, processes: int | None, threads: int | None) -> Placement:
+    """Processes and threads for `gpus` virtual workers on this machine; UserError when they cannot be had."""
+    if device == "cuda":
+        there = torch.cuda.device_count()
+        wanted = processes or gpus
+        if wanted > there:
+            raise UserError(
+                f"{wanted} GPUs are asked for and this machine has {there}: name more machines with --hosts, share "
+                f"the virtual workers with --processes {there}, use --device cpu, or try it out with `hvd-lb simulate`"
+            )
+    else:
+        wanted = processes or min(gpus, usable_cores())
+    check_processes(wanted, gpus)
+    return Placement(device, wanted, threads or max(1, usable_cores() // wanted))
+
+
+def check_processes(processes: int, gpus: int) -> None:
+    """UserError when so many processes cannot share the virtual workers."""
+    if not 1 <= processes <= gpus:
+        raise UserError(
+            f"--processes {processes} for {gpus} virtual workers: expected 1 to {gpus}, as each process hosts at least "
+            "one"
+        )
+
+
+def loader_threads(wanted: int | None, threads: int, processes_here: int, *, reproducible: bool) -> int:
+    """Threads that read and decode for one of this machine's processes, which computes with `threads`.
+
+    As many as are `wanted`; no pixel depends on it. So where nothing is said and a reproducible run fixes the threads
+    of computing, decoding still gets its share of the cores.
+    """
+    if wanted:
+        return wanted
+    return max(threads, usable_cores() // processes_here) if reproducible else threads

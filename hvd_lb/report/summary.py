@@ -1,0 +1,49 @@
+"""What a run came to: the figures of summary.json, and in words."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from hvd_lb.report.metrics import read_metrics
+from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.report.text import duration, evaluation_line, speed
+
+
+def summarise(
+    run: RunDirectory, reason: str, seconds: float, *, total_steps: int, steps_per_epoch: int
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """What summary.json says, and its figures in words."""
+    records = read_metrics(run.metrics)
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    rates = [record["images_per_second"] for record in records if record["kind"] == "train"]
+    waits = [record["data_wait"] for record in records if record["kind"] == "train"]
+    stalls = [record["stall_seconds"] for record in records if record["kind"] == "checkpoint"]
+    bad = read_metrics(run.bad_images)
+    last = evaluations[-1] if evaluations else None
+    best = min(evaluations, key=lambda record: record["top1_error"], default=None)
+    steps = max((record["step"] + 1 for record in records), default=0)
+    summary: dict[str, Any] = {
+        "exit_reason": reason,
+        "steps": steps,
+        "total_steps": total_steps,
+        "epochs": steps / steps_per_epoch,
+        "final": last,
+        "best": best,
+        "wall_seconds": seconds,
+        "images_per_second": statistics.median(rates) if rates else None,
+        "data_wait": statistics.median(waits) if waits else None,
+        "bad_images": len(bad),
+        "checkpoints": len(stalls),
+        "checkpoint_stall_seconds": statistics.median(stalls) if stalls else None,
+    }
+    figures = [("ended", reason), ("steps", f"{steps:,} of {total_steps:,}")]
+    if last and best:
+        figures.append(("last", evaluation_line(last)))
+        figures.append(("best top-1 error", f"{best['top1_error']:.2f} % (epoch {best['epoch']})"))
+    if rates:
+        figures.append(("speed", f"{speed(statistics.median(rates))} (median)"))
+    if bad:
+        figures.append(("bad images", f"another one stood in {len(bad):,} times: {run.bad_images.name}"))
+    figures.append(("wall time", duration(seconds)))
+    return summary, figures

@@ -1,0 +1,46 @@
+"""Numbers and names in words: units, plurals, one line each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def evaluation_line(record: dict[str, Any]) -> str:
+    return (
+        f"epoch {record['epoch']} step {record['step']} evaluation: top-1 error {record['top1_error']:.2f} %, "
+        f"top-5 error {record['top5_error']:.2f} %, loss {record['loss']:.4f}, {record['images']:,} images"
+    )
+
+
+def printable(text: str) -> str:
+    """On one line and of whole characters: names of files may hold anything."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
+        for letter in text
+    )
+
+
+def count(number: int, noun: str) -> str:
+    """1 step, 2 steps, 1,000 processes."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}" + ("" if number == 1 else ending)
+
+
+def speed(images_per_second: float) -> str:
+    """With two digits at least."""
+    digits = f"{images_per_second:,.0f}" if images_per_second >= 10 else f"{images_per_second:.2g}"
+    return f"{digits} images/s"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words with sensible units: 12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for big, size, small, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            rest = whole % size // part
+            return f"{whole // size} {big}" + (f" {rest} {small}" if rest else "")
+    return f"{whole} s"

@@ -1,0 +1,102 @@
+"""The account of stand-ins: every one told once, in the order of the plan, and a limit for rotten data.
+
+How many there are is summed over the processes beside the gradients, so all of them know when there is something to
+tell, and all of them stop at the same step, whatever their number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hvd_lb.data.decoding.stand_in import StandIn
+from hvd_lb.errors import UserError
+from hvd_lb.plan.augment import Place
+from hvd_lb.recipe import Recipe
+from hvd_lb.world import Handle, World
+from hvd_lb.world.gather import gather_bytes
+
+Record = dict[str, Any]
+
+
+@dataclass
+class BadImages:
+    """Those of this process since the last `settle`, and how many positions of this `epoch` had one on all processes.
+
+    `write` gets records on rank 0 (docs/run-directory.md); without `active` images are not skipped and nothing is
+    exchanged.
+    """
+
+    world: World
+    active: bool
+    limit: float
+    write: Callable[[Sequence[Record]], None]
+    in_epoch: int = 0
+    found: list[StandIn] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, recipe: Recipe, world: World, write: Callable[[Sequence[Record]], None]) -> BadImages:
+        return cls(world, recipe.on_bad_image == "skip", recipe.max_bad_images, write)
+
+    def tell(self, stand_ins: Sequence[StandIn]) -> None:
+        self.found += stand_ins
+
+    @property
+    def teller(self) -> Callable[[Sequence[StandIn]], None] | None:
+        """For `open_loader`."""
+        return self.tell if self.active else None
+
+    def count(self) -> Handle | None:
+        """Starts summing; collective, and so is `settle` with its result."""
+        if not self.active:
+            return None
+        return self.world.allreduce_async(torch.tensor([len(self.found)]), "hvd_lb.training.bad_images")
+
+    def discard(self) -> None:
+        """Forget those since the last `settle`: their step is taken again."""
+        self.found.clear()
+
+    def settle(self, counting: Handle | None) -> int:
+        """Tells those since the last time, and how many they were on all processes."""
+        total = int(counting.wait().item()) if counting else 0
+        if total:
+            lines = [json.dumps(_record(stand_in)) for stand_in in self.found]
+            parts = gather_bytes(self.world, "\n".join(lines).encode(), "hvd_lb.training.bad_images.records")
+            if self.world.rank == 0:
+                records = [json.loads(line) for part in parts for line in part.splitlines()]
+                self.write(sorted(records, key=lambda record: (record["worker"], record["position"])))
+        self.found.clear()
+        return total
+
+    def settle_step(self, counting: Handle | None, *, first: bool, images: int) -> None:
+        """`settle` of a training step, the `first` of an epoch of `images` or a later one. UserError at the limit."""
+        self.in_epoch = self.settle(counting) + (0 if first else self.in_epoch)
+        self.check(self.in_epoch, images, "training")
+
+    def check(self, bad: int, images: int, what: str) -> None:
+        """UserError when so many of the images are more than the limit allows."""
+        if bad > self.limit * images:
+            raise UserError(
+                f"{bad:,} of the {images:,} {what} images cannot be decoded, more than --max-bad-images "
+                f"{self.limit:g} allows; bad_images.jsonl in the run directory names them, hvd-lb data verify finds all"
+            )
+
+
+def _record(stand_in: StandIn) -> Record:
+    place = stand_in.place or Place("train", 0, 0, 0)
+    return {
+        "of": place.of,
+        "epoch": place.epoch,
+        "step": place.step,
+        "worker": place.number,
+        "position": stand_in.position,
+        "image": stand_in.image,
+        "path": stand_in.path,
+        "reason": stand_in.reason,
+        "stand_in": stand_in.stand_in,
+        "stand_in_path": stand_in.stand_in_path,
+    }

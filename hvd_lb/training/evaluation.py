@@ -1,0 +1,112 @@
+"""Exact evaluation: every validation image counted once, for any number of processes (docs/design.md 8).
+
+Images are cut into batches that do not depend on p, and the processes share the batches. Counts are added up, never
+means; losses are added up in the order of the batches, wherever they were computed, so that the sum does not depend on
+p even in its last bit. Validation images that cannot be decoded and may be skipped are left out and not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hvd_lb.data.decoding.stand_in import sizes
+from hvd_lb.data.images import Images
+from hvd_lb.data.loading.contract import Pixels
+from hvd_lb.data.loading.open import open_loader
+from hvd_lb.data.options import LoaderKind
+from hvd_lb.plan.augment import CentreWindows, Microbatch, Place, Windows
+from hvd_lb.plan.hosting import hosted
+from hvd_lb.training.bad_images import BadImages
+from hvd_lb.world import World
+
+_LEFT_OUT = -1
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Errors in per cent, mean loss (without label smoothing), and the number of images they are over."""
+
+    top1_error: float
+    top5_error: float
+    loss: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates models on `images`, cut centrally, in batches of `batch_size`."""
+
+    images: Images
+    windows: CentreWindows
+    pixels: Pixels
+    batch_size: int
+    loader: LoaderKind
+    threads: int
+    prefetch: int
+    device: torch.device
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    max_pixels: int
+    bad_images: BadImages
+
+    def own(self, rank: int, processes: int) -> range:
+        """Numbers of the batches of process `rank`."""
+        return hosted(rank, processes, -(-len(self.images) // self.batch_size))
+
+    def batches(self, rank: int, processes: int, place: Place) -> Iterator[Microbatch]:
+        """The batches of process `rank`."""
+        for batch in self.own(rank, processes):
+            ids = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.images)))
+            windows = self.windows.windows(*sizes(self.images, ids))
+            yield Microbatch(ids, windows, replace(place, number=batch), self._draw)
+
+    def _draw(self, ids: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> Windows:
+        return self.windows.windows(widths, heights)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        world: World,
+        autocast: AbstractContextManager[None],
+        place: Place,
+    ) -> Evaluation:
+        """Collective; `forward` is a model in evaluation mode, `place` says after which step."""
+        own = self.own(world.rank, world.size)
+        # One row a batch (right, right among five, images, loss), 0 for those of other processes: adding 0 is exact.
+        figures = torch.zeros(len(self.own(0, 1)), 4, dtype=torch.float64, device=self.device)
+        with (
+            autocast,
+            open_loader(
+                self.loader,
+                self.images,
+                self.batches(world.rank, world.size, place),
+                self.pixels,
+                batch_size=self.batch_size,
+                device=self.device,
+                threads=self.threads,
+                prefetch=self.prefetch,
+                max_pixels=self.max_pixels,
+                tell=self.bad_images.teller,
+            ) as loader,
+        ):
+            for batch, (x, y) in zip(own, loader, strict=True):
+                bad = [of.position for of in self.bad_images.found if of.place and of.place.number == batch]
+                if bad:
+                    y[bad] = _LEFT_OUT  # a stand-in only fills the batch
+                logits = forward(x.to(self.dtype, memory_format=self.memory_format)).double()
+                ranked = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+                loss = nn.functional.cross_entropy(logits, y, reduction="sum", ignore_index=_LEFT_OUT)
+                right = torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum()])
+                figures[batch, :2], figures[batch, 2], figures[batch, 3] = right, len(y) - len(bad), loss
+        world.allreduce(figures, "hvd_lb.evaluation")
+        left_out = self.bad_images.settle(self.bad_images.count())
+        self.bad_images.check(left_out, len(self.images), "validation")
+        top1, top5, count, loss_sum = figures.sum(0).tolist()
+        return Evaluation(100 * (1 - top1 / count), 100 * (1 - top5 / count), loss_sum / count, int(count))

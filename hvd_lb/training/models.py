@@ -1,0 +1,161 @@
+"""Networks by name, with the paper's initialisation (section 5.1).
+
+Any classification model of torchvision, and the small residual networks for images of a few dozen pixels (He et al.
+2016, section 4.2; `resnet20` …, here with 1 × 1 convolutions where the shape changes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from hvd_lb.errors import UserError, nearest
+
+# Depth of each: 3 stages of (depth − 2) / 6 blocks.
+SMALL_RESNETS = {f"resnet{depth}": (depth - 2) // 6 for depth in (8, 14, 20, 32, 44, 56, 110)}
+
+# torchvision models that return more than logits while training, or initialise slowly, unless told otherwise.
+_ARGUMENTS: dict[str, dict[str, bool]] = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+
+def model_names() -> list[str]:
+    return sorted([*SMALL_RESNETS, *torchvision.models.list_models(module=torchvision.models)])
+
+
+def check_model_name(name: str) -> None:
+    if name not in model_names():
+        raise UserError(
+            f"unknown model {name!r}{nearest(name, model_names())} "
+            "(torchvision's classification models and resnet8/14/20/32/44/56/110)"
+        )
+
+
+def build_model(
+    name: str, num_classes: int, *, seed: int, zero_gamma: bool = True, bn_momentum: float = 0.1
+) -> nn.Module:
+    """The network in fp32 on the CPU, its weights a function of `seed`; the global generator is left as it was.
+
+    Residual networks get the paper's initialisation; other architectures keep torchvision's own.
+    """
+    check_model_name(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name in SMALL_RESNETS:
+            model: nn.Module = SmallResNet(SMALL_RESNETS[name], num_classes)
+        else:
+            model = torchvision.models.get_model(
+                name, weights=None, num_classes=num_classes, **_ARGUMENTS.get(name, {})
+            )
+        if isinstance(model, ResNet | SmallResNet):
+            initialise(model, zero_gamma=zero_gamma)
+    for module in batch_norms(model):
+        module.momentum = bn_momentum
+    return model
+
+
+def parameter_count(name: str, num_classes: int) -> int:
+    """Trainable numbers of a network, found without making them."""
+    return sum(parameter.numel() for parameter in _without_memory(name, num_classes).parameters())
+
+
+def has_batch_norm(name: str) -> bool:
+    """Whether a network keeps running statistics of batch norm."""
+    return bool(batch_norms(_without_memory(name, 1)))
+
+
+def check_input(name: str, num_classes: int, image_size: int, images: int) -> None:
+    """UserError when the network cannot train on a microbatch of so many images of this size; computes nothing."""
+    if problem := input_problem(name, num_classes, image_size, images):
+        raise UserError(
+            f"{name} cannot train on images of {image_size}×{image_size} pixels in microbatches of {images} "
+            f"({problem}): give another --image-size (224 suits most networks) or a larger --per-gpu-batch"
+        )
+
+
+def input_problem(name: str, num_classes: int, image_size: int, images: int) -> str:
+    """Why the network cannot train on such a microbatch; empty when it can."""
+    model = _without_memory(name, num_classes).train()
+    try:
+        with torch.no_grad():
+            model(torch.empty(images, 3, image_size, image_size, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def _without_memory(name: str, num_classes: int) -> nn.Module:
+    """A network whose tensors have shapes but no values."""
+    try:
+        with torch.device("meta"):
+            return build_model(name, num_classes, seed=0)
+    except NotImplementedError:  # RegNet computes its widths with tensors
+        return build_model(name, num_classes, seed=0).to("meta")
+
+
+def initialise(model: nn.Module, *, zero_gamma: bool) -> None:
+    """He's initialisation for convolutions, N(0, 0.01) for the classifier, γ = 1 but 0 at the end of each block."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
+    if zero_gamma:
+        for module in model.modules():
+            if isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+            elif isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+
+
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The batch norm layers that keep running statistics."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+
+
+class SmallResNet(nn.Module):
+    """Three stages of 16, 32 and 64 channels, the last two at half the resolution of the one before."""
+
+    def __init__(self, blocks: int, num_classes: int):
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
+        )
+        stages: list[nn.Module] = []
+        width_in = 16
+        for width, first_stride in ((16, 1), (32, 2), (64, 2)):
+            for block in range(blocks):
+                stride = first_stride if block == 0 else 1
+                stages.append(BasicBlock(width_in, width, stride, _shortcut(width_in, width, stride)))
+                width_in = width
+        self.stages = nn.Sequential(*stages)
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.stages(self.stem(images)).mean(dim=(2, 3)))
+
+
+def _shortcut(width_in: int, width: int, stride: int) -> nn.Module | None:
+    if width_in == width and stride == 1:
+        return None
+    return nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+
+def sum_loss(label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """Softmax cross-entropy summed over a microbatch: the step divides by the global count (paper remark 3)."""
+    return partial(nn.functional.cross_entropy, reduction="sum", label_smoothing=label_smoothing)

@@ -1,0 +1,452 @@
+"""THE training loop: k virtual workers on p processes, for `train` (p > 1) and `simulate` (p = 1) alike.
+
+Position in a run is the number of steps done, and everything random is a function of it: a run that stops and goes on,
+here or on other hardware, is the same run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import torch
+
+from hvd_lb.data.decoding.stand_in import sizes
+from hvd_lb.data.images import Dataset
+from hvd_lb.data.loading.contract import Loader, Pixels
+from hvd_lb.data.loading.open import open_loader
+from hvd_lb.errors import UserError
+from hvd_lb.exact.fixed_point import FixedPointOverflow
+from hvd_lb.exact.reproducible import deterministic_kernels, rounding_environment
+from hvd_lb.optim import SGD, DistributedOptimizer, parameter_groups
+from hvd_lb.optim.state import flatten_state, restore_state
+from hvd_lb.plan.augment import CentreWindows, Microbatch, Place, RandomWindows
+from hvd_lb.plan.counter import generator_seed
+from hvd_lb.plan.hosting import hosted
+from hvd_lb.recipe import Recipe, differing_fields, period_in_seconds, period_in_steps
+from hvd_lb.training.bad_images import BadImages
+from hvd_lb.training.batchnorm import ReproducibleStatistics, allow_single_values, running_statistics
+from hvd_lb.training.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore
+from hvd_lb.training.clock import StepClock, Timer
+from hvd_lb.training.evaluation import Evaluation, Evaluator
+from hvd_lb.training.models import build_model, sum_loss
+from hvd_lb.training.recomputation import Recomputation
+from hvd_lb.world import World
+
+# In a checkpoint: the losses since the last record, beside the optimizer's tensors.
+_LOSSES = "losses"
+# A step whose gradients or statistics overflow is taken again; the second time their scales are right.
+_MOST_REPEATS = 3
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Observer(Protocol):
+    """What hears of a run; on rank 0 the run directory, elsewhere nobody."""
+
+    def train(self, record: dict[str, Any]) -> None:
+        """Metrics of the steps since the last record."""
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """An evaluation's errors in per cent."""
+
+    def checkpoint(self, record: dict[str, Any]) -> None:
+        """A checkpoint was taken, and for how many seconds that kept the training waiting."""
+
+    def repeat(self, record: dict[str, Any]) -> None:
+        """A step is taken again, and why."""
+
+    def bad_images(self, records: Sequence[dict[str, Any]]) -> None:
+        """Images of a step, or of a pass after it, that could not be decoded, and what was used instead."""
+
+    def microbatch(self, step: int, done: int, of: int) -> None:
+        """`done` of this process's `of` microbatches of step `step` have gone through."""
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number; going on would waste the machines."""
+
+
+def _nobody() -> int:
+    return 0
+
+
+class Trainer:
+    """A run on this process: built at step 0 or at a checkpoint, `fit` takes it to its end.
+
+    Collective: every process builds one, with the same arguments but for its world's rank. `stop_requested` is asked in
+    every step on every process; when it gives a signal's number on any, the run ends after that step with a checkpoint.
+    `threads` are those of the loader.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        world: World,
+        *,
+        device: torch.device,
+        threads: int,
+        observer: Observer,
+        store: CheckpointStore | None = None,
+        checkpoint: Checkpoint | None = None,
+        stop_requested: Callable[[], int] = _nobody,
+    ):
+        self.recipe, self.dataset, self.world, self.device = recipe, dataset, world, device
+        self.threads, self.observer, self.store = threads, observer, store
+        self.stop_requested = stop_requested
+        self.stopped_by = 0
+        self.plan = recipe.sample_plan(len(dataset.train))
+        self.schedule = recipe.lr_schedule(self.plan.steps_per_epoch)
+        self.end = recipe.total_steps(self.plan.steps_per_epoch)
+        self.workers = hosted(world.rank, world.size, recipe.gpus)
+        self.windows = RandomWindows(recipe.seed, recipe.crop_scale, recipe.crop_ratio, recipe.flip)
+        self.recomputation = Recomputation(recipe, dataset.train, self.windows)
+        self.pixels = Pixels(recipe.image_size, recipe.mean, recipe.std, recipe.antialias)
+        self.dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
+        self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+
+        self.model = build_model(
+            recipe.model,
+            recipe.num_classes or len(dataset.train.classes),
+            seed=generator_seed(recipe.seed, 0),
+            zero_gamma=recipe.zero_gamma,
+            bn_momentum=recipe.bn_momentum,
+        ).to(device, self.dtype)
+        self.model.to(memory_format=self.memory_format)
+        allow_single_values(self.model)
+        self.forward = torch.compile(self.model) if recipe.compile else self.model
+        self.loss = sum_loss(recipe.label_smoothing)
+        self.optimizer = DistributedOptimizer(
+            SGD(
+                parameter_groups(self.model, recipe.weight_decay),
+                lr=self.schedule(0),
+                momentum=recipe.momentum,
+                nesterov=recipe.nesterov,
+                form=recipe.momentum_form,
+                momentum_correction=recipe.momentum_correction,
+            ),
+            self.model,
+            world=world,
+            schedule=self.schedule,
+            reproducible_terms=recipe.gpus if recipe.reproducible else None,
+        )
+        # A microbatch's loss is a sum: dividing by n gives the scale the gradients of a mean would get.
+        self.scaler = torch.amp.GradScaler(
+            device.type,
+            init_scale=2.0 ** (16 - math.ceil(math.log2(recipe.per_gpu_batch))),
+            enabled=recipe.precision == "fp16",
+        )
+        # The scaler makes its scale at first use, which a process without images might not come to.
+        self.scaler.scale(torch.zeros(1, device=device))
+        self.step = 0
+        # A sum for each virtual worker, 0 for those of other processes: what is added up does not depend on p.
+        self.losses = torch.zeros(recipe.gpus, dtype=torch.float64, device=device)
+        self.loss_images = 0
+        self.bad_images = BadImages.of(recipe, world, observer.bad_images)
+        self.best_error = math.inf
+        self.last_evaluation: Evaluation | None = None
+        state = self._load(checkpoint) if checkpoint else {}
+        terms = max(recipe.gpus, self.recomputation.count) if recipe.reproducible else None
+        self.statistics = running_statistics(self.model, world, terms)
+        if isinstance(self.statistics, ReproducibleStatistics) and state:
+            self.statistics.exponents = state["batch_norm_exponents"]
+        self.save_due = Timer(period_in_seconds(recipe.checkpoint_every) if world.rank == 0 else math.inf)
+
+    def fit(self) -> Evaluation | None:
+        """Train up to the end, logging, evaluating and saving on the way; the last evaluation."""
+        self.model.train()
+        writer = BackgroundWriter(self.store) if self.store and self.world.rank == 0 else None
+        repeated: list[int] = []
+        try:
+            while self.step < self.end and not self.stopped_by:
+                try:
+                    self._take_steps(writer)
+                except FixedPointOverflow as overflow:
+                    repeated.append(self.step)
+                    if repeated.count(self.step) > _MOST_REPEATS:
+                        raise
+                    self.observer.repeat({**self._position(self.step), "reason": str(overflow)})
+        finally:
+            if writer:
+                writer.close()
+        return self.last_evaluation
+
+    def _take_steps(self, writer: BackgroundWriter | None) -> None:
+        """Steps from the present one until the end, a stop or an overflow."""
+        steps_per_epoch = self.plan.steps_per_epoch
+        log_every = self.recipe.log_every or max(1, min(10, steps_per_epoch // 20))
+        eval_every = period_in_steps(self.recipe.eval_every, steps_per_epoch)
+        save_every = period_in_steps(self.recipe.checkpoint_every, steps_per_epoch)
+        with self.kernels(), self.batches() as loader:
+            clock = StepClock(loader)
+            while self.step < self.end and not self.stopped_by:
+                save_now = self.train_step(loader)
+                done = self.step == self.end
+                if self.step % steps_per_epoch % log_every == 0 or done:
+                    self._log(clock)
+                with clock.paused():
+                    evaluated = _due(eval_every, self.step, done)
+                    if evaluated:
+                        self._evaluate()
+                    if _due(save_every, self.step, done) or save_now:
+                        self._save(writer, evaluated)
+
+    def train_step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        """One weight update from the step's kn images, of which this process takes its workers' share.
+
+        True when some process wants a checkpoint now. FixedPointOverflow, with nothing changed, when the step has to
+        be taken again with new `batches`.
+        """
+        epoch_step = self.step % self.plan.steps_per_epoch
+        workers = self._workers_with_images(epoch_step)
+        losses: dict[int, torch.Tensor] = {}
+        self.bad_images.discard()
+        for done, worker in enumerate(workers, start=1):
+            images, labels = next(batches)
+            seed = generator_seed(self.recipe.seed, 1, self.step, worker)
+            logits = self._forward(images, seed)
+            with self.autocast():
+                loss = self.loss(logits, labels)
+            self.statistics.after_forward()
+            self.optimizer.backward(self.scaler.scale(loss), last=done == len(workers))
+            losses[worker] = loss.detach()
+            self.observer.microbatch(self.step, done, len(workers))
+        global_images = self.plan.step_images(epoch_step)
+        # Beside the gradients, this exchange costs no time of its own.
+        wishes = torch.tensor([self.stop_requested(), self.save_due()])
+        wished = self.world.maximum_async(wishes, "hvd_lb.wishes")
+        counting = self.bad_images.count()
+        try:
+            self._synchronize(global_images)
+        finally:
+            stop, save = wished.wait().tolist()
+            if counting:
+                counting.wait()
+        self.optimizer.steps = self.step
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.statistics.step(self.plan.active_workers(epoch_step))
+        for worker, loss in losses.items():
+            self.losses[worker] += loss
+        self.loss_images += global_images
+        self.step += 1
+        self.bad_images.settle_step(counting, first=epoch_step == 0, images=len(self.dataset.train))
+        self.stopped_by = stop
+        return bool(stop or save)
+
+    def _synchronize(self, global_images: int) -> None:
+        """Completes all sums of the step, also when one of them overflows: other processes take part in each."""
+        overflow: FixedPointOverflow | None = None
+        for complete in (
+            self.statistics.synchronize,
+            partial(self.optimizer.synchronize, global_images=global_images),
+        ):
+            try:
+                complete()
+            except FixedPointOverflow as error:
+                overflow = error
+        if overflow:
+            self.statistics.discard()
+            self.optimizer.zero_grad()
+            raise overflow
+
+    def _forward(self, images: torch.Tensor, seed: int) -> torch.Tensor:
+        """Logits of a microbatch. What the model draws (dropout) depends on `seed`, not on the process."""
+        torch.manual_seed(seed)
+        with self.autocast():
+            return self.forward(images.to(self.dtype, memory_format=self.memory_format))
+
+    def microbatches(self) -> Iterator[Microbatch]:
+        """What this process's virtual workers see from the present step to the end."""
+        for step in range(self.step, self.end):
+            epoch, epoch_step = divmod(step, self.plan.steps_per_epoch)
+            draw = partial(self.windows.windows, epoch)
+            for worker in self._workers_with_images(epoch_step):
+                ids = self.plan.image_ids(epoch, epoch_step, worker)
+                place = Place("train", epoch, step, worker)
+                yield Microbatch(ids, draw(ids, *sizes(self.dataset.train, ids)), place, draw)
+
+    def _workers_with_images(self, epoch_step: int) -> list[int]:
+        return [worker for worker in self.workers if len(self.plan.positions(epoch_step, worker))]
+
+    def batches(self) -> Loader:
+        """This process's microbatches as tensors, from the present step to the end."""
+        return self._open(self.microbatches())
+
+    def _open(self, microbatches: Iterator[Microbatch]) -> Loader:
+        return open_loader(
+            self.recipe.loader,
+            self.dataset.train,
+            microbatches,
+            self.pixels,
+            batch_size=self.recipe.per_gpu_batch,
+            device=self.device,
+            threads=self.threads,
+            prefetch=self.recipe.prefetch,
+            max_pixels=self.recipe.max_pixels,
+            tell=self.bad_images.teller,
+        )
+
+    def kernels(self) -> AbstractContextManager[None]:
+        """What steps run in: only deterministic kernels in the reproducible mode."""
+        return deterministic_kernels(self.recipe.model) if self.recipe.reproducible else nullcontext()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        if self.recipe.precision not in _AUTOCAST:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.recipe.precision])
+
+    def _position(self, step: int | None = None) -> dict[str, int]:
+        """Of a step, by default the one just taken: its epoch, and its number in the run."""
+        number = self.step - 1 if step is None else step
+        return {"epoch": number // self.plan.steps_per_epoch, "step": number}
+
+    def _all_losses(self) -> torch.Tensor:
+        """Loss of every virtual worker since the last record; adding zeros is exact."""
+        return self.world.allreduce(self.losses.clone(), "hvd_lb.losses")
+
+    def take_loss(self) -> float:
+        """Mean training loss of the images since it was last taken; collective."""
+        loss = self._all_losses().sum().item() / self.loss_images
+        self.losses.zero_()
+        self.loss_images = 0
+        return loss
+
+    def _log(self, clock: StepClock) -> None:
+        images = self.loss_images
+        loss = self.take_loss()
+        seconds, waited = clock.lap()
+        if self.world.rank == 0:
+            record = {
+                **self._position(),
+                "lr": self.schedule(self.step - 1),
+                "loss": loss,
+                "images_per_second": images / seconds,
+                "data_wait": waited / seconds,
+            }
+            self.observer.train(record)
+            if not math.isfinite(loss):
+                raise Diverged(
+                    f"the loss is {loss} at step {self.step - 1} (epoch {record['epoch']}, learning rate "
+                    f"{record['lr']:g}): lower --learning-rate, lengthen --warmup-epochs, or check the data"
+                )
+
+    @torch.no_grad()
+    def _recompute_statistics(self) -> None:
+        """Makes batch norm's statistics the mean over the images of `recompute_bn` with the weights as they are."""
+        anew, full = self.recomputation, self.recipe.per_gpu_batch
+        mine = hosted(self.world.rank, self.world.size, anew.count)
+        epoch = self._position()["epoch"]
+        with self._open(anew.microbatches(epoch, self.step, mine)) as loader:
+            for number, (images, _) in zip(mine, loader, strict=True):
+                self._forward(images, anew.seed(self.step, number))
+                self.statistics.after_forward(len(images) / full)
+        try:
+            self.statistics.synchronize()
+        except FixedPointOverflow:
+            self.statistics.discard()
+            self.bad_images.discard()
+            self._recompute_statistics()
+        else:
+            self.statistics.replace(anew.images / full)
+            self.bad_images.settle(self.bad_images.count())
+
+    def _evaluate(self) -> None:
+        if self.recomputation.images:
+            self._recompute_statistics()
+        self.statistics.publish(self.step)
+        evaluator = Evaluator(
+            images=self.dataset.val,
+            windows=CentreWindows(self.recipe.eval_crop),
+            pixels=self.pixels,
+            batch_size=self.recipe.per_gpu_batch,
+            loader=self.recipe.loader,
+            threads=self.threads,
+            prefetch=self.recipe.prefetch,
+            device=self.device,
+            dtype=self.dtype,
+            memory_format=self.memory_format,
+            max_pixels=self.recipe.max_pixels,
+            bad_images=self.bad_images,
+        )
+        self.model.eval()
+        place = Place("eval", **self._position(), number=0)
+        self.last_evaluation = evaluator(self.forward, self.world, self.autocast(), place)
+        self.model.train()
+        if self.world.rank == 0:
+            self.observer.evaluation({**self._position(), **asdict(self.last_evaluation)})
+
+    def _save(self, writer: BackgroundWriter | None, evaluated: bool) -> None:
+        """Take a checkpoint; it is the best when it was just evaluated and no saved one had fewer errors."""
+        if self.store is None:
+            return
+        began = time.perf_counter()
+        self.statistics.publish(self.step)
+        losses = self._all_losses()
+        best = False
+        if evaluated and self.last_evaluation and self.last_evaluation.top1_error < self.best_error:
+            self.best_error, best = self.last_evaluation.top1_error, True
+        self.save_due.restart()
+        if writer is None:
+            return
+        optimizer, skeleton = flatten_state(self.optimizer.state_dict())
+        epoch, epoch_step = divmod(self.step, self.plan.steps_per_epoch)
+        state = {
+            "next": {"epoch": epoch, "step": epoch_step},
+            "recipe": self.recipe.mathematics(),
+            **self._surroundings,
+            "optimizer": skeleton,
+            "scaler": self.scaler.state_dict(),
+            "loss_images": self.loss_images,
+            "bad_images": self.bad_images.in_epoch,
+            "best_error": self.best_error if math.isfinite(self.best_error) else None,
+            "evaluation": asdict(self.last_evaluation) if self.last_evaluation else None,
+        }
+        if isinstance(self.statistics, ReproducibleStatistics):
+            state["batch_norm_exponents"] = list(self.statistics.exponents)
+        writer.save(self.step, self.model.state_dict(), {**optimizer, _LOSSES: losses}, state, best=best)
+        self.observer.checkpoint({**self._position(), "stall_seconds": time.perf_counter() - began})
+
+    @cached_property
+    def _surroundings(self) -> dict[str, Any]:
+        """What a checkpoint tells of data and machine; found out once, as it takes a while for much data."""
+        return {
+            "data": self.dataset.fingerprint(),
+            "environment": rounding_environment(self.device.type),
+        }
+
+    def _load(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Go on from a checkpoint; its state."""
+        state = checkpoint.state
+        if differing := differing_fields(state["recipe"], self.recipe.mathematics()):
+            raise UserError(f"checkpoint {checkpoint.path} is of another recipe: {'; '.join(differing)}")
+        if state["data"] != self._surroundings["data"]:
+            raise UserError(
+                f"checkpoint {checkpoint.path} was trained on other data than {self.dataset.name} is now "
+                "(images, labels or sizes differ): give the data set it began with, or another --output"
+            )
+        self.model.load_state_dict(checkpoint.model())
+        tensors = checkpoint.optimizer()
+        self.optimizer.load_state_dict(restore_state(tensors, state["optimizer"]))
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.step = checkpoint.step
+        own = slice(self.workers.start, self.workers.stop)
+        self.losses[own] = tensors[_LOSSES][own].to(self.device)
+        self.loss_images = state["loss_images"]
+        self.bad_images.in_epoch = state.get("bad_images", 0)
+        self.best_error = math.inf if state["best_error"] is None else state["best_error"]
+        self.last_evaluation = Evaluation(**state["evaluation"]) if state["evaluation"] else None
+        return state
+
+
+def _due(period: int, step: int, done: bool) -> bool:
+    """Whether something of this period in steps (0: never) happens after `step` steps; always at the end."""
+    return done or (period > 0 and step % period == 0)

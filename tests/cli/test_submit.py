@@ -1,0 +1,154 @@
+"""Commands that are to run elsewhere: what is handed on, what is refused."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hvd_lb_cli.arguments import hand_on, without_values
+from hvd_lb_cli.train import train
+
+DROPPED = {"hosts", "dry_run", "data"}
+
+
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [
+        ("train --gpus 4 --hosts h1:2,h2:2 --reproducible", "train --gpus 4 --reproducible"),
+        ("train --hosts=h1:2 --gpus=4", "train --gpus=4"),
+        ("train --dry-run --gpus 4 --no-nesterov", "train --gpus 4 --no-nesterov"),
+        # A value that looks like an option is a value.
+        ("train --output --hosts --gpus 4", "train --output --hosts --gpus 4"),
+        ("train --env --dry-run --data '--gpus' --epochs 3", "train --env --dry-run --epochs 3"),
+        ("train --recipe 'a b;$(x)'", "train --recipe 'a b;$(x)'"),
+    ],
+)
+def test_options_that_say_where_are_left_out(line: str, kept: str) -> None:
+    assert hand_on(shlex.split(line), train, DROPPED) == shlex.split(kept)
+
+
+def test_values_of_variables_are_not_shown() -> None:
+    line = "train --env A=b=c --env B --env=C=d --recipe r=s"
+    assert without_values(line.split()) == ["train", "--env", "A", "--env", "B", "--env=C", "--recipe", "r=s"]
+
+
+def hvd_lb(
+    *arguments: object, cwd: Path, status: int = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "hvd_lb_cli.main", *map(str, arguments)]
+    hidden = ("SLURM_", "LSB_", "HVD_LB_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    done = subprocess.run(
+        command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    assert list(cwd.iterdir()) == []
+    return done
+
+
+def test_a_slurm_script_has_the_users_command_with_paths_that_hold_anywhere(tmp_path: Path) -> None:
+    command = ("train", "--gpus", 16, "--data", "digits", "--launcher", "slurm", "--per-node", 4)
+    script = hvd_lb(*command, "--output", "runs/a b", "--slurm-partition", "gpu", cwd=tmp_path).stdout
+    assert "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=4\n#SBATCH --gpus-per-node=4\n" in script
+    line = next(line for line in script.splitlines() if " train " in line)
+    inner = shlex.split(line.rstrip("& "))[4:]
+    told = ["--data", "digits", "--device", "cuda", "--output", f"{tmp_path}/runs/a b"]
+    assert inner == ["train", "--gpus", "16", *told, "--launcher", "slurm"]
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_the_same_command_names_the_same_run(tmp_path: Path) -> None:
+    command = ("train", "--gpus", 16, "--data", "digits", "--launcher", "slurm")
+    first, again, other = (
+        hvd_lb(*line, cwd=tmp_path).stdout
+        for line in (command, (*command, "--slurm-time", "1:00"), (*command, "--seed", 1))
+    )
+    name = [next(line for line in text.splitlines() if "job-name" in line) for text in (first, again, other)]
+    assert name[0] == name[1] != name[2]
+
+
+def test_an_mpijob_of_the_published_image(tmp_path: Path) -> None:
+    command = ("train", "--gpus", 16, "--data", "digits", "--launcher", "kubernetes", "--env", "TOKEN=t")
+    volume = ("--k8s-volume", "pvc:runs:/runs", "--output", "/runs/a")
+    job = yaml.safe_load(hvd_lb(*command, *volume, cwd=tmp_path).stdout)
+    launcher = job["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"][0]
+    assert launcher["image"].startswith("ghcr.io/hvd-lb/hvd-lb:0.")
+    assert launcher["command"][:4] == ["hvd-lb", "train", "--gpus", "16"]
+    assert "TOKEN=t" not in launcher["command"]
+    assert {"name": "TOKEN", "value": "t"} in launcher["env"]
+
+
+def test_containers_over_ssh_are_told_before_any_is_started(tmp_path: Path) -> None:
+    command = (
+        "train",
+        "--data",
+        "digits",
+        "--device",
+        "cpu",
+        "--hosts",
+        "h1:2,h2:2",
+        "--image",
+        "i",
+        "--dry-run",
+    )
+    first, second, inner = hvd_lb(*command, "--env", "TOKEN=t", cwd=tmp_path).stdout.splitlines()
+    assert first.startswith("ssh ")
+    assert " h1 " in first
+    assert " h2 " in second
+    assert inner.startswith("hvd-lb train --data digits --device cpu --output")
+    assert "TOKEN=t" not in first + second + inner
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--launcher", "slurm", "--data", "digits"), "--gpus is left out"),
+        (("--launcher", "kubernetes", "--data", "digits", "--gpus", 8), "--output"),
+        (
+            (
+                "--launcher",
+                "slurm",
+                "--gpus",
+                8,
+                "--data",
+                "digits",
+                "--image",
+                "x",
+                "--container-image",
+                "y",
+            ),
+            "give one of them",
+        ),
+        (("--launcher", "slurm", "--gpus", 8, "--data", "digits", "--hosts", "h1"), "finds its own hosts"),
+        (("--launcher", "slurm", "--gpus", 8, "--data", "digits", "--model", "nope"), "nope"),
+        (("--launcher", "ssh", "--gpus", 8, "--data", "digits"), "give --hosts"),
+        (("--launcher", "local", "--hosts", "h1"), "finds its own hosts"),
+        (("--hosts", "h1", "--hostfile", "f"), "give one of them"),
+        (("--image", "x", "--data", "digits"), "name them with --hosts"),
+        (("--image", "x", "--data", "digits", "--hosts", "h1,h2"), "h1:8"),
+        (("--submit", "--data", "digits"), "--submit submits a job"),
+        (
+            ("--container-image", "x", "--data", "digits"),
+            "--container-image has no meaning for a run that is started on this",
+        ),
+        (("--ssh-port", 22, "--data", "digits"), "--ssh-port has no meaning"),
+        (
+            ("--k8s-queue", "q", "--data", "digits", "--hosts", "h1"),
+            "--k8s-queue has no meaning for a run that is started over",
+        ),
+        (("--launcher", "kubernetes", "--slurm-time", "1:00", "--gpus", 8), "--slurm-time has no meaning"),
+        (("--container-port", 2222, "--data", "digits", "--hosts", "h1"), "--container-port has no meaning"),
+        (("--env", "a b=c", "--data", "digits"), "NAME=VALUE"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    tmp_path: Path, arguments: tuple[object, ...], said: str
+) -> None:
+    done = hvd_lb("train", "--device", "cpu", *arguments, cwd=tmp_path, status=2)
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""

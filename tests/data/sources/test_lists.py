@@ -1,0 +1,151 @@
+"""Lists of images: what is read from them, and the line that is named for each mistake."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from image_files import photo
+
+from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.sources.lists import read_list
+from hvd_lb.errors import UserError
+
+Make = Callable[..., Path]
+PICTURES = ["a.png", "b c.png", 'quote".png', "comma,.png", "é 漢.png", "line\nbreak.png", "sub/d.png"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "set"
+    (folder / "sub").mkdir(parents=True)
+    for width, name in enumerate(PICTURES, start=20):
+        photo(width, 30).save(folder / name)
+    return folder
+
+
+def write(path: Path, records: list[list[str]], delimiter: str = ",") -> None:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file, delimiter=delimiter).writerows(records)
+
+
+@pytest.mark.parametrize("header", [[], [["path", "label"]], [["label", "extra", "Path"]]])
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_a_pair_of_lists_is_a_data_set(suffix: str, header: list[list[str]], folder: Path) -> None:
+    labels = ["bee", "ant", "bee", "ant", "bee", "the cat, or dog", "bee"]
+    records = [list(of) for of in zip(PICTURES, labels, strict=True)]
+    if header and header[0][0] == "label":
+        records = [[label, "", path] for path, label in records]
+    for split, chosen in (("train", records), ("val", records[:2])):
+        write(folder / f"{split}.{suffix}", header + chosen, "\t" if suffix == "tsv" else ",")
+    for spec in (folder, folder / f"train.{suffix}"):
+        data = open_dataset(str(spec))
+        assert data.train.classes == data.val.classes == ["ant", "bee", "the cat, or dog"]
+        assert data.train.labels.tolist() == [1, 0, 1, 0, 1, 2, 1]
+        assert data.train.widths.tolist() == list(range(20, 27))
+        assert [os.path.relpath(data.train.name(i), folder) for i in range(7)] == PICTURES
+        assert data.val.labels.tolist() == [1, 0]
+        assert data.train.read(np.array([5]))[0].tobytes() == (folder / PICTURES[5]).read_bytes()
+
+
+def test_numbers_are_labels_as_they_are(folder: Path) -> None:
+    write(folder / "train.csv", [["a.png", "2"], ["b c.png", "00"], ["sub/d.png", "1"], ["comma,.png", "10"]])
+    write(folder / "val.csv", [["a.png", "02"]])
+    with pytest.raises(UserError, match="no images to train on in 3, 4, 5 and 4 more"):
+        open_dataset(str(folder))
+    (folder / "classes.txt").write_text("ant\nbee\ncat\n")
+    with pytest.raises(UserError, match=r"train.csv, line 4: label '10' is no class; expected one of the 3"):
+        open_dataset(str(folder))
+    write(folder / "train.csv", [["a.png", "2"], ["b c.png", "00"], ["sub/d.png", "bee"]])
+    data = open_dataset(str(folder))
+    assert data.train.classes == ["ant", "bee", "cat"]
+    assert data.train.labels.tolist() == [2, 0, 1]
+    assert data.val.labels.tolist() == [2]
+
+
+def test_one_list_is_divided_and_paths_may_be_absolute(folder: Path, tmp_path: Path) -> None:
+    records = [[str(folder / name), "one" if i % 2 else "two"] for i, name in enumerate(PICTURES)]
+    (tmp_path / "lists").mkdir()
+    write(tmp_path / "lists" / "all.csv", records)
+    data = open_dataset(str(tmp_path / "lists" / "all.csv"), val_fraction=0.3)
+    names = [of.name(i) for of in (data.train, data.val) for i in range(len(of))]
+    assert sorted(names) == sorted(path for path, _ in records)
+
+
+def test_names_that_are_no_text_are_kept(folder: Path) -> None:
+    strange = os.fsencode(folder) + b"/\xff\xfe.png"
+    os.rename(folder / "a.png", strange)
+    (folder / "train.csv").write_bytes(b"\xef\xbb\xbf\xff\xfe.png,1\nb c.png,0\n")
+    (folder / "val.csv").write_bytes(b"b c.png,0\r\n")
+    data = open_dataset(str(folder))
+    assert os.fsencode(data.train.name(0)) == strange
+
+
+def test_a_changed_list_is_read_again(folder: Path) -> None:
+    write(folder / "train.csv", [["a.png", "x"], ["b c.png", "y"]])
+    write(folder / "val.csv", [["a.png", "x"]])
+    before = open_dataset(str(folder))
+    write(folder / "train.csv", [["a.png", "y"], ["b c.png", "x"]])
+    after = open_dataset(str(folder))
+    assert after.train.labels.tolist() == [1, 0]
+    assert before.fingerprint() != after.fingerprint()
+
+
+MISTAKES = {
+    "a.png,x\nb.png,x\n": r"train.csv, line 2: 'b.png' cannot be read \(No such file",
+    "a.png,x\n\nb c.png\n": "train.csv, line 3: 1 columns, expected 2",
+    "path,label\na.png,x,y\n": "train.csv, line 2: 3 columns, expected 2",
+    '"line\nbreak.png",x\na.png,\n': "train.csv, line 3: no label",
+    "a.png,x\n,x\n": "train.csv, line 2: no path",
+    'a.png,x\n"b c.png,x\n': "train.csv, line 2: unexpected end of data",
+    "a.png,x\nsub/d.txt,x\n": r"train.csv, line 2: 'sub/d.txt': no image file \(.jpg",
+    "a.png,x\nsub/d.gif,x\n": "train.csv, line 2: 'sub/d.gif': GIF is not read",
+    "name;kind\n": r"train.csv, line 1: expected `path,label`, not 'name;kind'",
+    "a.png,99999999999\n": "train.csv, line 1: label '99999999999' is no class",
+    "": "holds no images",
+}
+
+
+@pytest.mark.parametrize("content", MISTAKES)
+def test_mistakes_name_the_line(content: str, folder: Path) -> None:
+    (folder / "train.csv").write_text(content)
+    (folder / "val.csv").write_text("a.png,x\n")
+    with pytest.raises(UserError, match=MISTAKES[content]) as raised:
+        open_dataset(str(folder))
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_missing_is_said(folder: Path) -> None:
+    write(folder / "train.csv", [["a.png", "x"]])
+    with pytest.raises(UserError, match="no val.csv beside it; .*--val-fraction"):
+        open_dataset(str(folder))
+    write(folder / "val.csv", [["a.png", "z"]])
+    with pytest.raises(UserError, match="val.csv, line 1: label 'z' is no class; expected one of the 1"):
+        open_dataset(str(folder))
+    with pytest.raises(UserError, match="nowhere.csv: no such file"):
+        open_dataset(str(folder / "nowhere.csv"))
+
+
+@given(
+    st.lists(st.tuples(st.text(min_size=1), st.text("abc 漢\"\n,\t'", min_size=1)), min_size=1, max_size=9)
+)
+def test_what_csv_writes_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory, records: list[tuple[str, str]]
+) -> None:
+    usable = [[path.replace("\0", "").lstrip() + "x.png", "l" + label.strip()] for path, label in records]
+    for suffix, delimiter in (("csv", ","), ("tsv", "\t")):
+        path = tmp_path_factory.mktemp("lists") / f"list.{suffix}"
+        with path.open("w", newline="", encoding="utf-8", errors="surrogatepass") as file:
+            try:
+                csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows(
+                    [["path", "label"], *usable]
+                )
+            except UnicodeEncodeError:
+                return
+        assert [[entry.path, entry.label] for entry in read_list(path)] == usable

@@ -1,0 +1,66 @@
+"""The surroundings of the reproducible mode: kernels, and what is told where the last bits may change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hvd_lb.errors import UserError
+from hvd_lb.exact.reproducible import deterministic_kernels, rounding_differences, rounding_environment
+from hvd_lb.launch.resume import find_resume_point
+from hvd_lb.machine.cpu import cpu_features
+from hvd_lb.recipe import Recipe
+from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.training.checkpoint import CheckpointStore
+
+
+def test_settings_are_put_back() -> None:
+    settings: Any = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory
+    with deterministic_kernels("resnet8"):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not settings.fill_uninitialized_memory
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert settings.fill_uninitialized_memory == before
+
+
+def test_an_operation_without_a_deterministic_kernel_is_named() -> None:
+    with (
+        pytest.raises(UserError, match="mynet uses put_, .*--no-reproducible"),
+        deterministic_kernels("mynet"),
+    ):
+        torch.zeros(3).put_(torch.arange(2), torch.ones(2))
+    with pytest.raises(RuntimeError, match="something else"), deterministic_kernels("mynet"):
+        raise RuntimeError("something else")
+
+
+def test_the_environment_is_described_and_compared() -> None:
+    here = rounding_environment("cpu")
+    assert here["device"] == "cpu"
+    assert here["torch"] == torch.__version__
+    assert here["cpu_features"] == cpu_features() == sorted(set(cpu_features()))
+    assert rounding_differences(here, dict(here)) == []
+    elsewhere = {**here, "torch": "2.15.0", "cpu_features": [*here["cpu_features"][1:], "avx1024"]}
+    assert rounding_differences(here, elsewhere) == [
+        f"CPU without {here['cpu_features'][0]}, with avx1024",
+        f"torch: {torch.__version__} → 2.15.0",
+    ]
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_going_on_elsewhere_is_warned_about(reproducible: bool, tmp_path: Path) -> None:
+    recipe, here = Recipe(reproducible=reproducible), rounding_environment("cpu")
+    state = {"recipe": recipe.mathematics(), "environment": {**here, "torch": "2.13.0"}}
+    CheckpointStore(tmp_path / "run" / "checkpoints").save(3, {}, {}, state)
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe.to_yaml())
+    resume_point = find_resume_point(RunDirectory(tmp_path / "run"), recipe, "auto", 9, here)
+    assert resume_point.step == 3
+    if reproducible:
+        (message,) = resume_point.messages
+        assert f"step-00000003 was made elsewhere (torch: 2.13.0 → {torch.__version__})" in message
+        assert "not bitwise" in message
+    else:
+        assert resume_point.messages == []

@@ -1,0 +1,159 @@
+"""A Slurm job's nodes and ranks, and srun's command line: what is read and written, exactly."""
+
+import socket
+from importlib.util import find_spec
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvd_lb.errors import UserError
+from hvd_lb.launch.rank.slurm import rank_environment
+from hvd_lb.launch.starters.allocation import (
+    Container,
+    allocation,
+    expand_counts,
+    one_per_node,
+    slots,
+    srun_command,
+)
+
+needs_horovod = pytest.mark.skipif(find_spec("horovod") is None, reason="needs Horovod")
+
+
+def compressed(counts: list[int]) -> str:
+    """As Slurm writes numbers per node."""
+    runs: list[list[int]] = []
+    for count in counts:
+        if runs and runs[-1][0] == count:
+            runs[-1][1] += 1
+        else:
+            runs.append([count, 1])
+    return ",".join(str(count) + (f"(x{times})" if times > 1 else "") for count, times in runs)
+
+
+def test_counts_per_node() -> None:
+    assert expand_counts("8") == [8]
+    assert expand_counts("2(x3),1") == [2, 2, 2, 1]
+    assert expand_counts("72,1(x2),8") == [72, 1, 1, 8]
+    for bad in ("", "2(3)", "2x3", "2,", "-1", "2(x3)(x2)"):
+        with pytest.raises(ValueError, match="such as"):
+            expand_counts(bad)
+
+
+@given(st.lists(st.integers(1, 128), min_size=1, max_size=40))
+def test_counts_are_read_as_slurm_writes_them(counts: list[int]) -> None:
+    assert expand_counts(compressed(counts)) == counts
+
+
+def test_a_slot_is_a_gpu_or_a_task_or_a_core() -> None:
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_CPUS_PER_NODE": "96(x2)"}
+    assert slots("auto", job) == [96, 96]
+    job["SLURM_TASKS_PER_NODE"] = "3,2"
+    assert slots("auto", job) == slots("cuda", job) == [3, 2]
+    job["SLURM_GPUS_ON_NODE"] = "8"
+    assert slots("auto", job) == slots("cuda", job) == [8, 8]
+    assert slots("cpu", job) == [3, 2]
+
+
+def test_outside_of_a_job_there_is_no_allocation() -> None:
+    assert allocation("auto", {}) is None
+
+
+def test_one_task_of_several_is_told_so() -> None:
+    with pytest.raises(UserError, match="one of 16 tasks that srun started.*without srun"):
+        allocation("auto", {"SLURM_JOB_NODELIST": "h[1-2]", "SLURM_STEP_NUM_TASKS": "16"})
+
+
+def test_without_scontrol_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="no scontrol on PATH.*not in a container"):
+        allocation("auto", {"SLURM_JOB_NODELIST": "h[1-2]"})
+
+
+def test_srun_fills_the_nodes_in_order() -> None:
+    command = srun_command([("h3", 2), ("h1", 1)], ["python", "-m", "rank", "a b"])
+    assert command[0] == "env"
+    assert command[command.index("srun") :] == [
+        "srun",
+        "--distribution=arbitrary",
+        "--nodelist=h3,h3,h1",
+        "--nodes=2",
+        "--ntasks=3",
+        "--overlap",
+        "--overcommit",
+        "--cpu-bind=none",
+        "--mpi=none",
+        "--export=HOME,PATH,LD_LIBRARY_PATH,PYTHONPATH",
+        "--kill-on-bad-exit=1",
+        "--input=none",
+        "--unbuffered",
+        *("python", "-m", "rank", "a b"),
+    ]
+    unset = command[1 : command.index("srun")]
+    assert unset[::2] == ["-u"] * (len(unset) // 2)
+    assert {"SLURM_HOSTFILE", "SLURM_NTASKS_PER_NODE", "SLURM_GPUS_PER_TASK"} < set(unset[1::2])
+
+
+def test_one_task_per_node_reads_what_srun_reads() -> None:
+    command = one_per_node(["h1", "h2"], ["probe"], container=Container("img:1", ("/data", "/out put")))
+    assert command[command.index("srun") + 1 :] == [
+        "--distribution=arbitrary",
+        "--nodelist=h1,h2",
+        "--nodes=2",
+        "--ntasks=2",
+        "--overlap",
+        "--overcommit",
+        "--cpu-bind=none",
+        "--mpi=none",
+        "--export=HOME,PATH,LD_LIBRARY_PATH,PYTHONPATH",
+        "--container-image=img:1",
+        "--container-mounts=/data:/data,/out put:/out put",
+        "--kill-on-bad-exit=0",
+        "--input=all",
+        "probe",
+    ]
+
+
+def test_an_mpi_is_named_and_a_mount_that_pyxis_would_misread_is_refused() -> None:
+    assert "--mpi=pmix" in srun_command([("h1", 1)], ["x"], mpi="pmix")
+    with pytest.raises(UserError, match="cannot be mounted"):
+        srun_command([("h1", 1)], ["x"], container=Container("image", ("/a,b",)))
+
+
+@needs_horovod
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+def test_ranks_are_horovods(counts: list[int]) -> None:
+    from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
+    from horovod.runner.gloo_run import create_slot_env_vars
+
+    rank = 0
+    assigned = get_host_assignments([HostInfo(f"n{i}", count) for i, count in enumerate(counts)], sum(counts))
+    for node, count in enumerate(counts):
+        for local_rank in range(count):
+            task = {
+                "SLURMD_NODENAME": f"n{node}",
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(local_rank),
+                "SLURM_NODEID": str(node),
+                "SLURM_STEP_TASKS_PER_NODE": compressed(counts),
+            }
+            assert rank_environment(task) == {
+                name: value
+                for name, value in create_slot_env_vars(assigned[rank]).items()
+                if name in rank_environment(task)
+            }
+            rank += 1
+    assert rank == len(assigned)
+
+
+@needs_horovod
+def test_the_rendezvous_listens_on_its_address_alone() -> None:
+    from hvd_lb.launch.starters.rendezvous import rendezvous
+
+    with rendezvous("127.0.0.2", [("h1", 2)], 2) as environment:
+        assert environment["HOROVOD_GLOO_RENDEZVOUS_ADDR"] == "127.0.0.2"
+        port = int(environment["HOROVOD_GLOO_RENDEZVOUS_PORT"])
+        socket.create_connection(("127.0.0.2", port), timeout=5).close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)

@@ -1,0 +1,31 @@
+"""Whose run a folder holds."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hvd_lb.errors import UserError
+from hvd_lb.launch.resume import stored_recipe
+from hvd_lb.report import run_directory
+from hvd_lb.report.run_directory import RunDirectory, replace_text
+
+
+def test_a_start_killed_while_it_writes_its_recipe_is_no_stranger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    os.close(run.lock())
+
+    def killed(*_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_directory.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        replace_text(run.recipe, "data: digits\n")
+    assert not run.recipe.exists()
+    assert len(list(run.path.iterdir())) == 3
+    assert stored_recipe(run) is None
+    (run.path / "notes.txt").touch()
+    with pytest.raises(UserError, match="holds something that is not a run"):
+        stored_recipe(run)

@@ -1,0 +1,163 @@
+"""Checkpoints: whole or absent, every byte verified, old ones removed, nothing unpickled."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+from hvd_lb.errors import UserError
+from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
+
+MODEL = {"weight": torch.arange(6.0).reshape(2, 3), "shared": torch.ones(4)[:2]}
+OPTIMIZER = {"state/0/velocity": torch.full((2, 3), 0.5)}
+
+
+def save(store: CheckpointStore, *steps: int, best: int | None = None) -> None:
+    for step in steps:
+        store.save(step, MODEL, OPTIMIZER, {"next": {"epoch": 0, "step": step}}, best=step == best)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints")
+    save(store, 7)
+    checkpoint = open_checkpoint(tmp_path / "checkpoints" / "last")
+    assert checkpoint.step == 7
+    assert checkpoint.state["next"] == {"epoch": 0, "step": 7}
+    assert checkpoint.path.name == "step-00000007"
+    for mine, read in ((MODEL, checkpoint.model()), (OPTIMIZER, checkpoint.optimizer())):
+        assert mine.keys() == read.keys()
+        assert all(torch.equal(mine[key], read[key]) for key in mine)
+    assert sorted(p.name for p in checkpoint.path.iterdir()) == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    save(store, 1, 2, 3, 4, 5, best=2)
+    assert [path.name for path in store.newest_first()] == ["step-00000005", "step-00000004", "step-00000002"]
+    assert (tmp_path / "last").resolve().name == "step-00000005"
+    assert (tmp_path / "best").resolve().name == "step-00000002"
+
+
+def damage_truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def damage_flip(folder: Path) -> None:
+    file = folder / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def damage_missing(folder: Path) -> None:
+    (folder / "optimizer.safetensors").unlink()
+
+
+def damage_state(folder: Path) -> None:
+    state = json.loads((folder / "state.json").read_text())
+    state["next"]["step"] = 1
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def damage_json(folder: Path) -> None:
+    (folder / "state.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_missing, damage_state, damage_json])
+def test_a_damaged_checkpoint_is_recognised_and_the_one_before_used(damage, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    store = CheckpointStore(tmp_path)
+    save(store, 1, 2)
+    damage(tmp_path / "step-00000002")
+    with pytest.raises(UserError, match="is damaged"):
+        open_checkpoint(tmp_path / "last")
+    found, problems = store.newest_intact()
+    assert found is not None
+    assert found.step == 1
+    assert len(problems) == 1
+    assert "step-00000002 is damaged" in problems[0]
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no checkpoint"):
+        open_checkpoint(tmp_path)
+    assert CheckpointStore(tmp_path / "none").newest_intact() == (None, [])
+
+
+def test_an_interrupted_write_leaves_the_others_alone(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    (tmp_path / ".writing-step-00000002").mkdir()
+    (tmp_path / ".writing-step-00000002" / "model.safetensors").write_bytes(b"half")
+    found, problems = store.newest_intact()
+    assert found is not None
+    assert (found.step, problems) == (1, [])
+    save(store, 2)
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_going_on_from_an_older_checkpoint_discards_the_later_ones(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    save(store, 22, 44, 66, best=66)
+    store.discard_after(44)
+    assert not (tmp_path / "last").is_symlink()
+    assert not (tmp_path / "best").is_symlink()
+    save(store, 45)
+    assert (tmp_path / "last").resolve().name == "step-00000045"
+    assert [path.name for path in store.newest_first()] == ["step-00000045", "step-00000044"]
+
+
+def killed_in_a_write(store: CheckpointStore, step: int, operation: int) -> bool:
+    """Save the best checkpoint so far in a process that SIGKILL ends before its file operation of this number."""
+    operations: list[str] = []
+
+    def hook(event: str, _: tuple[object, ...]) -> None:
+        if event in ("open", "os.mkdir", "os.rename", "os.symlink", "os.remove", "os.rmdir"):
+            operations.append(event)
+            if len(operations) > operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def write() -> None:
+        sys.addaudithook(hook)
+        save(store, step, best=step)
+
+    process = multiprocessing.get_context("fork").Process(target=write)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def test_killed_at_any_operation_the_next_run_finds_everything(tmp_path: Path) -> None:
+    """The checkpoint being written is absent or whole; when whole, `last` and `best` point at it in the next run."""
+    newest = set()
+    for operation in count():
+        store = CheckpointStore(tmp_path / f"{operation}", keep=1)
+        save(store, 1, 2, best=1)
+        killed = killed_in_a_write(store, 3, operation)
+        last, best = store.folder / "last", store.folder / "best"
+        for path in (*store.newest_first(), last, best):
+            open_checkpoint(path)
+        found, problems = store.newest_intact()
+        assert found is not None
+        assert not problems
+        newest.add(found.step)
+        store.discard_after(found.step)
+        assert open_checkpoint(last).step == found.step
+        assert open_checkpoint(best).step == (3 if found.step == 3 else 1)
+        save(store, 4)
+        names = {"step-00000004", best.resolve().name, "last", "best"}
+        assert {path.name for path in store.folder.iterdir()} == names
+        if not killed:
+            break
+    assert newest == {2, 3}
