@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from hvd_lb.data.dataset import open_dataset
-from hvd_lb.data.loading.contract import Pixels
+from hvd_lb.data.loading.contract import Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.exact.fixed_point import FixedPointSum
 from hvd_lb.optim import SGD, parameter_groups
@@ -37,7 +37,7 @@ def main(name: str) -> None:
         ids = [plan.image_ids(epoch, 0, worker) for epoch in range(STEPS) for worker in range(WORKERS)]
         return [Microbatch(i, windows.windows(0, i, train.widths[i], train.heights[i])) for i in ids]
 
-    pixels = Pixels(16, (0.3, 0.3, 0.3), (0.4, 0.4, 0.4), True)
+    pixels = Preprocessing(16, (0.3, 0.3, 0.3), (0.4, 0.4, 0.4), True)
     fixed = FixedPointSum([p.detach() for p in parameters], WORKERS, "gradients")
     loader = open_loader(
         "dali", train, microbatches(), pixels, batch_size=IMAGES, device=torch.device("cpu"), threads=1

@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 
 from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.images import Images
-from hvd_lb.data.loading.contract import Pixels
+from hvd_lb.data.loading.contract import Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.data.loading.shared_pixels import cached
 from hvd_lb.data.prepare.pack import pack
@@ -69,7 +69,7 @@ def main() -> None:
 def open_sides(folder: Path, size: int, threads: int, stack: ExitStack) -> dict[str, Batches]:
     """Every side, endless, with its batches made ahead."""
     opened = open_dataset(str(folder))
-    images, pixels = opened.train, Pixels(size, MEAN, STD, antialias=True)
+    images, pixels = opened.train, Preprocessing(size, MEAN, STD, antialias=True)
     pack(opened, folder / "packed", source=str(folder))
     shards = open_dataset(str(folder / "packed")).train
     kept, file = cached(opened, "memory", f"benchmark {os.getpid()}")

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 import rich_click as click
 
 
-def hand_on(arguments: Sequence[str], command: click.Command, without: Iterable[str]) -> list[str]:
+def forwarded_arguments(
+    arguments: Sequence[str], command: click.Command, without: Iterable[str]
+) -> list[str]:
     """`arguments` of `command` without the options named in `without` (as parameters: ssh_port) and their values."""
     options = {
         flag: option
@@ -30,7 +32,7 @@ def hand_on(arguments: Sequence[str], command: click.Command, without: Iterable[
     return kept
 
 
-def without_values(arguments: Sequence[str]) -> list[str]:
+def without_env_values(arguments: Sequence[str]) -> list[str]:
     """`arguments` as others may read them: of --env NAME=VALUE the name alone."""
     shown = list(arguments)
     for i, word in enumerate(shown):

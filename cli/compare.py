@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rich_click as click
 from rich import box
@@ -13,10 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from hvd_lb.errors import UserError
-from hvd_lb.report.compare import Comparison, MetricDifference, MetricsComparison, compare_runs
-from hvd_lb.report.compare_tensors import CheckpointComparison, TensorComparison
 from hvd_lb.report.text import count
 from hvd_lb_cli.show import print_plan
+
+if TYPE_CHECKING:
+    from hvd_lb.report.compare import Comparison, MetricDifference, MetricsComparison
+    from hvd_lb.report.compare_tensors import CheckpointComparison, TensorComparison
 
 _RUN = click.Path(path_type=Path)
 
@@ -47,6 +50,8 @@ def compare(run_a: Path, run_b: Path, step: int | None, tensors: int) -> int:
     hvd-lb compare runs/a runs/b --step 440
     hvd-lb compare runs/a/checkpoints/best runs/b/checkpoints/last
     """
+    from hvd_lb.report.compare import compare_runs  # needs torch
+
     console = Console()
     try:
         with console.status("comparing"):

@@ -1,4 +1,4 @@
-"""`hvd-lb doctor`: what this machine, or every one of several, has for a run, what it lacks, and the mend."""
+"""`hvd-lb doctor`: what this machine, or every one of several, has for a run, what it lacks, and the fix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hvd_lb.doctor import Finding, examine
+from hvd_lb.doctor.examine import examine
+from hvd_lb.doctor.finding import Finding
 from hvd_lb.doctor.selftest import selftest
 from hvd_lb.launch.options import LaunchOptions
 from hvd_lb_cli.options.launch import host_options
@@ -46,7 +47,7 @@ def doctor(
 ) -> int:
     """Check what this machine has for a run; exit code 1 when `hvd-lb train` could not run.
 
-    Each line is ok, missing or wrong, with the mend. A missing GPU or Open MPI is no failure.
+    Each line is ok, missing or wrong, with the fix. A missing GPU or Open MPI is no failure.
     With --hosts or --hostfile it checks those, as `hvd-lb train` does before it starts anything.
 
     \b
@@ -67,13 +68,13 @@ def doctor(
 
 
 def _show_table(console: Console, findings: Iterable[Finding]) -> list[Finding]:
-    table = Table("", "state", "found", "mend", box=box.SIMPLE_HEAD)
+    table = Table("", "state", "found", "fix", box=box.SIMPLE_HEAD)
     shown = []
     with console.status("examining") as status:
         for finding in findings:
             status.update(f"examined {finding.name.strip()}")
             state = Text(finding.state, style=_COLOURS[finding.state])
-            table.add_row(Text(finding.name), state, Text(finding.detail), Text(finding.mend))
+            table.add_row(Text(finding.name), state, Text(finding.detail), Text(finding.fix))
             shown.append(finding)
     console.print(table)
     return shown
@@ -83,7 +84,7 @@ def _print_lines(findings: Iterable[Finding]) -> list[Finding]:
     """One line each, as soon as it is known: for pipes and logs."""
     shown = []
     for finding in findings:
-        mend = f"; mend: {finding.mend}" if finding.mend else ""
-        click.echo(f"{finding.state:<8}{finding.name:<16}  {finding.detail}{mend}")
+        fix = f"; fix: {finding.fix}" if finding.fix else ""
+        click.echo(f"{finding.state:<8}{finding.name:<16}  {finding.detail}{fix}")
         shown.append(finding)
     return shown

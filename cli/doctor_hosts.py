@@ -13,7 +13,7 @@ from hvd_lb.launch.preflight.judge import Request, preflight
 from hvd_lb.launch.starters.ssh import asking_over_ssh, reach_over_ssh
 from hvd_lb.launch.submit.command import Submission
 from hvd_lb.launch.submit.docker.check import docker_preflight
-from hvd_lb.launch.target import named_hosts
+from hvd_lb.launch.target import named_target
 from hvd_lb.report.text import count
 from hvd_lb_cli.show import print_preflight
 
@@ -22,7 +22,7 @@ def examine_hosts(
     console: Console, options: LaunchOptions, device: str, data: str | None, output: Path, image: str | None
 ) -> int:
     """Shows what is found on each, for containers of an image if one is named; 1 when a run could not start there."""
-    where = named_hosts(options)
+    where = named_target(options)
     hosts = where.hosts if where else []
     folder = data_folder(data) if data else None
     place = output.expanduser().absolute()

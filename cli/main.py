@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import metadata
 
 import rich_click as click
 from click.exceptions import NoArgsIsHelpError
@@ -27,7 +26,7 @@ _COMMANDS = {
 
 
 @click.group(cls=LazyGroup, lazy=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(metadata.version("hvd-lb"), prog_name="hvd-lb")
+@click.version_option(package_name="hvd-lb", prog_name="hvd-lb")
 def cli() -> None:
     """Train image models with very large minibatches on many GPUs, without losing accuracy.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
-from PIL import Image
 
 from hvd_lb.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class _Picture(click.Path):

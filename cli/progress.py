@@ -14,7 +14,7 @@ _LINE_SECONDS = 10.0
 
 
 @contextmanager
-def lasting_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+def long_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """For `on_progress(label, done, total)`: a line every ten seconds, and at the end of what had lines before."""
     if console.is_terminal:
         with index_progress(console) as on_progress:

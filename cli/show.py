@@ -37,18 +37,18 @@ def print_preflight(console: Console, report: Report) -> None:
         for host, findings in report.findings.items():
             bad = [finding for finding in findings if finding.state != "ok"]
             for finding in bad:
-                mend = f"; mend: {finding.mend}" if finding.mend else ""
-                console.print(f"wrong   {host}  {finding.name}: {finding.detail}{mend}", **_PLAIN)
+                fix = f"; fix: {finding.fix}" if finding.fix else ""
+                console.print(f"wrong   {host}  {finding.name}: {finding.detail}{fix}", **_PLAIN)
             if not bad:
                 console.print(
                     f"ok      {host}  {', '.join(f'{f.name}: {f.detail}' for f in findings)}", **_PLAIN
                 )
         return
-    table = Table("host", "", "state", "found", "mend", box=box.SIMPLE_HEAD)
+    table = Table("host", "", "state", "found", "fix", box=box.SIMPLE_HEAD)
     for host, findings in report.findings.items():
         for finding in findings:
             state = Text(finding.state, style="green" if finding.state == "ok" else "red")
-            table.add_row(Text(host), finding.name, state, Text(finding.detail), Text(finding.mend))
+            table.add_row(Text(host), finding.name, state, Text(finding.detail), Text(finding.fix))
             host = ""
     console.print(table)
 

@@ -6,22 +6,19 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
-import torch
 from rich.console import Console
 
-from hvd_lb.launch.session import default_output, run_job
-from hvd_lb.launch.starters.local import local
-from hvd_lb.machine.placement import choose_device, place
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.text import count, duration, speed
-from hvd_lb.resolve import Resolved, explain, resolve
-from hvd_lb.simulate import Rehearsal, rehearse
-from hvd_lb.training.models import parameter_count
 from hvd_lb_cli.options.recipe import recipe_options, run_options
 from hvd_lb_cli.show import index_progress, print_plan
+
+if TYPE_CHECKING:
+    from hvd_lb.resolve import Resolved
+    from hvd_lb.simulate import Rehearsal
 
 _STARTED = time.monotonic()
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -62,13 +59,23 @@ def simulate(
     hvd-lb simulate --gpus 256 --per-gpu-batch 32
     hvd-lb simulate --gpus 256 --per-gpu-batch 32 --data /data/imagenet --steps 20
     """
+    import torch  # here: --help needs neither it nor what follows
+
+    from hvd_lb.launch.session import default_output, run_job
+    from hvd_lb.launch.starters.local import local
+    from hvd_lb.machine.placement import choose_device, choose_placement
+    from hvd_lb.resolve import explain, resolve
+    from hvd_lb.simulate import rehearse
+
     console = Console()
     where = choose_device(device)
     with index_progress(console) as on_progress:
         resolved = resolve(
             options, recipe=recipe, default_gpus=1, fallback_data="synthetic", on_progress=on_progress
         )
-    placement = place(where, gpus=resolved.recipe.gpus, processes=1, threads=resolved.recipe.threads)
+    placement = choose_placement(
+        where, gpus=resolved.recipe.gpus, processes=1, threads=resolved.recipe.threads
+    )
     plan = [*explain(resolved), ("memory", _memory(resolved.recipe))]
     if "steps" in options or "epochs" in options:
         return run_job(
@@ -97,6 +104,8 @@ def simulate(
 
 
 def _memory(recipe: Recipe) -> str:
+    from hvd_lb.training.models import parameter_count
+
     parameters = parameter_count(recipe.model, recipe.num_classes or 1)
     size = 3 * parameters * (8 if recipe.precision == "fp64" else 4)
     integers = ""

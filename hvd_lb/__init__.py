@@ -9,7 +9,7 @@ In a loop of your own:
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from hvd_lb.schedule import Schedule, scaled_learning_rate
     from hvd_lb.world import current, init, shutdown
 
-__version__ = metadata.version("hvd-lb")
+    __version__: str
+
 __all__ = [
     "SGD",
     "DistributedOptimizer",
@@ -46,6 +47,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("hvd-lb")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -20,7 +20,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from hvd_lb.data.options import MAX_PIXELS, MOST_PIXELS, CacheKind, LoaderKind, OnBadImage
 from hvd_lb.errors import UserError, nearest
-from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.samples import LastBatch, SamplePlan
 from hvd_lb.schedule import Rule, Schedule, Shape, Warmup
 
@@ -78,7 +77,8 @@ def _free(default: Any, description: str, **limits: Any) -> Any:
 class Recipe(BaseModel):
     """One run. Units: epochs and steps count from 0, learning rates are for a minibatch of 256 images."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Built at first use: --help, which only lists the fields, need not wait for it.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     description: str = _free("", "What this recipe is for.")
 
@@ -253,6 +253,8 @@ class Recipe(BaseModel):
 
     def sample_plan(self, images: int) -> SamplePlan:
         """The plan on a data set of so many training images; UserError when the minibatch is larger than that."""
+        from hvd_lb.plan.counter import generator_seed  # needs numpy, which --help does not
+
         return SamplePlan(
             images, self.gpus, self.per_gpu_batch, generator_seed(self.seed, 2), self.last_batch
         )

@@ -17,7 +17,6 @@ from hvd_lb.errors import UserError
 from hvd_lb.plan.samples import SamplePlan
 from hvd_lb.recipe import OPTIONS, Recipe, load_values, make_recipe
 from hvd_lb.schedule import Schedule
-from hvd_lb.training.models import check_input, check_model_name, has_batch_norm
 
 _IMAGENET_CLASSES, _IMAGENET_IMAGES = 1000, 1_000_000
 _SMALL_SIDE = 64
@@ -57,6 +56,8 @@ def resolve(
     `fallback_data` is used where neither options nor recipe name data (`simulate`: synthetic); without it
     $HVD_LB_DATA or /data is. UserError for what cannot work.
     """
+    from hvd_lb.training.models import check_input  # here and below: needs torch, which --help does not
+
     given = check_options(options, recipe)
     spec = data_spec(options, given, fallback_data)
     val_fraction = options.get("val_fraction", given.get("val_fraction"))
@@ -103,6 +104,8 @@ def check_options(options: Mapping[str, Any], recipe: str | None) -> Mapping[str
     make_recipe(options, OPTIONS)
     given = load_values(recipe) if recipe else {}
     if "model" in {**given, **options}:
+        from hvd_lb.training.models import check_model_name
+
         check_model_name({**given, **options}["model"])
     return given
 
@@ -126,6 +129,8 @@ def choose_preset(spec: str, dataset: Dataset) -> tuple[str, str]:
 def _check_recompute_bn(recipe: Recipe, plan: SamplePlan) -> None:
     if recipe.recompute_bn is None:
         return
+    from hvd_lb.training.models import has_batch_norm
+
     if not has_batch_norm(recipe.model):
         raise UserError(
             f"--recompute-bn {recipe.recompute_bn}, but {recipe.model} has no batch norm whose statistics could be "

@@ -37,7 +37,7 @@ def test_a_library_is_missing_or_broken() -> None:
     broken = libraries.check_torchvision(nms)
     assert states(broken) == [("wrong", True)]  # installed here
     assert "operator torchvision::nms" in broken.detail
-    assert "pip install torchvision==0.29.1" in broken.mend
+    assert "pip install torchvision==0.29.1" in broken.fix
     assert states(libraries.check_python((3, 10, 4)), libraries.check_python((3, 11, 0))) == [
         ("wrong", True),
         ("ok", False),
@@ -90,7 +90,7 @@ def test_hidden_gpus_are_no_failure() -> None:
 def test_open_mpi_and_a_compiler_are_optional() -> None:
     found = (libraries.check_open_mpi(None, HOROVOD), machine.check_compiler(None, None))
     assert states(*found) == [("missing", False)] * 2
-    assert "apt-get install g++ make" in found[1].mend
+    assert "apt-get install g++ make" in found[1].fix
 
 
 def test_room_is_measured_where_the_folder_will_be(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_the_printed_lines_and_the_exit_code(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("hvd_lb_cli.doctor.examine", lambda: iter(findings))
     run = CliRunner().invoke(doctor, standalone_mode=False)
     assert run.return_value == 0
-    assert run.output == "ok      torch             2.14.1\nmissing GPUs              none; mend: buy [one]\n"
+    assert run.output == "ok      torch             2.14.1\nmissing GPUs              none; fix: buy [one]\n"
     findings.append(Finding("DALI", "missing", "not installed", "install it", required=True))
     run = CliRunner().invoke(doctor, standalone_mode=False)
     assert run.return_value == 1

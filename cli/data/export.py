@@ -7,11 +7,8 @@ from pathlib import Path
 import rich_click as click
 from rich.console import Console
 
-from hvd_lb.data.dataset import open_dataset
-from hvd_lb.data.prepare.export import export
-from hvd_lb.machine.cpu import usable_cores
 from hvd_lb.report.text import count
-from hvd_lb_cli.progress import lasting_progress
+from hvd_lb_cli.progress import long_progress
 
 
 @click.command("export")
@@ -28,7 +25,11 @@ def export_command(source: str, target: Path, val_fraction: float | None) -> Non
     \b
     hvd-lb data export fashion-mnist /data/fashion
     """
-    with lasting_progress(Console()) as on_progress:
+    from hvd_lb.data.dataset import open_dataset  # here: --help needs none of it
+    from hvd_lb.data.prepare.export import export
+    from hvd_lb.machine.cpu import usable_cores
+
+    with long_progress(Console()) as on_progress:
         dataset = open_dataset(
             source, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
         )

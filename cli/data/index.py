@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import rich_click as click
 from rich.console import Console
 
-from hvd_lb.data.index.dataset import index_splits
-from hvd_lb.data.index.index import Index
-from hvd_lb.data.spec import data_folder
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count
-from hvd_lb_cli.progress import lasting_progress
+from hvd_lb_cli.progress import long_progress
+
+if TYPE_CHECKING:
+    from hvd_lb.data.index.index import Index
 
 
 @click.command("index")
@@ -36,11 +37,14 @@ def index_command(source: str, beside: bool, check: bool, val_fraction: float | 
     hvd-lb data index /data/imagenet --beside
     hvd-lb data index /data/imagenet --check
     """
+    from hvd_lb.data.index.dataset import index_splits  # here: --help needs none of it
+    from hvd_lb.data.spec import data_folder
+
     if data_folder(source) is None:
         raise UserError(f"{source}: needs no index; expected a folder, a list or shards")
     began = time.monotonic()
     told: list[str] = []
-    with lasting_progress(Console()) as on_progress:
+    with long_progress(Console()) as on_progress:
 
         def show(label: str, done: int, total: int) -> None:
             told[:] = [label]

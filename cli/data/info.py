@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rich_click as click
 from rich.console import Console
 
-from hvd_lb.data.dataset import open_dataset
-from hvd_lb.data.prepare.survey import SIDE_EDGES, Range, Survey, survey
-from hvd_lb.data.spec import default_data
-from hvd_lb.machine.cpu import usable_cores
 from hvd_lb.report.text import count
 from hvd_lb_cli.picture_file import PICTURE, write_picture
-from hvd_lb_cli.progress import lasting_progress
+from hvd_lb_cli.progress import long_progress
+
+if TYPE_CHECKING:
+    from hvd_lb.data.prepare.survey import Range, Survey
 
 _BAR = 12
 
@@ -43,12 +43,17 @@ def info(source: str | None, val_fraction: float | None, sheet: Path | None, spl
     \b
     hvd-lb data info /data/imagenet --sheet imagenet.png
     """
+    from hvd_lb.data.dataset import open_dataset  # here: --help needs none of it
+    from hvd_lb.data.prepare.survey import survey
+    from hvd_lb.data.spec import default_data
+    from hvd_lb.machine.cpu import usable_cores
+
     spec = source or default_data()
-    with lasting_progress(Console()) as on_progress:
+    with long_progress(Console()) as on_progress:
         dataset = open_dataset(spec, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip")
     splits = {"train": dataset.train, "val": dataset.val}
     found = [survey(images, 4 * usable_cores()) for images in splits.values()]
-    rows = [(spec, *splits), *zip(_TOPICS, *map(_figures, found), strict=True)]
+    rows = [(spec, *splits), *zip(_topics(), *map(_figures, found), strict=True)]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     for row in rows:
         if any(row[1:]):
@@ -67,16 +72,19 @@ def info(source: str | None, val_fraction: float | None, sheet: Path | None, spl
         write_picture(contact_sheet(images, title, seed=seed), sheet)
 
 
-_SIDES = [f"  up to {high:,}" for high in SIDE_EDGES[1:]] + [f"  over {SIDE_EDGES[-1]:,}"]
-_TOPICS = [
-    *("images", "classes", "images in a class", "broken headers", "width", "height", "longer side"),
-    *_SIDES,
-    *("formats", "bytes", "EXIF orientation"),
-]
+def _topics() -> list[str]:
+    from hvd_lb.data.prepare.survey import SIDE_EDGES
+
+    return [
+        *("images", "classes", "images in a class", "broken headers", "width", "height", "longer side"),
+        *(f"  up to {high:,}" for high in SIDE_EDGES[1:]),
+        f"  over {SIDE_EDGES[-1]:,}",
+        *("formats", "bytes", "EXIF orientation"),
+    ]
 
 
 def _figures(of: Survey) -> list[str]:
-    """One for each of _TOPICS; empty where there is nothing to say."""
+    """One for each of `_topics`; empty where there is nothing to say."""
     total = sum(of.sides)
     about = "" if of.opened == of.images else "about "
     kind = " of pixels" if of.pixels_only else ""

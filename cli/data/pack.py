@@ -9,13 +9,9 @@ from typing import Any
 import rich_click as click
 from rich.console import Console
 
-from hvd_lb.data.dataset import open_dataset
-from hvd_lb.data.prepare.encode import Encoding
-from hvd_lb.data.prepare.pack import pack
 from hvd_lb.errors import UserError
-from hvd_lb.machine.cpu import usable_cores
 from hvd_lb.report.text import count
-from hvd_lb_cli.progress import lasting_progress
+from hvd_lb_cli.progress import long_progress
 
 _UNITS = {"B": 1, **{f"{unit}B": 1000**n for n, unit in enumerate("kMGT", start=1)}}
 _UNITS |= {f"{unit}iB": 1024**n for n, unit in enumerate("KMGT", start=1)}
@@ -83,11 +79,16 @@ def pack_command(
     hvd-lb data pack /data/imagenet /fast/imagenet-shards
     hvd-lb data pack /data/imagenet /fast/imagenet-500 --max-side 500
     """
+    from hvd_lb.data.dataset import open_dataset  # here: --help needs none of it
+    from hvd_lb.data.prepare.encode import Encoding
+    from hvd_lb.data.prepare.pack import pack
+    from hvd_lb.machine.cpu import usable_cores
+
     console = Console()
     place = Path(source).expanduser()
     if place.exists() and target.resolve().is_relative_to(place.resolve()):
         raise UserError(f"{target}: lies in {source}; give a folder outside of what is packed")
-    with lasting_progress(console) as on_progress:
+    with long_progress(console) as on_progress:
         dataset = open_dataset(
             source, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
         )

@@ -5,22 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
-import torch
 from rich.console import Console
 
-from hvd_lb.machine.placement import choose_device
-from hvd_lb.plan.shuffle import Permutation
 from hvd_lb.recipe import Recipe
-from hvd_lb.report.pictures.preview import COLOURS
-from hvd_lb.report.pictures.preview import preview as draw
-from hvd_lb.report.pictures.views import views
-from hvd_lb.resolve import Resolved, resolve
 from hvd_lb_cli.options.recipe import recipe_options
 from hvd_lb_cli.picture_file import PICTURE, write_picture
-from hvd_lb_cli.progress import lasting_progress
+from hvd_lb_cli.progress import long_progress
+
+if TYPE_CHECKING:
+    from hvd_lb.resolve import Resolved
 
 _EPOCHS = 4
 _option = functools.partial(click.option, panel="The picture")
@@ -61,8 +57,16 @@ def preview(options: dict[str, Any], recipe: str | None, output: Path, images: i
     hvd-lb data preview --data /data/imagenet --recipe goyal-resnet50
     hvd-lb data preview --data digits --crop-scale 0.3,1 --output crops.png
     """
+    import torch
+
+    from hvd_lb.machine.placement import choose_device  # here: --help needs none of it
+    from hvd_lb.report.pictures.preview import COLOURS
+    from hvd_lb.report.pictures.preview import preview as draw
+    from hvd_lb.report.pictures.views import views
+    from hvd_lb.resolve import resolve
+
     where = torch.device(choose_device(device))
-    with lasting_progress(Console()) as on_progress:
+    with long_progress(Console()) as on_progress:
         resolved = resolve(options, recipe=recipe, default_gpus=1, on_progress=on_progress)
     chosen, dataset = resolved.recipe, resolved.dataset
     epochs = min(_EPOCHS, chosen.epochs, len(COLOURS))
@@ -81,6 +85,8 @@ def _first_images(resolved: Resolved) -> Iterator[int]:
 
 def _some(images: int, seed: int) -> Iterator[int]:
     """All numbers, in a random order: neighbours are of one class."""
+    from hvd_lb.plan.shuffle import Permutation
+
     order = Permutation(images, seed, 0)
     for position in range(images):
         yield int(order.slice(position, position + 1)[0])

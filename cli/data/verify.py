@@ -9,14 +9,9 @@ from typing import Any, get_args
 import rich_click as click
 from rich.console import Console
 
-from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.options import MAX_PIXELS, MOST_PIXELS, LoaderKind
-from hvd_lb.data.prepare.verify import verify
-from hvd_lb.data.sources.folders import NoImages
-from hvd_lb.machine.cpu import usable_cores
-from hvd_lb.report.run_directory import write_json
 from hvd_lb.report.text import count, printable
-from hvd_lb_cli.progress import lasting_progress
+from hvd_lb_cli.progress import long_progress
 
 
 @click.command("verify")
@@ -58,9 +53,15 @@ def verify_command(
     hvd-lb data verify /data/imagenet
     hvd-lb data verify /data/imagenet --json broken.json
     """
+    from hvd_lb.data.dataset import open_dataset  # here: --help needs none of it
+    from hvd_lb.data.prepare.verify import verify  # needs torch
+    from hvd_lb.data.sources.folders import NoImages
+    from hvd_lb.machine.cpu import usable_cores
+    from hvd_lb.report.run_directory import write_json
+
     console = Console(stderr=True)
     bad: list[dict[str, Any]] = []
-    with lasting_progress(console) as on_progress:
+    with long_progress(console) as on_progress:
         try:
             dataset = open_dataset(
                 source, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"

@@ -92,7 +92,7 @@ _OPTIONS = (
         "--k8s-node-selector",
         type=_Parsed("KEY=VALUE", parse_label),
         multiple=True,
-        help="Workers run on nodes with this label only. Again for each.",
+        help="RankProcesses run on nodes with this label only. Again for each.",
     ),
     _option(
         "--k8s-toleration",

@@ -76,7 +76,7 @@ _OPTIONS = (
 )
 LAUNCH_OPTIONS = {option.name for option in fields(LaunchOptions)}
 #: Those that mean the same where the command runs in the end.
-HANDED_ON = {"network_interface", "allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"}
+FORWARDED = {"network_interface", "allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"}
 SSH_OPTIONS = {"hosts", "hostfile", "ssh_port", "ssh_key", "strict_host_keys", "network_interface"}
 
 

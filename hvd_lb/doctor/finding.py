@@ -13,7 +13,7 @@ class Finding:
     name: str
     state: State
     detail: str
-    mend: str = ""
+    fix: str = ""
     required: bool = False
 
     @property

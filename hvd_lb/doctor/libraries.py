@@ -30,8 +30,8 @@ def check_torch(torch: Answer) -> Finding:
 
 def check_torchvision(torchvision: Answer) -> Finding:
     if isinstance(torchvision, ProbeError):
-        mend = "pip install torchvision==0.29.1, which fits torch 2.14.1"
-        return _broken("torchvision", torchvision, installed_version("torchvision"), mend)
+        fix = "pip install torchvision==0.29.1, which fits torch 2.14.1"
+        return _broken("torchvision", torchvision, installed_version("torchvision"), fix)
     return Finding("torchvision", "ok", str(torchvision["version"]), required=True)
 
 
@@ -43,8 +43,8 @@ def check_driver(gpus: Answer, torch: Answer) -> Finding:
     detail = f"{gpus['driver']}, CUDA {gpus['cuda']}"
     needed = None if isinstance(torch, ProbeError) else torch["cuda"]
     if needed and int(gpus["cuda"].split(".")[0]) < int(needed.split(".")[0]):
-        mend = f"install a driver for CUDA {needed} or newer (580 for 13.0)"
-        return Finding(name, "wrong", f"{detail}, but torch is for CUDA {needed}", mend, required=True)
+        fix = f"install a driver for CUDA {needed} or newer (580 for 13.0)"
+        return Finding(name, "wrong", f"{detail}, but torch is for CUDA {needed}", fix, required=True)
     return Finding(name, "ok", detail)
 
 
@@ -61,8 +61,8 @@ def check_gpus(gpus: Answer, torch: Answer, visible: str | None) -> Finding:
         return Finding("GPUs", "ok" if usable else "missing", shown)
     if usable == len(gpus["names"]):
         return Finding("GPUs", "ok", detail)
-    mend = "install torch 2.14.1 from PyPI (built for CUDA 13) and a driver that fits"
-    return Finding("GPUs", "wrong", f"torch works on {usable} of: {detail}", mend, required=True)
+    fix = "install torch 2.14.1 from PyPI (built for CUDA 13) and a driver that fits"
+    return Finding("GPUs", "wrong", f"torch works on {usable} of: {detail}", fix, required=True)
 
 
 def check_horovod(
@@ -97,18 +97,18 @@ def check_horovod(
 
 
 def check_dali(dali: Answer, installed: str | None) -> Finding:
-    mend = "pip install nvidia-dali-cuda130, or train with --loader torchvision"
+    fix = "pip install nvidia-dali-cuda130, or train with --loader torchvision"
     if isinstance(dali, ProbeError):
-        return _broken("DALI", dali, installed, mend)
+        return _broken("DALI", dali, installed, fix)
     if not dali["works"]:
-        return Finding("DALI", "wrong", f"{dali['version']} computes wrongly", mend, required=True)
+        return Finding("DALI", "wrong", f"{dali['version']} computes wrongly", fix, required=True)
     return Finding("DALI", "ok", f"{dali['version']}, a CPU pipeline runs", required=True)
 
 
 def check_open_mpi(version: str | None, horovod: Answer) -> Finding:
-    mend = "for MPI: apt-get install openmpi-bin libopenmpi-dev, then rebuild Horovod; Gloo needs none"
+    fix = "for MPI: apt-get install openmpi-bin libopenmpi-dev, then rebuild Horovod; Gloo needs none"
     if version is None:
-        return Finding("Open MPI", "missing", "no mpirun; runs use Gloo", mend)
+        return Finding("Open MPI", "missing", "no mpirun; runs use Gloo", fix)
     if not isinstance(horovod, ProbeError) and not horovod["mpi"]:
         return Finding("Open MPI", "ok", f"{version}; Horovod was built without it")
     return Finding("Open MPI", "ok", version)
@@ -132,11 +132,11 @@ def find_horovodrun() -> str | None:
     return str(own) if own.exists() else shutil.which("horovodrun")
 
 
-def _broken(name: str, error: ProbeError, installed: str | None, mend: str) -> Finding:
+def _broken(name: str, error: ProbeError, installed: str | None, fix: str) -> Finding:
     """A required library that gave no answer: not installed, or installed and unusable."""
     if installed is None:
-        return Finding(name, "missing", "not installed", mend, required=True)
-    return Finding(name, "wrong", f"{installed} does not work: {error}", mend, required=True)
+        return Finding(name, "missing", "not installed", fix, required=True)
+    return Finding(name, "wrong", f"{installed} does not work: {error}", fix, required=True)
 
 
 def installed_version(distribution: str) -> str | None:

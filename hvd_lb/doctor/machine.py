@@ -13,8 +13,8 @@ _GIB = 2**30
 def check_compiler(compiler: str | None, make: str | None) -> Finding:
     missing = [package for package, found in (("g++", compiler), ("make", make)) if found is None]
     if missing:
-        mend = f"to build Horovod: apt-get install {' '.join(missing)}"
-        return Finding("C++ compiler", "missing", f"no {' and no '.join(missing)}", mend)
+        fix = f"to build Horovod: apt-get install {' '.join(missing)}"
+        return Finding("C++ compiler", "missing", f"no {' and no '.join(missing)}", fix)
     return Finding("C++ compiler", "ok", str(compiler))
 
 
@@ -39,8 +39,8 @@ def check_cores(count: int) -> Finding:
 def check_memory(available: int, *, least: int = 2 * _GIB) -> Finding:
     detail = f"{available / _GIB:.1f} GiB available"
     if available < least:
-        mend = f"free some: a worker needs about {least / _GIB:.0f} GiB"
-        return Finding("memory", "wrong", detail, mend)
+        fix = f"free some: a worker needs about {least / _GIB:.0f} GiB"
+        return Finding("memory", "wrong", detail, fix)
     return Finding("memory", "ok", detail)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hvd_lb.data.loading.contract import Pixels
+from hvd_lb.data.loading.contract import Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.plan.augment import Microbatch, RandomWindows
 from hvd_lb.world import init, shutdown
@@ -36,7 +36,7 @@ def pixels(device: str) -> None:
     images = Photographs()
     ids = np.arange(len(images))
     windows = RandomWindows(seed=0).windows(0, ids, images.widths, images.heights)
-    levels = Pixels(128, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255), antialias=True)
+    levels = Preprocessing(128, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255), antialias=True)
     options = {"batch_size": len(ids), "device": torch.device(device), "threads": 1}
     tensors = []
     for kind in ("dali", "torchvision"):

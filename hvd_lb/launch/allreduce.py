@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.options import AllreduceName
-from hvd_lb.world.horovod import built_with, import_horovod
+from hvd_lb.world.build import built_with, import_horovod
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ import shlex
 from pathlib import Path
 
 from hvd_lb.launch.job import Job
-from hvd_lb.launch.plan import Launch
+from hvd_lb.launch.plan import LaunchPlan
 from hvd_lb.report.run_directory import RunDirectory
 
 _END = "end of job.json"
 _WIDTH = 110
 
 
-def describe(job: Job, launch: Launch, run: RunDirectory) -> str:
+def describe(job: Job, launch: LaunchPlan, run: RunDirectory) -> str:
     """Makes the run directory and the job's file, readable by its owner alone, and starts the processes.
 
     Taken by hand this way, a run writes all that its processes write; checkpoints, metrics, logs; but no report.

@@ -31,7 +31,7 @@ _SAID_SIGNALS = {"Killed": 9, "Terminated": 15, "Aborted": 6, "Segmentation faul
 
 
 @dataclass(frozen=True)
-class WorkerFailure:
+class RankFailure:
     """The first failure of a job, for a person."""
 
     message: str
@@ -44,7 +44,7 @@ class WorkerFailure:
         return f"{who} on {self.host} failed: {self.message} (full log: {self.log})"
 
 
-def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: int) -> WorkerFailure:
+def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: int) -> RankFailure:
     """What the process said that failed first, else how it ended; `status` is the launcher's."""
     errors = [json.loads(path.read_text("utf-8")) for path in sorted(logs.glob("error-*.json"))]
     # When one process fails Horovod's other processes fail in turn, with an error of Horovod's own.
@@ -54,13 +54,13 @@ def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: 
     told = {error["rank"] for error in errors}
     text = launcher_log.read_text("utf-8", errors="replace") if launcher_log.exists() else ""
     if failed := _NODE_FAILURE.search(text):
-        return WorkerFailure(
+        return RankFailure(
             "the node failed", _first_rank(failed["host"], hosts), failed["host"], launcher_log
         )
     if never := _NEVER_STARTED.search(text):
         rank = int(never["rank"])
         message = f"Slurm did not start it: {never['said']}"
-        return WorkerFailure(message, rank, host_of_rank(hosts, rank), launcher_log)
+        return RankFailure(message, rank, host_of_rank(hosts, rank), launcher_log)
     endings = [match for pattern in _ENDINGS for match in pattern.finditer(text)]
     silent = [match for match in endings if int(match["rank"]) not in told]
     if silent:
@@ -71,12 +71,12 @@ def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: 
         others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         host = host_of_rank(hosts, lost[0])
         message = f"it was lost{others}: killed, or its host or network went away"
-        return WorkerFailure(message, lost[0], host, logs / log_name(lost[0], host))
+        return RankFailure(message, lost[0], host, logs / log_name(lost[0], host))
     if errors:
         return _told(min(errors, key=lambda error: error["time"]), logs, hosts)
     host = host_of_rank(hosts, 0)
     log = logs / log_name(0, host) if processes == 1 and not _last_line(text) else launcher_log
-    return WorkerFailure(_how(status, log), 0 if processes == 1 else None, host, log)
+    return RankFailure(_how(status, log), 0 if processes == 1 else None, host, log)
 
 
 def _first_rank(name: str, hosts: Sequence[Host]) -> int | None:
@@ -88,14 +88,14 @@ def _first_rank(name: str, hosts: Sequence[Host]) -> int | None:
     return None
 
 
-def _told(error: dict[str, Any], logs: Path, hosts: Sequence[Host]) -> WorkerFailure:
+def _told(error: dict[str, Any], logs: Path, hosts: Sequence[Host]) -> RankFailure:
     plain = error["kind"] in ("UserError", "Diverged")
     message = error["message"] if plain else f"{error['kind']}: {error['message']}"
     host = host_of_rank(hosts, error["rank"])
-    return WorkerFailure(message, error["rank"], host, logs / log_name(error["rank"], host))
+    return RankFailure(message, error["rank"], host, logs / log_name(error["rank"], host))
 
 
-def _ended(match: re.Match[str], logs: Path, hosts: Sequence[Host], launcher_log: Path) -> WorkerFailure:
+def _ended(match: re.Match[str], logs: Path, hosts: Sequence[Host], launcher_log: Path) -> RankFailure:
     """What can be said of a process that could not say anything itself."""
     found = match.groupdict()
     rank = int(found["rank"])
@@ -108,8 +108,8 @@ def _ended(match: re.Match[str], logs: Path, hosts: Sequence[Host], launcher_log
     if not log.exists():  # it never came so far
         log = launcher_log
     if code == SSH_FAILED:
-        return WorkerFailure(_how_ssh_ended(rank, launcher_log), rank, host, launcher_log)
-    return WorkerFailure(_how(code, log), rank, host, log)
+        return RankFailure(_how_ssh_ended(rank, launcher_log), rank, host, launcher_log)
+    return RankFailure(_how(code, log), rank, host, log)
 
 
 def _how_ssh_ended(rank: int, launcher_log: Path) -> str:

@@ -17,7 +17,7 @@ _STALL_SECONDS = 1800
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchPlan:
     """`command(JOB.json)` starts all processes of a job, `environment` is set in each of them before anything else.
 
     `during` is entered while they run, if there is one; what it gives is added to their environment.

@@ -10,19 +10,19 @@ import subprocess
 from contextlib import ExitStack
 from typing import Any
 
-from hvd_lb.launch.failure import WorkerFailure, find_failure
+from hvd_lb.launch.failure import RankFailure, find_failure
 from hvd_lb.launch.job import Job
-from hvd_lb.launch.plan import Launch
+from hvd_lb.launch.plan import LaunchPlan
 from hvd_lb.launch.stopping import AT_ONCE
 from hvd_lb.report.run_directory import RunDirectory, replace_text
 
 _PR_SET_PDEATHSIG = 1
 
 
-class Workers:
+class RankProcesses:
     """A started job. What its launcher says goes to RUN/logs/launcher.log; each rank has a log of its own beside it."""
 
-    def __init__(self, job: Job, launch: Launch, run: RunDirectory, lock: int):
+    def __init__(self, job: Job, launch: LaunchPlan, run: RunDirectory, lock: int):
         for old in (*run.logs.glob("error-*.json"), *run.logs.glob("*.log")):
             old.unlink()
         for stale in (run.heartbeat, run.stop, run.stopped):
@@ -79,7 +79,7 @@ class Workers:
         finally:
             self._during.close()
 
-    def failure(self, status: int) -> WorkerFailure:
+    def failure(self, status: int) -> RankFailure:
         """Why the job ended with `status`."""
         return find_failure(self._run.logs, self.log, self._hosts, status)
 

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from hvd_lb.exact.reproducible import rounding_environment
 from hvd_lb.launch.job import Job
-from hvd_lb.launch.plan import Launch, process_environment
-from hvd_lb.launch.processes import Workers
+from hvd_lb.launch.plan import LaunchPlan, process_environment
+from hvd_lb.launch.processes import RankProcesses
 from hvd_lb.launch.resume import ResumePoint, find_resume_point
 from hvd_lb.launch.stopping import SIGNALS
 from hvd_lb.machine.environment import describe_environment
@@ -52,7 +52,7 @@ def resume_point_of(run: RunDirectory, resolved: Resolved, placement: Placement,
 
 
 def plan_job(
-    resolved: Resolved, placement: Placement, launch: Launch, run: RunDirectory, resume_point: ResumePoint
+    resolved: Resolved, placement: Placement, launch: LaunchPlan, run: RunDirectory, resume_point: ResumePoint
 ) -> Job:
     """What every process of the run is told."""
     return Job(
@@ -73,7 +73,7 @@ def plan_job(
 def run_job(
     resolved: Resolved,
     placement: Placement,
-    launch: Launch,
+    launch: LaunchPlan,
     *,
     output: Path | None,
     resume: str,
@@ -116,7 +116,7 @@ def run_job(
     )
     began = time.monotonic()
     with _signals() as received:
-        workers = Workers(job, launch, run, lock)
+        workers = RankProcesses(job, launch, run, lock)
         try:
             with RunView(run, display, resume_point.step) as view:
                 while (status := workers.wait(_LOOK_SECONDS)) is None and len(received) < 2:

@@ -19,7 +19,7 @@ Launcher = Literal["local", "ssh", "slurm", "submit-slurm", "submit-kubernetes"]
 
 
 @dataclass(frozen=True)
-class Where:
+class Target:
     """`launcher` and the hosts it starts processes on; `how` says where they were found."""
 
     launcher: Launcher
@@ -27,11 +27,11 @@ class Where:
     how: str = ""
 
 
-def find_where(
+def find_target(
     options: LaunchOptions, device: Literal["auto", "cpu", "cuda"], environment: Mapping[str, str]
-) -> Where:
+) -> Target:
     """`environment` is this process's. UserError for options that contradict each other, or name no host."""
-    named = named_hosts(options)
+    named = named_target(options)
     if named and options.launcher not in ("auto", "ssh"):
         raise UserError(
             f"--launcher {options.launcher} finds its own hosts: leave --hosts and --hostfile out"
@@ -39,24 +39,24 @@ def find_where(
     if named:
         return named
     if options.launcher == "kubernetes":
-        return Where("submit-kubernetes")
+        return Target("submit-kubernetes")
     if options.launcher in ("auto", "slurm") and (nodes := slurm.allocation(device, environment)):
         # One node that this process is on already needs no srun.
         if options.launcher == "slurm" or len(nodes) > 1 or "SLURMD_NODENAME" not in environment:
             hosts = [Host(name, slots) for name, slots in nodes]
-            return Where("slurm", hosts, f"Slurm job {environment['SLURM_JOB_ID']}")
+            return Target("slurm", hosts, f"Slurm job {environment['SLURM_JOB_ID']}")
     elif options.launcher == "slurm":
-        return Where("submit-slurm")
+        return Target("submit-slurm")
     if options.launcher != "local":
         if MPIJOB_HOSTFILE.exists():
             hosts = read_hostfile(MPIJOB_HOSTFILE)
             wait_for_names([host.name for host in hosts], _NAMES_SECONDS)
-            return Where("ssh", hosts, f"MPIJob, {MPIJOB_HOSTFILE}")
+            return Target("ssh", hosts, f"MPIJob, {MPIJOB_HOSTFILE}")
         if hosts := lsf_hosts(environment) or []:
-            return Where("ssh", hosts, f"LSF job {environment['LSB_JOBID']}")
+            return Target("ssh", hosts, f"LSF job {environment['LSB_JOBID']}")
     if options.launcher == "ssh":
         raise UserError("--launcher ssh, but no hosts are named: give --hosts h1:8,h2:8 or --hostfile FILE")
-    return Where("local")
+    return Target("local")
 
 
 def wait_for_names(names: list[str], seconds: float) -> None:
@@ -71,12 +71,12 @@ def wait_for_names(names: list[str], seconds: float) -> None:
             names = names[:-1]
 
 
-def named_hosts(options: LaunchOptions) -> Where | None:
+def named_target(options: LaunchOptions) -> Target | None:
     """The hosts that the user named, if any."""
     if options.hosts is not None and options.hostfile is not None:
         raise UserError("--hosts and --hostfile are both given: give one of them")
     if options.hosts is not None:
-        return Where("ssh", parse_hosts(options.hosts), "--hosts")
+        return Target("ssh", parse_hosts(options.hosts), "--hosts")
     if options.hostfile is not None:
-        return Where("ssh", read_hostfile(options.hostfile), f"--hostfile {options.hostfile}")
+        return Target("ssh", read_hostfile(options.hostfile), f"--hostfile {options.hostfile}")
     return None

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hvd_lb.machine.cpu import cpu_features, cpu_name, usable_cores
 from hvd_lb.machine.packages import version
 from hvd_lb.machine.placement import Placement
@@ -20,6 +18,8 @@ from hvd_lb.machine.placement import Placement
 
 def describe_environment(placement: Placement, command: Sequence[str]) -> dict[str, Any]:
     """What environment.json tells about where and how a run was made."""
+    import torch
+
     packages = (
         "hvd-lb",
         "torch",
@@ -49,6 +49,8 @@ def describe_environment(placement: Placement, command: Sequence[str]) -> dict[s
 
 
 def _devices(placement: Placement) -> list[str]:
+    import torch
+
     if placement.device == "cuda":
         return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return ["cpu"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from hvd_lb.errors import UserError
 from hvd_lb.machine.cpu import usable_cores
 
@@ -23,11 +21,18 @@ class Placement:
     hosts: tuple[str, ...] = ()
 
 
+def gpus_here() -> int:
+    """CUDA GPUs that this process sees."""
+    import torch  # here: who only names a device or a placement needs no torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def choose_device(name: str) -> DeviceName:
     """cpu or cuda for "auto", "cpu" or "cuda"."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+        return "cuda" if gpus_here() else "cpu"
+    if name == "cuda" and not gpus_here():
         raise UserError(
             "--device cuda, but this machine has 0 CUDA GPUs: name machines that have some with --hosts, use "
             "--device cpu, try it out with `hvd-lb simulate`, or see `hvd-lb doctor` if there should be one"
@@ -37,13 +42,15 @@ def choose_device(name: str) -> DeviceName:
 
 def default_gpus(device: DeviceName) -> int:
     """Virtual workers where nobody said how many: one per GPU of this machine."""
-    return torch.cuda.device_count() if device == "cuda" else 1
+    return gpus_here() if device == "cuda" else 1
 
 
-def place(device: DeviceName, *, gpus: int, processes: int | None, threads: int | None) -> Placement:
+def choose_placement(
+    device: DeviceName, *, gpus: int, processes: int | None, threads: int | None
+) -> Placement:
     """Processes and threads for `gpus` virtual workers on this machine; UserError when they cannot be had."""
     if device == "cuda":
-        there = torch.cuda.device_count()
+        there = gpus_here()
         wanted = processes or gpus
         if wanted > there:
             raise UserError(

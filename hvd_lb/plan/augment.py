@@ -35,7 +35,7 @@ Draw = Callable[[np.ndarray, np.ndarray, np.ndarray], Windows]
 
 
 @dataclass(frozen=True)
-class Place:
+class Origin:
     """Where in a run a microbatch belongs: the `number`-th of step `step` of the run, in the pass `of`.
 
     In training that is the virtual worker; evaluations and recomputations come after their step.
@@ -55,12 +55,12 @@ class Place:
 class Microbatch:
     """One virtual worker's images of one step: ids, int64 (b,), and their windows.
 
-    `place` says where it belongs; `draw` gives the windows of other images in the same place.
+    `origin` says where it belongs; `draw` gives the windows of other images in the same place.
     """
 
     image_ids: np.ndarray
     windows: Windows
-    place: Place | None = None
+    origin: Origin | None = None
     draw: Draw | None = None
 
     def __len__(self) -> int:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal
 
 from hvd_lb.errors import UserError
 from hvd_lb.plan.hosting import hosted
-from hvd_lb.plan.shuffle import Permutation
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hvd_lb.plan.shuffle import Permutation
 
 LastBatch = Literal["drop", "keep"]
 
@@ -33,14 +35,14 @@ class SamplePlan:
             raise ValueError(f"{self}: images, workers and per_worker must be at least 1")
         if self.last_batch == "drop" and self.global_batch > self.images:
             largest = self.images // self.per_worker
-            mend = (
+            fix = (
                 f"use at most {largest} GPUs at {self.per_worker} images each"
                 if largest
                 else f"use at most {self.images} images per GPU"
             )
             raise UserError(
                 f"a minibatch of {self.workers} × {self.per_worker} = {self.global_batch} images, "
-                f"but the data set has {self.images}: {mend}, or --last-batch keep"
+                f"but the data set has {self.images}: {fix}, or --last-batch keep"
             )
 
     @property
@@ -91,4 +93,6 @@ class SamplePlan:
 
 @lru_cache(maxsize=4)
 def _permutation(size: int, seed: int, epoch: int) -> Permutation:
+    from hvd_lb.plan.shuffle import Permutation  # needs numpy, which --help does not
+
     return Permutation(size, seed, epoch)

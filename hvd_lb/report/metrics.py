@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from hvd_lb.report.run_directory import RunDirectory, replace_text
 
 _HEARTBEAT_SECONDS = 0.5
@@ -20,6 +18,8 @@ class RunObserver:
     """Rank 0's observer: writes what the trainer says into the run directory."""
 
     def __init__(self, run: RunDirectory, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # here: only rank 0 needs it, and torch
+
         self._run = run
         self._lines = run.metrics.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step)

@@ -15,7 +15,7 @@ import torch
 
 from hvd_lb.data.decoding.stand_in import StandIn
 from hvd_lb.errors import UserError
-from hvd_lb.plan.augment import Place
+from hvd_lb.plan.augment import Origin
 from hvd_lb.recipe import Recipe
 from hvd_lb.world import Handle, World
 from hvd_lb.world.gather import gather_bytes
@@ -42,13 +42,13 @@ class BadImages:
     def of(cls, recipe: Recipe, world: World, write: Callable[[Sequence[Record]], None]) -> BadImages:
         return cls(world, recipe.on_bad_image == "skip", recipe.max_bad_images, write)
 
-    def tell(self, stand_ins: Sequence[StandIn]) -> None:
+    def record(self, stand_ins: Sequence[StandIn]) -> None:
         self.found += stand_ins
 
     @property
-    def teller(self) -> Callable[[Sequence[StandIn]], None] | None:
+    def on_stand_ins(self) -> Callable[[Sequence[StandIn]], None] | None:
         """For `open_loader`."""
-        return self.tell if self.active else None
+        return self.record if self.active else None
 
     def count(self) -> Handle | None:
         """Starts summing; collective, and so is `settle` with its result."""
@@ -87,12 +87,12 @@ class BadImages:
 
 
 def _record(stand_in: StandIn) -> Record:
-    place = stand_in.place or Place("train", 0, 0, 0)
+    origin = stand_in.origin or Origin("train", 0, 0, 0)
     return {
-        "of": place.of,
-        "epoch": place.epoch,
-        "step": place.step,
-        "worker": place.number,
+        "of": origin.of,
+        "epoch": origin.epoch,
+        "step": origin.step,
+        "worker": origin.number,
         "position": stand_in.position,
         "image": stand_in.image,
         "path": stand_in.path,

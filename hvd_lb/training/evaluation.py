@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from hvd_lb.data.decoding.stand_in import sizes
 from hvd_lb.data.images import Images
-from hvd_lb.data.loading.contract import Pixels
+from hvd_lb.data.loading.contract import Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.data.options import LoaderKind
-from hvd_lb.plan.augment import CentreWindows, Microbatch, Place, Windows
+from hvd_lb.plan.augment import CentreWindows, Microbatch, Origin, Windows
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.training.bad_images import BadImages
 from hvd_lb.world import World
@@ -44,7 +44,7 @@ class Evaluator:
 
     images: Images
     windows: CentreWindows
-    pixels: Pixels
+    preprocessing: Preprocessing
     batch_size: int
     loader: LoaderKind
     threads: int
@@ -59,12 +59,12 @@ class Evaluator:
         """Numbers of the batches of process `rank`."""
         return hosted(rank, processes, -(-len(self.images) // self.batch_size))
 
-    def batches(self, rank: int, processes: int, place: Place) -> Iterator[Microbatch]:
+    def batches(self, rank: int, processes: int, origin: Origin) -> Iterator[Microbatch]:
         """The batches of process `rank`."""
         for batch in self.own(rank, processes):
             ids = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.images)))
             windows = self.windows.windows(*sizes(self.images, ids))
-            yield Microbatch(ids, windows, replace(place, number=batch), self._draw)
+            yield Microbatch(ids, windows, replace(origin, number=batch), self._draw)
 
     def _draw(self, ids: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> Windows:
         return self.windows.windows(widths, heights)
@@ -75,9 +75,9 @@ class Evaluator:
         forward: Callable[[Tensor], Tensor],
         world: World,
         autocast: AbstractContextManager[None],
-        place: Place,
+        origin: Origin,
     ) -> Evaluation:
-        """Collective; `forward` is a model in evaluation mode, `place` says after which step."""
+        """Collective; `forward` is a model in evaluation mode, `origin` says after which step."""
         own = self.own(world.rank, world.size)
         # One row a batch (right, right among five, images, loss), 0 for those of other processes: adding 0 is exact.
         figures = torch.zeros(len(self.own(0, 1)), 4, dtype=torch.float64, device=self.device)
@@ -86,18 +86,18 @@ class Evaluator:
             open_loader(
                 self.loader,
                 self.images,
-                self.batches(world.rank, world.size, place),
-                self.pixels,
+                self.batches(world.rank, world.size, origin),
+                self.preprocessing,
                 batch_size=self.batch_size,
                 device=self.device,
                 threads=self.threads,
                 prefetch=self.prefetch,
                 max_pixels=self.max_pixels,
-                tell=self.bad_images.teller,
+                on_stand_ins=self.bad_images.on_stand_ins,
             ) as loader,
         ):
             for batch, (x, y) in zip(own, loader, strict=True):
-                bad = [of.position for of in self.bad_images.found if of.place and of.place.number == batch]
+                bad = [of.position for of in self.bad_images.found if of.origin and of.origin.number == batch]
                 if bad:
                     y[bad] = _LEFT_OUT  # a stand-in only fills the batch
                 logits = forward(x.to(self.dtype, memory_format=self.memory_format)).double()

@@ -13,7 +13,7 @@ from functools import partial
 
 from hvd_lb.data.decoding.stand_in import sizes
 from hvd_lb.data.images import Images
-from hvd_lb.plan.augment import Microbatch, Place, RandomWindows
+from hvd_lb.plan.augment import Microbatch, Origin, RandomWindows
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.plan.shuffle import Permutation
@@ -36,8 +36,8 @@ class Recomputation:
         for number in numbers:
             positions = hosted(number, self.count, self.images)
             ids = order.slice(positions.start, positions.stop)
-            place = Place("recompute_bn", epoch, step - 1, number)
-            yield Microbatch(ids, draw(ids, *sizes(self._train, ids)), place, draw)
+            origin = Origin("recompute_bn", epoch, step - 1, number)
+            yield Microbatch(ids, draw(ids, *sizes(self._train, ids)), origin, draw)
 
     def seed(self, step: int, number: int) -> int:
         """Of what the model draws (dropout) in one of them."""

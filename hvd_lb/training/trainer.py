@@ -18,14 +18,14 @@ import torch
 
 from hvd_lb.data.decoding.stand_in import sizes
 from hvd_lb.data.images import Dataset
-from hvd_lb.data.loading.contract import Loader, Pixels
+from hvd_lb.data.loading.contract import Loader, Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.errors import UserError
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.exact.reproducible import deterministic_kernels, rounding_environment
 from hvd_lb.optim import SGD, DistributedOptimizer, parameter_groups
 from hvd_lb.optim.state import flatten_state, restore_state
-from hvd_lb.plan.augment import CentreWindows, Microbatch, Place, RandomWindows
+from hvd_lb.plan.augment import CentreWindows, Microbatch, Origin, RandomWindows
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.recipe import Recipe, differing_fields, period_in_seconds, period_in_steps
@@ -72,7 +72,7 @@ class Diverged(RuntimeError):
     """The loss is no longer a number; going on would waste the machines."""
 
 
-def _nobody() -> int:
+def _never() -> int:
     return 0
 
 
@@ -95,7 +95,7 @@ class Trainer:
         observer: Observer,
         store: CheckpointStore | None = None,
         checkpoint: Checkpoint | None = None,
-        stop_requested: Callable[[], int] = _nobody,
+        stop_requested: Callable[[], int] = _never,
     ):
         self.recipe, self.dataset, self.world, self.device = recipe, dataset, world, device
         self.threads, self.observer, self.store = threads, observer, store
@@ -107,7 +107,7 @@ class Trainer:
         self.workers = hosted(world.rank, world.size, recipe.gpus)
         self.windows = RandomWindows(recipe.seed, recipe.crop_scale, recipe.crop_ratio, recipe.flip)
         self.recomputation = Recomputation(recipe, dataset.train, self.windows)
-        self.pixels = Pixels(recipe.image_size, recipe.mean, recipe.std, recipe.antialias)
+        self.preprocessing = Preprocessing(recipe.image_size, recipe.mean, recipe.std, recipe.antialias)
         self.dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
 
@@ -270,8 +270,8 @@ class Trainer:
             draw = partial(self.windows.windows, epoch)
             for worker in self._workers_with_images(epoch_step):
                 ids = self.plan.image_ids(epoch, epoch_step, worker)
-                place = Place("train", epoch, step, worker)
-                yield Microbatch(ids, draw(ids, *sizes(self.dataset.train, ids)), place, draw)
+                origin = Origin("train", epoch, step, worker)
+                yield Microbatch(ids, draw(ids, *sizes(self.dataset.train, ids)), origin, draw)
 
     def _workers_with_images(self, epoch_step: int) -> list[int]:
         return [worker for worker in self.workers if len(self.plan.positions(epoch_step, worker))]
@@ -285,13 +285,13 @@ class Trainer:
             self.recipe.loader,
             self.dataset.train,
             microbatches,
-            self.pixels,
+            self.preprocessing,
             batch_size=self.recipe.per_gpu_batch,
             device=self.device,
             threads=self.threads,
             prefetch=self.recipe.prefetch,
             max_pixels=self.recipe.max_pixels,
-            tell=self.bad_images.teller,
+            on_stand_ins=self.bad_images.on_stand_ins,
         )
 
     def kernels(self) -> AbstractContextManager[None]:
@@ -365,7 +365,7 @@ class Trainer:
         evaluator = Evaluator(
             images=self.dataset.val,
             windows=CentreWindows(self.recipe.eval_crop),
-            pixels=self.pixels,
+            preprocessing=self.preprocessing,
             batch_size=self.recipe.per_gpu_batch,
             loader=self.recipe.loader,
             threads=self.threads,
@@ -377,8 +377,8 @@ class Trainer:
             bad_images=self.bad_images,
         )
         self.model.eval()
-        place = Place("eval", **self._position(), number=0)
-        self.last_evaluation = evaluator(self.forward, self.world, self.autocast(), place)
+        origin = Origin("eval", **self._position(), number=0)
+        self.last_evaluation = evaluator(self.forward, self.world, self.autocast(), origin)
         self.model.train()
         if self.world.rank == 0:
             self.observer.evaluation({**self._position(), **asdict(self.last_evaluation)})

@@ -5,10 +5,13 @@ Sums and maxima, never means: the normaliser of a gradient is the global minibat
 shapes and dtypes.
 """
 
-import os
-from typing import Protocol
+from __future__ import annotations
 
-from torch import Tensor
+import os
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Set by horovodrun (Gloo), Open MPI's mpirun, and the PMI launchers of MPICH, Intel and Cray MPI.
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")

@@ -3,48 +3,12 @@
 Horovod is imported when a `HorovodWorld` is made, not before: `simulate` works without it.
 """
 
-import importlib
-import importlib.util
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_lb.errors import UserError
-
-MEND = "run `make train` or docker/build-horovod.sh to build it"
-
-
-def built_with() -> dict[str, Any]:
-    """What Horovod was built with (`torch`, `cuda`, ...), as recorded by docker/build-horovod.sh.
-
-    Empty when Horovod is missing or was built otherwise. Nothing of Horovod is imported.
-    """
-    spec = importlib.util.find_spec("horovod")
-    if spec is None or spec.origin is None:
-        return {}
-    record = Path(spec.origin).with_name("hvd_lb_build.json")
-    return json.loads(record.read_text()) if record.is_file() else {}
-
-
-def import_horovod() -> Any:
-    """The module horovod.torch; `UserError` when it is missing, built for another torch or does not load."""
-    if importlib.util.find_spec("horovod") is None:
-        raise UserError(f"Horovod is not installed, but several processes need it: {MEND}")
-    built = str(built_with().get("torch", torch.__version__))
-    if built != torch.__version__:
-        raise UserError(
-            f"Horovod was built for torch {built}, but torch {torch.__version__} runs: {MEND} again"
-        )
-    try:
-        return importlib.import_module("horovod.torch")
-    except Exception as error:  # a wrong build fails in many ways: ImportError, OSError, VersionMismatchError
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"Horovod does not load with torch {torch.__version__} ({reason}): {MEND} again"
-        ) from error
+from hvd_lb.world.build import import_horovod
 
 
 class HorovodHandle:

@@ -1,4 +1,4 @@
-"""Bad input: one line that names what was given and the mend, exit code 2, nothing left half-made."""
+"""Bad input: one line that names what was given and the fix, exit code 2, nothing left half-made."""
 
 import fcntl
 from collections.abc import Callable

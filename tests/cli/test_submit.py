@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hvd_lb_cli.arguments import hand_on, without_values
+from hvd_lb_cli.arguments import forwarded_arguments, without_env_values
 from hvd_lb_cli.train import train
 
 DROPPED = {"hosts", "dry_run", "data"}
@@ -28,12 +28,21 @@ DROPPED = {"hosts", "dry_run", "data"}
     ],
 )
 def test_options_that_say_where_are_left_out(line: str, kept: str) -> None:
-    assert hand_on(shlex.split(line), train, DROPPED) == shlex.split(kept)
+    assert forwarded_arguments(shlex.split(line), train, DROPPED) == shlex.split(kept)
 
 
 def test_values_of_variables_are_not_shown() -> None:
     line = "train --env A=b=c --env B --env=C=d --recipe r=s"
-    assert without_values(line.split()) == ["train", "--env", "A", "--env", "B", "--env=C", "--recipe", "r=s"]
+    assert without_env_values(line.split()) == [
+        "train",
+        "--env",
+        "A",
+        "--env",
+        "B",
+        "--env=C",
+        "--recipe",
+        "r=s",
+    ]
 
 
 def hvd_lb(

@@ -162,7 +162,7 @@ class Host:
         """Its network is gone without a word."""
         self._switch.ip("link", "set", self.name, "down")
 
-    def mend(self) -> None:
+    def fix(self) -> None:
         self._switch.ip("link", "set", self.name, "up")
 
     def slow_down(self, rate: str) -> None:

@@ -222,7 +222,7 @@ def test_a_cut_network_leaves_no_container(
     until(lambda: len(docker.containers()) == 3, 60)
     desk.cut()
     until(lambda: docker.containers() == [], 240, every=1)
-    desk.mend()
+    desk.fix()
     going.kill()
 
 

@@ -70,7 +70,7 @@ def test_a_link_is_cut_and_mended_and_a_host_dies_and_comes_back(hosts: list[Hos
     no[1:1] = ["-o", "ConnectTimeout=1"]
     second.cut()
     assert first.run(no, check=False).returncode == 255
-    second.mend()
+    second.fix()
     first.run(ssh(22, "h2", "true"))
     session = first.start(ssh(22, "h2", "sleep", "1000"), stderr=subprocess.DEVNULL)
     time.sleep(1)

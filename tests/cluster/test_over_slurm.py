@@ -259,7 +259,7 @@ def test_preempted_and_its_nodes_lost_a_run_ends_at_the_same_bits(
     assert cluster.job(job)["NodeList"] == "h[1,3]"
     lost = trained_steps(run)
     until(lambda: trained_steps(run) >= lost + 8)
-    by_name["h2"].mend()
+    by_name["h2"].fix()
     by_name["h1"].kill()  # where the script and rank 0 are
     restarted(cluster, job, 3)
 

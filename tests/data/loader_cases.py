@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from hvd_lb.data.images import Images
-from hvd_lb.data.loading.contract import Pixels
+from hvd_lb.data.loading.contract import Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.plan.augment import Microbatch, RandomWindows, Windows
 
@@ -35,9 +35,9 @@ class BlobImages:
         return f"blob {image_id}"
 
 
-def as_levels(size: int, antialias: bool = True) -> Pixels:
+def as_levels(size: int, antialias: bool = True) -> Preprocessing:
     """Tensors that hold the levels 0 to 255."""
-    return Pixels(size, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), antialias)
+    return Preprocessing(size, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), antialias)
 
 
 def random_batches(images: Images, count: int, seed: int = 0) -> list[Microbatch]:
@@ -57,7 +57,7 @@ def one_window(ids: list[int], x: int, y: int, size: int, flip: bool) -> Microba
     )
 
 
-def load(kind: str, images: Images, batches: list[Microbatch], pixels: Pixels) -> list[torch.Tensor]:
+def load(kind: str, images: Images, batches: list[Microbatch], pixels: Preprocessing) -> list[torch.Tensor]:
     size = max(len(batch.image_ids) for batch in batches)
     with open_loader(kind, images, batches, pixels, batch_size=size, device=CPU, threads=2) as loader:
         return [x.clone() for x, _ in loader]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hvd_lb.launch.failure import WorkerFailure, find_failure
+from hvd_lb.launch.failure import RankFailure, find_failure
 from hvd_lb.launch.hosts import Host
 
 HOSTS = [Host("h1", 2), Host("h2", 2)]
@@ -26,7 +26,7 @@ def tell(logs: Path, rank: int, kind: str, message: str, time: float) -> None:
     (logs / f"error-{rank:04d}.json").write_text(json.dumps(content))
 
 
-def failure(logs: Path, said: str = "", status: int = 1, hosts: list[Host] = HOSTS) -> WorkerFailure:
+def failure(logs: Path, said: str = "", status: int = 1, hosts: list[Host] = HOSTS) -> RankFailure:
     launcher = logs / "launcher.log"
     launcher.write_text(said)
     return find_failure(logs, launcher, hosts, status)

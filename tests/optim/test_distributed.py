@@ -462,7 +462,9 @@ class TestAsAnOptimizer:
         model = convnet()
         opt = wrap(model, Recorder(size=2))
         fired: list[str] = []
-        opt.register_step_pre_hook(lambda *_: fired.append(f"pre {float(model[5].bias.grad.abs().sum()):.3f}"))
+        opt.register_step_pre_hook(
+            lambda *_: fired.append(f"pre {float(model[5].bias.grad.abs().sum()):.3f}")
+        )
         opt.register_step_post_hook(lambda *_: fired.append("post"))
         loss = loss_sum(model, batches(1)[0])
         (expected,) = torch.autograd.grad(loss, [model[5].bias], retain_graph=True)

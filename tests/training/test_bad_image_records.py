@@ -15,7 +15,7 @@ from PIL import Image
 from hvd_lb.data.decoding.stand_in import StandIn
 from hvd_lb.data.images import Dataset
 from hvd_lb.errors import UserError
-from hvd_lb.plan.augment import Place
+from hvd_lb.plan.augment import Origin
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.training.bad_images import BadImages
@@ -88,7 +88,7 @@ def make_trainer(train: Files, val: Files, told: Told | None = None, **arguments
 
 
 def stand_in(worker: int, position: int, step: int = 0) -> StandIn:
-    return StandIn(Place("train", 0, step, worker), position, 4, "a/4.png", "cut short", 5, "a/5.png")
+    return StandIn(Origin("train", 0, step, worker), position, 4, "a/4.png", "cut short", 5, "a/5.png")
 
 
 def account(limit: float = 0.5) -> tuple[BadImages, list[Record]]:
@@ -98,8 +98,8 @@ def account(limit: float = 0.5) -> tuple[BadImages, list[Record]]:
 
 def test_each_is_written_once_in_the_plans_order() -> None:
     bad, written = account()
-    bad.tell([stand_in(1, 0)])
-    bad.tell([stand_in(0, 3), stand_in(0, 1)])
+    bad.record([stand_in(1, 0)])
+    bad.record([stand_in(0, 3), stand_in(0, 1)])
     assert bad.settle(bad.count()) == 3
     assert bad.settle(bad.count()) == 0
     assert [(of["worker"], of["position"]) for of in written] == [(0, 1), (0, 3), (1, 0)]
@@ -111,7 +111,7 @@ def test_each_is_written_once_in_the_plans_order() -> None:
 
 def test_those_of_a_step_that_is_taken_again_are_forgotten() -> None:
     bad, written = account()
-    bad.tell([stand_in(0, 0)])
+    bad.record([stand_in(0, 0)])
     bad.discard()
     assert bad.settle(bad.count()) == 0
     assert not written
@@ -120,9 +120,9 @@ def test_those_of_a_step_that_is_taken_again_are_forgotten() -> None:
 def test_the_limit_is_a_share_of_the_images_of_one_epoch() -> None:
     bad, _ = account(0.02)
     for step in range(6):
-        bad.tell([stand_in(0, 0, step)])
+        bad.record([stand_in(0, 0, step)])
         bad.settle_step(bad.count(), first=step % 2 == 0, images=100)
-    bad.tell([stand_in(0, 0, 6)])
+    bad.record([stand_in(0, 0, 6)])
     with pytest.raises(UserError, match="3 of the 100 training images .* --max-bad-images 0.02"):
         bad.settle_step(bad.count(), first=False, images=100)
 

@@ -37,7 +37,7 @@ class BadImage(UserError):
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name}: cannot be decoded ({reason}); mend or remove it")
+        super().__init__(f"{name}: cannot be decoded ({reason}); repair or remove it")
         self.name, self.reason = name, reason
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from hvd_lb.data.decoding.decode import BadImage
 from hvd_lb.data.images import Images
 from hvd_lb.errors import UserError
-from hvd_lb.plan.augment import Microbatch, Place, Windows
+from hvd_lb.plan.augment import Microbatch, Origin, Windows
 
 MOST_TRIES = 100
 """So many broken images in a row are no accident."""
@@ -29,7 +29,7 @@ Content = np.ndarray | BadImage
 class StandIn:
     """The image at `position` of a microbatch was bad; another one, given by its id and path, was used instead."""
 
-    place: Place | None
+    origin: Origin | None
     position: int
     image: int
     path: str
@@ -38,7 +38,7 @@ class StandIn:
     stand_in_path: str
 
 
-Tell = Callable[[Sequence[StandIn]], None]
+OnStandIns = Callable[[Sequence[StandIn]], None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RawBatch:
         return RawBatch(Microbatch(self.microbatch.image_ids[one], windows), self.data[one])
 
 
-class Mend(Protocol):
+class Repair(Protocol):
     """Makes a batch without bad images of one in which those at some positions are bad.
 
     `trial` tries an image, a batch of one that could be read, and says what is wrong with it.
@@ -74,19 +74,19 @@ class Mend(Protocol):
 def refuse(
     batch: RawBatch, bad: dict[int, BadImage], trial: Callable[[RawBatch], BadImage | None]
 ) -> RawBatch:
-    """A `Mend` that ends the run with the path, the reason and the step of the first bad image."""
+    """A `Repair` that ends the run with the path, the reason and the step of the first bad image."""
     first = bad[min(bad)]
-    if batch.microbatch.place is None:
+    if batch.microbatch.origin is None:
         raise first
     raise UserError(
-        f"{first.name}: cannot be decoded ({first.reason}), in {batch.microbatch.place}; "
-        "mend or remove it, or --on-bad-image skip"
+        f"{first.name}: cannot be decoded ({first.reason}), in {batch.microbatch.origin}; "
+        "repair or remove it, or --on-bad-image skip"
     )
 
 
 @dataclass(frozen=True)
 class Substitute:
-    """A `Mend` that puts stand-ins in; `read` reads images by their ids."""
+    """A `Repair` that puts stand-ins in; `read` reads images by their ids."""
 
     images: Images
     read: Callable[[np.ndarray], list[Content]]
@@ -107,7 +107,7 @@ class Substitute:
             chosen = int(ids[position])
             found.append(
                 StandIn(
-                    microbatch.place,
+                    microbatch.origin,
                     position,
                     image,
                     self.images.name(image),
@@ -117,8 +117,8 @@ class Substitute:
                 )
             )
         found.sort(key=lambda stand_in: stand_in.position)
-        mended = Microbatch(ids, Windows(*arrays), microbatch.place, microbatch.draw)
-        return RawBatch(mended, data, tuple(found))
+        repaired = Microbatch(ids, Windows(*arrays), microbatch.origin, microbatch.draw)
+        return RawBatch(repaired, data, tuple(found))
 
     def _first_good(
         self, image: int, why: BadImage, microbatch: Microbatch, trial: Callable[[RawBatch], BadImage | None]
@@ -135,7 +135,7 @@ class Substitute:
         for offset in range(1, min(MOST_TRIES + 1, len(self.images))):
             ids = np.array([(image + offset) % len(self.images)])
             windows = microbatch.draw(ids, *sizes(self.images, ids))
-            yield RawBatch(Microbatch(ids, windows, microbatch.place), self.read(ids))
+            yield RawBatch(Microbatch(ids, windows, microbatch.origin), self.read(ids))
 
 
 def sizes(images: Images, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

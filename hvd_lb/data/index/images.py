@@ -8,7 +8,7 @@ import numpy as np
 
 from hvd_lb.data.files.reading import retried
 from hvd_lb.data.index.index import Index
-from hvd_lb.data.index.shard_reader import Shards
+from hvd_lb.data.index.shard_reader import ShardReader
 from hvd_lb.errors import UserError
 
 # The kernel maps up to a megabyte around a row: a thousand random ones can be all of an index. Forgetting them costs
@@ -29,7 +29,7 @@ class IndexedImages:
         self.heights = index.heights
         self.largest = index.facts.largest
         self._unforgotten = 0
-        self._shards = Shards(index.root, index.facts.shards)
+        self._shards = ShardReader(index.root, index.facts.shards)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -25,7 +25,7 @@ from hvd_lb.data.sources.source import Listing, Source
 from hvd_lb.errors import UserError
 
 Check = Literal["none", "quick", "full"]
-"""Whether an index that is there is compared with nothing, with the places of its source, or with every file."""
+"""Whether an index that is there is compared with nothing, with the watched of its source, or with every file."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,14 @@ def _present(source: Source, homes: list[Path], check: Check) -> tuple[Index | N
             continue
         if check == "none":
             return index, None
-        # Whoever mends a broken file changes no place.
+        # Whoever repairs a broken file changes no place.
         full = check == "full" or index.facts.images <= source.cheap or index.facts.broken
         if not full and store.unchanged(folder, source.root):
             return index, None
         listing = listing or source.listing()
         if folder.name == store.folder_name(listing.stamp):
-            with suppress(OSError):  # so that the next look at the places is enough
-                store.write_places(folder, listing.places)
+            with suppress(OSError):  # so that the next look at the watched is enough
+                store.write_watched(folder, listing.watched)
             return index, listing
     return None, listing
 
@@ -156,7 +156,7 @@ def _make_in(home: Path, source: Source, listing: Listing, report: Progress) -> 
     def fill(made: Path) -> None:
         store.save_rows(made, table.rows, facts)
         np.save(made / "names.npy", table.names, allow_pickle=False)
-        store.write_places(made, listing.places)
+        store.write_watched(made, listing.watched)
 
     try:
         store.save(folder, fill)

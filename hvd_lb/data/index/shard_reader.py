@@ -15,7 +15,7 @@ from hvd_lb.data.files.reading import retried
 MOST_OPEN = 64
 
 
-class Shards:
+class ShardReader:
     """Tar files by their names relative to `root`, of which at most `most_open` are kept open."""
 
     def __init__(self, root: Path, names: Sequence[str], most_open: int = MOST_OPEN) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from hvd_lb.data.files.header import KINDS
 from hvd_lb.data.files.rows import ROW, Table
 from hvd_lb.data.files.threads import in_threads
-from hvd_lb.data.sources.source import Place, Source, place
+from hvd_lb.data.sources.source import FileState, Source, file_state
 from hvd_lb.errors import UserError
 from hvd_lb.machine.cache_folder import cache_folder
 
@@ -85,18 +85,18 @@ def newest(home: Path) -> Iterator[Path]:
 
 
 def unchanged(folder: Path, root: Path) -> bool:
-    """Whether the places of an index are as they were when it was made."""
+    """Whether the watched of an index are as they were when it was made."""
     try:
         known = [tuple(of) for of in json.loads((folder / "places.json").read_text("ascii"))]
-        return all(in_threads(lambda of: of[1] != 0 and place(root, of[0]) == of, known))
+        return all(in_threads(lambda of: of[1] != 0 and file_state(root, of[0]) == of, known))
     except (OSError, ValueError, TypeError, LookupError):
         return False
 
 
-def write_places(folder: Path, places: list[Place]) -> None:
+def write_watched(folder: Path, watched: list[FileState]) -> None:
     """OSError where that is not allowed."""
     with tempfile.NamedTemporaryFile("w", dir=folder, encoding="ascii", delete=False) as file:
-        json.dump(places, file)
+        json.dump(watched, file)
     os.replace(file.name, folder / "places.json")
 
 

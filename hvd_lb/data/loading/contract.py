@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 import torch
 
-from hvd_lb.data.decoding.stand_in import Mend, RawBatch, StandIn
+from hvd_lb.data.decoding.stand_in import RawBatch, Repair, StandIn
 from hvd_lb.data.images import Images
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -23,7 +23,7 @@ PREFETCH = 2
 
 
 @dataclass(frozen=True)
-class Pixels:
+class Preprocessing:
     """What a tensor looks like: `image_size` squared, normalised by mean and std of colours in [0, 1]."""
 
     image_size: int
@@ -63,7 +63,7 @@ class Loader(Protocol):
     ) -> None: ...
 
 
-Decode = Callable[[Images, Iterator[RawBatch], Mend], Iterator[Decoded]]
+Decode = Callable[[Images, Iterator[RawBatch], Repair], Iterator[Decoded]]
 """Turns what was read into tensors on the device, in order; one generator a loader."""
 
 Prepare = Callable[[Images, int, np.ndarray], np.ndarray]

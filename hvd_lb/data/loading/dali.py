@@ -23,24 +23,24 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
 from hvd_lb.data.decoding.decode import BadImage, decode_image
-from hvd_lb.data.decoding.stand_in import Mend, RawBatch
+from hvd_lb.data.decoding.stand_in import RawBatch, Repair
 from hvd_lb.data.images import Images
-from hvd_lb.data.loading.contract import Decode, Decoded, Pixels
+from hvd_lb.data.loading.contract import Decode, Decoded, Preprocessing
 from hvd_lb.data.loading.resize import Finisher
 from hvd_lb.errors import UserError
 
 _PREFETCH = 2
 
 
-def dali_decoder(pixels: Pixels, batch_size: int, device: torch.device, threads: int) -> Decode:
+def dali_decoder(preprocessing: Preprocessing, batch_size: int, device: torch.device, threads: int) -> Decode:
     """Decodes image files on `device` with `threads` CPU threads; for GPUs it takes decoded images, too."""
 
-    def decode(images: Images, batches: Iterator[RawBatch], mend: Mend) -> Iterator[Decoded]:
+    def decode(images: Images, batches: Iterator[RawBatch], repair: Repair) -> Iterator[Decoded]:
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        runs = _runs(images, batches, mend, pixels, batch_size, device, threads, stream)
+        runs = _runs(images, batches, repair, preprocessing, batch_size, device, threads, stream)
         if stream is not None:
             return _on_gpu(images, runs, stream)
-        return _on_cpu(images, runs, pixels, batch_size, threads)
+        return _on_cpu(images, runs, preprocessing, batch_size, threads)
 
     return decode
 
@@ -49,10 +49,12 @@ Runs = Iterator[tuple[RawBatch, Any]]
 """Microbatches and DALI's output for them: the windows on CPUs, the tensor on GPUs. Valid until the next one."""
 
 
-def _on_cpu(images: Images, runs: Runs, pixels: Pixels, batch_size: int, threads: int) -> Iterator[Decoded]:
+def _on_cpu(
+    images: Images, runs: Runs, preprocessing: Preprocessing, batch_size: int, threads: int
+) -> Iterator[Decoded]:
     # DALI meanwhile decodes the next microbatches.
     with ThreadPoolExecutor(threads, "hvd-lb resize") as pool:
-        finish = Finisher(pixels, batch_size, pool)
+        finish = Finisher(preprocessing, batch_size, pool)
         for batch, output in runs:
             x = finish([np.asarray(window) for window in output], batch.microbatch.windows.flip)
             yield Decoded(x, torch.from_numpy(images.labels[batch.microbatch.image_ids]), batch.stand_ins)
@@ -72,18 +74,18 @@ def _on_gpu(images: Images, runs: Runs, stream: torch.cuda.Stream) -> Iterator[D
 def _runs(
     images: Images,
     batches: Iterator[RawBatch],
-    mend: Mend,
-    pixels: Pixels,
+    repair: Repair,
+    preprocessing: Preprocessing,
     batch_size: int,
     device: torch.device,
     threads: int,
     stream: torch.cuda.Stream | None,
 ) -> Runs:
     def trial(one: RawBatch) -> BadImage | None:
-        return _trial(images, one, pixels, device)
+        return _trial(images, one, preprocessing, device)
 
-    feed = _Feed(batches, lambda batch, bad: mend(batch, bad, trial))
-    pipeline = _pipeline(feed, images.encoded, pixels, batch_size, device, threads)
+    feed = _Feed(batches, lambda batch, bad: repair(batch, bad, trial))
+    pipeline = _pipeline(feed, images.encoded, preprocessing, batch_size, device, threads)
     while True:
         try:
             output = pipeline.run(stream)[0]
@@ -92,9 +94,9 @@ def _runs(
         except RuntimeError as error:
             if not feed.in_flight:  # the pipeline itself could not be made
                 raise
-            feed.in_flight[0] = mend(*_blame(images, feed.in_flight[0], trial, error), trial)
+            feed.in_flight[0] = repair(*_blame(images, feed.in_flight[0], trial, error), trial)
             feed.rewind()
-            pipeline = _pipeline(feed, images.encoded, pixels, batch_size, device, threads)
+            pipeline = _pipeline(feed, images.encoded, preprocessing, batch_size, device, threads)
             continue
         yield feed.in_flight.popleft(), output
     if feed.failure is not None:
@@ -105,9 +107,9 @@ class _Feed:
     """Gives the pipeline its inputs; what the reading raises waits until the batches before it are out."""
 
     def __init__(
-        self, batches: Iterator[RawBatch], mend: Callable[[RawBatch, dict[int, BadImage]], RawBatch]
+        self, batches: Iterator[RawBatch], repair: Callable[[RawBatch, dict[int, BadImage]], RawBatch]
     ) -> None:
-        self._batches, self._mend = batches, mend
+        self._batches, self._repair = batches, repair
         self._again: deque[RawBatch] = deque()
         self.in_flight: deque[RawBatch] = deque()
         self.failure: Exception | None = None
@@ -132,7 +134,7 @@ class _Feed:
         try:
             batch = next(self._batches)
             bad = batch.bad()
-            return self._mend(batch, bad) if bad else batch
+            return self._repair(batch, bad) if bad else batch
         except StopIteration:
             raise
         except Exception as error:
@@ -141,7 +143,12 @@ class _Feed:
 
 
 def _pipeline(
-    feed: _Feed, encoded: bool, pixels: Pixels, batch_size: int, device: torch.device, threads: int
+    feed: _Feed,
+    encoded: bool,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    device: torch.device,
+    threads: int,
 ) -> Pipeline:
     on_gpu = device.type == "cuda"
     pipeline = Pipeline(
@@ -169,26 +176,26 @@ def _pipeline(
             data = fn.reinterpret(data, layout="HWC")
             cut = fn.slice(data.gpu() if on_gpu else data, anchor, shape, **absolute)
         # The flips as well, as an input that is not used makes DALI warn.
-        outputs = (_finished(cut, mirror, pixels),) if on_gpu else (cut, mirror)
+        outputs = (_finished(cut, mirror, preprocessing),) if on_gpu else (cut, mirror)
         pipeline.set_outputs(*outputs)
     return pipeline
 
 
-def _finished(windows: Any, mirror: Any, pixels: Pixels) -> Any:
+def _finished(windows: Any, mirror: Any, preprocessing: Preprocessing) -> Any:
     """What `hvd_lb.data.loading.resize` does on CPUs."""
     resized: Any = fn.resize(
         windows,
-        size=[pixels.image_size, pixels.image_size],
+        size=[preprocessing.image_size, preprocessing.image_size],
         interp_type=types.DALIInterpType.INTERP_LINEAR,
-        antialias=pixels.antialias,
+        antialias=preprocessing.antialias,
     )
     return fn.crop_mirror_normalize(
         resized,
         mirror=mirror,
         dtype=types.DALIDataType.FLOAT,
         output_layout="CHW",
-        mean=[255 * value for value in pixels.mean],
-        std=[255 * value for value in pixels.std],
+        mean=[255 * value for value in preprocessing.mean],
+        std=[255 * value for value in preprocessing.std],
     )
 
 
@@ -206,11 +213,13 @@ def _blame(
     return batch, bad
 
 
-def _trial(images: Images, one: RawBatch, pixels: Pixels, device: torch.device) -> BadImage | None:
+def _trial(
+    images: Images, one: RawBatch, preprocessing: Preprocessing, device: torch.device
+) -> BadImage | None:
     """What is wrong with the one image of this batch. UserError where it is the machine that failed."""
     alone = _Feed(iter([one]), lambda batch, bad: batch)
     try:
-        _pipeline(alone, images.encoded, pixels, 1, device, 1).run()
+        _pipeline(alone, images.encoded, preprocessing, 1, device, 1).run()
     except RuntimeError as error:
         cause = _cause(error)
         if not images.encoded or re.search("alloc|memory|CUDA", cause):

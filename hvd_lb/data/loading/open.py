@@ -11,9 +11,9 @@ import torch
 
 from hvd_lb.data.decoding.decode import BadImage, check_header
 from hvd_lb.data.decoding.plain import as_plain
-from hvd_lb.data.decoding.stand_in import Content, Mend, RawBatch, StandIn, Substitute, Tell, refuse
+from hvd_lb.data.decoding.stand_in import Content, OnStandIns, RawBatch, Repair, StandIn, Substitute, refuse
 from hvd_lb.data.images import Images
-from hvd_lb.data.loading.contract import PREFETCH, Loader, Pixels, Prepare
+from hvd_lb.data.loading.contract import PREFETCH, Loader, Prepare, Preprocessing
 from hvd_lb.data.loading.shared_pixels import CachedImages
 from hvd_lb.data.loading.threaded import ThreadedLoader
 from hvd_lb.data.options import MAX_PIXELS, LoaderKind
@@ -24,20 +24,20 @@ def open_loader(
     kind: LoaderKind,
     images: Images,
     microbatches: Iterable[Microbatch],
-    pixels: Pixels,
+    preprocessing: Preprocessing,
     *,
     batch_size: int,
     device: torch.device,
     threads: int,
     prefetch: int = PREFETCH,
     max_pixels: int = MAX_PIXELS,
-    tell: Tell | None = None,
+    on_stand_ins: OnStandIns | None = None,
 ) -> Loader:
     """A loader of `kind` for microbatches of at most `batch_size` images, decoding with `threads` threads.
 
     `prefetch` microbatches are kept ready, and twice as many are read ahead of these.
-    An image that cannot be decoded, or has more than `max_pixels` pixels, is an error. Where it is given `tell`,
-    another image stands in: it is told of stand-ins right before the consumer gets the microbatch with them.
+    An image that cannot be decoded, or has more than `max_pixels` pixels, is an error. With `on_stand_ins`
+    another image stands in: it is called with the stand-ins right before the consumer gets their microbatch.
     """
     if min(threads, batch_size, prefetch) < 1:
         raise ValueError(
@@ -56,13 +56,13 @@ def open_loader(
 
         prepare = _as_it_is
     read = partial(_contents, images, prepare, max_pixels)
-    mend: Mend = Substitute(images, read) if tell else refuse
+    repair: Repair = Substitute(images, read) if on_stand_ins else refuse
     batches = _read(read, microbatches, batch_size, threads)
-    decode = decoder(pixels, batch_size, device, threads)
-    return ThreadedLoader(images, batches, decode, mend, tell or _nobody, prefetch)
+    decode = decoder(preprocessing, batch_size, device, threads)
+    return ThreadedLoader(images, batches, decode, repair, on_stand_ins or _ignore, prefetch)
 
 
-def _nobody(stand_ins: Sequence[StandIn]) -> None:
+def _ignore(stand_ins: Sequence[StandIn]) -> None:
     pass
 
 

@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as F  # noqa: N812 (its name everywhere)
 
-from hvd_lb.data.loading.contract import Pixels
+from hvd_lb.data.loading.contract import Preprocessing
 
 # Values in a task of the pool: with less to do, threads would only wait for each other's Python.
 _WORTH_A_TASK = 1 << 18
 
 
-def resize(window: np.ndarray, pixels: Pixels) -> np.ndarray:
+def resize(window: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """uint8 (height, width, 3) to (S, S, 3), in torchvision's arithmetic for 8 bits."""
     channels_first = torch.from_numpy(np.require(window, requirements=["C", "W"])).permute(2, 0, 1)
-    size = [pixels.image_size, pixels.image_size]
-    return F.resize(channels_first, size, antialias=pixels.antialias).permute(1, 2, 0).numpy()
+    size = [preprocessing.image_size, preprocessing.image_size]
+    return F.resize(channels_first, size, antialias=preprocessing.antialias).permute(1, 2, 0).numpy()
 
 
 class Finisher:
@@ -34,13 +34,13 @@ class Finisher:
     much as resizing.
     """
 
-    def __init__(self, pixels: Pixels, batch_size: int, pool: Executor) -> None:
-        self._pixels, self._pool = pixels, pool
-        self._shape = (batch_size, 3, pixels.image_size, pixels.image_size)
+    def __init__(self, preprocessing: Preprocessing, batch_size: int, pool: Executor) -> None:
+        self._preprocessing, self._pool = preprocessing, pool
+        self._shape = (batch_size, 3, preprocessing.image_size, preprocessing.image_size)
         self._unused: list[np.ndarray] = []
         self._mean, std = (
             np.array([255 * value for value in of], np.float32).reshape(3, 1, 1)
-            for of in (pixels.mean, pixels.std)
+            for of in (preprocessing.mean, preprocessing.std)
         )
         self._scale = np.float32(1) / std
 
@@ -53,7 +53,7 @@ class Finisher:
         def fill(start: int) -> None:
             part = slice(start, start + together)
             for row, window, flip in zip(rows[part], windows[part], flips[part].tolist(), strict=True):
-                resized = resize(window, self._pixels)
+                resized = resize(window, self._preprocessing)
                 row[...] = (resized[:, ::-1] if flip else resized).transpose(2, 0, 1)
             # In numpy: elementwise operations of torch would start threads of their own in each of ours.
             rows[part] -= self._mean

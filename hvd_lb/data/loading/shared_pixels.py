@@ -30,7 +30,7 @@ _MARK_BYTES = 8
 _SET = 1 << 32  # so that no checksum is the mark of what was never written
 
 
-class Pixels:
+class SharedPixels:
     """uint8 pixels of whole images by their number, in a shared file; `widths` and `heights` are (N,)."""
 
     def __init__(self, path: Path, widths: np.ndarray, heights: np.ndarray) -> None:
@@ -71,7 +71,7 @@ class CachedImages:
 
     encoded = False
 
-    def __init__(self, images: Images, pixels: Pixels, first: int) -> None:
+    def __init__(self, images: Images, pixels: SharedPixels, first: int) -> None:
         self._images, self._pixels, self._first = images, pixels, first
         self.classes, self.labels = images.classes, images.labels
         self.widths, self.heights = images.widths, images.heights
@@ -135,7 +135,7 @@ def cached(dataset: Dataset, kind: Literal["memory", "disk"], run: str) -> tuple
     in_memory = kind == "memory"
     path = MEMORY / f"hvd-lb-{_digest(str(os.getuid()), run)}.pixels" if in_memory else _on_disk(dataset)
     discard_unused(path.parent, _PATTERN, but=None if in_memory else path)
-    pixels = Pixels(
+    pixels = SharedPixels(
         path, np.concatenate([train.widths, val.widths]), np.concatenate([train.heights, val.heights])
     )
     parts = CachedImages(train, pixels, 0), CachedImages(val, pixels, len(train))

@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 
-from hvd_lb.data.decoding.stand_in import Mend, RawBatch, Tell
+from hvd_lb.data.decoding.stand_in import OnStandIns, RawBatch, Repair
 from hvd_lb.data.images import Images
 from hvd_lb.data.loading.contract import PREFETCH, Batch, Decode
 from hvd_lb.data.loading.readahead import ReadAhead
@@ -24,13 +24,13 @@ class ThreadedLoader:
         images: Images,
         batches: Iterator[RawBatch],
         decode: Decode,
-        mend: Mend,
-        tell: Tell,
+        repair: Repair,
+        on_stand_ins: OnStandIns,
         prefetch: int = PREFETCH,
     ) -> None:
-        self._tell = tell
+        self._on_stand_ins = on_stand_ins
         self._read = ReadAhead(batches, 2 * prefetch, "hvd-lb read")
-        self._ready = ReadAhead(decode(images, self._read, mend), prefetch, "hvd-lb decode")
+        self._ready = ReadAhead(decode(images, self._read, repair), prefetch, "hvd-lb decode")
         self._close = weakref.finalize(self, _close, self._read, self._ready)  # also when it is just dropped
         # Before the interpreter ends, and before DALI's own exit function, registered earlier, pulls its pipelines
         # from under a running thread.
@@ -46,7 +46,7 @@ class ThreadedLoader:
     def __next__(self) -> Batch:
         x, y, stand_ins = next(self._ready)
         if stand_ins:
-            self._tell(stand_ins)
+            self._on_stand_ins(stand_ins)
         if x.is_cuda:
             # Made on the decoding thread's stream, which has been waited for; from here on the consumer's.
             stream = torch.cuda.current_stream(x.device)

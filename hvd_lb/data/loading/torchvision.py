@@ -14,18 +14,20 @@ import numpy as np
 import torch
 
 from hvd_lb.data.decoding.decode import BadImage, decode_image
-from hvd_lb.data.decoding.stand_in import Mend, RawBatch
+from hvd_lb.data.decoding.stand_in import RawBatch, Repair
 from hvd_lb.data.images import Images
-from hvd_lb.data.loading.contract import Decode, Decoded, Pixels
+from hvd_lb.data.loading.contract import Decode, Decoded, Preprocessing
 from hvd_lb.data.loading.resize import Finisher, resize
 
 Finish = Callable[[Sequence[np.ndarray], np.ndarray], torch.Tensor]
 
 
-def torchvision_decoder(pixels: Pixels, batch_size: int, device: torch.device, threads: int) -> Decode:
+def torchvision_decoder(
+    preprocessing: Preprocessing, batch_size: int, device: torch.device, threads: int
+) -> Decode:
     """Decodes and resizes on the CPU with `threads` threads; for a GPU the microbatch is normalised there."""
 
-    def decode(images: Images, batches: Iterator[RawBatch], mend: Mend) -> Iterator[Decoded]:
+    def decode(images: Images, batches: Iterator[RawBatch], repair: Repair) -> Iterator[Decoded]:
         def trial(one: RawBatch) -> BadImage | None:
             window = _window(images, one, 0)
             return window if isinstance(window, BadImage) else None
@@ -36,12 +38,14 @@ def torchvision_decoder(pixels: Pixels, batch_size: int, device: torch.device, t
 
         with ThreadPoolExecutor(threads, "hvd-lb torchvision") as pool:
             finish = (
-                _on_gpu(pixels, device, pool) if device.type == "cuda" else Finisher(pixels, batch_size, pool)
+                _on_gpu(preprocessing, device, pool)
+                if device.type == "cuda"
+                else Finisher(preprocessing, batch_size, pool)
             )
             for batch in batches:
                 windows = cut(batch)
                 if bad := {position: of for position, of in enumerate(windows) if isinstance(of, BadImage)}:
-                    batch = mend(batch, bad, trial)
+                    batch = repair(batch, bad, trial)
                     windows = cut(batch)
                 x = finish(
                     [of for of in windows if not isinstance(of, BadImage)], batch.microbatch.windows.flip
@@ -54,16 +58,16 @@ def torchvision_decoder(pixels: Pixels, batch_size: int, device: torch.device, t
     return decode
 
 
-def _on_gpu(pixels: Pixels, device: torch.device, pool: ThreadPoolExecutor) -> Finish:
+def _on_gpu(preprocessing: Preprocessing, device: torch.device, pool: ThreadPoolExecutor) -> Finish:
     """A Finisher for a GPU."""
     # In DALI's arithmetic, of levels and with the reciprocal.
     mean, std = (
         torch.tensor([255 * value for value in of], dtype=torch.float32, device=device).view(3, 1, 1)
-        for of in (pixels.mean, pixels.std)
+        for of in (preprocessing.mean, preprocessing.std)
     )
 
     def one(window: np.ndarray, flip: bool) -> np.ndarray:
-        resized = resize(window, pixels)
+        resized = resize(window, preprocessing)
         return resized[:, ::-1] if flip else resized
 
     def finish(windows: Sequence[np.ndarray], flips: np.ndarray) -> torch.Tensor:

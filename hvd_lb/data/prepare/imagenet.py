@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from hvd_lb.data.images import Progress
-from hvd_lb.data.prepare.matlab import read_structs
 from hvd_lb.errors import UserError
+
+if TYPE_CHECKING:
+    from hvd_lb.data.images import Progress
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
@@ -93,6 +94,8 @@ def val_classes(devkit: Path) -> list[str]:
 
     The ground truth is in ILSVRC2012_IDs, which are not in the order of WordNet ids; meta.mat relates them.
     """
+    from hvd_lb.data.prepare.matlab import read_structs  # needs numpy, which --help does not
+
     with _opened(devkit, "r:gz") as archive:
         files = {Path(member.name).name: member for member in archive if member.isfile()}
         try:

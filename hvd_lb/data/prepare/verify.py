@@ -17,7 +17,7 @@ from hvd_lb.data.decoding.decode import BadImage, check_header, decode_image
 from hvd_lb.data.decoding.plain import as_plain
 from hvd_lb.data.decoding.stand_in import Content, RawBatch, StandIn, sizes
 from hvd_lb.data.images import Images
-from hvd_lb.data.loading.contract import Pixels, Prepare
+from hvd_lb.data.loading.contract import Prepare, Preprocessing
 from hvd_lb.data.loading.threaded import ThreadedLoader
 from hvd_lb.data.options import MAX_PIXELS, LoaderKind
 from hvd_lb.errors import UserError
@@ -26,7 +26,7 @@ from hvd_lb.plan.augment import Microbatch, Windows
 # What is decoded at a time, so that memory is bounded; an image of more pixels is alone.
 _MOST_IMAGES, _MOST_PIXELS = 64, 16_000_000
 _FILLER = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)
-_TINY = Pixels(1, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), antialias=False)
+_TINY = Preprocessing(1, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), antialias=False)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _whole(images: Images, ids: np.ndarray) -> Microbatch:
 
 @dataclass(frozen=True)
 class _Fill:
-    """A `Mend` that puts one black pixel in the place of a bad image."""
+    """A `Repair` that puts one black pixel in the place of a bad image."""
 
     images: Images
 

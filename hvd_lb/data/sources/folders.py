@@ -19,7 +19,7 @@ import numpy as np
 from hvd_lb.data.files.kinds import EXTENSIONS, GIF
 from hvd_lb.data.files.rows import measure_files
 from hvd_lb.data.files.threads import in_threads
-from hvd_lb.data.sources.source import Listing, Place, place
+from hvd_lb.data.sources.source import FileState, Listing, file_state
 from hvd_lb.errors import UserError
 
 
@@ -46,7 +46,7 @@ class FolderSource:
 
     def listing(self) -> Listing:
         _check_folder(self.root)
-        before = place(self.root, ".")  # before its contents, so that no change falls between
+        before = file_state(self.root, ".")  # before its contents, so that no change falls between
         classes = class_folders(self.root)
         found = [of for each in in_threads(partial(_list_class, self.root), classes) for of in each]
         strangers = [path for folder in found for path in folder.strangers]
@@ -70,10 +70,10 @@ class FolderSource:
                 stamp.update(b"%s\0%d\0%d\0" % (name, size, changed))
             counts[position[folder.label]] += len(folder.images)
         labels = np.repeat(np.arange(len(classes)), counts)
-        places = [before, *(folder.place for folder in found)]
+        watched = [before, *(folder.state for folder in found)]
         return Listing(
             stamp.hexdigest()[:32],
-            places,
+            watched,
             lambda report: measure_files(self.root, classes, names, labels, report),
         )
 
@@ -83,7 +83,7 @@ class _Folder:
     """Its images as (name relative to the root, size, time of change), sorted; `strangers` are no images."""
 
     label: str
-    place: Place
+    state: FileState
     images: list[tuple[bytes, int, int]]
     strangers: list[str]
 
@@ -116,7 +116,7 @@ def _walk(
 ) -> Iterator[tuple[str, _Folder]]:
     """(relative path, what it holds) of a folder and all below, in any order; no link upwards is followed."""
     try:
-        own = place(root, relative)
+        own = file_state(root, relative)
         here = os.stat(root / relative)
         identity = (here.st_dev, here.st_ino)
         if identity in above:

@@ -15,7 +15,7 @@ from hvd_lb.data.files.kinds import EXTENSIONS, GIF
 from hvd_lb.data.files.rows import measure_files
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.sources.labels import Classes, UnknownLabel, find_classes, read_classes
-from hvd_lb.data.sources.source import Listing, place, stamped
+from hvd_lb.data.sources.source import Listing, file_state, stamped
 from hvd_lb.errors import UserError
 
 SUFFIXES = {".csv": ",", ".tsv": "\t"}
@@ -58,7 +58,7 @@ class ListSource:
 
     def listing(self) -> Listing:
         try:
-            own = place(self.root, self.path.name)
+            own = file_state(self.root, self.path.name)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
         entries = list(read_list(self.path))
@@ -67,10 +67,12 @@ class ListSource:
         chunks = [entries[start : start + _CHUNK] for start in range(0, len(entries), _CHUNK)]
         stats = [stat for found in in_threads(self._stats, chunks) for stat in found]
         folders = sorted({os.path.dirname(entry.path) or "." for entry in entries})
-        places = [own, *(place(self.root, folder) for folder in folders)]
+        watched = [own, *(file_state(self.root, folder) for folder in folders)]
         each = zip(names, labels.tolist(), stats, strict=True)
         stamp = stamped([*classes, "", *(b"%s\0%d\0%s" % of for of in each)])
-        return Listing(stamp, places, lambda report: measure_files(self.root, classes, names, labels, report))
+        return Listing(
+            stamp, watched, lambda report: measure_files(self.root, classes, names, labels, report)
+        )
 
     def _numbered(self, entries: Sequence[Entry]) -> tuple[list[str], np.ndarray]:
         """Classes, and labels int64 (N,)."""

@@ -18,7 +18,7 @@ from hvd_lb.data.files.rows import Table
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.images import Progress
 from hvd_lb.data.sources.labels import Classes, UnknownLabel, find_classes, read_classes
-from hvd_lb.data.sources.source import Listing, place, stamped
+from hvd_lb.data.sources.source import Listing, file_state, stamped
 from hvd_lb.data.sources.tar_scan import Scan, scan_shard
 from hvd_lb.errors import UserError
 
@@ -37,7 +37,7 @@ class ShardSource:
     name: str
     shards: tuple[str, ...]
     classes: Classes | None = None
-    cheap: int = 0  # all files are places
+    cheap: int = 0  # all files are watched
 
     @property
     def home(self) -> Path:
@@ -48,7 +48,7 @@ class ShardSource:
 
     def listing(self) -> Listing:
         try:
-            places = list(in_threads(partial(place, self.root), self.shards))
+            watched = list(in_threads(partial(file_state, self.root), self.shards))
             stats = list(in_threads(lambda name: os.stat(self.root / name), self.shards))
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
@@ -58,7 +58,7 @@ class ShardSource:
         known = (
             f"{name}\0{of.st_size}\0{of.st_mtime_ns}" for name, of in zip(self.shards, stats, strict=True)
         )
-        return Listing(stamped([*given, "", *known]), places, partial(self._build, classes))
+        return Listing(stamped([*given, "", *known]), watched, partial(self._build, classes))
 
     def _build(self, classes: Classes | None, report: Progress) -> Table:
         scans = []

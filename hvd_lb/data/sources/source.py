@@ -17,7 +17,7 @@ from typing import Protocol
 from hvd_lb.data.files.rows import Table
 from hvd_lb.data.images import Progress
 
-Place = tuple[str, int, int]
+FileState = tuple[str, int, int]
 """A file or folder relative to the root, its time of change (ns; 0: not settled) and size (bytes; -1 for a folder)."""
 
 _UNSETTLED_NS = 2_000_000_000
@@ -27,11 +27,11 @@ _UNSETTLED_NS = 2_000_000_000
 class Listing:
     """One look at a source. `stamp` changes with the name, size or time of any file.
 
-    `places` are fewer than the files: whoever adds, removes or renames a file changes one of them.
+    `watched` are fewer than the files: whoever adds, removes or renames a file changes one of them.
     """
 
     stamp: str
-    places: list[Place]
+    watched: list[FileState]
     build: Callable[[Progress], Table]
 
 
@@ -52,7 +52,7 @@ class Source(Protocol):
 
     @property
     def cheap(self) -> int:
-        """An index of so many images is compared with all files at each opening, not only with the places."""
+        """An index of so many images is compared with all files at each opening, not only with the watched."""
 
     def listing(self) -> Listing:
         """UserError for what can be seen to be wrong without opening an image."""
@@ -61,7 +61,7 @@ class Source(Protocol):
         """The same, with the classes of the training split."""
 
 
-def place(root: Path, relative: str) -> Place:
+def file_state(root: Path, relative: str) -> FileState:
     """As it is now. OSError when it is not there."""
     stat = os.stat(os.path.join(root, relative))
     # What has changed just now may change again without getting another time: it counts as changed next time.

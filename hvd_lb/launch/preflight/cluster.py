@@ -24,7 +24,7 @@ class Cluster:
     def slots(self) -> int:
         return sum(host.slots or 0 for host in self.hosts)
 
-    def place(self, *, gpus: int, processes: int | None, threads: int | None) -> Placement:
+    def placement(self, *, gpus: int, processes: int | None, threads: int | None) -> Placement:
         """Processes and threads for `gpus` virtual workers on these hosts; UserError when they cannot be had."""
         wanted = processes or min(gpus, self.slots)
         check_processes(wanted, gpus)

@@ -47,7 +47,7 @@ class Report:
     @property
     def problems(self) -> list[str]:
         return [
-            f"{host}: {finding.detail}" + (f"; {finding.mend}" if finding.mend else "")
+            f"{host}: {finding.detail}" + (f"; {finding.fix}" if finding.fix else "")
             for host, found in self.findings.items()
             for finding in found
             if finding.state != "ok"
@@ -143,9 +143,9 @@ def _judge(
     problem = answer["output"].get("problem")
     if problem is None and not appeared:
         problem = f"what it writes to {request.output} does not appear here"
-    mend = "--output has to be in a folder that all hosts share and may write"
+    fix = "--output has to be in a folder that all hosts share and may write"
     yield (
-        Finding("output", "wrong", problem, mend) if problem else Finding("output", "ok", "shared, writable")
+        Finding("output", "wrong", problem, fix) if problem else Finding("output", "ok", "shared, writable")
     )
 
 
@@ -203,8 +203,8 @@ def _judge_processes(host: Host, answer: dict[str, Any], asked: str, device: Dev
             )
         return Finding("processes", "ok", f"{host.slots or answer['cores']} on {answer['cores']} cores")
     if len(gpus) < (host.slots or 1):
-        mend = "lower its slots in --hosts, or see `hvd-lb doctor` there"
-        return Finding("GPUs", "wrong", f"{host.slots or 1} GPUs are asked for and it has {len(gpus)}", mend)
+        fix = "lower its slots in --hosts, or see `hvd-lb doctor` there"
+        return Finding("GPUs", "wrong", f"{host.slots or 1} GPUs are asked for and it has {len(gpus)}", fix)
     wanted = gpus[: host.slots] if host.slots else gpus
     for index, gpu in enumerate(wanted):
         if gpu["processes"] or gpu["used"] > _BUSY_BYTES:

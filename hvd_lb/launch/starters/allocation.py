@@ -33,7 +33,7 @@ _EXPORTED = ("HOME", "PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 
 
 @dataclass(frozen=True)
-class Container:
+class PyxisContainer:
     """An image that Pyxis (the `--container-*` options of srun) runs tasks in; `mounts` are the same paths inside."""
 
     image: str
@@ -105,7 +105,7 @@ def srun_command(
     command: Sequence[str],
     *,
     mpi: str = "none",
-    container: Container | None = None,
+    container: PyxisContainer | None = None,
 ) -> list[str]:
     """Starts `command` once per slot: the ranks fill `hosts`, nodes of the allocation in its order, one by one.
 
@@ -119,7 +119,7 @@ def srun_command(
 
 
 def one_per_node(
-    nodes: Sequence[str], command: Sequence[str], *, container: Container | None = None
+    nodes: Sequence[str], command: Sequence[str], *, container: PyxisContainer | None = None
 ) -> list[str]:
     """Starts `command` once on each node; all read what srun reads, and answer in whole lines, in any order."""
     return [*_srun(nodes, "none", container), "--kill-on-bad-exit=0", "--input=all", *command]
@@ -130,7 +130,7 @@ def on_node(node: str, command: Sequence[str]) -> list[str]:
     return one_per_node([node], command)
 
 
-def _srun(places: Sequence[str], mpi: str, container: Container | None) -> list[str]:
+def _srun(places: Sequence[str], mpi: str, container: PyxisContainer | None) -> list[str]:
     """srun with one task for each place, a node's name, in this order."""
     return [
         "env",

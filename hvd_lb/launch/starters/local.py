@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from hvd_lb.errors import UserError
 from hvd_lb.launch.allreduce import needs_mpi
 from hvd_lb.launch.hosts import Host
-from hvd_lb.launch.plan import Launch, horovodrun_command, rank_command
+from hvd_lb.launch.plan import LaunchPlan, horovodrun_command, rank_command
 from hvd_lb.launch.preflight.probe import unknown_to_itself
 from hvd_lb.launch.starters.ssh import mpirun_arguments
-from hvd_lb.world.horovod import import_horovod
+from hvd_lb.world.build import import_horovod
 
 _HERE = "localhost"
 
 
-def local(processes: int, environment: Mapping[str, str]) -> Launch:
+def local(processes: int, environment: Mapping[str, str]) -> LaunchPlan:
     """So many processes here. UserError when several are asked for and no Horovod could connect them."""
     if processes == 1:
-        return Launch("local", [Host(_HERE, 1)], rank_command, environment=environment)
+        return LaunchPlan("local", [Host(_HERE, 1)], rank_command, environment=environment)
     try:
         import_horovod()
     except UserError as error:
@@ -27,7 +27,7 @@ def local(processes: int, environment: Mapping[str, str]) -> Launch:
         raise UserError(f"several processes cannot find each other on this machine: {nameless}")
     hosts = [Host(_HERE, processes)]
     mpi_arguments = mpirun_arguments(("ssh",), ["lo"]) if needs_mpi(environment) else None
-    return Launch(
+    return LaunchPlan(
         "local",
         hosts,
         lambda job_file: horovodrun_command(

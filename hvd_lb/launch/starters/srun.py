@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from hvd_lb.errors import UserError
 from hvd_lb.launch.allreduce import needs_mpi
 from hvd_lb.launch.hosts import assign
-from hvd_lb.launch.plan import Launch, rank_command
+from hvd_lb.launch.plan import LaunchPlan, rank_command
 from hvd_lb.launch.preflight import probe
 from hvd_lb.launch.preflight.ask import Ask
 from hvd_lb.launch.preflight.cluster import Cluster
-from hvd_lb.launch.starters.allocation import Container, one_per_node, srun_command
+from hvd_lb.launch.starters.allocation import PyxisContainer, one_per_node, srun_command
 from hvd_lb.launch.starters.rendezvous import rendezvous
 
 _ANSWER_SECONDS = 120.0
 
 
-def asking_over_srun(container: Container | None = None) -> Ask:
+def asking_over_srun(container: PyxisContainer | None = None) -> Ask:
     """Asks the nodes of the allocation by one step of a task on each."""
 
     def ask(hosts: list[str], question: str) -> dict[str, str | UserError]:
@@ -42,13 +42,13 @@ def asking_over_srun(container: Container | None = None) -> Ask:
 
 
 def over_srun(
-    cluster: Cluster, processes: int, environment: Mapping[str, str], container: Container | None = None
-) -> Launch:
+    cluster: Cluster, processes: int, environment: Mapping[str, str], container: PyxisContainer | None = None
+) -> LaunchPlan:
     """`processes` on the nodes of an allocation: they meet at a rendezvous of this process, or through Open MPI."""
     hosts = assign(cluster.hosts, processes)
     places = [(host.name, host.slots or 1) for host in hosts]
     mpi = _mpi_plugin() if needs_mpi(environment) else None
-    return Launch(
+    return LaunchPlan(
         "slurm",
         hosts,
         lambda job_file: srun_command(
@@ -60,7 +60,7 @@ def over_srun(
     )
 
 
-def _python(container: Container | None) -> str:
+def _python(container: PyxisContainer | None) -> str:
     """The interpreter that has hvd-lb: the image's, else this one."""
     return "python" if container else sys.executable
 

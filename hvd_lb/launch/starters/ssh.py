@@ -11,7 +11,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.launch.allreduce import needs_mpi
 from hvd_lb.launch.hosts import assign, is_this_machine
 from hvd_lb.launch.options import LaunchOptions
-from hvd_lb.launch.plan import Launch, horovodrun_command
+from hvd_lb.launch.plan import LaunchPlan, horovodrun_command
 from hvd_lb.launch.preflight.ask import Ask, ask_all, explain_failure
 from hvd_lb.launch.preflight.cluster import Cluster
 
@@ -41,7 +41,7 @@ def ssh_command(options: LaunchOptions) -> list[str]:
 
 def over_ssh(
     cluster: Cluster, processes: int, options: LaunchOptions, environment: Mapping[str, str]
-) -> Launch:
+) -> LaunchPlan:
     """`processes` on the hosts of a cluster, by horovodrun: over Gloo, or Open MPI where the allreduce needs it."""
     hosts = assign(cluster.hosts, processes)
     ssh = ssh_command(options)
@@ -50,7 +50,7 @@ def over_ssh(
         # mpirun takes one list for all hosts, in which a name that a host does not have is passed over.
         interfaces = sorted({cluster.interface, *(cluster.interfaces[host.name] for host in hosts)})
         mpi_arguments = mpirun_arguments(ssh, interfaces)
-    return Launch(
+    return LaunchPlan(
         "ssh",
         hosts,
         lambda job_file: horovodrun_command(

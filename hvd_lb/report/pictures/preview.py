@@ -8,7 +8,7 @@ from pathlib import PurePath
 from PIL import Image, ImageDraw
 
 from hvd_lb.report.pictures.drawing import EDGE, INK, PALE, PAPER, Box, Colour, magnified, write
-from hvd_lb.report.pictures.views import Seen, View
+from hvd_lb.report.pictures.views import CropView, View
 
 # Okabe and Ito's: told apart also by those who see fewer colours.
 COLOURS: tuple[Colour, ...] = (
@@ -36,7 +36,7 @@ class _Sheet:
 
 def preview(training: list[View], evaluation: list[View], title: str, subtitle: str) -> Image.Image:
     """`training` views, at most six epochs each, a row each; `evaluation` views side by side below them."""
-    epochs = max((len(view.seen) for view in training), default=0)
+    epochs = max((len(view.crops) for view in training), default=0)
     pairs = max(1, (_ORIGINAL[0] + epochs * (_SIDE + _GAP)) // (_PAIR - _GAP))
     width = _GAP + max(_ORIGINAL[0] + _GAP + epochs * (_SIDE + _GAP), pairs * _PAIR)
     lines = -(-len(evaluation) // pairs)
@@ -51,9 +51,9 @@ def preview(training: list[View], evaluation: list[View], title: str, subtitle: 
     y += _HEAD
     for view in training:
         _original(sheet, (_GAP, y), view, COLOURS)
-        for epoch, seen in enumerate(view.seen):
+        for epoch, crop in enumerate(view.crops):
             x = _GAP + _ORIGINAL[0] + _GAP + epoch * (_SIDE + _GAP)
-            _tensor(sheet, (x, y), seen, f"epoch {epoch}", COLOURS[epoch])
+            _tensor(sheet, (x, y), crop, f"epoch {epoch}", COLOURS[epoch])
         y += _ROW
     _heading(sheet, y, "Evaluation")
     y += _HEAD
@@ -61,7 +61,7 @@ def preview(training: list[View], evaluation: list[View], title: str, subtitle: 
         line, column = divmod(place, pairs)
         at = _GAP + column * _PAIR, y + line * _ROW
         _original(sheet, at, view, (_CENTRE,))
-        _tensor(sheet, (at[0] + _ORIGINAL[0] + _GAP, at[1]), view.seen[0], "evaluation", _CENTRE)
+        _tensor(sheet, (at[0] + _ORIGINAL[0] + _GAP, at[1]), view.crops[0], "evaluation", _CENTRE)
     return picture
 
 
@@ -81,9 +81,9 @@ def _original(sheet: _Sheet, at: Box, view: View, colours: tuple[Colour, ...]) -
         (1, True),
         (0, False),
     ):  # all outlines first, or they would hide windows that coincide
-        for number, (seen, colour) in enumerate(zip(view.seen, colours, strict=False)):
-            x, y, w, h = seen.window
-            half = len(view.seen) - number + 1 + edge
+        for number, (crop, colour) in enumerate(zip(view.crops, colours, strict=False)):
+            x, y, w, h = crop.window
+            half = len(view.crops) - number + 1 + edge
             corners = (
                 (round(left + x * across) - half, round(top + y * down) - half),
                 (round(left + (x + w) * across) + half - 1, round(top + (y + h) * down) + half - 1),
@@ -94,8 +94,8 @@ def _original(sheet: _Sheet, at: Box, view: View, colours: tuple[Colour, ...]) -
     _caption(sheet, at, _ORIGINAL[0], view.label, f"{below}, {PurePath(view.name).name}")
 
 
-def _tensor(sheet: _Sheet, at: Box, seen: Seen, name: str, colour: Colour) -> None:
-    shown = magnified(seen.pixels, (_SIDE, _SIDE))
+def _tensor(sheet: _Sheet, at: Box, crop: CropView, name: str, colour: Colour) -> None:
+    shown = magnified(crop.pixels, (_SIDE, _SIDE))
     left, top = at[0] + (_SIDE - shown.width) // 2, at[1] + (_SIDE - shown.height) // 2
     sheet.draw.rectangle(
         (
@@ -107,8 +107,8 @@ def _tensor(sheet: _Sheet, at: Box, seen: Seen, name: str, colour: Colour) -> No
         fill=colour,
     )
     sheet.picture.paste(shown, (left, top))
-    x, y, width, height = seen.window
-    first = name + ("   ⇄ mirrored" if seen.flip else "")
+    x, y, width, height = crop.window
+    first = name + ("   ⇄ mirrored" if crop.flip else "")
     _caption(sheet, at, _SIDE, first, f"{width:,} × {height:,} from ({x:,}, {y:,})")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from hvd_lb.data.decoding.decode import BadImage
 from hvd_lb.data.images import Images
-from hvd_lb.data.loading.contract import Pixels
+from hvd_lb.data.loading.contract import Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.plan.augment import CentreWindows, Microbatch, RandomWindows, Windows
 from hvd_lb.recipe import Recipe
@@ -21,7 +21,7 @@ _MOST_BAD = 100
 
 
 @dataclass(frozen=True)
-class Seen:
+class CropView:
     """A window (x, y, width, height) in pixels of the image, whether it is mirrored, and the tensor that comes of it:
     uint8 (S, S, 3), its normalisation undone.
     """
@@ -33,12 +33,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class View:
-    """An image as stored, uint8 (height, width, 3), and what is seen of it, epoch by epoch or once."""
+    """An image as stored, uint8 (height, width, 3), and what the network gets of it, epoch by epoch or once."""
 
     name: str
     label: str
     original: np.ndarray
-    seen: list[Seen]
+    crops: list[CropView]
 
 
 def views(
@@ -61,7 +61,7 @@ def views(
         recipe.loader,
         images,
         [Microbatch(chosen, of) for of in windows],
-        Pixels(recipe.image_size, recipe.mean, recipe.std, recipe.antialias),
+        Preprocessing(recipe.image_size, recipe.mean, recipe.std, recipe.antialias),
         batch_size=len(chosen),
         device=device,
         threads=1,
@@ -73,7 +73,7 @@ def views(
             images.name(image_id),
             images.classes[int(images.labels[image_id])],
             originals[image_id],
-            [_seen(of, place, pixels) for of, pixels in zip(windows, tensors, strict=True)],
+            [_crop(of, place, pixels) for of, pixels in zip(windows, tensors, strict=True)],
         )
         for place, image_id in enumerate(originals)
     ]
@@ -97,6 +97,6 @@ def _as_pixels(x: torch.Tensor, recipe: Recipe) -> np.ndarray:
     return (255 * levels).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def _seen(windows: Windows, place: int, pixels: np.ndarray) -> Seen:
+def _crop(windows: Windows, place: int, pixels: np.ndarray) -> CropView:
     x, y, width, height = (int(of[place]) for of in (windows.x, windows.y, windows.width, windows.height))
-    return Seen((x, y, width, height), bool(windows.flip[place]), pixels[place])
+    return CropView((x, y, width, height), bool(windows.flip[place]), pixels[place])

@@ -24,7 +24,7 @@ from PIL import Image
 from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.decoding.plain import plain_size
 from hvd_lb.data.images import ArrayImages, Images
-from hvd_lb.data.loading.contract import Pixels
+from hvd_lb.data.loading.contract import Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.errors import UserError
 from hvd_lb.plan.augment import Microbatch, RandomWindows
@@ -134,7 +134,7 @@ def test_no_bit_differs_after_normalising(mean: tuple[float, ...], std: tuple[fl
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
     images = ArrayImages(levels, np.zeros(1), ["any"], "array")
     ours, theirs = (
-        load(kind, images, [one_window([0], 0, 0, 16, False)], Pixels(16, mean, std, True))[0]
+        load(kind, images, [one_window([0], 0, 0, 16, False)], Preprocessing(16, mean, std, True))[0]
         for kind in KINDS
     )
     assert torch.equal(ours, theirs)
@@ -153,7 +153,9 @@ def plan_of(images: Images, windows: RandomWindows) -> list[Microbatch]:
     ]
 
 
-def execute(kind: str, images: Images, batches: list[Microbatch], pixels: Pixels) -> list[torch.Tensor]:
+def execute(
+    kind: str, images: Images, batches: list[Microbatch], pixels: Preprocessing
+) -> list[torch.Tensor]:
     """The tensors; the labels are checked."""
     with open_loader(kind, images, batches, pixels, batch_size=4, device=CPU, threads=2) as loader:
         loaded = [(x.clone(), y) for x, y in loader]
@@ -232,7 +234,7 @@ def test_the_windows_can_be_read_off_the_pixels(kind: str) -> None:
 @pytest.mark.parametrize("codec", ["JPEG", "PNG", "TIFF", "BMP", "PPM"])
 def test_a_file_cut_short_is_an_error_also_when_its_window_is_whole(kind, codec, make_photo, encode) -> None:
     content = encode(make_photo(300, 300), codec).tobytes()
-    with pytest.raises(UserError, match="blob 0: cannot be decoded .*truncated.*; mend or remove it"):
+    with pytest.raises(UserError, match="blob 0: cannot be decoded .*truncated.*; repair or remove it"):
         load(
             kind,
             blobs([content[: len(content) * 9 // 10]], (300, 300)),

@@ -18,7 +18,7 @@ from hvd_lb.data.decoding.stand_in import MOST_TRIES, StandIn, sizes
 from hvd_lb.data.images import Images
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.errors import UserError
-from hvd_lb.plan.augment import Microbatch, Place, RandomWindows
+from hvd_lb.plan.augment import Microbatch, Origin, RandomWindows
 
 SIZE = 24
 WINDOWS = RandomWindows(seed=3)
@@ -39,7 +39,7 @@ def make_images(broken: dict[int, bytes], count: int = 12) -> BlobImages:
 
 def batch(images: Images, ids: Sequence[int], step: int = 0) -> Microbatch:
     chosen = np.array(ids, np.int64)
-    return Microbatch(chosen, draw(chosen, *sizes(images, chosen)), Place("train", 5, step, 1), draw)
+    return Microbatch(chosen, draw(chosen, *sizes(images, chosen)), Origin("train", 5, step, 1), draw)
 
 
 def skip(
@@ -47,7 +47,7 @@ def skip(
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[StandIn]]:
     told: list[StandIn] = []
     size = max(map(len, batches))
-    arguments = {"batch_size": size, "device": CPU, "threads": 2, "tell": told.extend, **options}
+    arguments = {"batch_size": size, "device": CPU, "threads": 2, "on_stand_ins": told.extend, **options}
     with open_loader(kind, images, batches, as_levels(SIZE), **arguments) as loader:
         return [(x.clone(), y) for x, y in loader], told
 
@@ -77,9 +77,9 @@ def test_the_next_image_that_decodes_stands_in(kind: str, how: str) -> None:
     for (x, y), (expected_x, expected_y) in zip(found, skip(kind, images, expected)[0], strict=True):
         assert torch.equal(x, expected_x)
         assert torch.equal(y, expected_y)
-    assert [(of.place, of.position, of.image, of.stand_in) for of in told] == [
-        (Place("train", 5, 1, 1), 1, 4, 5),
-        (Place("train", 5, 3, 1), 0, 4, 5),
+    assert [(of.origin, of.position, of.image, of.stand_in) for of in told] == [
+        (Origin("train", 5, 1, 1), 1, 4, 5),
+        (Origin("train", 5, 3, 1), 0, 4, 5),
     ]
     assert (told[0].path, told[0].stand_in_path) == ("blob 4", "blob 5")
     assert told[0].reason

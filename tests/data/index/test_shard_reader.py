@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvd_lb.data.index.shard_reader import Shards
+from hvd_lb.data.index.shard_reader import ShardReader
 from hvd_lb.errors import UserError
 
 SHARDS, SIZE = 20, 5000
@@ -28,7 +28,7 @@ def open_files(folder: Path) -> int:
 
 
 def test_many_threads_read_right_and_keep_few_files_open(folder: Path) -> None:
-    shards = Shards(folder, [f"{shard}.tar" for shard in range(SHARDS)], most_open=3)
+    shards = ShardReader(folder, [f"{shard}.tar" for shard in range(SHARDS)], most_open=3)
     expected = [(folder / f"{shard}.tar").read_bytes() for shard in range(SHARDS)]
     rng = np.random.default_rng(0)
     parts = [(int(rng.integers(SHARDS)), *sorted(rng.integers(0, SIZE, 2).tolist())) for _ in range(3000)]
@@ -43,7 +43,7 @@ def test_many_threads_read_right_and_keep_few_files_open(folder: Path) -> None:
 
 
 def test_files_are_closed_with_the_last_reference(folder: Path) -> None:
-    shards = Shards(folder, ["0.tar", "1.tar"])
+    shards = ShardReader(folder, ["0.tar", "1.tar"])
     shards.read(1, 0, 10)
     assert open_files(folder) == 1
     del shards
@@ -51,7 +51,7 @@ def test_files_are_closed_with_the_last_reference(folder: Path) -> None:
 
 
 def test_a_shard_that_was_cut_or_removed_is_named(folder: Path) -> None:
-    shards = Shards(folder, ["0.tar", "1.tar"])
+    shards = ShardReader(folder, ["0.tar", "1.tar"])
     assert len(shards.read(0, 4000, 1000)) == 1000
     os.truncate(folder / "0.tar", 4500)
     assert len(shards.read(0, 4000, 1000)) == 500

@@ -17,7 +17,7 @@ import torch
 from loader_cases import CPU, KINDS, BlobImages, as_levels, load, one_window, random_batches
 
 from hvd_lb.data.images import ArrayImages
-from hvd_lb.data.loading.contract import Loader, Pixels
+from hvd_lb.data.loading.contract import Loader, Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.errors import UserError
 from hvd_lb.machine.placement import loader_threads
@@ -44,7 +44,7 @@ def test_a_window_of_the_tensor_size_is_cut_out_unchanged(kind, flip, make_photo
 @pytest.mark.parametrize("kind", KINDS)
 def test_colours_are_normalised_per_channel(kind: str) -> None:
     level = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(1, 4, 4, 3)
-    pixels = Pixels(4, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True)
+    pixels = Preprocessing(4, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True)
     (x,) = load(
         kind, ArrayImages(level, np.zeros(1), ["any"], "array"), [one_window([0], 0, 0, 4, False)], pixels
     )
@@ -60,7 +60,7 @@ def test_resized_pixels_are_those_of_torchvision(codec: str, make_photo, encode)
     for antialias in (False, True):
         for pixels in (
             as_levels(64, antialias),
-            Pixels(48, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), antialias),
+            Preprocessing(48, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), antialias),
         ):
             ours, theirs = (torch.stack(load(kind, images, batches, pixels)) for kind in KINDS)
             assert torch.equal(ours, theirs)
@@ -132,7 +132,7 @@ def test_a_broken_image_is_named_after_the_good_batches(kind, content, make_phot
     ) as loader:
         for _ in range(5):
             next(loader)
-        with pytest.raises(UserError, match="^blob 2: cannot be decoded .*; mend or remove it$"):
+        with pytest.raises(UserError, match="^blob 2: cannot be decoded .*; repair or remove it$"):
             next(loader)
 
 
@@ -215,12 +215,13 @@ def test_a_program_may_end_with_its_loader_open(kind: str) -> None:
     program = f"""if True:
         import itertools, numpy as np, torch
         from hvd_lb.data.images import ArrayImages
-        from hvd_lb.data.loading.open import Pixels, open_loader
+        from hvd_lb.data.loading.open import Preprocessing, open_loader
         from hvd_lb.plan.augment import Microbatch, RandomWindows
         images = ArrayImages(np.zeros((4, 8, 8), np.uint8), np.zeros(4), ["any"], "array")
         windows = RandomWindows(0).windows(0, np.arange(4), images.widths, images.heights)
         loader = open_loader("{kind}", images, itertools.repeat(Microbatch(np.arange(4), windows)),
-                             Pixels(8, (0, 0, 0), (1, 1, 1), True), batch_size=4, device=torch.device("cpu"), threads=1)
+                             Preprocessing(8, (0, 0, 0), (1, 1, 1), True), batch_size=4, threads=1,
+                             device=torch.device("cpu"))
         next(loader)
         raise SystemExit("the program's own end")
     """

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from hvd_lb.data.loading.contract import Pixels
+from hvd_lb.data.loading.contract import Preprocessing
 from hvd_lb.data.loading.resize import Finisher
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,7 +31,7 @@ def test_the_tensor_is_that_of_torchvisions_transforms(size: tuple[int, int], an
         ]
     )
     with ThreadPoolExecutor(2) as pool:
-        finish = Finisher(Pixels(24, MEAN, STD, antialias), 4, pool)
+        finish = Finisher(Preprocessing(24, MEAN, STD, antialias), 4, pool)
         (ours,) = finish([window], np.array([True]))
     torch.testing.assert_close(ours, theirs(window.copy()), rtol=1e-5, atol=1e-5)
 
@@ -41,7 +41,7 @@ def test_memory_is_used_again_only_when_nothing_refers_to_it() -> None:
         return np.full((4, 4, 3), level, np.uint8)
 
     with ThreadPoolExecutor(1) as pool:
-        finish = Finisher(Pixels(4, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), True), 2, pool)
+        finish = Finisher(Preprocessing(4, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), True), 2, pool)
         flips = np.zeros(2, bool)
         first = finish([window(1), window(2)], flips)
         place, part = first.data_ptr(), first[1, 0]

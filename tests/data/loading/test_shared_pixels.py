@@ -264,7 +264,7 @@ def _with_stand_ins(kind: str, images: Images) -> Iterator[tuple[torch.Tensor, l
         batch_size=len(images),
         device=CPU,
         threads=2,
-        tell=told.extend,
+        on_stand_ins=told.extend,
     ) as loader:
         for x, _ in loader:
             yield x.clone(), list(told)

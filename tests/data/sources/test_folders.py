@@ -186,7 +186,7 @@ MISTAKES = {
     break_no_train: "set: has no train/",
     break_classes: r"only in train: bee; only in val: extra0, extra1, extra2 and 2 more",
     break_text: r"train/bee/list.csv and 1 more: no image file \(.jpg",
-    break_content: r"train/bee/1.JPEG: cannot be decoded .*; mend or remove it, .* \(2 such files in",
+    break_content: r"train/bee/1.JPEG: cannot be decoded .*; repair or remove it, .* \(2 such files in",
     break_no_images: "val: holds no images",
     break_empty_class: "no images to train on in dog",
     break_link: "train/ant/gone.png: cannot be read",

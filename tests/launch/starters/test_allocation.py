@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hvd_lb.errors import UserError
 from hvd_lb.launch.rank.slurm import rank_environment
 from hvd_lb.launch.starters.allocation import (
-    Container,
+    PyxisContainer,
     allocation,
     expand_counts,
     one_per_node,
@@ -96,7 +96,7 @@ def test_srun_fills_the_nodes_in_order() -> None:
 
 
 def test_one_task_per_node_reads_what_srun_reads() -> None:
-    command = one_per_node(["h1", "h2"], ["probe"], container=Container("img:1", ("/data", "/out put")))
+    command = one_per_node(["h1", "h2"], ["probe"], container=PyxisContainer("img:1", ("/data", "/out put")))
     assert command[command.index("srun") + 1 :] == [
         "--distribution=arbitrary",
         "--nodelist=h1,h2",
@@ -118,7 +118,7 @@ def test_one_task_per_node_reads_what_srun_reads() -> None:
 def test_an_mpi_is_named_and_a_mount_that_pyxis_would_misread_is_refused() -> None:
     assert "--mpi=pmix" in srun_command([("h1", 1)], ["x"], mpi="pmix")
     with pytest.raises(UserError, match="cannot be mounted"):
-        srun_command([("h1", 1)], ["x"], container=Container("image", ("/a,b",)))
+        srun_command([("h1", 1)], ["x"], container=PyxisContainer("image", ("/a,b",)))
 
 
 @needs_horovod

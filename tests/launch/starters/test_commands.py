@@ -134,9 +134,11 @@ def test_a_host_that_hangs() -> None:
 
 
 def test_threads_are_those_of_the_host_with_the_smallest_share() -> None:
-    placed = cluster().place(gpus=8, processes=None, threads=None)
+    placed = cluster().placement(gpus=8, processes=None, threads=None)
     assert (placed.processes, placed.threads, placed.hosts) == (4, 1, ("h1", "h2"))
-    assert cluster().place(gpus=8, processes=2, threads=None).threads == 2  # both on h1, which has 4 cores
-    assert cluster().place(gpus=8, processes=2, threads=7).threads == 7
+    assert (
+        cluster().placement(gpus=8, processes=2, threads=None).threads == 2
+    )  # both on h1, which has 4 cores
+    assert cluster().placement(gpus=8, processes=2, threads=7).threads == 7
     with pytest.raises(UserError, match="expected 1 to 2"):
-        cluster().place(gpus=2, processes=3, threads=None)
+        cluster().placement(gpus=2, processes=3, threads=None)

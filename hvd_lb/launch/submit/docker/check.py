@@ -65,8 +65,8 @@ def judge(
         if re.search(r"\bnvidia\b", runtimes):
             yield Finding("GPUs", "ok", "NVIDIA's runtime is there")
         else:
-            mend = "install the NVIDIA Container Toolkit there, or use --device cpu"
-            yield Finding("GPUs", "wrong", "Docker there has no NVIDIA runtime", mend)
+            fix = "install the NVIDIA Container Toolkit there, or use --device cpu"
+            yield Finding("GPUs", "wrong", "Docker there has no NVIDIA runtime", fix)
     missing = [value for key, value in said if key == "missing"]
     for path in missing:
         yield Finding(

@@ -21,7 +21,7 @@ _SCRIPT = (
     'mkdir -p -- "$1" && shift && if [ -d /dev/infiniband ]; then set -- --device /dev/infiniband "$@"; fi && '
     'exec docker run --user "$(id -u):$(id -g)" "$@"'
 )
-_LEASE = ("python", "-m", "hvd_lb.launch.submit.docker.host")
+_HOST_PROCESS = ("python", "-m", "hvd_lb.launch.submit.docker.host")
 
 
 def run_command(submission: Submission, run: str, host: str) -> list[str]:
@@ -43,7 +43,7 @@ def run_command(submission: Submission, run: str, host: str) -> list[str]:
         *("--security-opt", "no-new-privileges", "--log-driver", "none"),
         *(("--gpus", "all") if submission.device == "cuda" else ()),
         *mounts,
-        *("--entrypoint", "hvd-lb-entry", submission.image, *_LEASE),
+        *("--entrypoint", "hvd-lb-entry", submission.image, *_HOST_PROCESS),
     ]
 
 

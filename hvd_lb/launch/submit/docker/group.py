@@ -1,6 +1,6 @@
 """One container per host, alive as long as this process: started in parallel, keys exchanged, one command run.
 
-with Containers(submission, ["h1", "h2"], reach) as containers:
+with DockerContainers(submission, ["h1", "h2"], reach) as containers:
     status = containers.run(["hvd-lb", "train", ...])
 
 Each container's standard input comes from here, through ssh or srun where its host is another machine, and it ends
@@ -26,7 +26,7 @@ from hvd_lb.launch.starters.ssh import Reach
 from hvd_lb.launch.stopping import SIGNALS
 from hvd_lb.launch.submit.command import Submission
 from hvd_lb.launch.submit.docker.commands import known_host, remove_command, run_command
-from hvd_lb.launch.submit.docker.handle import Container, Ended, Started, say
+from hvd_lb.launch.submit.docker.handle import DockerContainer, Ended, Started, say
 from hvd_lb.launch.submit.docker.host import GRACE_SECONDS
 
 _HEARTBEAT_SECONDS = 10.0
@@ -41,7 +41,7 @@ class Interrupted(Exception):
         self.number = number
 
 
-class Containers:
+class DockerContainers:
     """UserError on entry when a container cannot be started, with a line for each; then none is left.
 
     SIGINT and SIGTERM are handed on to the command while it runs, and raise Interrupted before.
@@ -51,10 +51,10 @@ class Containers:
         self.run_id = secrets.token_hex(6)
         self._submission, self._hosts, self._reach = submission, hosts, reach
         self._events: queue.SimpleQueue[Started | Ended | Signalled] = queue.SimpleQueue()
-        self._containers: list[Container] = []
+        self._containers: list[DockerContainer] = []
         self._beat = time.monotonic()
 
-    def __enter__(self) -> Containers:
+    def __enter__(self) -> DockerContainers:
         self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             self._start()
@@ -88,7 +88,7 @@ class Containers:
         with _new_key(self.run_id) as (private, public):
             for host in self._hosts:
                 command = self._reach(host, run_command(self._submission, self.run_id, host))
-                container = Container(host, command, self._events)
+                container = DockerContainer(host, command, self._events)
                 self._containers.append(container)
                 container.send(
                     {

@@ -17,7 +17,7 @@ from hvd_lb.launch.submit.command import Submission
 from hvd_lb.launch.submit.docker.commands import explain
 
 
-class Container:
+class DockerContainer:
     """The `docker run` of one host, and what it says."""
 
     def __init__(self, host: str, command: Sequence[str], events: queue.SimpleQueue[Any]):
@@ -96,7 +96,7 @@ class Container:
 class Started:
     """A container is a host, with this key."""
 
-    container: Container
+    container: DockerContainer
     key: str
 
 
@@ -104,7 +104,7 @@ class Started:
 class Ended:
     """A container is gone."""
 
-    container: Container
+    container: DockerContainer
     status: int
 
 

@@ -41,7 +41,7 @@ _LOOK_SECONDS = 0.2
 _OF_A_LOGIN = {"HOME", "HOSTNAME", "LOGNAME", "MAIL", "OLDPWD", "PWD", "SHELL", "SHLVL", "TERM", "USER", "_"}
 
 
-class LeaseError(Exception):
+class HostError(Exception):
     """Says in one line why this cannot be, or no longer is, a host."""
 
 
@@ -110,7 +110,7 @@ def host(
     """An sshd that accepts, and its public key; gone at the end."""
     program = shutil.which("sshd", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
     if program is None:
-        raise LeaseError("no sshd here: apt-get install openssh-server")
+        raise HostError("no sshd here: apt-get install openssh-server")
     _check_free(port)
     folder = Path(tempfile.mkdtemp(prefix="hvd-lb-host-"))
     sshd = None
@@ -152,7 +152,7 @@ def hold(messages: Messages, sshd: subprocess.Popen[bytes]) -> int:
     try:
         while True:
             if sshd.poll() is not None:
-                raise LeaseError(f"sshd ended by itself with exit code {sshd.returncode}")
+                raise HostError(f"sshd ended by itself with exit code {sshd.returncode}")
             if command and (status := command.poll()) is not None:
                 return status if status >= 0 else 128 - status
             _reap({sshd.pid, command.pid if command else 0})
@@ -186,7 +186,7 @@ def _start(command: list[str]) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     except OSError as error:
-        raise LeaseError(f"{command[0]} cannot be run: {error.strerror}") from None
+        raise HostError(f"{command[0]} cannot be run: {error.strerror}") from None
 
 
 def _sessions(sshd: subprocess.Popen[bytes]) -> bool:
@@ -206,14 +206,14 @@ def _reap(own: set[int]) -> None:
 
 
 def _check_free(port: int) -> None:
-    """LeaseError when `port` cannot be listened on."""
+    """HostError when `port` cannot be listened on."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
             probe.listen()
         except OSError as error:
-            raise LeaseError(f"port {port} cannot be listened on: {error.strerror}") from None
+            raise HostError(f"port {port} cannot be listened on: {error.strerror}") from None
 
 
 def _await(sshd: subprocess.Popen[bytes], log: Path) -> None:
@@ -221,7 +221,7 @@ def _await(sshd: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while "Server listening on" not in (said := log.read_text("utf-8", "replace")):
         if sshd.poll() is not None or time.monotonic() > deadline:
-            raise LeaseError(f"sshd does not start: {' '.join(said.split()) or 'it says nothing'}")
+            raise HostError(f"sshd does not start: {' '.join(said.split()) or 'it says nothing'}")
         time.sleep(0.02)
 
 
@@ -232,11 +232,11 @@ def _ssh_folder() -> Path:
 
 
 def _write_private(path: Path, text: str) -> None:
-    """A new file for its owner's eyes only; LeaseError rather than writing over somebody's."""
+    """A new file for its owner's eyes only; HostError rather than writing over somebody's."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
-        raise LeaseError(f"{path} cannot be made: {error.strerror}") from None
+        raise HostError(f"{path} cannot be made: {error.strerror}") from None
     with os.fdopen(descriptor, "w") as file:
         file.write(text)
 
@@ -255,7 +255,7 @@ def main() -> int:
             return hold(messages, sshd)
     except EOFError:
         return 1
-    except LeaseError as error:
+    except HostError as error:
         print(f"hvd-lb: {error}", file=sys.stderr, flush=True)
         return 1
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hvd_lb.launch.starters.ssh import Reach
 from hvd_lb.launch.submit.command import Submission
 from hvd_lb.launch.submit.docker.commands import inner_command, run_command
-from hvd_lb.launch.submit.docker.group import Containers, Interrupted
+from hvd_lb.launch.submit.docker.group import DockerContainers, Interrupted
 
 
 def run_in_containers(
@@ -23,7 +23,7 @@ def run_in_containers(
     """
     names = [name for name, _ in hosts]
     try:
-        with Containers(submission, names, reach) as containers:
+        with DockerContainers(submission, names, reach) as containers:
             return containers.run(inner_command(submission, hosts))
     except Interrupted as interrupted:
         return 128 + interrupted.number

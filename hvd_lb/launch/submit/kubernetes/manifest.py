@@ -1,7 +1,7 @@
 """`--launcher kubernetes`: a run as an MPIJob of Kubeflow's MPI operator (kubeflow.org/v2beta1); kubectl.py submits it.
 
 The operator makes a launcher pod and one worker pod per node, names the workers in /etc/mpi/hostfile of the launcher
-and mounts one key pair, made for this job, in all pods. Workers run the image's sshd and wait; the launcher runs
+and mounts one key pair, made for this job, in all pods. RankProcesses run the image's sshd and wait; the launcher runs
 `hvd-lb train ... --launcher ssh`, which finds that file.
 """
 

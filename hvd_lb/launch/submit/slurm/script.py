@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvd_lb.errors import UserError
-from hvd_lb.launch.starters.allocation import Container
+from hvd_lb.launch.starters.allocation import PyxisContainer
 from hvd_lb.launch.submit.command import Submission
 
 #: Seconds before its time limit by which a job is asked for a checkpoint; Slurm may be a minute early.
@@ -53,12 +53,12 @@ class SlurmOptions:
     container_image: str | None = None  #: that Pyxis runs the ranks in
     container_mounts: tuple[str, ...] = ()  #: beside data, output and working directory
 
-    def container(self, *paths: Path | None) -> Container | None:
+    def container(self, *paths: Path | None) -> PyxisContainer | None:
         """The container of the ranks, if any, which see `paths` and `container_mounts` where they are outside."""
         if self.container_image is None:
             return None
         mounts = [*(os.fspath(path) for path in paths if path is not None), *self.container_mounts]
-        return Container(self.container_image, tuple(dict.fromkeys(mounts)))
+        return PyxisContainer(self.container_image, tuple(dict.fromkeys(mounts)))
 
 
 def script(submission: Submission, options: SlurmOptions, program: Sequence[str] = ("hvd-lb",)) -> str:

@@ -1,0 +1,116 @@
+"""`hvd-lb train`: from its options to a run on this machine or on many, or to a job that is submitted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import rich_click as click
+from rich.console import Console
+
+from hvd_lb.data.spec import data_folder, data_spec
+from hvd_lb.launch.allreduce import allreduce_environment
+from hvd_lb.launch.dry_run import describe
+from hvd_lb.launch.options import LaunchOptions, environment
+from hvd_lb.launch.plan import LaunchPlan
+from hvd_lb.launch.preflight.ask import Ask
+from hvd_lb.launch.preflight.cluster import Cluster
+from hvd_lb.launch.preflight.judge import Request, preflight
+from hvd_lb.launch.session import plan_job, resume_point_of, run_directory, run_job
+from hvd_lb.launch.starters.allocation import PyxisContainer
+from hvd_lb.launch.starters.local import local
+from hvd_lb.launch.starters.srun import asking_over_srun, over_srun
+from hvd_lb.launch.starters.ssh import asking_over_ssh, over_ssh
+from hvd_lb.launch.target import Target, find_target
+from hvd_lb.machine.placement import Placement, choose_device, choose_placement, default_gpus
+from hvd_lb.report.text import count
+from hvd_lb.resolve import check_options, explain, resolve
+from hvd_lb_cli.arguments import without_env_values
+from hvd_lb_cli.options.train import TrainOptions
+from hvd_lb_cli.show import index_progress, print_plan, print_preflight
+from hvd_lb_cli.submit import is_submission, refuse_unused, submit
+
+
+def run(context: click.Context, options: TrainOptions) -> int:
+    """Train, go on, print what would be run, or submit; the exit status. `context` is that of `train`."""
+    console = Console()
+    target = find_target(options.launch, options.device, os.environ)
+    refuse_unused(context, target, options.submit)
+    if is_submission(target, options):
+        return submit(context.command, options, target)
+    cluster, container = None, None
+    if target.launcher != "local":
+        data = data_folder(data_spec(options.fields, check_options(options.fields, options.recipe)))
+        folder = (options.output or Path("runs")).expanduser().absolute()
+        container = options.slurm.container(data, folder, Path.cwd())
+        ask = asking_over_srun(container) if target.launcher == "slurm" else asking_over_ssh(options.launch)
+        cluster = _examine(
+            console, target, Request(options.device, data, folder, options.launch.network_interface), ask
+        )
+    here = cluster.device if cluster else choose_device(options.device)
+    with index_progress(console) as on_progress:
+        resolved = resolve(
+            options.fields,
+            recipe=options.recipe,
+            default_gpus=cluster.slots if cluster else default_gpus(here),
+            on_progress=on_progress,
+        )
+    gpus, threads = resolved.recipe.gpus, resolved.recipe.threads
+    if cluster:
+        placement = cluster.placement(gpus=gpus, processes=options.processes, threads=threads)
+    else:
+        placement = choose_placement(here, gpus=gpus, processes=options.processes, threads=threads)
+    launch = _launch(target, cluster, placement, options.launch, container)
+    if options.launch.dry_run:
+        directory = run_directory(options.output, resolved.recipe)
+        resume_point = resume_point_of(directory, resolved, placement, options.resume)
+        click.echo(
+            describe(plan_job(resolved, placement, launch, directory, resume_point), launch, directory),
+            nl=False,
+        )
+        return 0
+    share = f"{placement.processes} on {placement.device}, {count(placement.threads, 'thread')} each"
+    rows = [*explain(resolved), ("processes", share)]
+    if cluster:
+        rows.append(("hosts", f"{', '.join(map(str, launch.hosts))} ({target.how}), by {launch.launcher}"))
+    return run_job(
+        resolved,
+        placement,
+        launch,
+        output=options.output,
+        resume=options.resume,
+        command=without_env_values(sys.argv),
+        console=console,
+        on_ready=lambda: print_plan(console, rows),
+    )
+
+
+def _examine(console: Console, target: Target, request: Request, ask: Ask) -> Cluster:
+    """The hosts, when all of them are ready; UserError, after a table, when they are not."""
+    with console.status(f"asking {count(len(target.hosts), 'host')}"):
+        report = preflight(target.hosts, request, ask)
+    if not report.cluster:
+        print_preflight(console, report)
+    return report.ready()
+
+
+def _launch(
+    target: Target,
+    cluster: Cluster | None,
+    placement: Placement,
+    options: LaunchOptions,
+    container: PyxisContainer | None,
+) -> LaunchPlan:
+    variables = environment(options, os.environ)
+    mpirun = cluster.mpirun if cluster else shutil.which("mpirun") is not None
+    several_hosts = cluster is not None and len(cluster.hosts) > 1
+    variables |= allreduce_environment(
+        options.allreduce, placement.device, several_hosts=several_hosts, mpirun=mpirun
+    )
+    if cluster and target.launcher == "slurm":
+        return over_srun(cluster, placement.processes, variables, container)
+    if cluster:
+        return over_ssh(cluster, placement.processes, options, variables)
+    return local(placement.processes, variables)
