@@ -112,7 +112,7 @@ def modes() -> None:
                 name: whole_step(trainer(model, pixels, images, gpus, reproducible), ready)
                 for name, reproducible in (("reproducible", True), ("float", False))
             }
-            title = f"{model}, {gpus} workers × {images} images of {pixels}×{pixels}, 2 processes"
+            title = f"{model}, {gpus} virtual workers × {images} images of {pixels}×{pixels}, 2 processes"
             report(title, interleaved(sides))
 
 
@@ -124,7 +124,8 @@ def virtual_workers(gpus: int = 8) -> None:
             "the bare loop": bare_step(model, gpus, ready),
         }
         report(
-            f"{model}, {gpus} workers × {images} images of {pixels}×{pixels}, 1 process", interleaved(sides)
+            f"{model}, {gpus} virtual workers × {images} images of {pixels}×{pixels}, 1 process",
+            interleaved(sides),
         )
 
 

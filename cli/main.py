@@ -12,7 +12,7 @@ from hvd_lb.errors import UserError
 from hvd_lb_cli.lazy import LazyGroup
 
 # Threads that wait for each other give up their core: on a shared machine, spinning ones made a step five times
-# slower. Read when torch is loaded, here and in the workers.
+# slower. Read when torch is loaded, here and in the ranks.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _COMMANDS = {

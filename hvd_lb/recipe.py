@@ -28,7 +28,7 @@ Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 # The source of fields that were given on the command line.
 OPTIONS = "options"
 
-# Fields that have no default of their own: one worker per GPU, the classes of the data.
+# Fields that have no default of their own: one virtual worker per GPU, the classes of the data.
 LEFT_TO_THE_MACHINE = {"gpus", "num_classes"}
 
 _EVERY = re.compile(r"(\d+) ?(steps?|epochs?)")

@@ -162,7 +162,10 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
             f"{len(resolved.dataset.train.classes):,} classes",
         ),
         ("model", f"{recipe.model}, {recipe.image_size}×{recipe.image_size}, {recipe.precision}"),
-        ("minibatch", f"{recipe.gpus} workers × {recipe.per_gpu_batch} = {recipe.global_batch:,} images"),
+        (
+            "minibatch",
+            f"{recipe.gpus} virtual workers × {recipe.per_gpu_batch} = {recipe.global_batch:,} images",
+        ),
         ("epoch", f"{plan.steps_per_epoch:,} steps, {rest}"),
         ("length", f"{epochs}, {length}" if not resolved.stops_early else length),
         ("learning rate", resolved.schedule.describe()),

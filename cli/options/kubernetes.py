@@ -75,24 +75,24 @@ _OPTIONS = (
     _option(
         "--k8s-cpus",
         type=_quantity("--k8s-cpus"),
-        help="Cores requested for each worker [default: what the cluster gives]",
+        help="Cores requested for each worker pod [default: what the cluster gives]",
     ),
     _option(
         "--k8s-memory",
         type=_quantity("--k8s-memory"),
-        help="Memory requested for each worker, and its limit [default: what the cluster gives]",
+        help="Memory requested for each worker pod, and its limit [default: what the cluster gives]",
     ),
     _option(
         "--k8s-resource",
         type=_Parsed("NAME=COUNT", parse_resource),
         multiple=True,
-        help="Further devices of each worker, such as rdma/hca_shared_devices_a=1. Again for each.",
+        help="Further devices of each worker pod, such as rdma/hca_shared_devices_a=1. Again for each.",
     ),
     _option(
         "--k8s-node-selector",
         type=_Parsed("KEY=VALUE", parse_label),
         multiple=True,
-        help="RankProcesses run on nodes with this label only. Again for each.",
+        help="Worker pods run on nodes with this label only. Again for each.",
     ),
     _option(
         "--k8s-toleration",

@@ -39,7 +39,7 @@ def check_cores(count: int) -> Finding:
 def check_memory(available: int, *, least: int = 2 * _GIB) -> Finding:
     detail = f"{available / _GIB:.1f} GiB available"
     if available < least:
-        fix = f"free some: a worker needs about {least / _GIB:.0f} GiB"
+        fix = f"free some: a process needs about {least / _GIB:.0f} GiB"
         return Finding("memory", "wrong", detail, fix)
     return Finding("memory", "ok", detail)
 

@@ -40,7 +40,7 @@ class RankFailure:
     log: Path
 
     def __str__(self) -> str:
-        who = "a worker" if self.rank is None else f"rank {self.rank}"
+        who = "a process" if self.rank is None else f"rank {self.rank}"
         return f"{who} on {self.host} failed: {self.message} (full log: {self.log})"
 
 

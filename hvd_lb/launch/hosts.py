@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hvd_lb.errors import UserError
 
-#: Where the MPI operator of Kubernetes mounts the list of a job's workers.
+#: Where the MPI operator of Kubernetes mounts the list of a job's worker pods.
 MPIJOB_HOSTFILE = Path("/etc/mpi/hostfile")
 
 # A name that can be nothing else on a command line: no option, no user, no shell syntax.

@@ -1,4 +1,4 @@
-"""What the launching process tells its workers: one JSON file, the same for all of them.
+"""What the launching process tells the ranks: one JSON file, the same for all of them.
 
 It is readable by its owner alone: `environment` may hold secrets, which are kept off command lines for the same reason.
 """

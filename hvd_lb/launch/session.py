@@ -1,4 +1,4 @@
-"""A whole run as its launching process sees it: claim the run directory, start workers, watch, sum up."""
+"""A whole run as its launching process sees it: claim the run directory, start the ranks, watch, sum up."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def run_job(
 ) -> int:
     """Train as resolved, telling `on_ready` when all checks have passed.
 
-    The exit status: 0 at the end, 1 when a worker failed, 128 + signal when interrupted. The first SIGINT or SIGTERM
+    The exit status: 0 at the end, 1 when a rank failed, 128 + signal when interrupted. The first SIGINT or SIGTERM
     ends the run with a checkpoint after the present step, a second one ends it at once.
     """
     recipe = resolved.recipe
@@ -116,19 +116,19 @@ def run_job(
     )
     began = time.monotonic()
     with _signals() as received:
-        workers = RankProcesses(job, launch, run, lock)
+        processes = RankProcesses(job, launch, run, lock)
         try:
             with RunView(run, display, resume_point.step) as view:
-                while (status := workers.wait(_LOOK_SECONDS)) is None and len(received) < 2:
+                while (status := processes.wait(_LOOK_SECONDS)) is None and len(received) < 2:
                     if received and not run.stop.exists():
-                        workers.ask_to_stop(received[0])
+                        processes.ask_to_stop(received[0])
                         display.note(
                             f"{received[0].name}: finishing this step, then a checkpoint; again to end at once"
                         )
                     view.update()
         finally:
-            workers.stop()
-        stopped = workers.stopped()
+            processes.stop()
+        stopped = processes.stopped()
         if stopped or len(received) > 1:
             number = signal.Signals(stopped["signal"] if stopped else received[0])
             where = f"after {stopped['steps']:,} steps, with a checkpoint" if stopped else "at once"
@@ -137,7 +137,7 @@ def run_job(
             console.print(f"stopped {where}; the same command goes on {goes_on}", highlight=False)
             return 128 + number
     if status:
-        failure = workers.failure(status)
+        failure = processes.failure(status)
         # Told first: where the disk is full, nothing can be summed up.
         print(f"hvd-lb: error: {failure}", file=sys.stderr)
         _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began)

@@ -1,7 +1,7 @@
-"""Ending a run with a checkpoint: by a signal to a worker, or by a file through which the launching process asks.
+"""Ending a run with a checkpoint: by a signal to a rank, or by a file through which the launching process asks.
 
-The launching process cannot signal its workers: horovodrun lies between, and would end them. So it writes
-RUN/logs/stop, which rank 0 looks for in every step. A scheduler's signal may reach workers directly, on any rank.
+The launching process cannot signal the ranks: horovodrun lies between, and would end them. So it writes
+RUN/logs/stop, which rank 0 looks for in every step. A scheduler's signal may reach any rank directly.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class LiveDisplay:
             console=console,
         )
         self._task = self._progress.add_task(
-            "starting workers", total=total_steps, completed=first_step, metrics="", left=""
+            "starting processes", total=total_steps, completed=first_step, metrics="", left=""
         )
         self._done = float(first_step)
         self._progress.start()

@@ -1,6 +1,6 @@
 """The run directory: names of its files, who may write into it, and how files are replaced as a whole.
 
-One launching process holds the directory (an advisory lock that also the workers' launcher inherits, so it lasts as
+One launching process holds the directory (an advisory lock that also the launcher of the ranks inherits, so it lasts as
 long as anybody writes). Nothing is created before everything has been checked.
 """
 
@@ -64,7 +64,7 @@ class RunDirectory:
 
     @property
     def stop(self) -> Path:
-        """Where the launching process asks the workers to end with a checkpoint: the number of a signal."""
+        """Where the launching process asks the ranks to end with a checkpoint: the number of a signal."""
         return self.logs / "stop"
 
     @property
@@ -81,7 +81,7 @@ class RunDirectory:
         return self.path / "curves.png"
 
     def error(self, rank: int) -> Path:
-        """Where a worker that fails says why."""
+        """Where a rank that fails says why."""
         return self.logs / f"error-{rank:04d}.json"
 
     def lock(self) -> int:

@@ -106,7 +106,7 @@ def test_when_all_say_the_same_the_first_is_shown(logs: Path) -> None:
 def test_a_launcher_that_could_not_even_start(logs: Path) -> None:
     found = failure(logs, "Traceback\nRuntimeError: could not connect to some hosts via ssh\n")
     assert str(found).startswith(
-        "a worker on h1 failed: ended with exit code 1; last said: RuntimeError: could not"
+        "a process on h1 failed: ended with exit code 1; last said: RuntimeError: could not"
     )
 
 

@@ -33,9 +33,11 @@ def ask_all(
         return dict(zip(commands, pool.map(ask, commands), strict=True))
 
 
-def explain_failure(host: str, run: subprocess.CompletedProcess[str] | None, options: LaunchOptions) -> str:
+def explain_failure(
+    host: str, completed: subprocess.CompletedProcess[str] | None, options: LaunchOptions
+) -> str:
     """Why a host gave no answer, and what to do, in one line."""
-    if run is None:
+    if completed is None:
         return "no answer in time: is it up, and are its file systems?"
     at = f" on port {options.ssh_port}" if options.ssh_port is not None else ""
     meanings = (
@@ -56,10 +58,15 @@ def explain_failure(host: str, run: subprocess.CompletedProcess[str] | None, opt
         ("Network is unreachable", "no route to it: is this machine in its network?"),
     )
     said = next(
-        (meaning for text, meaning in meanings if run.returncode == SSH_FAILED and text in run.stderr), None
+        (
+            meaning
+            for text, meaning in meanings
+            if completed.returncode == SSH_FAILED and text in completed.stderr
+        ),
+        None,
     )
-    last = next((line.strip() for line in reversed(run.stderr.splitlines()) if line.strip()), "")
-    last = last or f"exit code {run.returncode}"
-    if said is None and (run.returncode in (126, 127) or "No module named" in run.stderr):
+    last = next((line.strip() for line in reversed(completed.stderr.splitlines()) if line.strip()), "")
+    last = last or f"exit code {completed.returncode}"
+    if said is None and (completed.returncode in (126, 127) or "No module named" in completed.stderr):
         said = f"no hvd-lb there ({last}): install it where it is here, {sys.executable}"
     return said or f"it gave no answer: {last}"

@@ -1,6 +1,6 @@
 """Processes in a Slurm allocation: which nodes it has, the `srun` that starts the ranks, and a task's rank.
 
-No ssh is needed between nodes. `hvd_lb.launch.submit.slurm.script` writes the batch script, `slurm_submit` submits it.
+No ssh is needed between nodes. The batch script around it is written in `submit.slurm`.
 """
 
 from __future__ import annotations

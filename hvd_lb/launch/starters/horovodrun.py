@@ -1,7 +1,7 @@
 """`horovodrun` with three habits changed: `… -m hvd_lb.launch.starters.horovodrun ADDRESS SSH... -- ITS OPTIONS`.
 
-Horovod's own one writes the whole environment, secrets too, into the command line of every worker, logs in with host
-keys unchecked, and lets anyone who reaches any interface of this machine write into its rendezvous. Here workers get
+Horovod's own one writes the whole environment, secrets too, into the command line of every rank, logs in with host
+keys unchecked, and lets anyone who reaches any interface of this machine write into its rendezvous. Here ranks get
 the few variables that Python needs to start (the rest is in the job's file), ssh is called as `SSH...` says, and the
 rendezvous listens on ADDRESS alone.
 """

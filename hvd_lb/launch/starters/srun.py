@@ -27,13 +27,13 @@ def asking_over_srun(container: PyxisContainer | None = None) -> Ask:
         probing = [_python(container), "-P", "-m", "hvd_lb.launch.preflight.probe"]
         command = one_per_node(hosts, probing, container=container)
         try:
-            run = subprocess.run(
+            completed = subprocess.run(
                 command, input=question, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False
             )
         except subprocess.TimeoutExpired:
             return {host: UserError("no answer in time: is the node up?") for host in hosts}
-        answers: dict[str, str | UserError] = {host: _why_silent(host, run.stderr) for host in hosts}
-        for line in run.stdout.splitlines():
+        answers: dict[str, str | UserError] = {host: _why_silent(host, completed.stderr) for host in hosts}
+        for line in completed.stdout.splitlines():
             if line.startswith(probe.ANSWER):
                 answers[probe.parse(line)["name"]] = line
         return answers
@@ -67,8 +67,8 @@ def _python(container: PyxisContainer | None) -> str:
 
 def _mpi_plugin() -> str:
     """The way in which srun starts processes of Open MPI; UserError where this Slurm has none."""
-    run = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, check=False)
-    plugins = re.findall(r"\bpmix(?:_v\d+)?\b", run.stdout + run.stderr)
+    completed = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, check=False)
+    plugins = re.findall(r"\bpmix(?:_v\d+)?\b", completed.stdout + completed.stderr)
     if not plugins:
         raise UserError(
             "this Slurm starts no processes of Open MPI (srun --mpi=list names no pmix): use --allreduce ring"

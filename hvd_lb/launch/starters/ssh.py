@@ -101,10 +101,12 @@ def asking_over_ssh(options: LaunchOptions) -> Ask:
             for host in hosts
         }
         answers: dict[str, str | UserError] = {}
-        for host, run in ask_all(commands, question, _ANSWER_SECONDS).items():
-            ended_well = run is not None and run.returncode == 0
+        for host, completed in ask_all(commands, question, _ANSWER_SECONDS).items():
+            ended_well = completed is not None and completed.returncode == 0
             answers[host] = (
-                run.stdout if run and ended_well else UserError(explain_failure(host, run, options))
+                completed.stdout
+                if completed and ended_well
+                else UserError(explain_failure(host, completed, options))
             )
         return answers
 

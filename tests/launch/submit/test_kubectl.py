@@ -306,11 +306,11 @@ def test_what_keeps_it_from_starting_is_said_once(kubectl: Kubectl) -> None:
     assert kubectl.submit() == 0
     assert kubectl.said[1:-1] == [
         "2 pods waiting, Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
-        "0 of 2 workers running",
+        "0 of 2 worker pods running",
         "MPIJobFailed: worker pod created failed: exceeded quota",
-        "1 of 2 workers running",
+        "1 of 2 worker pods running",
         "1 pod waiting, ErrImagePull: not found",
-        "2 of 2 workers running",
+        "2 of 2 worker pods running",
     ]
 
 
@@ -396,7 +396,7 @@ def test_ctrl_c_leaves_the_job_and_says_what_to_type(kubectl: Kubectl, stage: st
         assert process.stdout
         process.stdin.write(json.dumps(JOB))
         process.stdin.close()
-        expected = "1 of 2 workers running\n" if stage == "waiting" else "epoch 0: top-1 error 12.5 %\n"
+        expected = "1 of 2 worker pods running\n" if stage == "waiting" else "epoch 0: top-1 error 12.5 %\n"
         seen = ["MPIJob digits submitted to namespace vision\n", expected]
         assert [process.stdout.readline(), process.stdout.readline()] == seen
         time.sleep(0.2)

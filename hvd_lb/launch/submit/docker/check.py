@@ -39,25 +39,27 @@ def docker_preflight(
 ) -> Report:
     """What is found on all hosts, asked at once; nothing is started or written."""
     command = probe_command(submission)
-    runs = ask_all({host: reach(host, command) for host in hosts}, "", _ANSWER_SECONDS)
-    return Report({host: list(judge(host, run, submission, options)) for host, run in runs.items()}, None)
+    completed = ask_all({host: reach(host, command) for host in hosts}, "", _ANSWER_SECONDS)
+    return Report({host: list(judge(host, of, submission, options)) for host, of in completed.items()}, None)
 
 
 def judge(
     host: str,
-    run: subprocess.CompletedProcess[str] | None,
+    completed: subprocess.CompletedProcess[str] | None,
     submission: Submission,
     options: LaunchOptions,
 ) -> Iterator[Finding]:
     """The findings about one host, from what its shell said."""
-    if run is None or run.returncode == SSH_FAILED:
-        yield Finding("reached", "wrong", explain_failure(host, run, options))
+    if completed is None or completed.returncode == SSH_FAILED:
+        yield Finding("reached", "wrong", explain_failure(host, completed, options))
         return
     yield Finding("reached", "ok", host)
-    said = [line.partition(" ")[::2] for line in run.stdout.splitlines()]
+    said = [line.partition(" ")[::2] for line in completed.stdout.splitlines()]
     server = next((value for key, value in said if key == "server" and value), None)
-    if run.returncode or server is None:
-        yield Finding("Docker", "wrong", explain(submission, run.returncode, run.stderr.splitlines()))
+    if completed.returncode or server is None:
+        yield Finding(
+            "Docker", "wrong", explain(submission, completed.returncode, completed.stderr.splitlines())
+        )
         return
     yield Finding("Docker", "ok", server)
     if submission.device == "cuda":

@@ -78,7 +78,7 @@ def _mount(path: Path, *, read_only: bool) -> str:
     )
 
 
-# What `docker run`, ssh and the lease say when a container does not come to life, and what to do then.
+# What `docker run`, ssh and the host process say when a container does not come to life, and what to do then.
 _MEANINGS = (
     (r"docker: (?:command )?not found", "no docker there: install Docker Engine"),
     (r"permission denied while trying to connect", "no permission to use Docker: add the user to the group `docker`"),

@@ -39,7 +39,7 @@ class DockerContainer:
         threading.Thread(target=self._follow, args=(self._process.stdout,), daemon=True).start()
 
     def send(self, message: dict[str, Any]) -> None:
-        """To the lease; one that has ended does not hear it, and its end is an event of its own."""
+        """To the host process; one that has ended does not hear it, and its end is an event of its own."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
@@ -67,7 +67,7 @@ class DockerContainer:
         return explain(submission, status, list(self._said))
 
     def _follow(self, stream: BinaryIO) -> None:
-        """Its first line is the lease's answer, all after that the command's output."""
+        """Its first line is the host process's answer, all after that the command's output."""
         answer = b""
         while not answer.endswith(b"\n") and (byte := stream.read(1)):
             answer += byte

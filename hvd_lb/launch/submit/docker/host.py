@@ -8,10 +8,10 @@ JSON object, and an empty one only says that the launcher is alive:
     {"run": ["hvd-lb", "train", …]}              run this; its output is this process's, its exit code too
     {"signal": 2}                                for the command that runs
 
-The first is answered with {"host_key": "ssh-ed25519 …"} once sshd accepts. The lease ends with the command, when sshd
-dies, at the end of input, after 120 s of silence, and by a signal. In the last three cases the command gets SIGTERM and
-it and all ssh sessions have a minute to end by themselves, with a checkpoint. The end of a container's first process
-ends all others.
+The first is answered with {"host_key": "ssh-ed25519 …"} once sshd accepts. The process ends with the command, when
+sshd dies, at the end of input, after 120 s of silence, and by a signal. In the last three cases the command gets
+SIGTERM and it and all ssh sessions have a minute to end by themselves, with a checkpoint. The end of a container's
+first process ends all others.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def host(
 
 
 def hold(messages: Messages, sshd: subprocess.Popen[bytes]) -> int:
-    """Do what the messages say until the lease ends; the exit status.
+    """Do what the messages say until this host has served; the exit status.
 
     The end of the messages and a signal to this process ask the command to end, and give it and all sessions a while.
     Several may ask at once, such as the launcher and Docker when a scheduler signals all processes: the command hears

@@ -59,14 +59,14 @@ def farewell(namespace: str, name: str) -> list[str]:
     return [
         f"MPIJob {name} runs on.",
         f"follow it:               the same command again, or {kubectl} logs -f job/{name}-launcher",
-        # Not by deleting the pod: Kubernetes may then take the job for failed, and its workers away, at once.
+        # Not by deleting the pod: Kubernetes may then take the job for failed, and its worker pods away, at once.
         f"end with a checkpoint:   {kubectl} exec job/{name}-launcher -- sh -c 'kill -TERM 1'",
         f"end at once, remove all: {kubectl} delete {_RESOURCE} {name}",
     ]
 
 
 def no_start(namespace: str, name: str, pod: str, status: int) -> str:
-    """What to do about a worker that has ended before the launcher was there: the operator waits for it for ever."""
+    """What to do about a worker pod that has ended before the launcher pod was there: the operator waits for ever."""
     kubectl = f"kubectl -n {shlex.quote(namespace)}"
     return (
         f"{pod} ended with exit status {status}, so the job cannot start: see `{kubectl} logs {pod}`, "
@@ -251,7 +251,7 @@ def _progress(pods: Iterable[dict[str, Any]], job: dict[str, Any]) -> str:
         return "the job is suspended: its queue has not admitted it yet"
     workers = job["spec"]["mpiReplicaSpecs"]["Worker"]["replicas"]
     running = sum(_role(pod) == "worker" and _phase(pod) == "Running" for pod in pods)
-    return f"{running} of {workers} workers running"
+    return f"{running} of {workers} worker pods running"
 
 
 def _one_line(text: object) -> str:

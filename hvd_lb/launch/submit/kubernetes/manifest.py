@@ -1,7 +1,7 @@
-"""`--launcher kubernetes`: a run as an MPIJob of Kubeflow's MPI operator (kubeflow.org/v2beta1); kubectl.py submits it.
+"""`--launcher kubernetes`: a run as an MPIJob of Kubeflow's MPI operator (kubeflow.org/v2beta1); `follow` submits it.
 
-The operator makes a launcher pod and one worker pod per node, names the workers in /etc/mpi/hostfile of the launcher
-and mounts one key pair, made for this job, in all pods. RankProcesses run the image's sshd and wait; the launcher runs
+The operator makes a launcher pod and one worker pod per node, names these in /etc/mpi/hostfile of the launcher pod and
+mounts one key pair, made for this job, in all pods. Worker pods run the image's sshd and wait; the launcher runs
 `hvd-lb train ... --launcher ssh`, which finds that file.
 """
 
@@ -18,7 +18,7 @@ from hvd_lb.launch.submit.command import Submission
 from hvd_lb.launch.submit.kubernetes.options import KubernetesOptions, Toleration
 from hvd_lb.launch.submit.kubernetes.volumes import checked_volumes, pod_volumes, volume_mounts
 
-#: Where the workers' sshd listens: no port below 1024, so no root is needed.
+#: Where the sshd of worker pods listens: no port below 1024, so no root is needed.
 SSH_PORT = 12345
 API_VERSION = "kubeflow.org/v2beta1"
 GPU = "nvidia.com/gpu"
@@ -129,7 +129,7 @@ def job_name(name: str) -> str:
 
 
 def sshd_command(keys: str) -> list[str]:
-    """The command of a worker: an sshd that admits the job's key alone and has it as its own host key as well.
+    """The command of a worker pod: an sshd that admits the job's key alone and has it as its own host key as well.
 
     `keys` is where the operator mounts it. StrictModes has to be off: a mounted Secret is a folder of links that all
     may write to. The image's sshd_config holds for all that is not said here.
@@ -233,7 +233,7 @@ def _checked_image(submission: Submission) -> str:
 
 
 def _slots(submission: Submission) -> int:
-    """Processes of a worker, and its GPUs; the last worker may have some left over."""
+    """Processes of a worker pod, and its GPUs; the last one may have some left over."""
     return min(submission.per_node, submission.processes)
 
 

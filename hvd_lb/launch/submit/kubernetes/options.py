@@ -32,13 +32,13 @@ class KubernetesOptions:
 
     namespace: str = "default"
     volumes: tuple[Volume, ...] = ()
-    shared_memory: str = "16Gi"  #: size of a worker's /dev/shm; counts as its memory
-    cpus: str | None = None  #: requested for each worker
-    memory: str | None = None  #: requested for each worker, and its limit
+    shared_memory: str = "16Gi"  #: size of a worker pod's /dev/shm; counts as its memory
+    cpus: str | None = None  #: requested for each worker pod
+    memory: str | None = None  #: requested for each worker pod, and its limit
     resources: Mapping[str, int] = field(
         default_factory=dict
-    )  #: further devices of each worker, such as RDMA ones
-    node_selector: Mapping[str, str] = field(default_factory=dict)  #: labels of the nodes for workers
+    )  #: further devices of each worker pod, such as RDMA ones
+    node_selector: Mapping[str, str] = field(default_factory=dict)  #: labels of the nodes for worker pods
     tolerations: tuple[Toleration, ...] = ()
     secrets: tuple[str, ...] = ()  #: Secrets whose entries become variables of the launcher
     pull_secret: str | None = None  #: the Secret by which the image is pulled
