@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,6 +22,9 @@ from hvd_lb.data.options import MAX_PIXELS, MOST_PIXELS, CacheKind, LoaderKind, 
 from hvd_lb.errors import UserError, nearest
 from hvd_lb.plan.samples import LastBatch, SamplePlan
 from hvd_lb.schedule import Rule, Schedule, Shape, Warmup
+
+if TYPE_CHECKING:
+    from hvd_lb.plan.augment import CentreWindows, RandomWindows
 
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 
@@ -258,6 +261,18 @@ class Recipe(BaseModel):
         return SamplePlan(
             images, self.gpus, self.per_gpu_batch, generator_seed(self.seed, 2), self.last_batch
         )
+
+    def random_windows(self) -> RandomWindows:
+        """Crop windows of training, and what is done to the crops."""
+        from hvd_lb.plan.augment import Flip, RandomWindows  # as above
+
+        return RandomWindows(self.seed, self.crop_scale, self.crop_ratio, (Flip(self.flip),))
+
+    def centre_windows(self) -> CentreWindows:
+        """Crop windows of evaluation."""
+        from hvd_lb.plan.augment import CentreWindows  # as above
+
+        return CentreWindows(self.eval_crop)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """The number of steps of a run: its epochs', or fewer where --steps ends it."""

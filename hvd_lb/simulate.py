@@ -123,7 +123,7 @@ def rehearse(
                 while trainer.step < trainer.end and not spent:
                     before = time.perf_counter()
                     trainer.train_step(batches)
-                    losses.append(trainer.take_loss())
+                    losses.append(trainer.state.take_loss())
                     steps.append(time.perf_counter() - before)
                     spent = time.monotonic() + steps[-1] > deadline
         except FixedPointOverflow:

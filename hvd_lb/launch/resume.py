@@ -56,7 +56,7 @@ def find_resume_point(
                 f"{run.path} holds a run already, and {resume} is a checkpoint of another: choose another --output"
             )
     if checkpoint:
-        if differing := differing_fields(checkpoint.state["recipe"], recipe.mathematics()):
+        if differing := differing_fields(checkpoint.saved.recipe, recipe.mathematics()):
             raise UserError(f"checkpoint {checkpoint.path} is of another recipe: {'; '.join(differing)}")
         told = not stored or resume != "auto" or run.summary.exists()
         if checkpoint.step >= total_steps and told:
@@ -64,7 +64,7 @@ def find_resume_point(
                 f"{checkpoint.path} is at the end of this run already ({checkpoint.step} of {total_steps} steps): "
                 "choose another --output to train again"
             )
-        changes = rounding_differences(checkpoint.state["environment"], environment)
+        changes = rounding_differences(checkpoint.saved.environment, environment)
         if recipe.reproducible and changes:
             messages.append(
                 f"{checkpoint.path.name} was made elsewhere ({'; '.join(changes)}): from here on the run is not "

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hvd_lb.exact.fixed_point import GROWTH_BITS, FixedPointOverflow
 from hvd_lb.optim.buckets import Bucket, FixedPointBucket, Slot, plan_buckets
-from hvd_lb.optim.state import broadcast_optimizer, broadcast_tensors
+from hvd_lb.optim.state_dict import broadcast_optimizer, broadcast_tensors
 from hvd_lb.world import Handle, World, current
 
 _instances = itertools.count()  # names agree between processes and differ between optimizers of a process

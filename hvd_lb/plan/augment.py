@@ -1,33 +1,113 @@
-"""Where an image is cut out and whether it is mirrored: a pure function of (seed, epoch, image id, width, height).
+"""Where an image is cut out and what is done to the crop: a pure function of (seed, epoch, image id, width, height).
 
-The training window is that of torchvision's `RandomResizedCrop` (scale and aspect ratio augmentation, paper section
-5.1): up to ten tries of a random area and aspect ratio, then a central window. Loaders only execute windows.
+What is done to the crop is a list of parts (`Augmentation`), today one, `Flip`. Parameters are drawn here, and loaders
+only execute. The training window is that of torchvision's `RandomResizedCrop` (scale and aspect ratio augmentation,
+paper section 5.1): up to ten tries of a random area and aspect ratio, then a central window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from hvd_lb.plan.counter import uniform
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _TRIES = 10
-# What a random number is for; part of its key.
+# What a random number is for; part of its key. A further part takes the next number, and none changes.
 _AREA, _ASPECT, _X, _Y, _FLIP = range(5)
+
+
+class Augmentation(Protocol):
+    """One thing that is done to images between the crop and the network; pure, and without a state."""
+
+    def draw(self, seed: int, epoch: int, image_ids: np.ndarray) -> np.ndarray:
+        """Its parameters for the images with these ids, one row each: a function of the arguments alone."""
+
+    def apply(self, image: np.ndarray, parameters: Any) -> np.ndarray:
+        """A resized crop, uint8 (S, S, 3), with its row of the parameters, to the same form; may be a view."""
+
+    def apply_to_batch(self, x: Tensor, parameters: np.ndarray) -> Tensor:
+        """The same for normalised crops that were decoded on a GPU, float32 (b, 3, S, S); may change `x`."""
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Mirrors left and right with a probability (paper section 5.1); its parameters are bool (b,)."""
+
+    probability: float = 0.5
+
+    def draw(self, seed: int, epoch: int, image_ids: np.ndarray) -> np.ndarray:
+        return uniform(seed, epoch, _FLIP, np.asarray(image_ids, np.uint64)) < self.probability
+
+    def apply(self, image: np.ndarray, parameters: Any) -> np.ndarray:
+        return image[:, ::-1] if parameters else image
+
+    def apply_to_batch(self, x: Tensor, parameters: np.ndarray) -> Tensor:
+        flipped = np.flatnonzero(parameters)
+        x[flipped] = x[flipped].flip(3)
+        return x
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A part and its parameters for the images of a microbatch, one row each."""
+
+    part: Augmentation
+    parameters: np.ndarray
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Crop windows in whole pixels of the source images, inside them, and flips; arrays of shape (b,)."""
+    """Crop windows in whole pixels of the source images, inside them, arrays of shape (b,); and what is done to the
+    crops, in this order.
+    """
 
     x: np.ndarray
     y: np.ndarray
     width: np.ndarray
     height: np.ndarray
-    flip: np.ndarray
+    augmentations: tuple[Drawn, ...] = ()
+
+    def augmented(self, image: np.ndarray, position: int) -> np.ndarray:
+        """What is done to the resized crop of the image at `position`, uint8 (S, S, 3)."""
+        for drawn in self.augmentations:
+            image = drawn.part.apply(image, drawn.parameters[position])
+        return image
+
+    def augmented_batch(self, x: Tensor) -> Tensor:
+        """The same for all crops at once: see `Augmentation.apply_to_batch`."""
+        for drawn in self.augmentations:
+            x = drawn.part.apply_to_batch(x, drawn.parameters)
+        return x
+
+    def single(self, position: int) -> Windows:
+        """Those of the one image at `position`."""
+        return self._mapped(lambda rows: rows[position : position + 1])
+
+    def replaced(self, position: int, other: Windows) -> Windows:
+        """With those of `other`, which are of one image, at `position`."""
+        rest = iter(other._arrays())
+
+        def replace(rows: np.ndarray) -> np.ndarray:
+            rows = rows.copy()
+            rows[position] = next(rest)[0]
+            return rows
+
+        return self._mapped(replace)
+
+    def _arrays(self) -> list[np.ndarray]:
+        return [self.x, self.y, self.width, self.height, *(drawn.parameters for drawn in self.augmentations)]
+
+    def _mapped(self, change: Callable[[np.ndarray], np.ndarray]) -> Windows:
+        x, y, width, height, *parameters = map(change, self._arrays())
+        parts = (drawn.part for drawn in self.augmentations)
+        return Windows(x, y, width, height, tuple(map(Drawn, parts, parameters)))
 
 
 Draw = Callable[[np.ndarray, np.ndarray, np.ndarray], Windows]
@@ -69,14 +149,14 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class RandomWindows:
-    """Training: a random window of `scale` times the image's area, of `ratio` aspect (width/height), mirrored
-    with probability `flip`.
+    """Training: a random window of `scale` times the image's area, of `ratio` aspect (width/height), and then
+    `augmentations`.
     """
 
     seed: int
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
+    augmentations: tuple[Augmentation, ...] = (Flip(),)
 
     def windows(self, epoch: int, image_ids: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> Windows:
         """Windows of the images with these ids, widths and heights, all of shape (b,), in this epoch."""
@@ -101,12 +181,13 @@ class RandomWindows:
         drawn = fits.any(axis=1)
         fallback = _central(full_width[:, 0], full_height[:, 0], self.ratio)
         own = [np.where(drawn, a[chosen], b) for a, b in zip((x, y, width, height), fallback, strict=True)]
-        return _windows(own, uniform(self.seed, epoch, _FLIP, ids) < self.flip)
+        drawn = (Drawn(part, part.draw(self.seed, epoch, image_ids)) for part in self.augmentations)
+        return _windows(own, *drawn)
 
 
 @dataclass(frozen=True)
 class CentreWindows:
-    """Evaluation: the central square whose side is `fraction` of the shorter side, never mirrored.
+    """Evaluation: the central square whose side is `fraction` of the shorter side, and nothing else.
 
     224/256 cuts what resizing the shorter side to 256 and taking the central 224 × 224 shows (paper section 5.1).
     """
@@ -118,7 +199,7 @@ class CentreWindows:
         full_width, full_height = np.asarray(widths, np.float64), np.asarray(heights, np.float64)
         side = np.maximum(1, np.round(np.minimum(full_width, full_height) * self.fraction))
         window = (np.round((full_width - side) / 2), np.round((full_height - side) / 2), side, side)
-        return _windows(window, np.zeros(len(side), bool))
+        return _windows(window)
 
 
 def _central(
@@ -132,6 +213,6 @@ def _central(
     return (full_width - width) // 2, (full_height - height) // 2, width, height
 
 
-def _windows(parts: tuple[np.ndarray, ...] | list[np.ndarray], flip: np.ndarray) -> Windows:
+def _windows(parts: tuple[np.ndarray, ...] | list[np.ndarray], *drawn: Drawn) -> Windows:
     x, y, width, height = (part.astype(np.int32) for part in parts)
-    return Windows(x, y, width, height, flip)
+    return Windows(x, y, width, height, drawn)

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hvd_lb.errors import UserError
+from hvd_lb.training.saved_state import FORMAT, SavedState
 
-FORMAT = 2
 _STATE = "state.json"
 _TENSORS = ("model", "optimizer")
 _LINKS = ("last", "best")
@@ -42,12 +42,17 @@ class Checkpoint:
         """Steps done."""
         return self.state["step"]
 
+    @property
+    def saved(self) -> SavedState:
+        """The state's fields, with defaults for what an older checkpoint lacks."""
+        return SavedState.from_json(self.state)
+
     def model(self) -> dict[str, Tensor]:
         """Tensors of the model's state dict, on the CPU."""
         return load_file(self.path / "model.safetensors")
 
     def optimizer(self) -> dict[str, Tensor]:
-        """Tensors of the optimizer's state, on the CPU (see `hvd_lb.optim.state`)."""
+        """Tensors of the optimizer's state, on the CPU (see `hvd_lb.optim.state_dict`)."""
         return load_file(self.path / "optimizer.safetensors")
 
 

@@ -23,23 +23,22 @@ from hvd_lb.data.loading.open import open_loader
 from hvd_lb.errors import UserError
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.exact.reproducible import deterministic_kernels, rounding_environment
-from hvd_lb.optim import SGD, DistributedOptimizer, parameter_groups
-from hvd_lb.optim.state import flatten_state, restore_state
-from hvd_lb.plan.augment import CentreWindows, Microbatch, Origin, RandomWindows
+from hvd_lb.optim.distributed import DistributedOptimizer
+from hvd_lb.optim.make import make_optimizer
+from hvd_lb.plan.augment import Microbatch, Origin
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.recipe import Recipe, differing_fields, period_in_seconds, period_in_steps
 from hvd_lb.training.bad_images import BadImages
-from hvd_lb.training.batchnorm import ReproducibleStatistics, allow_single_values, running_statistics
+from hvd_lb.training.batchnorm import allow_single_values, running_statistics
 from hvd_lb.training.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore
 from hvd_lb.training.clock import StepClock, Timer
 from hvd_lb.training.evaluation import Evaluation, Evaluator
 from hvd_lb.training.models import build_model, sum_loss
 from hvd_lb.training.recomputation import Recomputation
+from hvd_lb.training.run_state import RunState
 from hvd_lb.world import World
 
-# In a checkpoint: the losses since the last record, beside the optimizer's tensors.
-_LOSSES = "losses"
 # A step whose gradients or statistics overflow is taken again; the second time their scales are right.
 _MOST_REPEATS = 3
 
@@ -105,7 +104,7 @@ class Trainer:
         self.schedule = recipe.lr_schedule(self.plan.steps_per_epoch)
         self.end = recipe.total_steps(self.plan.steps_per_epoch)
         self.workers = hosted(world.rank, world.size, recipe.gpus)
-        self.windows = RandomWindows(recipe.seed, recipe.crop_scale, recipe.crop_ratio, recipe.flip)
+        self.windows = recipe.random_windows()
         self.recomputation = Recomputation(recipe, dataset.train, self.windows)
         self.preprocessing = Preprocessing(recipe.image_size, recipe.mean, recipe.std, recipe.antialias)
         self.dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
@@ -122,41 +121,41 @@ class Trainer:
         allow_single_values(self.model)
         self.forward = torch.compile(self.model) if recipe.compile else self.model
         self.loss = sum_loss(recipe.label_smoothing)
-        self.optimizer = DistributedOptimizer(
-            SGD(
-                parameter_groups(self.model, recipe.weight_decay),
-                lr=self.schedule(0),
-                momentum=recipe.momentum,
-                nesterov=recipe.nesterov,
-                form=recipe.momentum_form,
-                momentum_correction=recipe.momentum_correction,
-            ),
+        optimizer = DistributedOptimizer(
+            make_optimizer(recipe, self.model, self.schedule(0)),
             self.model,
             world=world,
             schedule=self.schedule,
             reproducible_terms=recipe.gpus if recipe.reproducible else None,
         )
         # A microbatch's loss is a sum: dividing by n gives the scale the gradients of a mean would get.
-        self.scaler = torch.amp.GradScaler(
+        scaler = torch.amp.GradScaler(
             device.type,
             init_scale=2.0 ** (16 - math.ceil(math.log2(recipe.per_gpu_batch))),
             enabled=recipe.precision == "fp16",
         )
         # The scaler makes its scale at first use, which a process without images might not come to.
-        self.scaler.scale(torch.zeros(1, device=device))
-        self.step = 0
-        # A sum for each virtual worker, 0 for those of other processes: what is added up does not depend on p.
-        self.losses = torch.zeros(recipe.gpus, dtype=torch.float64, device=device)
-        self.loss_images = 0
-        self.bad_images = BadImages.of(recipe, world, observer.bad_images)
-        self.best_error = math.inf
-        self.last_evaluation: Evaluation | None = None
-        state = self._load(checkpoint) if checkpoint else {}
+        scaler.scale(torch.zeros(1, device=device))
         terms = max(recipe.gpus, self.recomputation.count) if recipe.reproducible else None
-        self.statistics = running_statistics(self.model, world, terms)
-        if isinstance(self.statistics, ReproducibleStatistics) and state:
-            self.statistics.exponents = state["batch_norm_exponents"]
+        self.state = RunState(
+            world,
+            self.workers,
+            recipe.gpus,
+            model=self.model,
+            optimizer=optimizer,
+            scaler=scaler,
+            statistics=running_statistics(self.model, world, terms),
+            bad_images=BadImages.of(recipe, world, observer.bad_images),
+            device=device,
+        )
+        if checkpoint:
+            self._load(checkpoint)
         self.save_due = Timer(period_in_seconds(recipe.checkpoint_every) if world.rank == 0 else math.inf)
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.state.step
 
     def fit(self) -> Evaluation | None:
         """Train up to the end, logging, evaluating and saving on the way; the last evaluation."""
@@ -175,7 +174,7 @@ class Trainer:
         finally:
             if writer:
                 writer.close()
-        return self.last_evaluation
+        return self.state.last_evaluation
 
     def _take_steps(self, writer: BackgroundWriter | None) -> None:
         """Steps from the present one until the end, a stop or an overflow."""
@@ -206,38 +205,35 @@ class Trainer:
         epoch_step = self.step % self.plan.steps_per_epoch
         workers = self._workers_with_images(epoch_step)
         losses: dict[int, torch.Tensor] = {}
-        self.bad_images.discard()
+        self.state.bad_images.discard()
         for done, worker in enumerate(workers, start=1):
             images, labels = next(batches)
             seed = generator_seed(self.recipe.seed, 1, self.step, worker)
             logits = self._forward(images, seed)
             with self.autocast():
                 loss = self.loss(logits, labels)
-            self.statistics.after_forward()
-            self.optimizer.backward(self.scaler.scale(loss), last=done == len(workers))
+            self.state.statistics.after_forward()
+            self.state.optimizer.backward(self.state.scaler.scale(loss), last=done == len(workers))
             losses[worker] = loss.detach()
             self.observer.microbatch(self.step, done, len(workers))
         global_images = self.plan.step_images(epoch_step)
         # Beside the gradients, this exchange costs no time of its own.
         wishes = torch.tensor([self.stop_requested(), self.save_due()])
         wished = self.world.maximum_async(wishes, "hvd_lb.wishes")
-        counting = self.bad_images.count()
+        counting = self.state.bad_images.count()
         try:
             self._synchronize(global_images)
         finally:
             stop, save = wished.wait().tolist()
             if counting:
                 counting.wait()
-        self.optimizer.steps = self.step
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        self.statistics.step(self.plan.active_workers(epoch_step))
-        for worker, loss in losses.items():
-            self.losses[worker] += loss
-        self.loss_images += global_images
-        self.step += 1
-        self.bad_images.settle_step(counting, first=epoch_step == 0, images=len(self.dataset.train))
+        self.state.optimizer.steps = self.step
+        self.state.scaler.step(self.state.optimizer)
+        self.state.scaler.update()
+        self.state.optimizer.zero_grad()
+        self.state.statistics.step(self.plan.active_workers(epoch_step))
+        self.state.step_taken(losses, global_images)
+        self.state.bad_images.settle_step(counting, first=epoch_step == 0, images=len(self.dataset.train))
         self.stopped_by = stop
         return bool(stop or save)
 
@@ -245,16 +241,16 @@ class Trainer:
         """Completes all sums of the step, also when one of them overflows: other processes take part in each."""
         overflow: FixedPointOverflow | None = None
         for complete in (
-            self.statistics.synchronize,
-            partial(self.optimizer.synchronize, global_images=global_images),
+            self.state.statistics.synchronize,
+            partial(self.state.optimizer.synchronize, global_images=global_images),
         ):
             try:
                 complete()
             except FixedPointOverflow as error:
                 overflow = error
         if overflow:
-            self.statistics.discard()
-            self.optimizer.zero_grad()
+            self.state.statistics.discard()
+            self.state.optimizer.zero_grad()
             raise overflow
 
     def _forward(self, images: torch.Tensor, seed: int) -> torch.Tensor:
@@ -291,7 +287,7 @@ class Trainer:
             threads=self.threads,
             prefetch=self.recipe.prefetch,
             max_pixels=self.recipe.max_pixels,
-            on_stand_ins=self.bad_images.on_stand_ins,
+            on_stand_ins=self.state.bad_images.on_stand_ins,
         )
 
     def kernels(self) -> AbstractContextManager[None]:
@@ -308,20 +304,9 @@ class Trainer:
         number = self.step - 1 if step is None else step
         return {"epoch": number // self.plan.steps_per_epoch, "step": number}
 
-    def _all_losses(self) -> torch.Tensor:
-        """Loss of every virtual worker since the last record; adding zeros is exact."""
-        return self.world.allreduce(self.losses.clone(), "hvd_lb.losses")
-
-    def take_loss(self) -> float:
-        """Mean training loss of the images since it was last taken; collective."""
-        loss = self._all_losses().sum().item() / self.loss_images
-        self.losses.zero_()
-        self.loss_images = 0
-        return loss
-
     def _log(self, clock: StepClock) -> None:
-        images = self.loss_images
-        loss = self.take_loss()
+        images = self.state.loss_images
+        loss = self.state.take_loss()
         seconds, waited = clock.lap()
         if self.world.rank == 0:
             record = {
@@ -347,24 +332,24 @@ class Trainer:
         with self._open(anew.microbatches(epoch, self.step, mine)) as loader:
             for number, (images, _) in zip(mine, loader, strict=True):
                 self._forward(images, anew.seed(self.step, number))
-                self.statistics.after_forward(len(images) / full)
+                self.state.statistics.after_forward(len(images) / full)
         try:
-            self.statistics.synchronize()
+            self.state.statistics.synchronize()
         except FixedPointOverflow:
-            self.statistics.discard()
-            self.bad_images.discard()
+            self.state.statistics.discard()
+            self.state.bad_images.discard()
             self._recompute_statistics()
         else:
-            self.statistics.replace(anew.images / full)
-            self.bad_images.settle(self.bad_images.count())
+            self.state.statistics.replace(anew.images / full)
+            self.state.bad_images.settle(self.state.bad_images.count())
 
     def _evaluate(self) -> None:
         if self.recomputation.images:
             self._recompute_statistics()
-        self.statistics.publish(self.step)
+        self.state.statistics.publish(self.step)
         evaluator = Evaluator(
             images=self.dataset.val,
-            windows=CentreWindows(self.recipe.eval_crop),
+            windows=self.recipe.centre_windows(),
             preprocessing=self.preprocessing,
             batch_size=self.recipe.per_gpu_batch,
             loader=self.recipe.loader,
@@ -374,44 +359,28 @@ class Trainer:
             dtype=self.dtype,
             memory_format=self.memory_format,
             max_pixels=self.recipe.max_pixels,
-            bad_images=self.bad_images,
+            bad_images=self.state.bad_images,
         )
         self.model.eval()
         origin = Origin("eval", **self._position(), number=0)
-        self.last_evaluation = evaluator(self.forward, self.world, self.autocast(), origin)
+        self.state.last_evaluation = evaluator(self.forward, self.world, self.autocast(), origin)
         self.model.train()
         if self.world.rank == 0:
-            self.observer.evaluation({**self._position(), **asdict(self.last_evaluation)})
+            self.observer.evaluation({**self._position(), **asdict(self.state.last_evaluation)})
 
     def _save(self, writer: BackgroundWriter | None, evaluated: bool) -> None:
         """Take a checkpoint; it is the best when it was just evaluated and no saved one had fewer errors."""
         if self.store is None:
             return
         began = time.perf_counter()
-        self.statistics.publish(self.step)
-        losses = self._all_losses()
-        best = False
-        if evaluated and self.last_evaluation and self.last_evaluation.top1_error < self.best_error:
-            self.best_error, best = self.last_evaluation.top1_error, True
+        best = evaluated and self.state.note_best()
+        model, optimizer, state = self.state.save(
+            self.plan.steps_per_epoch, self.recipe.mathematics(), **self._surroundings
+        )
         self.save_due.restart()
         if writer is None:
             return
-        optimizer, skeleton = flatten_state(self.optimizer.state_dict())
-        epoch, epoch_step = divmod(self.step, self.plan.steps_per_epoch)
-        state = {
-            "next": {"epoch": epoch, "step": epoch_step},
-            "recipe": self.recipe.mathematics(),
-            **self._surroundings,
-            "optimizer": skeleton,
-            "scaler": self.scaler.state_dict(),
-            "loss_images": self.loss_images,
-            "bad_images": self.bad_images.in_epoch,
-            "best_error": self.best_error if math.isfinite(self.best_error) else None,
-            "evaluation": asdict(self.last_evaluation) if self.last_evaluation else None,
-        }
-        if isinstance(self.statistics, ReproducibleStatistics):
-            state["batch_norm_exponents"] = list(self.statistics.exponents)
-        writer.save(self.step, self.model.state_dict(), {**optimizer, _LOSSES: losses}, state, best=best)
+        writer.save(self.step, model, optimizer, state.to_json(), best=best)
         self.observer.checkpoint({**self._position(), "stall_seconds": time.perf_counter() - began})
 
     @cached_property
@@ -422,29 +391,17 @@ class Trainer:
             "environment": rounding_environment(self.device.type),
         }
 
-    def _load(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Go on from a checkpoint; its state."""
-        state = checkpoint.state
-        if differing := differing_fields(state["recipe"], self.recipe.mathematics()):
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of this recipe on these data."""
+        saved = checkpoint.saved
+        if differing := differing_fields(saved.recipe, self.recipe.mathematics()):
             raise UserError(f"checkpoint {checkpoint.path} is of another recipe: {'; '.join(differing)}")
-        if state["data"] != self._surroundings["data"]:
+        if saved.data != self._surroundings["data"]:
             raise UserError(
                 f"checkpoint {checkpoint.path} was trained on other data than {self.dataset.name} is now "
                 "(images, labels or sizes differ): give the data set it began with, or another --output"
             )
-        self.model.load_state_dict(checkpoint.model())
-        tensors = checkpoint.optimizer()
-        self.optimizer.load_state_dict(restore_state(tensors, state["optimizer"]))
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
-        self.step = checkpoint.step
-        own = slice(self.workers.start, self.workers.stop)
-        self.losses[own] = tensors[_LOSSES][own].to(self.device)
-        self.loss_images = state["loss_images"]
-        self.bad_images.in_epoch = state.get("bad_images", 0)
-        self.best_error = math.inf if state["best_error"] is None else state["best_error"]
-        self.last_evaluation = Evaluation(**state["evaluation"]) if state["evaluation"] else None
-        return state
+        self.state.load(checkpoint)
 
 
 def _due(period: int, step: int, done: bool) -> bool:

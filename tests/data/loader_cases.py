@@ -8,7 +8,7 @@ import torch
 from hvd_lb.data.images import Images
 from hvd_lb.data.loading.contract import Preprocessing
 from hvd_lb.data.loading.open import open_loader
-from hvd_lb.plan.augment import Microbatch, RandomWindows, Windows
+from hvd_lb.plan.augment import Drawn, Flip, Microbatch, RandomWindows, Windows
 
 KINDS = ["dali", "torchvision"]
 CPU = torch.device("cpu")
@@ -52,9 +52,14 @@ def one_window(ids: list[int], x: int, y: int, size: int, flip: bool) -> Microba
     def full(value: int) -> np.ndarray:
         return np.full(len(ids), value, np.int32)
 
-    return Microbatch(
-        np.array(ids, np.int64), Windows(full(x), full(y), full(size), full(size), full(flip).astype(bool))
-    )
+    flips = Drawn(Flip(), full(flip).astype(bool))
+    return Microbatch(np.array(ids, np.int64), Windows(full(x), full(y), full(size), full(size), (flips,)))
+
+
+def flips_of(windows: Windows) -> np.ndarray:
+    """bool (b,): which images are mirrored."""
+    (drawn,) = windows.augmentations
+    return drawn.parameters
 
 
 def load(kind: str, images: Images, batches: list[Microbatch], pixels: Preprocessing) -> list[torch.Tensor]:

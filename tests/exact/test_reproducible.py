@@ -15,6 +15,7 @@ from hvd_lb.machine.cpu import cpu_features
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.training.checkpoint import CheckpointStore
+from hvd_lb.training.saved_state import SavedState
 
 
 def test_settings_are_put_back() -> None:
@@ -53,8 +54,11 @@ def test_the_environment_is_described_and_compared() -> None:
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_going_on_elsewhere_is_warned_about(reproducible: bool, tmp_path: Path) -> None:
     recipe, here = Recipe(reproducible=reproducible), rounding_environment("cpu")
-    state = {"recipe": recipe.mathematics(), "environment": {**here, "torch": "2.13.0"}}
-    CheckpointStore(tmp_path / "run" / "checkpoints").save(3, {}, {}, state)
+    state = SavedState(
+        next={"epoch": 0, "step": 3}, recipe=recipe.mathematics(), data="", optimizer={}, scaler={}, loss_images=0,
+        environment={**here, "torch": "2.13.0"}, best_error=None, evaluation=None,
+    )  # fmt: skip
+    CheckpointStore(tmp_path / "run" / "checkpoints").save(3, {}, {}, state.to_json())
     (tmp_path / "run" / "recipe.yaml").write_text(recipe.to_yaml())
     resume_point = find_resume_point(RunDirectory(tmp_path / "run"), recipe, "auto", 9, here)
     assert resume_point.step == 3

@@ -89,7 +89,9 @@ def velocity_names() -> list[str]:
     """The parameters in the order of the optimizer's groups, which number them in its state."""
     trainer = make_trainer()
     names = {parameter: name for name, parameter in trainer.model.named_parameters()}
-    return [names[parameter] for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    return [
+        names[parameter] for group in trainer.state.optimizer.param_groups for parameter in group["params"]
+    ]
 
 
 def largest_difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:

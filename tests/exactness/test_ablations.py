@@ -31,8 +31,8 @@ def run(trainer: Trainer) -> list[float]:
     with trainer.batches() as batches:
         for _ in range(STEPS):
             trainer.train_step(batches)
-            losses.append(trainer.take_loss())
-    trainer.statistics.publish(STEPS)
+            losses.append(trainer.state.take_loss())
+    trainer.state.statistics.publish(STEPS)
     return losses
 
 
@@ -54,7 +54,7 @@ def test_control(plain: Reference, changes: dict[str, Any]) -> None:
 
 
 def no_momentum_correction(trainer: Trainer) -> None:
-    for group in trainer.optimizer.param_groups:
+    for group in trainer.state.optimizer.param_groups:
         group["momentum_correction"] = False
 
 
@@ -67,12 +67,12 @@ def normalised_by_a_full_step(trainer: Trainer) -> None:
 
 
 def normalise(trainer: Trainer, by: Callable[[int], int]) -> None:
-    synchronize = trainer.optimizer.synchronize
+    synchronize = trainer.state.optimizer.synchronize
 
     def otherwise(*, images: int | None = None, global_images: int | None = None) -> None:
         synchronize(images=images, global_images=global_images and by(global_images))
 
-    trainer.optimizer.synchronize = otherwise
+    trainer.state.optimizer.synchronize = otherwise
 
 
 def normalised_by_each_process(trainer: Trainer) -> None:
@@ -87,12 +87,12 @@ def normalised_by_each_process(trainer: Trainer) -> None:
 
 
 def decayed_batch_norm(trainer: Trainer) -> None:
-    for group in trainer.optimizer.param_groups:
+    for group in trainer.state.optimizer.param_groups:
         group["weight_decay"] = trainer.recipe.weight_decay
 
 
 def decayed_by_each_worker(trainer: Trainer) -> None:
-    for group in trainer.optimizer.param_groups:
+    for group in trainer.state.optimizer.param_groups:
         group["weight_decay"] *= trainer.recipe.gpus
 
 
@@ -100,7 +100,7 @@ def scaled_loss(trainer: Trainer) -> None:
     """kn / 256 multiplies the loss and not the learning rate: of weight decay too little is left (remark 1)."""
     ratio, loss_sum = trainer.recipe.global_batch / 256, trainer.loss
     trainer.loss = lambda logits, labels: ratio * loss_sum(logits, labels)
-    for group in trainer.optimizer.param_groups:
+    for group in trainer.state.optimizer.param_groups:
         group["lr_scale"] = 1 / ratio
 
 
@@ -145,7 +145,7 @@ def test_ablation_leaves_the_reference(plain: Reference, ablate: Callable[[Train
 
 def test_running_statistics_updated_by_every_forward_are_others(plain: Reference) -> None:
     trainer = make_trainer()
-    statistics = trainer.statistics
+    statistics = trainer.state.statistics
     add, update = statistics.after_forward, statistics.step
 
     def after_forward() -> None:

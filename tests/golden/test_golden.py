@@ -24,7 +24,7 @@ from PIL import Image
 from real_runs import Start, finish, records
 from safetensors.numpy import load_file
 
-from hvd_lb.plan.augment import CentreWindows, RandomWindows
+from hvd_lb.plan.augment import CentreWindows, Flip, RandomWindows
 from hvd_lb.plan.counter import generator_seed, uniform
 from hvd_lb.plan.samples import SamplePlan
 from hvd_lb.plan.shuffle import Permutation
@@ -93,7 +93,7 @@ def test_random_windows() -> None:
 
 def test_flips() -> None:
     parts = [
-        RandomWindows(seed, flip=flip).windows(epoch, *sizes()).flip
+        RandomWindows(seed, augmentations=(Flip(flip),)).windows(epoch, *sizes()).augmentations[0].parameters
         for seed in SEEDS
         for epoch in EPOCHS
         for flip in (0.0, 0.3, 0.5, 1.0)

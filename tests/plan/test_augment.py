@@ -7,8 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from hvd_lb.plan.augment import CentreWindows, RandomWindows
+from hvd_lb.plan.augment import CentreWindows, Flip, RandomWindows, Windows
 from hvd_lb.plan.counter import uniform
+
+
+def flips(windows: Windows) -> np.ndarray:
+    (drawn,) = windows.augmentations
+    return drawn.parameters
 
 
 @settings(max_examples=60, deadline=None)
@@ -37,8 +42,9 @@ def test_an_images_window_does_not_depend_on_its_batch() -> None:
     whole = random.windows(3, ids, widths, heights)
     for i in (0, 17, 99):
         one = random.windows(3, ids[i : i + 1], widths[:1], heights[:1])
-        for field in ("x", "y", "width", "height", "flip"):
+        for field in ("x", "y", "width", "height"):
             assert getattr(one, field)[0] == getattr(whole, field)[i]
+        assert flips(one)[0] == flips(whole)[i]
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -63,7 +69,7 @@ def test_distribution_is_torchvisions(width: int, height: int) -> None:
         spread = other.std() / np.sqrt(count)
         assert abs(mine.mean() - other.mean()) < 6 * spread + 1e-9
         assert mine.std() == pytest.approx(other.std(), rel=0.1, abs=1e-9)
-    assert abs(ours.flip.mean() - 0.5) < 0.04
+    assert abs(flips(ours).mean() - 0.5) < 0.04
 
 
 def test_the_evaluation_crop_is_what_resize_256_and_centre_crop_224_show() -> None:
@@ -71,13 +77,13 @@ def test_the_evaluation_crop_is_what_resize_256_and_centre_crop_224_show() -> No
     assert windows.width.tolist() == windows.height.tolist() == [328, 224]
     assert windows.x.tolist() == [86, 16]
     assert windows.y.tolist() == [24, 38]
-    assert not windows.flip.any()
+    assert windows.augmentations == ()
 
 
 def test_flips_never_or_always() -> None:
-    ids, side = np.arange(64), np.full(64, 32)
-    assert not RandomWindows(0, flip=0.0).windows(0, ids, side, side).flip.any()
-    assert RandomWindows(0, flip=1.0).windows(0, ids, side, side).flip.all()
+    ids = np.arange(64)
+    assert not Flip(0.0).draw(0, 0, ids).any()
+    assert Flip(1.0).draw(0, 0, ids).all()
 
 
 def test_uniform_numbers() -> None:
@@ -86,3 +92,48 @@ def test_uniform_numbers() -> None:
     assert numbers.max() < 1
     counts = np.histogram(numbers, bins=50, range=(0, 1))[0]
     assert ((counts - 2000) ** 2 / 2000).sum() < 85.4  # chi squared, 49 degrees of freedom, p = 0.001
+
+
+class Brighten:
+    """A second part: adds a level of its own to each image."""
+
+    def draw(self, seed: int, epoch: int, image_ids: np.ndarray) -> np.ndarray:
+        return (image_ids % 7 + epoch).astype(np.uint8)
+
+    def apply(self, image: np.ndarray, parameters: np.uint8) -> np.ndarray:
+        return image + parameters
+
+    def apply_to_batch(self, x: torch.Tensor, parameters: np.ndarray) -> torch.Tensor:
+        return x + torch.from_numpy(parameters)[:, None, None, None]
+
+
+def test_parts_are_done_in_their_order_with_each_images_parameters() -> None:
+    ids, side = np.arange(20), np.full(20, 8)
+    windows = RandomWindows(0, augmentations=(Flip(), Brighten())).windows(3, ids, side, side)
+    images = np.random.default_rng(0).integers(0, 200, (20, 8, 8, 3), dtype=np.uint8)
+    flipped = Flip().draw(0, 3, ids)
+    assert 0 < flipped.sum() < 20
+    expected = (
+        np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+        + (ids % 7 + 3)[:, None, None, None]
+    )
+    assert all((windows.augmented(images[i], i) == expected[i]).all() for i in range(20))
+    batch = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).float()
+    assert (windows.augmented_batch(batch).numpy() == expected.transpose(0, 3, 1, 2)).all()
+
+
+def test_windows_of_one_image_and_with_another_in_its_place() -> None:
+    ids, side = np.arange(6), np.full(6, 40)
+    random = RandomWindows(0, augmentations=(Flip(), Brighten()))
+    windows, others = (random.windows(epoch, ids, side, side) for epoch in (0, 1))
+    replaced = windows.replaced(4, others.single(2))
+    for i in range(6):
+        expected = others.single(2) if i == 4 else windows.single(i)
+        found = replaced.single(i)
+        for field in ("x", "y", "width", "height"):
+            assert getattr(found, field) == getattr(expected, field)
+        for a, b in zip(found.augmentations, expected.augmentations, strict=True):
+            assert (a.part, a.parameters) == (b.part, b.parameters)
+    assert (
+        windows.x.tolist() == random.windows(0, ids, side, side).x.tolist()
+    )  # it is another object that changed

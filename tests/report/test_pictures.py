@@ -37,27 +37,27 @@ def test_what_is_seen_is_what_the_loader_makes(loader: str, noise: ArrayImages) 
     assert [view.name for view in found] == ["noise[4]", "noise[1]"]
     assert [view.label for view in found] == ["bee", "bee"]
     for view in found:
-        assert len(view.seen) == 3
-        for seen in view.seen:
-            assert seen.flip
-            assert seen.window == (0, 0, 8, 8)
-            assert (seen.pixels == view.original[:, ::-1]).all()
+        assert len(view.crops) == 3
+        for crop in view.crops:
+            assert crop.flip
+            assert crop.window == (0, 0, 8, 8)
+            assert (crop.pixels == view.original[:, ::-1]).all()
 
     (view,) = views(recipe(eval_crop=1, loader=loader), noise, iter([2]), 1, 0, CPU)
-    assert not view.seen[0].flip
-    assert (view.seen[0].pixels == view.original).all()
+    assert not view.crops[0].flip
+    assert (view.crops[0].pixels == view.original).all()
 
 
 def test_windows_are_those_of_the_run(noise: ArrayImages) -> None:
     from hvd_lb.plan.augment import RandomWindows
 
     (view,) = views(recipe(seed=3), noise, iter([5]), 1, 4, CPU)
-    for epoch, seen in enumerate(view.seen):
+    for epoch, crop in enumerate(view.crops):
         windows = RandomWindows(3).windows(epoch, np.array([5]), np.array([8]), np.array([8]))
-        assert seen.window == tuple(
+        assert crop.window == tuple(
             int(of[0]) for of in (windows.x, windows.y, windows.width, windows.height)
         )
-        assert seen.flip == windows.flip[0]
+        assert crop.flip == windows.augmentations[0].parameters[0]
 
 
 def drawn(picture: Image.Image, colour: tuple[int, int, int]) -> int:

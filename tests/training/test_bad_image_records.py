@@ -164,12 +164,12 @@ def test_the_count_of_an_epoch_goes_on_from_a_checkpoint(tmp_path: Path) -> None
     with pytest.raises(UserError, match="of the 32 training images") as without_a_stop:
         make_trainer(Files(32, bad), Files(8), max_bad_images=0.2).fit()
     begun.fit()
-    first_two = begun.bad_images.in_epoch
+    first_two = begun.state.bad_images.in_epoch
     assert first_two > 0
     goes_on = make_trainer(
         Files(32, bad), Files(8), checkpoint=open_checkpoint(tmp_path / "last"), max_bad_images=0.2
     )
-    assert goes_on.bad_images.in_epoch == first_two
+    assert goes_on.state.bad_images.in_epoch == first_two
     with pytest.raises(UserError) as with_one:
         goes_on.fit()
     assert str(with_one.value) == str(without_a_stop.value)

@@ -116,7 +116,7 @@ def run_steps(trainer: Trainer, steps: int) -> None:
     with trainer.batches() as batches:
         for _ in range(steps):
             trainer.train_step(batches)
-    trainer.statistics.publish(trainer.step)
+    trainer.state.statistics.publish(trainer.step)
 
 
 def largest_difference(a: nn.Module, b: nn.Module) -> float:
@@ -194,7 +194,7 @@ def test_stopped_and_resumed_in_mid_epoch_is_bitwise_the_same(
     assert resumed.step == 3
     resumed.fit()
     assert largest_difference(whole.model, resumed.model) == 0
-    pairs = zip(whole.optimizer.state.values(), resumed.optimizer.state.values(), strict=True)
+    pairs = zip(whole.state.optimizer.state.values(), resumed.state.optimizer.state.values(), strict=True)
     assert all(torch.equal(a["velocity"], b["velocity"]) for a, b in pairs)
     later = [r for r in whole.observer.evaluations if r["step"] >= 3]  # type: ignore[attr-defined]
     assert resumed.observer.evaluations == later  # type: ignore[attr-defined]
@@ -226,12 +226,12 @@ def test_precisions_and_layouts_stay_near_fp32(changes: dict[str, Any]) -> None:
 def test_loss_scaling_survives_a_checkpoint(tmp_path: Path) -> None:
     recipe = small_recipe(precision="fp16", steps=2)
     trainer = make_trainer(recipe, store=CheckpointStore(tmp_path))
-    trainer.scaler.update(512.0)
+    trainer.state.scaler.update(512.0)
     trainer.fit()
     longer = small_recipe(precision="fp16", steps=4)
     resumed = make_trainer(longer, checkpoint=open_checkpoint(tmp_path / "last"))
-    assert resumed.scaler.state_dict() == trainer.scaler.state_dict()
-    assert resumed.scaler.get_scale() == 512.0
+    assert resumed.state.scaler.state_dict() == trainer.state.scaler.state_dict()
+    assert resumed.state.scaler.get_scale() == 512.0
 
 
 def test_dropout_belongs_to_the_virtual_worker_and_step() -> None:
@@ -280,10 +280,10 @@ def test_a_step_that_overflows_is_taken_again(of: str) -> None:
     def sabotaged(batches: Any) -> bool:
         if trainer.step == 2 and not trainer.observer.repeats:  # type: ignore[attr-defined]
             if of != "statistics":
-                for _, (bucket, slot) in trainer.optimizer._numbered():
+                for _, (bucket, slot) in trainer.state.optimizer._numbered():
                     bucket.set_exponent(slot, bucket.exponent(slot) + 20)  # type: ignore[attr-defined]
             if of != "gradients":
-                trainer.statistics.exponents = [e + 20 for e in trainer.statistics.exponents]  # type: ignore[attr-defined]
+                trainer.state.statistics.exponents = [e + 20 for e in trainer.state.statistics.exponents]  # type: ignore[attr-defined]
         return step(batches)
 
     trainer.train_step = sabotaged  # type: ignore[method-assign]
@@ -337,7 +337,7 @@ def test_recomputed_statistics_are_the_mean_over_their_microbatches(reproducible
     seen: list[torch.Tensor] = []
     handle = trainer.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     trainer._recompute_statistics()
-    trainer.statistics.publish(trainer.step)
+    trainer.state.statistics.publish(trainer.step)
     handle.remove()
     assert sorted(map(len, seen)) == [7, 7, 7, 8, 8, 8]
     plain = copy.deepcopy(trainer.model).train()

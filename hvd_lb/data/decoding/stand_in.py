@@ -16,7 +16,7 @@ import numpy as np
 from hvd_lb.data.decoding.decode import BadImage
 from hvd_lb.data.images import Images
 from hvd_lb.errors import UserError
-from hvd_lb.plan.augment import Microbatch, Origin, Windows
+from hvd_lb.plan.augment import Microbatch, Origin
 
 MOST_TRIES = 100
 """So many broken images in a row are no accident."""
@@ -56,7 +56,7 @@ class RawBatch:
     def single(self, position: int) -> RawBatch:
         """The batch of one image."""
         one = slice(position, position + 1)
-        windows = Windows(*(of[one] for of in _arrays(self.microbatch.windows)))
+        windows = self.microbatch.windows.single(position)
         return RawBatch(Microbatch(self.microbatch.image_ids[one], windows), self.data[one])
 
 
@@ -96,14 +96,13 @@ class Substitute:
     ) -> RawBatch:
         microbatch = batch.microbatch
         ids, data = microbatch.image_ids.copy(), list(batch.data)
-        arrays = [of.copy() for of in _arrays(microbatch.windows)]
+        windows = microbatch.windows
         found = list(batch.stand_ins)
         for position, why in sorted(bad.items()):
             image = int(ids[position])
             stand_in = self._first_good(image, why, microbatch, trial)
             ids[position], data[position] = stand_in.microbatch.image_ids[0], stand_in.data[0]
-            for own, of in zip(arrays, _arrays(stand_in.microbatch.windows), strict=True):
-                own[position] = of[0]
+            windows = windows.replaced(position, stand_in.microbatch.windows)
             chosen = int(ids[position])
             found.append(
                 StandIn(
@@ -117,7 +116,7 @@ class Substitute:
                 )
             )
         found.sort(key=lambda stand_in: stand_in.position)
-        repaired = Microbatch(ids, Windows(*arrays), microbatch.origin, microbatch.draw)
+        repaired = Microbatch(ids, windows, microbatch.origin, microbatch.draw)
         return RawBatch(repaired, data, tuple(found))
 
     def _first_good(
@@ -141,7 +140,3 @@ class Substitute:
 def sizes(images: Images, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Widths and heights to compute windows from; 1 where the index has none, as the image is bad anyway."""
     return np.maximum(images.widths[ids], 1), np.maximum(images.heights[ids], 1)
-
-
-def _arrays(windows: Windows) -> tuple[np.ndarray, ...]:
-    return windows.x, windows.y, windows.width, windows.height, windows.flip

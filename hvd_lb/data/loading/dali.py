@@ -1,4 +1,4 @@
-"""The DALI loader: a pipeline that decodes and cuts what the plan says and, on GPUs, resizes, mirrors and normalises.
+"""The DALI loader: a pipeline that decodes and cuts what the plan says and, on GPUs, resizes and normalises.
 
 On CPUs `hvd_lb.data.loading.resize` does the rest, many times as fast. On CUDA the JPEGs are decoded there ("mixed").
 One iteration of the pipeline is one microbatch: on GPUs the share decoded by hardware depends on the batch,
@@ -56,7 +56,7 @@ def _on_cpu(
     with ThreadPoolExecutor(threads, "hvd-lb resize") as pool:
         finish = Finisher(preprocessing, batch_size, pool)
         for batch, output in runs:
-            x = finish([np.asarray(window) for window in output], batch.microbatch.windows.flip)
+            x = finish([np.asarray(crop) for crop in output], batch.microbatch.windows)
             yield Decoded(x, torch.from_numpy(images.labels[batch.microbatch.image_ids]), batch.stand_ins)
 
 
@@ -65,7 +65,7 @@ def _on_gpu(images: Images, runs: Runs, stream: torch.cuda.Stream) -> Iterator[D
         # Python may let go of DALI's memory before the consumer's kernels have run; only torch's own allocator can wait
         # for those (record_stream in ThreadedLoader).
         with torch.cuda.stream(stream):
-            x = torch.from_dlpack(output.as_tensor()).clone()
+            x = batch.microbatch.windows.augmented_batch(torch.from_dlpack(output.as_tensor()).clone())
             y = torch.from_numpy(images.labels[batch.microbatch.image_ids]).to(stream.device)
         stream.synchronize()
         yield Decoded(x, y, batch.stand_ins)
@@ -119,14 +119,14 @@ class _Feed:
         self._again.extendleft(reversed(self.in_flight))
         self.in_flight.clear()
 
-    def __call__(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    def __call__(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         batch = self._again.popleft() if self._again else self._next()
         self.in_flight.append(batch)
         windows = batch.microbatch.windows
         anchor = np.stack([windows.x, windows.y], axis=1)
         shape = np.stack([windows.width, windows.height], axis=1)
         data = [content for content in batch.data if not isinstance(content, BadImage)]
-        return data, anchor, shape, windows.flip.astype(np.int32)
+        return data, anchor, shape
 
     def _next(self) -> RawBatch:
         if self.failure is not None:
@@ -160,7 +160,7 @@ def _pipeline(
     )
     absolute: dict[str, Any] = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "WH"}
     with pipeline:
-        data, anchor, shape, mirror = fn.external_source(source=feed, num_outputs=4, batch=True)
+        data, anchor, shape = fn.external_source(source=feed, num_outputs=3, batch=True)
         if encoded:
             cut = fn.decoders.image_slice(
                 data,
@@ -175,14 +175,12 @@ def _pipeline(
         else:
             data = fn.reinterpret(data, layout="HWC")
             cut = fn.slice(data.gpu() if on_gpu else data, anchor, shape, **absolute)
-        # The flips as well, as an input that is not used makes DALI warn.
-        outputs = (_finished(cut, mirror, preprocessing),) if on_gpu else (cut, mirror)
-        pipeline.set_outputs(*outputs)
+        pipeline.set_outputs(_finished(cut, preprocessing) if on_gpu else cut)
     return pipeline
 
 
-def _finished(windows: Any, mirror: Any, preprocessing: Preprocessing) -> Any:
-    """What `hvd_lb.data.loading.resize` does on CPUs."""
+def _finished(windows: Any, preprocessing: Preprocessing) -> Any:
+    """What `hvd_lb.data.loading.resize` does on CPUs, but for augmentations."""
     resized: Any = fn.resize(
         windows,
         size=[preprocessing.image_size, preprocessing.image_size],
@@ -191,7 +189,6 @@ def _finished(windows: Any, mirror: Any, preprocessing: Preprocessing) -> Any:
     )
     return fn.crop_mirror_normalize(
         resized,
-        mirror=mirror,
         dtype=types.DALIDataType.FLOAT,
         output_layout="CHW",
         mean=[255 * value for value in preprocessing.mean],

@@ -1,4 +1,4 @@
-"""From windows of decoded images to the tensors of a microbatch, on CPUs: resized, mirrored, normalised.
+"""From windows of decoded images to the tensors of a microbatch, on CPUs: resized, augmented, normalised.
 
 Both loaders end with this on CPUs, so their tensors are the same to the bit. DALI's own resize takes six times as long
 there, because most of it is not vectorised (docs/data.md, Speed).
@@ -15,6 +15,7 @@ import torch
 from torchvision.transforms.v2 import functional as F  # noqa: N812 (its name everywhere)
 
 from hvd_lb.data.loading.contract import Preprocessing
+from hvd_lb.plan.augment import Windows
 
 # Values in a task of the pool: with less to do, threads would only wait for each other's Python.
 _WORTH_A_TASK = 1 << 18
@@ -44,22 +45,22 @@ class Finisher:
         )
         self._scale = np.float32(1) / std
 
-    def __call__(self, windows: Sequence[np.ndarray], flips: np.ndarray) -> torch.Tensor:
-        """uint8 arrays (height, width, 3) and bool (b,) to float32 (b, 3, S, S)."""
-        rows = self._rows(len(windows))
-        largest = max(rows[0].size, *(window.size for window in windows))
+    def __call__(self, crops: Sequence[np.ndarray], windows: Windows) -> torch.Tensor:
+        """uint8 arrays (height, width, 3), cut out by `windows`, to float32 (b, 3, S, S)."""
+        rows = self._rows(len(crops))
+        largest = max(rows[0].size, *(crop.size for crop in crops))
         together = max(1, _WORTH_A_TASK // largest)
 
         def fill(start: int) -> None:
             part = slice(start, start + together)
-            for row, window, flip in zip(rows[part], windows[part], flips[part].tolist(), strict=True):
-                resized = resize(window, self._preprocessing)
-                row[...] = (resized[:, ::-1] if flip else resized).transpose(2, 0, 1)
+            for position, crop in enumerate(crops[part], start):
+                resized = resize(crop, self._preprocessing)
+                rows[position] = windows.augmented(resized, position).transpose(2, 0, 1)
             # In numpy: elementwise operations of torch would start threads of their own in each of ours.
             rows[part] -= self._mean
             rows[part] *= self._scale
 
-        list(self._pool.map(fill, range(0, len(windows), together)))
+        list(self._pool.map(fill, range(0, len(crops), together)))
         return torch.from_numpy(rows)
 
     def _rows(self, count: int) -> np.ndarray:

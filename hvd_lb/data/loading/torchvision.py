@@ -18,8 +18,9 @@ from hvd_lb.data.decoding.stand_in import RawBatch, Repair
 from hvd_lb.data.images import Images
 from hvd_lb.data.loading.contract import Decode, Decoded, Preprocessing
 from hvd_lb.data.loading.resize import Finisher, resize
+from hvd_lb.plan.augment import Windows
 
-Finish = Callable[[Sequence[np.ndarray], np.ndarray], torch.Tensor]
+Finish = Callable[[Sequence[np.ndarray], Windows], torch.Tensor]
 
 
 def torchvision_decoder(
@@ -43,13 +44,12 @@ def torchvision_decoder(
                 else Finisher(preprocessing, batch_size, pool)
             )
             for batch in batches:
-                windows = cut(batch)
-                if bad := {position: of for position, of in enumerate(windows) if isinstance(of, BadImage)}:
+                crops = cut(batch)
+                if bad := {position: of for position, of in enumerate(crops) if isinstance(of, BadImage)}:
                     batch = repair(batch, bad, trial)
-                    windows = cut(batch)
-                x = finish(
-                    [of for of in windows if not isinstance(of, BadImage)], batch.microbatch.windows.flip
-                )
+                    crops = cut(batch)
+                whole = [of for of in crops if not isinstance(of, BadImage)]
+                x = finish(whole, batch.microbatch.windows)
                 y = torch.from_numpy(images.labels[batch.microbatch.image_ids]).to(device)
                 if device.type == "cuda":
                     torch.cuda.current_stream(device).synchronize()
@@ -66,12 +66,11 @@ def _on_gpu(preprocessing: Preprocessing, device: torch.device, pool: ThreadPool
         for of in (preprocessing.mean, preprocessing.std)
     )
 
-    def one(window: np.ndarray, flip: bool) -> np.ndarray:
-        resized = resize(window, preprocessing)
-        return resized[:, ::-1] if flip else resized
+    def finish(crops: Sequence[np.ndarray], windows: Windows) -> torch.Tensor:
+        def one(position: int) -> np.ndarray:
+            return windows.augmented(resize(crops[position], preprocessing), position)
 
-    def finish(windows: Sequence[np.ndarray], flips: np.ndarray) -> torch.Tensor:
-        levels = np.stack(list(pool.map(one, windows, flips.tolist())))
+        levels = np.stack(list(pool.map(one, range(len(crops)))))
         x = torch.from_numpy(levels).to(device).permute(0, 3, 1, 2)
         return x.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).mul_(1 / std)
 

@@ -124,7 +124,7 @@ def _by_dali(images: Images, threads: int, max_pixels: int) -> Iterator[Part]:
 def _whole(images: Images, ids: np.ndarray) -> Microbatch:
     width, height = sizes(images, ids)
     zeros = np.zeros(len(ids), np.int32)
-    return Microbatch(ids, Windows(zeros, zeros.copy(), width, height, np.zeros(len(ids), bool)))
+    return Microbatch(ids, Windows(zeros, zeros.copy(), width, height))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from hvd_lb.data.decoding.decode import BadImage
 from hvd_lb.data.images import Images
 from hvd_lb.data.loading.contract import Preprocessing
 from hvd_lb.data.loading.open import open_loader
-from hvd_lb.plan.augment import CentreWindows, Microbatch, RandomWindows, Windows
+from hvd_lb.plan.augment import Flip, Microbatch, Windows
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.pictures.drawing import decoded
 
@@ -53,10 +53,10 @@ def views(
         return []
     widths, heights = images.widths[chosen], images.heights[chosen]
     if epochs:
-        random = RandomWindows(recipe.seed, recipe.crop_scale, recipe.crop_ratio, recipe.flip)
+        random = recipe.random_windows()
         windows = [random.windows(epoch, chosen, widths, heights) for epoch in range(epochs)]
     else:
-        windows = [CentreWindows(recipe.eval_crop).windows(widths, heights)]
+        windows = [recipe.centre_windows().windows(widths, heights)]
     with open_loader(
         recipe.loader,
         images,
@@ -99,4 +99,5 @@ def _as_pixels(x: torch.Tensor, recipe: Recipe) -> np.ndarray:
 
 def _crop(windows: Windows, place: int, pixels: np.ndarray) -> CropView:
     x, y, width, height = (int(of[place]) for of in (windows.x, windows.y, windows.width, windows.height))
-    return CropView((x, y, width, height), bool(windows.flip[place]), pixels[place])
+    flips = [drawn.parameters[place] for drawn in windows.augmentations if isinstance(drawn.part, Flip)]
+    return CropView((x, y, width, height), any(flips), pixels[place])

@@ -18,7 +18,7 @@ from image_files import (
     files,
     turned_files,
 )
-from loader_cases import CPU, KINDS, BlobImages, as_levels, load, one_window, random_batches
+from loader_cases import CPU, KINDS, BlobImages, as_levels, flips_of, load, one_window, random_batches
 from PIL import Image
 
 from hvd_lb.data.dataset import open_dataset
@@ -184,7 +184,7 @@ def test_a_plan_over_every_kind_of_file_without_resizing(tmp_path: Path) -> None
     assert torch.equal(ours, theirs)
     expected = []
     for batch in batches:
-        for image_id, flip in zip(batch.image_ids, batch.windows.flip, strict=True):
+        for image_id, flip in zip(batch.image_ids, flips_of(batch.windows), strict=True):
             picture = as_pil_converts_it(FILES[names[Path(images.name(image_id)).name]])
             square = picture[:, (SIZE[0] - side) // 2 :][:, :side]
             expected.append((square[:, ::-1] if flip else square).transpose(2, 0, 1))
@@ -223,7 +223,7 @@ def test_the_windows_can_be_read_off_the_pixels(kind: str) -> None:
     centres = (np.arange(side)[inner] + 0.5) / side
     for index, tensor in enumerate(x.numpy() / 4):
         red, green = tensor[0, inner, inner].mean(axis=0), tensor[1, inner, inner].mean(axis=1)
-        across, left = np.polyfit(centres, red[::-1] if windows.flip[index] else red, 1)
+        across, left = np.polyfit(centres, red[::-1] if flips_of(windows)[index] else red, 1)
         down, top = np.polyfit(centres, green, 1)
         found = np.array([left + 0.5, top + 0.5, across, down])
         planned = [of[index] for of in (windows.x, windows.y, windows.width, windows.height)]

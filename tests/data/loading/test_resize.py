@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from torchvision.transforms import v2
 
 from hvd_lb.data.loading.contract import Preprocessing
 from hvd_lb.data.loading.resize import Finisher
+from hvd_lb.plan.augment import Drawn, Flip, Windows
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RNG = np.random.default_rng(0)
+NOTHING = np.zeros(0, np.int32)
+NOTHING_MORE = Windows(NOTHING, NOTHING, NOTHING, NOTHING)
 
 
 @pytest.mark.parametrize("antialias", [True, False])
@@ -32,7 +36,8 @@ def test_the_tensor_is_that_of_torchvisions_transforms(size: tuple[int, int], an
     )
     with ThreadPoolExecutor(2) as pool:
         finish = Finisher(Preprocessing(24, MEAN, STD, antialias), 4, pool)
-        (ours,) = finish([window], np.array([True]))
+        mirrored = replace(NOTHING_MORE, augmentations=(Drawn(Flip(), np.array([True])),))
+        (ours,) = finish([window], mirrored)
     torch.testing.assert_close(ours, theirs(window.copy()), rtol=1e-5, atol=1e-5)
 
 
@@ -42,15 +47,14 @@ def test_memory_is_used_again_only_when_nothing_refers_to_it() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         finish = Finisher(Preprocessing(4, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), True), 2, pool)
-        flips = np.zeros(2, bool)
-        first = finish([window(1), window(2)], flips)
+        first = finish([window(1), window(2)], NOTHING_MORE)
         place, part = first.data_ptr(), first[1, 0]
         del first  # `part` shares its memory
-        second = finish([window(3), window(4)], flips)
+        second = finish([window(3), window(4)], NOTHING_MORE)
         assert second.data_ptr() != place
         assert part.unique().tolist() == [2.0]
         del part
-        third = finish([window(5)], flips[:1])
+        third = finish([window(5)], NOTHING_MORE)
         assert third.data_ptr() == place
         assert third.shape == (1, 3, 4, 4)
         assert second.unique().tolist() == [3.0, 4.0]

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import hvd_lb.world
 from hvd_lb.data.images import ArrayImages, Dataset
-from hvd_lb.optim.state import flatten_state
+from hvd_lb.optim.state_dict import flatten_state
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.training.trainer import Trainer
@@ -66,7 +66,7 @@ def train(model: str, reproducible: bool, world: World) -> tuple[Trainer, Losses
     data = noise(100, 41)
     trainer = Trainer(recipe, data, world, device=torch.device("cpu"), threads=1, observer=losses)
     trainer.fit()
-    trainer.statistics.publish(trainer.step)
+    trainer.state.statistics.publish(trainer.step)
     return trainer, losses
 
 
@@ -82,7 +82,9 @@ def overflow(world: World) -> dict:
 
     def sabotaged(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> bool:
         if trainer.step == 1 and not losses.repeated:
-            trainer.statistics.exponents = [exponent + 30 for exponent in trainer.statistics.exponents]
+            trainer.state.statistics.exponents = [
+                exponent + 30 for exponent in trainer.state.statistics.exponents
+            ]
         return take_step(batches)
 
     trainer.train_step = sabotaged
@@ -101,12 +103,12 @@ def main(folder: Path) -> None:
             if model in ONLY_REPRODUCIBLE and not reproducible:
                 continue
             trainer, losses = train(model, reproducible, world)
-            tensors, skeleton = flatten_state(trainer.optimizer.state_dict())
+            tensors, skeleton = flatten_state(trainer.state.optimizer.state_dict())
             tensors |= {f"model.{name}": tensor for name, tensor in trainer.model.state_dict().items()}
             digest = hashlib.sha256()
             for name, tensor in sorted(tensors.items()):
                 digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-            evaluation = asdict(trainer.last_evaluation) if trainer.last_evaluation else None
+            evaluation = asdict(trainer.state.last_evaluation) if trainer.state.last_evaluation else None
             result = {
                 "digest": digest.hexdigest(),
                 "optimizer": skeleton,

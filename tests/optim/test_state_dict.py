@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hvd_lb.optim import SGD
-from hvd_lb.optim.state import flatten_state, restore_state
+from hvd_lb.optim.state_dict import flatten_state, restore_state
 
 
 def same(a: object, b: object) -> bool:

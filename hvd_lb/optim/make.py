@@ -1,0 +1,22 @@
+"""The optimizer of a recipe. A further one begins here: a recipe field names it, and this makes it."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import Optimizer
+
+from hvd_lb.optim.groups import parameter_groups
+from hvd_lb.optim.sgd import SGD
+from hvd_lb.recipe import Recipe
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module, learning_rate: float) -> Optimizer:
+    """On the parameters of `model`, as the recipe says; `learning_rate` is that of the first step."""
+    return SGD(
+        parameter_groups(model, recipe.weight_decay),
+        lr=learning_rate,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        form=recipe.momentum_form,
+        momentum_correction=recipe.momentum_correction,
+    )

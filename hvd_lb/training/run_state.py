@@ -1,0 +1,120 @@
+"""What changes while a run goes on, in one object, which becomes a checkpoint and comes back from one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvd_lb.optim import DistributedOptimizer
+from hvd_lb.optim.state_dict import flatten_state, restore_state
+from hvd_lb.training.bad_images import BadImages
+from hvd_lb.training.batchnorm import ReproducibleStatistics, RunningStatistics
+from hvd_lb.training.checkpoint import Checkpoint
+from hvd_lb.training.evaluation import Evaluation
+from hvd_lb.training.saved_state import LOSSES, SavedState
+from hvd_lb.world import World
+
+
+class RunState:
+    """The position in the run (`step`, steps done), what has been learnt, and what has not been told yet.
+
+    `workers` are the virtual workers of this process out of `gpus`.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        workers: range,
+        gpus: int,
+        *,
+        model: nn.Module,
+        optimizer: DistributedOptimizer,
+        scaler: torch.amp.GradScaler,
+        statistics: RunningStatistics,
+        bad_images: BadImages,
+        device: torch.device,
+    ):
+        self._world, self._workers = world, workers
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.statistics, self.bad_images = statistics, bad_images
+        self.step = 0
+        # A sum for each virtual worker, 0 for those of other processes: what is added up does not depend on p.
+        self.losses = torch.zeros(gpus, dtype=torch.float64, device=device)
+        self.loss_images = 0
+        self.best_error = math.inf
+        self.last_evaluation: Evaluation | None = None
+
+    def step_taken(self, losses: Mapping[int, Tensor], images: int) -> None:
+        """A step of `images` images (of all processes) is done; `losses` are sums, by this process's workers."""
+        for worker, loss in losses.items():
+            self.losses[worker] += loss
+        self.loss_images += images
+        self.step += 1
+
+    def take_loss(self) -> float:
+        """Mean training loss of the images since it was last taken; collective."""
+        loss = self._all_losses().sum().item() / self.loss_images
+        self.losses.zero_()
+        self.loss_images = 0
+        return loss
+
+    def note_best(self) -> bool:
+        """Whether the last evaluation has fewer errors than all that were asked about before."""
+        if self.last_evaluation is None or self.last_evaluation.top1_error >= self.best_error:
+            return False
+        self.best_error = self.last_evaluation.top1_error
+        return True
+
+    def save(
+        self, steps_per_epoch: int, recipe: dict[str, Any], data: str, environment: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], SavedState]:
+        """The model's tensors, the optimizer's, and the rest: not copied; collective, and whole on every process."""
+        self.statistics.publish(self.step)
+        losses = self._all_losses()
+        optimizer, skeleton = flatten_state(self.optimizer.state_dict())
+        epoch, epoch_step = divmod(self.step, steps_per_epoch)
+        statistics = self.statistics
+        state = SavedState(
+            next={"epoch": epoch, "step": epoch_step},
+            recipe=recipe,
+            data=data,
+            environment=environment,
+            optimizer=skeleton,
+            scaler=self.scaler.state_dict(),
+            loss_images=self.loss_images,
+            best_error=self.best_error if math.isfinite(self.best_error) else None,
+            evaluation=asdict(self.last_evaluation) if self.last_evaluation else None,
+            bad_images=self.bad_images.in_epoch,
+            batch_norm_exponents=(
+                list(statistics.exponents) if isinstance(statistics, ReproducibleStatistics) else None
+            ),
+        )
+        return self.model.state_dict(), {**optimizer, LOSSES: losses}, state
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Become what was saved; every process loads the same checkpoint."""
+        state = checkpoint.saved
+        self.model.load_state_dict(checkpoint.model())
+        self.statistics.adopt()
+        tensors = checkpoint.optimizer()
+        self.optimizer.load_state_dict(restore_state(tensors, state.optimizer))
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state.scaler)
+        if isinstance(self.statistics, ReproducibleStatistics) and state.batch_norm_exponents is not None:
+            self.statistics.exponents = state.batch_norm_exponents
+        self.step = checkpoint.step
+        own = slice(self._workers.start, self._workers.stop)
+        self.losses[own] = tensors[LOSSES][own].to(self.losses.device)
+        self.loss_images = state.loss_images
+        self.bad_images.in_epoch = state.bad_images
+        self.best_error = math.inf if state.best_error is None else state.best_error
+        self.last_evaluation = Evaluation(**state.evaluation) if state.evaluation else None
+
+    def _all_losses(self) -> Tensor:
+        """Loss of every virtual worker since the last record; adding zeros is exact."""
+        return self._world.allreduce(self.losses.clone(), "hvd_lb.losses")

@@ -1,0 +1,46 @@
+"""The schema of state.json in a checkpoint: its format number, every field, and what older formats lack.
+
+A new field gets a default here, so that older checkpoints can still be read; a field that changes its meaning gets a
+new FORMAT. Format 1, before the reproducible mode, had one sum of losses (`loss_sum`) in place of one for each virtual
+worker, and no `environment`; it is not read. Tensors lie beside it: the model's in model.safetensors, in
+optimizer.safetensors those of the optimizer and `LOSSES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+FORMAT = 2
+
+#: Among the optimizer's tensors: the sum of losses of each virtual worker since the last record, float64 (k,).
+LOSSES = "losses"
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What is in state.json besides what the store adds: format, step (steps done) and checksums."""
+
+    next: dict[str, int]  #: the step to be taken next: its epoch, and its number in the epoch
+    recipe: dict[str, Any]  #: `Recipe.mathematics`
+    data: str  #: fingerprint of the data set
+    environment: dict[str, Any]  #: what the last bits depend on besides: `rounding_environment`
+    optimizer: Any  #: the optimizer's state without its tensors: `flatten_state`
+    scaler: dict[str, Any]  #: of the loss; empty but in fp16
+    loss_images: int  #: images that LOSSES are over
+    best_error: float | None  #: smallest top-1 error of a saved evaluation, in per cent
+    evaluation: dict[str, Any] | None  #: the last one
+    bad_images: int = 0  #: in this epoch so far; absent from checkpoints before --on-bad-image
+    batch_norm_exponents: list[int] | None = None  #: of the next sum; in reproducible runs with batch norm
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None or name in _NULLABLE}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> SavedState:
+        return cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
+
+
+# These are written as null; other fields that are None are left out.
+_NULLABLE = {"best_error", "evaluation"}
