@@ -9,6 +9,7 @@ In the reproducible mode a bucket adds in fixed point instead (`FixedPointBucket
 own, at once, so that nothing depends on the order of microbatches and processes.
 """
 
+import enum
 from collections.abc import Iterable
 
 import torch
@@ -34,13 +35,27 @@ def _dense(grad: Tensor) -> Tensor:
     return grad
 
 
+class Held(enum.Enum):
+    """What `p.grad` holds, seen from the parameter's slot."""
+
+    NOTHING = "None"
+    SPENT = "our tensor as a step left it: readable, but no gradient any more"
+    OURS = "our tensor, with which the view is up to date"
+    CHANGED = "somebody else's tensor, or a half-precision copy that was edited"
+
+
 class Slot:
     """One parameter's place in a bucket.
 
     `view` is that place, with the parameter's own sizes and strides (channels_last stays channels_last).
     `grad` is what is put into `p.grad`: the view itself, or for half precision a rounded copy of it.
-    `stale` says that `grad` holds a gradient that a step has consumed. `version` tells whether somebody
-    has written into `grad` since.
+    `present` says whether there is a gradient: after `collect` on this process, after the exchange on any.
+
+    What `p.grad` holds (`Held`) changes so, whoever does it:
+
+        SPENT     by `spend`, after a step; by zero_grad() it becomes NOTHING
+        OURS      by `publish`; and a SPENT gradient that somebody writes into is one again
+        CHANGED   by an assignment to p.grad, or by writing into a rounded copy; `collect` takes it over
     """
 
     def __init__(self, parameter: Tensor, flat: Tensor, offset: int) -> None:
@@ -50,55 +65,59 @@ class Slot:
         self.view = flat.as_strided(parameter.shape, strides, offset).data
         self.rounded = self.view.dtype != parameter.dtype
         self.grad = torch.empty_like(self.view, dtype=parameter.dtype) if self.rounded else self.view
-        self.version = self.grad._version
-        self.stale = False
-        self.gathered = False  # the armed backward has added its gradient
-        self.present = False  # this process has a gradient for the exchange
+        self.present = False
+        self._spent = False
+        self._version = (
+            self.grad._version
+        )  # by which it is known whether somebody has written into `grad` since
 
     def fits(self) -> bool:
         """False once the parameter has another device, dtype or shape (model.cuda(), model.half())."""
         p = self.parameter
         return p.dtype == self.grad.dtype and p.device == self.grad.device and p.shape == self.grad.shape
 
-    def consumed(self) -> bool:
-        """Whether `p.grad` is what a step has used up: still readable, but no gradient any more."""
-        return self.stale and self.parameter.grad is self.grad and self.grad._version == self.version
+    def held(self) -> Held:
+        """What `p.grad` holds now."""
+        if self.parameter.grad is None:
+            return Held.NOTHING
+        if self.parameter.grad is not self.grad:
+            return Held.CHANGED
+        written = self.grad._version != self._version
+        if self._spent and not written:
+            return Held.SPENT
+        return Held.CHANGED if self.rounded and written else Held.OURS
 
     def collect(self) -> None:
-        """Brings the view up to date with `p.grad`; no gradient, or a consumed one, counts as zero."""
-        grad = self.parameter.grad
-        ours = grad is self.grad
-        untouched = ours and self.grad._version == self.version
-        self.present = grad is not None and not self.consumed()
-        self.stale = False
-        if not self.present or grad is None:
+        """Brings the view up to date with `p.grad`; no gradient, or a spent one, counts as zero."""
+        held, self._spent = self.held(), False
+        self.present = held in (Held.OURS, Held.CHANGED)
+        if not self.present:
             self.view.zero_()
-        elif grad.is_sparse:
-            raise RuntimeError(
-                "DistributedOptimizer was given a sparse gradient; build the embedding with sparse=False"
-            )
-        elif self.rounded and untouched:
-            return  # the view is the exact sum of which `grad` is the rounded copy
-        elif not ours or self.rounded:
-            self.view.copy_(_dense(grad))
+        elif held is Held.CHANGED and self.parameter.grad is not None:
+            self.view.copy_(_dense(self.parameter.grad))
+
+    def take(self) -> Tensor | None:
+        """Takes the gradient, if there is one, out of `p.grad`, which is None afterwards."""
+        grad = self.parameter.grad if self.held() in (Held.OURS, Held.CHANGED) else None
+        self._spent, self.parameter.grad = False, None
+        return grad
 
     def publish(self) -> None:
-        """Puts the gradient into `p.grad`, in the parameter's dtype."""
+        """Puts the view into `p.grad`, in the parameter's dtype."""
         if self.rounded:
             self.grad.copy_(self.view)
         if self.parameter.grad is not self.grad:
             self.parameter.grad = self.grad
-        self.version = self.grad._version
+        self._version = self.grad._version
 
     def before_accumulation(self) -> None:
-        """Before autograd adds to `p.grad`: drops a consumed gradient, sets half precision's sum aside."""
+        """Before autograd adds to `p.grad`: drops a spent gradient, sets half precision's sum aside."""
         if self.rounded:
             self.collect()
             self.parameter.grad = None
-        elif self.stale:
-            if self.consumed():
-                self.parameter.grad = None
-            self.stale = False
+        elif self.held() is Held.SPENT:
+            self.parameter.grad = None
+        self._spent = False
 
     def after_accumulation(self) -> None:
         """After autograd has added to `p.grad`, in place or, where there was none, by a tensor of its own."""
@@ -109,10 +128,10 @@ class Slot:
             self.collect()
         self.publish()
 
-    def consume(self) -> None:
+    def spend(self) -> None:
         """After a step: the gradient stays readable, but the next accumulation starts from zero."""
-        self.stale = True
-        self.version = self.grad._version
+        self._spent = True
+        self._version = self.grad._version
 
 
 class Bucket:
@@ -126,7 +145,7 @@ class Bucket:
         self.gradients, self.flags = self.flat[:end], self.flat[end:]
         self.slots = [Slot(p, self.flat, offset) for p, offset in zip(parameters, offsets, strict=True)]
         self.handle: Handle | None = None
-        self.missing = len(self.slots)
+        self.awaited = dict.fromkeys(self.slots)  # in order; those whose last gradient backward has not added
 
     @property
     def started(self) -> bool:
@@ -143,15 +162,13 @@ class Bucket:
 
     def gather(self, slot: Slot) -> bool:
         """Notes that the armed backward has added this gradient; True when the bucket is full."""
-        slot.gathered = True
-        self.missing -= 1
-        return self.missing == 0
+        del self.awaited[slot]
+        return not self.awaited
 
     def start(self, world: World) -> None:
         """Starts the exchange of what this process has; until `finish`, the views are undefined."""
-        for slot in self.slots:
-            if not slot.gathered:
-                slot.collect()
+        for slot in self.awaited:
+            slot.collect()
         if all(slot.present for slot in self.slots):
             self.flags.fill_(1)
         else:
@@ -194,13 +211,11 @@ class Bucket:
         """After a step: makes the bucket ready for the next backward, its gradients still readable."""
         self.reset()
         for slot in self.slots:
-            slot.consume()
+            slot.spend()
 
     def reset(self) -> None:
         """Makes the bucket ready for the next backward."""
-        self.missing = len(self.slots)
-        for slot in self.slots:
-            slot.gathered = False
+        self.awaited = dict.fromkeys(self.slots)
 
 
 class FixedPointBucket(Bucket):
@@ -226,9 +241,8 @@ class FixedPointBucket(Bucket):
         self._take(slot)
 
     def start(self, world: World) -> None:
-        for slot in self.slots:
-            if not slot.gathered:
-                self._take(slot)
+        for slot in self.awaited:
+            self._take(slot)
         self.sum.start(world)
 
     def finish(self) -> list[Tensor]:
@@ -251,12 +265,9 @@ class FixedPointBucket(Bucket):
         self.sum.exponents[self._index[slot]] = exponent
 
     def _take(self, slot: Slot) -> None:
-        """Moves the gradient in `p.grad`, unless it is a consumed one, into the sum."""
-        grad = slot.parameter.grad
-        if grad is not None and not slot.consumed():
+        """Moves the gradient in `p.grad`, unless it is a spent one, into the sum."""
+        if (grad := slot.take()) is not None:
             self.sum.add(self._index[slot], _dense(grad))
-        slot.stale = False
-        slot.parameter.grad = None
 
 
 def plan_buckets(parameters: Iterable[Tensor], bucket_bytes: int) -> list[list[Tensor]]:

@@ -342,7 +342,7 @@ class DistributedOptimizer(Optimizer):
             if any(p.grad is s.grad and bool(s.grad.any()) for p, (_, s) in self._places.items()):
                 raise RuntimeError("backward() onto exchanged gradients: call step() or zero_grad() first")
             self._reset()  # the step was skipped and the gradients were cleared behind our back
-        if slot.gathered or bucket.started:
+        if slot not in bucket.awaited or bucket.started:
             raise RuntimeError(
                 "backward() after the exchange of this step has started: put all backwards of a step but the "
                 "last into `with opt.accumulate():`, or call step() or opt.zero_grad() first"
