@@ -15,7 +15,7 @@ from rich.text import Text
 
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count
-from hvd_lb_cli.show import print_plan
+from hvd_lb_cli.output.show import print_rows
 
 if TYPE_CHECKING:
     from hvd_lb.report.compare import Comparison, MetricDifference, MetricsComparison
@@ -58,7 +58,7 @@ def compare(run_a: Path, run_b: Path, step: int | None, tensors: int) -> int:
             comparison = compare_runs(run_a, run_b, step)
     except OSError as error:  # exit code 1 would say that the runs differ
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
-    print_plan(console, [("A", escape(str(run_a))), ("B", escape(str(run_b))), *_rows(comparison)])
+    print_rows(console, [("A", escape(str(run_a))), ("B", escape(str(run_b))), *_rows(comparison)])
     if comparison.checkpoint:
         _print_tensors(console, comparison.checkpoint.differing, tensors)
     click.echo("bitwise identical" if comparison.identical else _verdict(comparison))

@@ -15,7 +15,7 @@ from hvd_lb.launch.submit.command import Submission
 from hvd_lb.launch.submit.docker.check import docker_preflight
 from hvd_lb.launch.target import named_target
 from hvd_lb.report.text import count
-from hvd_lb_cli.show import print_preflight
+from hvd_lb_cli.output.show import print_preflight
 
 
 def examine_hosts(

@@ -14,7 +14,7 @@ from rich.console import Console
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.text import count, duration, speed
 from hvd_lb_cli.options.recipe import recipe_options, run_options
-from hvd_lb_cli.show import index_progress, print_plan
+from hvd_lb_cli.output.show import index_progress, print_rows
 
 if TYPE_CHECKING:
     from hvd_lb.resolve import Resolved
@@ -86,9 +86,9 @@ def simulate(
             resume=resume,
             command=sys.argv,
             console=console,
-            on_ready=lambda: print_plan(console, plan),
+            on_ready=lambda: print_rows(console, plan),
         )
-    print_plan(console, plan)
+    print_rows(console, plan)
     with console.status("rehearsing …") as status:
         rehearsal = rehearse(
             resolved,
@@ -99,7 +99,7 @@ def simulate(
                 f"rehearsing: step {step}, microbatch {done}/{of}"
             ),
         )
-    print_plan(console, _findings(resolved, rehearsal, f"{where}, {count(placement.threads, 'thread')}"))
+    print_rows(console, _findings(resolved, rehearsal, f"{where}, {count(placement.threads, 'thread')}"))
     return 0
 
 

@@ -22,7 +22,7 @@ from hvd_lb.launch.options import carried_environment, named_environment
 from hvd_lb.launch.starters.allocation import on_node
 from hvd_lb.launch.starters.ssh import reach_over_ssh
 from hvd_lb.launch.submit.command import Submission
-from hvd_lb.launch.submit.docker import run as docker
+from hvd_lb.launch.submit.docker import submit as docker
 from hvd_lb.launch.submit.docker.check import docker_preflight
 from hvd_lb.launch.submit.kubernetes import follow as kubectl
 from hvd_lb.launch.submit.kubernetes import manifest as kubernetes
@@ -35,7 +35,7 @@ from hvd_lb_cli.arguments import forwarded_arguments
 from hvd_lb_cli.options.launch import FORWARDED, LAUNCH_OPTIONS
 from hvd_lb_cli.options.submit import PUBLISHED_IMAGE, SubmitOptions
 from hvd_lb_cli.options.train import TrainOptions
-from hvd_lb_cli.show import print_preflight
+from hvd_lb_cli.output.show import print_preflight
 
 _STARTED = {
     "local": "on this machine",

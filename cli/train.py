@@ -1,4 +1,4 @@
-"""`hvd-lb train`: its options; `hvd_lb_cli.run` does it."""
+"""`hvd-lb train`: its options; `hvd_lb_cli.dispatch` does it."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def train(
     hvd-lb train --data /data/imagenet --gpus 256 --launcher slurm --slurm-partition gpu --submit
     hvd-lb train --data /data/imagenet --gpus 16 --hosts h1:8,h2:8 --image ghcr.io/hvd-lb/hvd-lb
     """
-    from hvd_lb_cli.run import run  # here: --help needs none of it
+    from hvd_lb_cli.dispatch import dispatch  # here: --help needs none of it
 
-    return run(
+    return dispatch(
         context,
         TrainOptions(
             options,

@@ -8,7 +8,7 @@ import rich_click as click
 from rich.console import Console
 
 from hvd_lb.report.text import count
-from hvd_lb_cli.progress import long_progress
+from hvd_lb_cli.output.progress import long_progress
 
 
 @click.command("export")

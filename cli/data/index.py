@@ -10,7 +10,7 @@ from rich.console import Console
 
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count
-from hvd_lb_cli.progress import long_progress
+from hvd_lb_cli.output.progress import long_progress
 
 if TYPE_CHECKING:
     from hvd_lb.data.index.index import Index

@@ -9,8 +9,8 @@ import rich_click as click
 from rich.console import Console
 
 from hvd_lb.report.text import count
-from hvd_lb_cli.picture_file import PICTURE, write_picture
-from hvd_lb_cli.progress import long_progress
+from hvd_lb_cli.output.picture_file import PICTURE, write_picture
+from hvd_lb_cli.output.progress import long_progress
 
 if TYPE_CHECKING:
     from hvd_lb.data.prepare.survey import Range, Survey

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count
-from hvd_lb_cli.progress import long_progress
+from hvd_lb_cli.output.progress import long_progress
 
 _UNITS = {"B": 1, **{f"{unit}B": 1000**n for n, unit in enumerate("kMGT", start=1)}}
 _UNITS |= {f"{unit}iB": 1024**n for n, unit in enumerate("KMGT", start=1)}

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from hvd_lb.recipe import Recipe
 from hvd_lb_cli.options.recipe import recipe_options
-from hvd_lb_cli.picture_file import PICTURE, write_picture
-from hvd_lb_cli.progress import long_progress
+from hvd_lb_cli.output.picture_file import PICTURE, write_picture
+from hvd_lb_cli.output.progress import long_progress
 
 if TYPE_CHECKING:
     from hvd_lb.resolve import Resolved

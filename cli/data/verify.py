@@ -11,7 +11,7 @@ from rich.console import Console
 
 from hvd_lb.data.options import MAX_PIXELS, MOST_PIXELS, LoaderKind
 from hvd_lb.report.text import count, printable
-from hvd_lb_cli.progress import long_progress
+from hvd_lb_cli.output.progress import long_progress
 
 
 @click.command("verify")

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from hvd_lb.launch.job import Job
-from hvd_lb.launch.plan import LaunchPlan
+from hvd_lb.launch.launch_plan import LaunchPlan
 from hvd_lb.report.run_directory import RunDirectory
 
 _END = "end of job.json"

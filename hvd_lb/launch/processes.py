@@ -12,7 +12,7 @@ from typing import Any
 
 from hvd_lb.launch.failure import RankFailure, find_failure
 from hvd_lb.launch.job import Job
-from hvd_lb.launch.plan import LaunchPlan
+from hvd_lb.launch.launch_plan import LaunchPlan
 from hvd_lb.launch.stopping import AT_ONCE
 from hvd_lb.report.run_directory import RunDirectory, replace_text
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from hvd_lb.exact.reproducible import rounding_environment
 from hvd_lb.launch.job import Job
-from hvd_lb.launch.plan import LaunchPlan, process_environment
+from hvd_lb.launch.launch_plan import LaunchPlan, process_environment
 from hvd_lb.launch.processes import RankProcesses
 from hvd_lb.launch.resume import ResumePoint, find_resume_point
 from hvd_lb.launch.stopping import SIGNALS
@@ -51,7 +51,7 @@ def resume_point_of(run: RunDirectory, resolved: Resolved, placement: Placement,
     return find_resume_point(run, resolved.recipe, resume, resolved.total_steps, environment)
 
 
-def plan_job(
+def make_job(
     resolved: Resolved, placement: Placement, launch: LaunchPlan, run: RunDirectory, resume_point: ResumePoint
 ) -> Job:
     """What every process of the run is told."""
@@ -107,7 +107,7 @@ def run_job(
     if resume_point.step >= resolved.total_steps:
         return _finish(run, resolved, 0.0, console)
 
-    job = plan_job(resolved, placement, launch, run, resume_point)
+    job = make_job(resolved, placement, launch, run, resume_point)
     display = open_display(
         console,
         first_step=resume_point.step,

@@ -28,7 +28,7 @@ from hvd_lb.training.trainer import Trainer
 from hvd_lb.world import World
 
 
-def run(job: Job, world: World, stop_requested: StopRequests) -> None:
+def train(job: Job, world: World, stop_requested: StopRequests) -> None:
     """This process's part of the job."""
     torch.set_num_threads(job.threads)
     device = _device(job, world)
@@ -91,7 +91,7 @@ def main(job_file: str, rank: int, host: str) -> None:
                 "the launcher did not tell it who it is"
             )
         stop_requested.watch_file = rank == 0
-        run(job, world, stop_requested)
+        train(job, world, stop_requested)
     except BaseException as error:
         with suppress(OSError):  # the disk is full
             _tell(RunDirectory(job.output), rank, host, error)

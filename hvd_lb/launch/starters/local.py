@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from hvd_lb.errors import UserError
 from hvd_lb.launch.allreduce import needs_mpi
 from hvd_lb.launch.hosts import Host
-from hvd_lb.launch.plan import LaunchPlan, horovodrun_command, rank_command
+from hvd_lb.launch.launch_plan import LaunchPlan, horovodrun_command, rank_command
 from hvd_lb.launch.preflight.probe import unknown_to_itself
 from hvd_lb.launch.starters.ssh import mpirun_arguments
 from hvd_lb.world.build import import_horovod

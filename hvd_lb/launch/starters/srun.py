@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from hvd_lb.errors import UserError
 from hvd_lb.launch.allreduce import needs_mpi
 from hvd_lb.launch.hosts import assign
-from hvd_lb.launch.plan import LaunchPlan, rank_command
+from hvd_lb.launch.launch_plan import LaunchPlan, rank_command
 from hvd_lb.launch.preflight import probe
 from hvd_lb.launch.preflight.ask import Ask
 from hvd_lb.launch.preflight.cluster import Cluster

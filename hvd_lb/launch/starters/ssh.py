@@ -10,8 +10,8 @@ from functools import partial
 from hvd_lb.errors import UserError
 from hvd_lb.launch.allreduce import needs_mpi
 from hvd_lb.launch.hosts import assign, is_this_machine
+from hvd_lb.launch.launch_plan import LaunchPlan, horovodrun_command
 from hvd_lb.launch.options import LaunchOptions
-from hvd_lb.launch.plan import LaunchPlan, horovodrun_command
 from hvd_lb.launch.preflight.ask import Ask, ask_all, explain_failure
 from hvd_lb.launch.preflight.cluster import Cluster
 

@@ -25,7 +25,7 @@ from hvd_lb.launch.submit.docker.commands import (
     known_host,
     run_command,
 )
-from hvd_lb.launch.submit.docker.run import describe
+from hvd_lb.launch.submit.docker.submit import describe
 
 PLAIN = Submission(
     arguments=("train", "--data", "/data/imagenet", "--gpus", "16", "--output", "/home/ada/runs/one"),

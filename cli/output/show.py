@@ -17,8 +17,8 @@ from hvd_lb.launch.preflight.judge import Report
 _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
 
 
-def print_plan(console: Console, rows: list[tuple[str, str]]) -> None:
-    """A plan as (topic, sentence)."""
+def print_rows(console: Console, rows: list[tuple[str, str]]) -> None:
+    """Rows of (topic, sentence)."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

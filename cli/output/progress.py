@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from hvd_lb_cli.show import index_progress
+from hvd_lb_cli.output.show import index_progress
 
 _LINE_SECONDS = 10.0
 

@@ -13,12 +13,12 @@ from rich.console import Console
 from hvd_lb.data.spec import data_folder, data_spec
 from hvd_lb.launch.allreduce import allreduce_environment
 from hvd_lb.launch.dry_run import describe
+from hvd_lb.launch.launch_plan import LaunchPlan
 from hvd_lb.launch.options import LaunchOptions, environment
-from hvd_lb.launch.plan import LaunchPlan
 from hvd_lb.launch.preflight.ask import Ask
 from hvd_lb.launch.preflight.cluster import Cluster
 from hvd_lb.launch.preflight.judge import Request, preflight
-from hvd_lb.launch.session import plan_job, resume_point_of, run_directory, run_job
+from hvd_lb.launch.session import make_job, resume_point_of, run_directory, run_job
 from hvd_lb.launch.starters.allocation import PyxisContainer
 from hvd_lb.launch.starters.local import local
 from hvd_lb.launch.starters.srun import asking_over_srun, over_srun
@@ -29,11 +29,11 @@ from hvd_lb.report.text import count
 from hvd_lb.resolve import check_options, explain, resolve
 from hvd_lb_cli.arguments import without_env_values
 from hvd_lb_cli.options.train import TrainOptions
-from hvd_lb_cli.show import index_progress, print_plan, print_preflight
+from hvd_lb_cli.output.show import index_progress, print_preflight, print_rows
 from hvd_lb_cli.submit import is_submission, refuse_unused, submit
 
 
-def run(context: click.Context, options: TrainOptions) -> int:
+def dispatch(context: click.Context, options: TrainOptions) -> int:
     """Train, go on, print what would be run, or submit; the exit status. `context` is that of `train`."""
     console = Console()
     target = find_target(options.launch, options.device, os.environ)
@@ -67,7 +67,7 @@ def run(context: click.Context, options: TrainOptions) -> int:
         directory = run_directory(options.output, resolved.recipe)
         resume_point = resume_point_of(directory, resolved, placement, options.resume)
         click.echo(
-            describe(plan_job(resolved, placement, launch, directory, resume_point), launch, directory),
+            describe(make_job(resolved, placement, launch, directory, resume_point), launch, directory),
             nl=False,
         )
         return 0
@@ -83,7 +83,7 @@ def run(context: click.Context, options: TrainOptions) -> int:
         resume=options.resume,
         command=without_env_values(sys.argv),
         console=console,
-        on_ready=lambda: print_plan(console, rows),
+        on_ready=lambda: print_rows(console, rows),
     )
 
 
