@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help train test test-cluster cluster-packages check bench clean
+.PHONY: help train quick test test-cluster cluster-packages check bench clean
 
 # Leave empty to take the first of python3, python3.12, python3.11 that will do.
 PYTHON ?=
@@ -23,6 +23,9 @@ help:  ## show this list
 
 train: $(STAMP)  ## train a small ResNet on handwritten digits with two Horovod workers on the CPU
 	@$(BIN)/hvd-lb train --data digits --gpus 2 --per-gpu-batch 32 --device cpu --output runs/digits $(ARGS)
+
+quick: $(STAMP)  ## run the unit tests, those of less than a second each, on all cores
+	@$(BIN)/python -m pytest -q -n auto -m "not slow and not cluster and not gpu" --durations=5 --durations-min=0.5 $(ARGS)
 
 test: $(STAMP)  ## run all tests but those of test-cluster
 	@$(BIN)/python -m pytest -m "not cluster" $(ARGS)

@@ -128,6 +128,7 @@ def test_broken_libraries_are_answers() -> None:
             ask(library)
 
 
+@pytest.mark.slow
 def test_a_library_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pynvml.py").write_text("import time; time.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

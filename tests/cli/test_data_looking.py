@@ -63,23 +63,25 @@ def test_preview(loader: str, hvd_lb: Run) -> None:
     more = ("--loader", loader, "--image-size", 32, "--per-gpu-batch", 2, "--on-bad-image", "skip")
     said = hvd_lb("data", "preview", "--data", ".", "--device", "cpu", "--output", "../p.png", *more)
     assert said.status == 0, said.err
-    width, height = Image.open("../p.png").size
+    with Image.open("../p.png") as picture:
+        width, height = picture.size
     assert said.out == f"../p.png: {width} × {height} pixels\n"
     assert sorted(os.listdir()) == ["train", "val"]
 
 
 def test_preview_shows_the_first_images_of_the_run(hvd_lb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvd_lb.report.pictures import preview as pictures
     from hvd_lb.resolve import resolve
-    from hvd_lb_cli.data import preview as data_preview
 
     shown = []
-    draw = data_preview.draw
-    monkeypatch.setattr(data_preview, "draw", lambda views, *more: shown.extend(views) or draw(views, *more))
+    draw = pictures.preview
+    monkeypatch.setattr(pictures, "preview", lambda views, *more: shown.extend(views) or draw(views, *more))
     said = hvd_lb("data", "preview", "--data", "digits", "--seed", 7, "--gpus", 2, "--device", "cpu")
     assert said.status == 0, said.err
     plan = resolve({"data": "digits", "seed": 7, "gpus": 2}, recipe=None, default_gpus=1).plan
     assert [view.name for view in shown] == [f"digits train[{i}]" for i in plan.image_ids(0, 0, 0)[:4]]
-    assert np.asarray(Image.open("preview.png")).std() > 10
+    with Image.open("preview.png") as picture:
+        assert np.asarray(picture).std() > 10
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_it_says_what_it_made(hvd_lb: Run) -> None:
     said = hvd_lb("data", "export", "digits", "digits-folder")
     assert said.status == 0, said.err

@@ -1,10 +1,11 @@
-"""Commands that are to run elsewhere: what is handed on, what is refused."""
+"""Commands that are submitted: what is forwarded, what is refused."""
 
 import os
 import shlex
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ import yaml
 from hvd_lb_cli.arguments import forwarded_arguments, without_env_values
 from hvd_lb_cli.train import train
 
+Run = Callable[..., Any]
 DROPPED = {"hosts", "dry_run", "data"}
 
 
@@ -45,23 +47,27 @@ def test_values_of_variables_are_not_shown() -> None:
     ]
 
 
-def hvd_lb(
-    *arguments: object, cwd: Path, status: int = 0, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "hvd_lb_cli.main", *map(str, arguments)]
-    hidden = ("SLURM_", "LSB_", "HVD_LB_")
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-    done = subprocess.run(
-        command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    assert list(cwd.iterdir()) == []
-    return done
+@pytest.fixture
+def typed(hvd_lb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """typed("train", …, status=2) in an empty folder, which stays empty, and outside of any cluster's job."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "LSB_", "HVD_LB_"))]:
+        monkeypatch.delenv(name)
+
+    def run(*arguments: object, status: int = 0) -> Any:
+        said = hvd_lb(*arguments)
+        assert said.status == status, said
+        assert list(tmp_path.iterdir()) == []
+        return said
+
+    return run
 
 
-def test_a_slurm_script_has_the_users_command_with_paths_that_hold_anywhere(tmp_path: Path) -> None:
+def test_a_slurm_script_has_the_users_command_with_paths_that_hold_anywhere(
+    typed: Run, tmp_path: Path
+) -> None:
     command = ("train", "--gpus", 16, "--data", "digits", "--launcher", "slurm", "--per-node", 4)
-    script = hvd_lb(*command, "--output", "runs/a b", "--slurm-partition", "gpu", cwd=tmp_path).stdout
+    script = typed(*command, "--output", "runs/a b", "--slurm-partition", "gpu").out
     assert "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=4\n#SBATCH --gpus-per-node=4\n" in script
     line = next(line for line in script.splitlines() if " train " in line)
     inner = shlex.split(line.rstrip("& "))[4:]
@@ -70,20 +76,19 @@ def test_a_slurm_script_has_the_users_command_with_paths_that_hold_anywhere(tmp_
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-def test_the_same_command_names_the_same_run(tmp_path: Path) -> None:
+def test_the_same_command_names_the_same_run(typed: Run) -> None:
     command = ("train", "--gpus", 16, "--data", "digits", "--launcher", "slurm")
     first, again, other = (
-        hvd_lb(*line, cwd=tmp_path).stdout
-        for line in (command, (*command, "--slurm-time", "1:00"), (*command, "--seed", 1))
+        typed(*line).out for line in (command, (*command, "--slurm-time", "1:00"), (*command, "--seed", 1))
     )
     name = [next(line for line in text.splitlines() if "job-name" in line) for text in (first, again, other)]
     assert name[0] == name[1] != name[2]
 
 
-def test_an_mpijob_of_the_published_image(tmp_path: Path) -> None:
+def test_an_mpijob_of_the_published_image(typed: Run) -> None:
     command = ("train", "--gpus", 16, "--data", "digits", "--launcher", "kubernetes", "--env", "TOKEN=t")
     volume = ("--k8s-volume", "pvc:runs:/runs", "--output", "/runs/a")
-    job = yaml.safe_load(hvd_lb(*command, *volume, cwd=tmp_path).stdout)
+    job = yaml.safe_load(typed(*command, *volume).out)
     launcher = job["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"][0]
     assert launcher["image"].startswith("ghcr.io/hvd-lb/hvd-lb:0.")
     assert launcher["command"][:4] == ["hvd-lb", "train", "--gpus", "16"]
@@ -91,7 +96,7 @@ def test_an_mpijob_of_the_published_image(tmp_path: Path) -> None:
     assert {"name": "TOKEN", "value": "t"} in launcher["env"]
 
 
-def test_containers_over_ssh_are_told_before_any_is_started(tmp_path: Path) -> None:
+def test_containers_over_ssh_are_told_before_any_is_started(typed: Run) -> None:
     command = (
         "train",
         "--data",
@@ -104,7 +109,7 @@ def test_containers_over_ssh_are_told_before_any_is_started(tmp_path: Path) -> N
         "i",
         "--dry-run",
     )
-    first, second, inner = hvd_lb(*command, "--env", "TOKEN=t", cwd=tmp_path).stdout.splitlines()
+    first, second, inner = typed(*command, "--env", "TOKEN=t").out.splitlines()
     assert first.startswith("ssh ")
     assert " h1 " in first
     assert " h2 " in second
@@ -155,9 +160,9 @@ def test_containers_over_ssh_are_told_before_any_is_started(tmp_path: Path) -> N
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(
-    tmp_path: Path, arguments: tuple[object, ...], said: str
+    typed: Run, arguments: tuple[object, ...], said: str
 ) -> None:
-    done = hvd_lb("train", "--device", "cpu", *arguments, cwd=tmp_path, status=2)
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+    done = typed("train", "--device", "cpu", *arguments, status=2)
+    assert said in done.err
+    assert done.err.count("\n") == 1
+    assert done.out == ""

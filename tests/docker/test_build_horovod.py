@@ -140,6 +140,7 @@ def add_a_wheel(entry: Path) -> None:
     (entry / "horovod-0.0.0-py3-none-any.whl").write_bytes(b"another")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -185,6 +186,7 @@ def test_wrong_arguments_are_one_line(arguments: tuple[str, ...], machine: Machi
     assert len(run.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_failed_build_leaves_no_entry(machine: Machine, parts: ModuleType) -> None:
     machine.add_compilers()
     entry = machine.entry(parts)

@@ -18,6 +18,8 @@ from hvd_lb.training.trainer import Trainer
 STEPS = 7
 FAR = 1e-6
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Reference:

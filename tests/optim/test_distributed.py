@@ -597,6 +597,7 @@ class TestAutograd:
         assert difference(model, reference) < 1e-5
         assert all(bucket.flat.dtype == torch.float32 for bucket in opt._buckets)
 
+    @pytest.mark.slow
     def test_compiled_model(self) -> None:
         model, reference = convnet().eval(), convnet().eval()
         opt, plain = wrap(model), wrap(reference)

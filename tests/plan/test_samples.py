@@ -37,6 +37,7 @@ def test_keep_serves_every_image_once(plan: SamplePlan, epoch: int) -> None:
     assert plan.dropped_per_epoch == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(plans, st.integers(0, 3))
 def test_drop_serves_whole_steps_and_counts_the_rest(plan: SamplePlan, epoch: int) -> None:

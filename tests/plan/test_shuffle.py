@@ -29,6 +29,7 @@ def test_a_slice_is_its_positions_one_by_one(size: int, seed: int, epoch: int, d
     assert all(0 <= image < size for image in whole)
 
 
+@pytest.mark.slow
 def test_all_orders_of_four_are_equally_likely() -> None:
     counts = Counter(tuple(Permutation(4, seed, 0).slice(0, 4)) for seed in range(1200))
     assert len(counts) == math.factorial(4)

@@ -15,6 +15,7 @@ def order(size: int, seed: int, epoch: int = 0) -> np.ndarray:
     return Permutation(size, seed, epoch).slice(0, size)
 
 
+@pytest.mark.slow  # all 299 together
 @pytest.mark.parametrize("size", range(1, 300))
 def test_every_small_size_is_bijective_for_many_keys(size: int) -> None:
     for seed in range(8):
@@ -35,6 +36,7 @@ def test_an_image_is_anywhere_with_the_same_probability(size: int) -> None:
     assert stats.chi2.sf(((counts - expected) ** 2 / expected).sum(), 15 * 15) > LIKELY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", [0, 1, 49, 98, 99])
 def test_each_position_alone_holds_any_image(position: int) -> None:
     seen = [int(Permutation(100, seed, 0)(np.array([position]))[0]) for seed in range(20_000)]
@@ -51,6 +53,7 @@ def test_neighbours_in_the_order_are_unrelated(lag: int) -> None:
     assert abs(share - 0.19) < 4.5 * math.sqrt(0.19 * 0.81 / len(gaps)) * 1.2
 
 
+@pytest.mark.slow
 def test_the_number_of_fixed_points_is_that_of_random_permutations() -> None:
     """Poisson with mean 1."""
     found = [int(np.count_nonzero(order(60, seed) == np.arange(60))) for seed in range(4000)]
@@ -73,6 +76,7 @@ def cycle_lengths(permutation: np.ndarray) -> list[int]:
     return lengths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [5, 12, 40])
 def test_cycles_are_those_of_random_permutations(size: int) -> None:
     """The cycle of a given image has each length with probability 1/N; the mean number of cycles is H_N."""
@@ -91,6 +95,7 @@ def test_cycles_are_those_of_random_permutations(size: int) -> None:
     assert abs(np.mean(numbers) - harmonic) < 4 * math.sqrt(variance / draws)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [10, 11])
 def test_odd_and_even_permutations_are_equally_frequent(size: int) -> None:
     """An even number of rounds of some ciphers gives only even permutations."""

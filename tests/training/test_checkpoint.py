@@ -138,6 +138,7 @@ def killed_in_a_write(store: CheckpointStore, step: int, operation: int) -> bool
     return process.exitcode != 0
 
 
+@pytest.mark.slow
 def test_killed_at_any_operation_the_next_run_finds_everything(tmp_path: Path) -> None:
     """The checkpoint being written is absent or whole; when whole, `last` and `best` point at it in the next run."""
     newest = set()

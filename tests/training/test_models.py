@@ -8,6 +8,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.training.models import build_model, check_input, model_names, parameter_count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "resnet18", "resnet20"])
 def test_the_papers_initialisation(name: str) -> None:
     model = build_model(name, 100, seed=0)

@@ -126,6 +126,7 @@ def largest_difference(a: nn.Module, b: nn.Module) -> float:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reproducible", [False, True])
 @pytest.mark.parametrize("last_batch", ["drop", "keep"])
 @pytest.mark.parametrize("momentum_form", [9, 10])
@@ -138,6 +139,7 @@ def test_equals_plain_pytorch(last_batch: str, momentum_form: int, reproducible:
     assert largest_difference(trainer.model, plain) < 1e-12
 
 
+@pytest.mark.slow
 def test_ablations_leave_the_reference() -> None:
     trainer = make_trainer(small_recipe(momentum_correction=False))
     plain = reference(trainer, trainer.end)
@@ -145,6 +147,7 @@ def test_ablations_leave_the_reference() -> None:
     assert largest_difference(trainer.model, plain) > 1e-6
 
 
+@pytest.mark.slow
 def test_fewer_images_than_workers_in_the_last_step() -> None:
     trainer = make_trainer(small_recipe(last_batch="keep", gpus=8, per_gpu_batch=4), small_data(images=67))
     assert trainer.plan.active_workers(2) == 3
@@ -176,6 +179,7 @@ def test_running_statistics_follow_the_formula(workers: int) -> None:
     assert layer.num_batches_tracked == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"reproducible": True}, {"reproducible": True, "recompute_bn": 20}])
 def test_stopped_and_resumed_in_mid_epoch_is_bitwise_the_same(
     changes: dict[str, Any], tmp_path: Path
@@ -215,6 +219,7 @@ def test_a_checkpoint_of_other_data_or_another_recipe_is_refused(tmp_path: Path)
         make_trainer(small_recipe(seed=1), checkpoint=checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"precision": "fp16"}, {"channels_last": True}])
 def test_precisions_and_layouts_stay_near_fp32(changes: dict[str, Any]) -> None:
     trainers = [make_trainer(small_recipe(**{"precision": "fp32", **c})) for c in ({}, changes)]
@@ -223,6 +228,7 @@ def test_precisions_and_layouts_stay_near_fp32(changes: dict[str, Any]) -> None:
     assert 0 < largest_difference(trainers[0].model, trainers[1].model) < 0.05
 
 
+@pytest.mark.slow
 def test_loss_scaling_survives_a_checkpoint(tmp_path: Path) -> None:
     recipe = small_recipe(precision="fp16", steps=2)
     trainer = make_trainer(recipe, store=CheckpointStore(tmp_path))
@@ -262,6 +268,7 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
     assert largest_difference(a, c) > 0
 
 
+@pytest.mark.slow
 def test_float_and_reproducible_mode_agree() -> None:
     trainers = [make_trainer(small_recipe(precision="fp32", reproducible=mode)) for mode in (False, True)]
     for trainer in trainers:
@@ -269,6 +276,7 @@ def test_float_and_reproducible_mode_agree() -> None:
     assert 0 < largest_difference(trainers[0].model, trainers[1].model) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["gradients", "statistics", "both"])
 def test_a_step_that_overflows_is_taken_again(of: str) -> None:
     """Scales a million times too fine: the step changes nothing, is reported, and fits the second time."""
@@ -382,6 +390,7 @@ def test_a_kernel_that_has_no_deterministic_form_is_named(monkeypatch: pytest.Mo
     make_trainer(small_recipe()).fit()
 
 
+@pytest.mark.slow
 def test_a_stop_ends_the_run_with_a_checkpoint_after_the_step(tmp_path: Path) -> None:
     recipe = small_recipe(precision="fp32", reproducible=True, log_every=3)
     whole = make_trainer(recipe, store=CheckpointStore(tmp_path / "whole"))

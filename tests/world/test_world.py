@@ -43,6 +43,7 @@ def test_init_is_remembered_until_shutdown() -> None:
         hvd_lb.world.current()
 
 
+@pytest.mark.slow
 def test_solo_imports_nothing_of_horovod() -> None:
     code = (
         "import sys, hvd_lb.world as w; w.init(); sys.exit(any(m.startswith('horovod') for m in sys.modules))"
@@ -84,6 +85,7 @@ class TestHorovodThatDoesNotFit:
             hvd_lb.world.init()
         assert "\n" not in str(caught.value)
 
+    @pytest.mark.filterwarnings("ignore:sys.meta_path is empty:ImportWarning")
     def test_that_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOROVOD_RANK", "0")
         monkeypatch.setattr(sys, "path", [])

@@ -99,9 +99,10 @@ def class_folders(root: Path) -> list[str]:
     """Sorted names of the folders in `root`. UserError when it is missing or no folder."""
     _check_folder(root)
     try:
-        return sorted(
-            entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
-        )
+        with os.scandir(root) as entries:
+            return sorted(
+                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+            )
     except OSError as error:
         raise UserError(f"{root}: cannot be listed ({error.strerror})") from error
 
@@ -122,16 +123,17 @@ def _walk(
         if identity in above:
             return
         folders, images, strangers = [], [], []
-        for entry in os.scandir(root / relative):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif entry.name.lower().endswith(EXTENSIONS):
-                stat = entry.stat()
-                images.append((entry.name, stat.st_size, stat.st_mtime_ns))
-            else:
-                strangers.append(f"{relative}/{entry.name}")
+        with os.scandir(root / relative) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    stat = entry.stat()
+                    images.append((entry.name, stat.st_size, stat.st_mtime_ns))
+                else:
+                    strangers.append(f"{relative}/{entry.name}")
         named = [(os.fsencode(f"{relative}/{name}"), size, changed) for name, size, changed in sorted(images)]
         yield relative, _Folder(label, own, named, sorted(strangers))
         for name in folders:

@@ -116,6 +116,7 @@ def test_claims_of_a_header_allocate_nothing() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
+@pytest.mark.slow
 @given(st.data(), st.sampled_from(sorted(FILES)))
 @settings(max_examples=400, deadline=None)
 def test_any_damage_gives_a_header_or_a_reason(data: st.DataObject, kind: str) -> None:

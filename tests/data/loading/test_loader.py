@@ -287,6 +287,7 @@ def test_so_many_microbatches_are_made_ahead(prefetch: int) -> None:
         assert len(taken) == expected
 
 
+@pytest.mark.slow
 def test_the_share_of_waiting_is_that_of_the_slower_side() -> None:
     images = ArrayImages(np.zeros((1, 4, 4), np.uint8), np.zeros(1), ["any"], "black")
 

@@ -107,6 +107,7 @@ def _fill(folder: str, memory: str, share: int, of: int, kind: str) -> None:
         opened.train.read(np.array([image_id]))
 
 
+@pytest.mark.slow
 def test_processes_share_what_each_has_decoded(folder, memory, monkeypatch) -> None:
     dataset = open_dataset(str(folder))
     opened, _ = cached(dataset, "memory", "run")
@@ -142,6 +143,7 @@ def test_a_writer_that_was_killed_leaves_no_half_image(folder, memory, monkeypat
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_fillers_that_are_killed_again_and_again(folder, tmp_path) -> None:
     """At any moment, also while the file is made; the next one goes on, and all pixels are right in the end."""
     code = (

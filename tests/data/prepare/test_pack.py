@@ -163,6 +163,7 @@ def test_pixels_are_packed_as_png(tmp_path: Path) -> None:
         assert int(label) == i % 3
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves shards open
 def test_webdataset_reads_it(source: Path, tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset", reason="needs pip install webdataset")
     target = tmp_path / "packed"
@@ -173,7 +174,8 @@ def test_webdataset_reads_it(source: Path, tmp_path: Path) -> None:
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("jpeg;png", "cls"))
     assert [label for _, label in samples] == dataset.train.labels.tolist()
     for i, (image, _) in enumerate(samples):
-        assert (np.asarray(image) == np.asarray(Image.open(dataset.train.name(i)).convert("RGB"))).all()
+        with Image.open(dataset.train.name(i)) as original:
+            assert (np.asarray(image) == np.asarray(original.convert("RGB"))).all()
 
 
 # Forks for each place where a run may be killed: before the n-th write, sync or rename. A killed run and the one after

@@ -27,6 +27,7 @@ class ManyImages(ArrayImages):
         return [np.zeros((2, 3, 3), np.uint8) for _ in ids]
 
 
+@pytest.mark.slow
 def test_large_data_sets_are_sampled() -> None:
     images = ManyImages(5_000_000)
     found = survey(images)

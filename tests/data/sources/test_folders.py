@@ -88,6 +88,7 @@ def test_val_fraction_divides_one_folder(inside: str, tmp_path: Path, make_class
     assert [Path(name).parent.name for name in val] == [data.val.classes[label] for label in data.val.labels]
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**31), st.sets(st.text("abc", min_size=1, max_size=6), min_size=30), st.data())
 def test_a_file_added_moves_no_other(seed: int, names: set[str], data: st.DataObject) -> None:
     files = [f"class/{name}.png" for name in names]

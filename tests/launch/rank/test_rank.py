@@ -68,11 +68,13 @@ def test_a_rank_finds_its_host_interface_environment_and_log(tmp_path: Path) -> 
 
 
 def test_an_interface_that_the_user_named_for_nccl_stays(tmp_path: Path) -> None:
-    start(job(tmp_path, NCCL_SOCKET_IFNAME="ib0"), HOROVOD_RANK="0").wait(60)
+    with start(job(tmp_path, NCCL_SOCKET_IFNAME="ib0"), HOROVOD_RANK="0") as process:
+        process.communicate(timeout=60)
     seen, _ = json.loads((tmp_path / "logs" / "seen.json").read_text())
     assert (seen["HOROVOD_GLOO_IFACE"], seen["NCCL_SOCKET_IFNAME"]) == ("eth0", "ib0")
 
 
+@pytest.mark.slow
 def test_a_rank_ends_when_nobody_listens_any_more(tmp_path: Path) -> None:
     file = job(tmp_path)
     process = start(file, HOROVOD_RANK="0", WAIT="1")

@@ -148,6 +148,7 @@ def test_ranks_are_horovods(counts: list[int]) -> None:
 
 
 @needs_horovod
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # Horovod's server leaves its own open
 def test_the_rendezvous_listens_on_its_address_alone() -> None:
     from hvd_lb.launch.starters.rendezvous import rendezvous
 

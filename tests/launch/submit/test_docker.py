@@ -145,7 +145,7 @@ def test_known_hosts_name_the_port() -> None:
     assert known_host("h1", 22, "ssh-ed25519 AAAA") == "h1 ssh-ed25519 AAAA"
 
 
-# What Docker 20.10, 28 and 29, OpenSSH and the lease really say.
+# What Docker 20.10, 28 and 29, OpenSSH and the host process really say.
 FAILURES = [
     (127, "sh: 1: exec: docker: not found", "no docker there: install Docker Engine"),
     (

@@ -11,18 +11,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hvd_lb.launch.submit.docker import host as lease
+from hvd_lb.launch.submit.docker import host as host_process
 from hvd_lb.launch.submit.docker.host import Messages, sshd_config
 
 needs_sshd = pytest.mark.skipif(
     shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin") is None or shutil.which("ssh") is None,
     reason="needs an sshd: apt-get install openssh-server openssh-client",
 )
+pytestmark = pytest.mark.slow  # a real sshd for each
+
 HOSTILE = {
     "QUOTES": "a \"b\" 'c'",
     "SHELL_SYNTAX": "$(touch /tmp/x); `id` \\ #",
@@ -31,8 +34,8 @@ HOSTILE = {
 }
 
 
-class Lease:
-    """A lease and the key that opens its host."""
+class HostProcess:
+    """The first process of a container, and the key that opens its sshd."""
 
     def __init__(self, home: Path):
         self.home, self.key = home, home / "key"
@@ -93,14 +96,17 @@ class Lease:
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[Lease]:
+def host(tmp_path: Path) -> Iterator[HostProcess]:
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # what Debian's service makes
-    it = Lease(tmp_path)
+    it = HostProcess(tmp_path)
     yield it
     # Asked to end, it ends its sshd too; outside of a container that of a killed one would stay.
     it.process.terminate()
     it.process.wait(30)
+    for stream in (it.process.stdin, it.process.stdout, it.process.stderr):
+        with suppress(BrokenPipeError):  # what was sent to it after its end
+            stream.close()
 
 
 def until(condition: Any) -> None:
@@ -111,7 +117,7 @@ def until(condition: Any) -> None:
 
 
 @needs_sshd
-def test_sessions_see_the_environment_as_it_is(host: Lease) -> None:
+def test_sessions_see_the_environment_as_it_is(host: HostProcess) -> None:
     host.become_host({**HOSTILE, "LINES": "a\nb"})
     got = subprocess.run(host.ssh("env -0"), capture_output=True, text=True, check=True, timeout=30)
     seen = dict(line.split("=", 1) for line in got.stdout.split("\0") if line)
@@ -121,7 +127,7 @@ def test_sessions_see_the_environment_as_it_is(host: Lease) -> None:
 
 
 @needs_sshd
-def test_only_the_key_of_the_run_opens_it(host: Lease, tmp_path: Path) -> None:
+def test_only_the_key_of_the_run_opens_it(host: HostProcess, tmp_path: Path) -> None:
     host.become_host()
     other = tmp_path / "other"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", other], check=True)
@@ -131,7 +137,7 @@ def test_only_the_key_of_the_run_opens_it(host: Lease, tmp_path: Path) -> None:
 
 
 @needs_sshd
-def test_nobody_else_can_read_the_keys(host: Lease) -> None:
+def test_nobody_else_can_read_the_keys(host: HostProcess) -> None:
     host.become_host()
     files = [*(host.home / ".ssh").iterdir(), *next(host.home.glob("hvd-lb-host-*")).iterdir()]
     assert {path.name for path in files} > {"id_ed25519", "known_hosts", "host_key", "authorized_keys"}
@@ -141,7 +147,7 @@ def test_nobody_else_can_read_the_keys(host: Lease) -> None:
 
 
 @needs_sshd
-def test_ends_with_its_input_and_leaves_nothing(host: Lease) -> None:
+def test_ends_with_its_input_and_leaves_nothing(host: HostProcess) -> None:
     host.become_host()
     host.lose()
     assert host.end()[0] == 1
@@ -151,14 +157,14 @@ def test_ends_with_its_input_and_leaves_nothing(host: Lease) -> None:
 
 
 @needs_sshd
-def test_ends_with_its_command_and_its_exit_code(host: Lease) -> None:
-    host.become_host({"FROM": "lease"})
+def test_ends_with_its_command_and_its_exit_code(host: HostProcess) -> None:
+    host.become_host({"FROM": "host"})
     host.send(run=[sys.executable, "-c", "import os, sys; print(os.environ['FROM']); sys.exit(7)"])
-    assert host.end() == (7, "lease\n", "")
+    assert host.end() == (7, "host\n", "")
 
 
 @needs_sshd
-def test_a_command_that_is_not_there(host: Lease) -> None:
+def test_a_command_that_is_not_there(host: HostProcess) -> None:
     host.become_host()
     host.send(run=["no-such-program"])
     assert host.end() == (1, "", "hvd-lb: no-such-program cannot be run: No such file or directory\n")
@@ -178,7 +184,7 @@ time.sleep(60)
 
 
 @needs_sshd
-def test_a_signal_reaches_the_command(host: Lease) -> None:
+def test_a_signal_reaches_the_command(host: HostProcess) -> None:
     host.become_host()
     host.send(run=[sys.executable, "-c", WAITS])
     assert host.read() == "waiting\n"
@@ -199,7 +205,7 @@ print(len(got), flush=True)
 
 
 @needs_sshd
-def test_what_several_ask_for_at_once_reaches_the_command_once(host: Lease) -> None:
+def test_what_several_ask_for_at_once_reaches_the_command_once(host: HostProcess) -> None:
     """As when Slurm signals the launcher, docker and all else of a job: a second SIGTERM would skip the checkpoint."""
     host.become_host()
     host.send(run=[sys.executable, "-c", COUNTS])
@@ -211,7 +217,7 @@ def test_what_several_ask_for_at_once_reaches_the_command_once(host: Lease) -> N
 
 
 @needs_sshd
-def test_who_asks_twice_means_it(host: Lease) -> None:
+def test_who_asks_twice_means_it(host: HostProcess) -> None:
     host.become_host()
     host.send(run=[sys.executable, "-c", COUNTS])
     assert host.read() == "waiting\n"
@@ -222,7 +228,7 @@ def test_who_asks_twice_means_it(host: Lease) -> None:
 
 
 @needs_sshd
-def test_a_lost_launcher_gives_the_command_time_to_end(host: Lease) -> None:
+def test_a_lost_launcher_gives_the_command_time_to_end(host: HostProcess) -> None:
     host.become_host()
     host.send(run=[sys.executable, "-c", WAITS])
     assert host.read() == "waiting\n"
@@ -231,7 +237,7 @@ def test_a_lost_launcher_gives_the_command_time_to_end(host: Lease) -> None:
 
 
 @needs_sshd
-def test_a_lost_launcher_gives_sessions_time_to_end(host: Lease, tmp_path: Path) -> None:
+def test_a_lost_launcher_gives_sessions_time_to_end(host: HostProcess, tmp_path: Path) -> None:
     host.become_host()
     session = subprocess.Popen(host.ssh("echo there; sleep 1; echo done"), stdout=subprocess.PIPE, text=True)
     assert session.stdout
@@ -242,7 +248,7 @@ def test_a_lost_launcher_gives_sessions_time_to_end(host: Lease, tmp_path: Path)
 
 
 @needs_sshd
-def test_a_terminated_lease_takes_its_command_along(host: Lease) -> None:
+def test_a_terminated_host_process_takes_its_command_along(host: HostProcess) -> None:
     host.become_host()
     host.send(run=[sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"])
     pid = int(host.read())
@@ -252,7 +258,7 @@ def test_a_terminated_lease_takes_its_command_along(host: Lease) -> None:
 
 
 @needs_sshd
-def test_says_that_its_port_is_in_use(host: Lease) -> None:
+def test_says_that_its_port_is_in_use(host: HostProcess) -> None:
     with socket.create_server(("", host.port)):
         host.send(port=host.port, authorized_key="", private_key=None)
         expected = f"hvd-lb: port {host.port} cannot be listened on: Address already in use\n"
@@ -260,7 +266,7 @@ def test_says_that_its_port_is_in_use(host: Lease) -> None:
 
 
 @needs_sshd
-def test_says_that_sshd_died(host: Lease) -> None:
+def test_says_that_sshd_died(host: HostProcess) -> None:
     host.become_host()
     children = Path(f"/proc/{host.process.pid}/task/{host.process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
@@ -269,7 +275,7 @@ def test_says_that_sshd_died(host: Lease) -> None:
 
 
 @needs_sshd
-def test_never_writes_over_a_key_of_somebody(host: Lease) -> None:
+def test_never_writes_over_a_key_of_somebody(host: HostProcess) -> None:
     mine = host.home / ".ssh" / "id_ed25519"
     mine.parent.mkdir()
     mine.write_text("precious")
@@ -279,7 +285,7 @@ def test_never_writes_over_a_key_of_somebody(host: Lease) -> None:
 
 
 def test_silence_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(host_process, "SILENCE_SECONDS", 0.2)
     reading, writing = os.pipe()
     try:
         messages = Messages(reading)

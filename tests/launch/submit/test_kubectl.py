@@ -254,6 +254,7 @@ def test_a_cluster_that_is_out_of_reach_for_a_while_is_asked_again(kubectl: Kube
     assert kubectl.said[1:] == [reason, "the launcher ended with exit status 0"]
 
 
+@pytest.mark.slow
 def test_one_that_stays_away_ends_the_following(kubectl: Kubectl) -> None:
     kubectl.answers(pods=[[1, "", "Unable to connect to the server: EOF\n"]])
     message = refusal(kubectl.submit)
@@ -280,6 +281,7 @@ def test_a_deleted_launcher(kubectl: Kubectl) -> None:
     assert kubectl.said[-1] == "the launcher pod digits-launcher-0 was deleted"
 
 
+@pytest.mark.slow
 def test_what_keeps_it_from_starting_is_said_once(kubectl: Kubectl) -> None:
     unschedulable = {
         "conditions": [
@@ -377,6 +379,7 @@ sys.exit(submit(json.load(sys.stdin), lambda line: print(line, flush=True), poll
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["waiting", "following"])
 def test_ctrl_c_leaves_the_job_and_says_what_to_type(kubectl: Kubectl, stage: str) -> None:
     if stage == "waiting":
@@ -416,6 +419,7 @@ def test_the_farewell_can_be_typed() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(REAL_KUBECTL is None, reason="needs kubectl")
 def test_the_real_kubectl_understands_every_call(kubectl: Kubectl) -> None:
     kubectl.answers(
