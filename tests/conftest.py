@@ -79,3 +79,6 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if process.poll() is None:
             process.terminate()
             process.communicate(timeout=60)
+        for stream in (process.stdout, process.stderr):
+            if stream:
+                stream.close()

@@ -1,4 +1,4 @@
-"""What a recipe may choose about data, and its limits; imports nothing."""
+"""Names and limits that data, recipe and command line share; imports nothing."""
 
 from __future__ import annotations
 
@@ -10,3 +10,6 @@ CacheKind = Literal["none", "memory", "disk"]
 
 # A header may promise more pixels than any memory holds. Beyond MOST_PIXELS PIL does not open a file.
 MAX_PIXELS, MOST_PIXELS = 100_000_000, 178_956_970
+
+#: The folder in which a data set is made before it is moved to its place: where it is, the data set is not whole.
+UNFINISHED = ".unfinished"

@@ -12,8 +12,8 @@ from contextlib import closing
 from pathlib import Path
 
 from hvd_lb.data.images import Dataset, Images, Progress
+from hvd_lb.data.options import UNFINISHED
 from hvd_lb.data.prepare.encode import Encoding, encoded_in_order
-from hvd_lb.data.sources.shards import UNFINISHED
 from hvd_lb.errors import UserError
 
 _REPORT_EVERY = 50

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hvd_lb.data.options import UNFINISHED
 from hvd_lb.data.prepare.shard_writer import Shard
-from hvd_lb.data.sources.shards import MANIFEST, UNFINISHED
+from hvd_lb.data.sources.shards import MANIFEST
 from hvd_lb.errors import UserError
 
 CLASSES = "classes.json"

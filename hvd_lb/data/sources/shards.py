@@ -17,13 +17,13 @@ import numpy as np
 from hvd_lb.data.files.rows import Table
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.images import Progress
+from hvd_lb.data.options import UNFINISHED
 from hvd_lb.data.sources.labels import Classes, UnknownLabel, find_classes, read_classes
 from hvd_lb.data.sources.source import Listing, file_state, stamped
 from hvd_lb.data.sources.tar_scan import Scan, scan_shard
 from hvd_lb.errors import UserError
 
 MANIFEST = "manifest.json"
-UNFINISHED = ".unfinished"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_SHARDS = 1_000_000
 _NUMBERED = re.compile(r"(?P<prefix>(?:.*[-_.])?(?P<split>train|val|validation)[-_.]?)(?P<number>\d+)\.tar")

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from hvd_lb.data.dataset import open_dataset
-from hvd_lb.data.prepare.imagenet import DEVKIT, TRAIN_TAR, UNFINISHED, VAL_TAR, Counts, prepare_imagenet
+from hvd_lb.data.options import UNFINISHED
+from hvd_lb.data.prepare.imagenet import DEVKIT, TRAIN_TAR, VAL_TAR, Counts, prepare_imagenet
 from hvd_lb.errors import UserError
 
 savemat = pytest.importorskip("scipy.io").savemat
