@@ -19,9 +19,9 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 	echo
 	echo "make PYTHON=/path/to/python3.12 test   picks the Python (3.11 or newer) of a new .venv"
-	echo "make ARGS='-m \"not slow\"' test         hands arguments on, here to pytest"
+	echo "make ARGS='-m \"not slow\"' test         passes arguments on, here to pytest"
 
-train: $(STAMP)  ## train a small ResNet on handwritten digits with two Horovod workers on the CPU
+train: $(STAMP)  ## train a small ResNet on handwritten digits with two Horovod ranks on the CPU
 	@$(BIN)/hvd-lb train --data digits --gpus 2 --per-gpu-batch 32 --device cpu --output runs/digits $(ARGS)
 
 quick: $(STAMP)  ## run the unit tests, those of less than a second each, on all cores

@@ -2,7 +2,7 @@
 
 `python benchmarks/index.py [IMAGES [FILES]]` (100,000,000 and 20,000) writes an index of IMAGES rows, 60 bytes each, in
 a temporary folder (TMPDIR says where) and opens it in processes of their own: one that has to make the fingerprint, a
-worker, and a launching process. It prints seconds and growth of resident memory, and how much of that is the process's
+rank, and a launching process. It prints seconds and growth of resident memory, and how much of that is the process's
 own (the rest are pages of the file, shared by all). Then it indexes FILES small JPEGs as a folder and as shards, and
 opens them again; torchvision's ImageFolder and PIL's headers are the peers.
 """
@@ -65,7 +65,7 @@ def synthetic(folder: Path, images: int) -> None:
         (index / "facts.json").write_text(json.dumps(facts))
         store.write_places(index, [place(root, name) for name in names])
     print(f"{images:,} images: index written in {time.perf_counter() - began:,.0f} s")
-    for who in ("first", "worker", "launching process"):
+    for who in ("first", "rank", "launching process"):
         subprocess.run([sys.executable, __file__, "open", str(folder / "data"), who], check=True)
 
 
@@ -102,7 +102,7 @@ def open_it(folder: str, who: str) -> None:
     from hvd_lb.plan.samples import SamplePlan
 
     expected = (
-        None if who != "worker" else next(Path(os.environ["HVD_LB_CACHE"]).rglob("fingerprint-*")).read_text()
+        None if who != "rank" else next(Path(os.environ["HVD_LB_CACHE"]).rglob("fingerprint-*")).read_text()
     )
     before, began = resident(), time.perf_counter()
     data = open_dataset(folder, expected=expected)
@@ -144,14 +144,14 @@ def real(folder: Path, files: int) -> None:
     listed, peer = seconds(lambda: ImageFolder(str(root / "train"))), seconds(sizes)
     first, again = seconds(lambda: open_dataset(str(root))), seconds(lambda: open_dataset(str(root)))
     known = open_dataset(str(root)).fingerprint()
-    worker = seconds(lambda: open_dataset(str(root), expected=known))
+    rank = seconds(lambda: open_dataset(str(root), expected=known))
     pack(open_dataset(str(root)), folder / "shards", source="real", shard_bytes=5_000_000)
     scan, rescan = (seconds(lambda: open_dataset(str(folder / "shards"))) for _ in range(2))
     print(
         f"  torchvision: ImageFolder {listed:.2f} s, with sizes by PIL {peer:.2f} s ({files / peer:,.0f} images/s)"
     )
     print(f"  folder: first time {first:.2f} s ({files / first:,.0f} images/s, {peer / first:.2f} x PIL's speed), "
-          f"again {again:.3f} s, worker {worker:.4f} s ({listed / worker:,.0f} x ImageFolder's speed)")  # fmt: skip
+          f"again {again:.3f} s, rank {rank:.4f} s ({listed / rank:,.0f} x ImageFolder's speed)")  # fmt: skip
     print(
         f"  shards: first time {scan:.2f} s ({files / scan:,.0f} images/s, {peer / scan:.2f} x), again {rescan:.4f} s"
     )

@@ -41,11 +41,11 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
     if is_submission(target, options):
         return submit(context.command, options, target)
     cluster, container = None, None
-    if target.launcher != "local":
+    if target.kind != "local":
         data = data_folder(data_spec(options.fields, check_options(options.fields, options.recipe)))
         folder = (options.output or Path("runs")).expanduser().absolute()
         container = options.slurm.container(data, folder, Path.cwd())
-        ask = asking_over_srun(container) if target.launcher == "slurm" else asking_over_ssh(options.launch)
+        ask = asking_over_srun(container) if target.kind == "slurm" else asking_over_ssh(options.launch)
         cluster = _examine(
             console, target, Request(options.device, data, folder, options.launch.network_interface), ask
         )
@@ -74,7 +74,7 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
     share = f"{placement.processes} on {placement.device}, {count(placement.threads, 'thread')} each"
     rows = [*explain(resolved), ("processes", share)]
     if cluster:
-        rows.append(("hosts", f"{', '.join(map(str, launch.hosts))} ({target.how}), by {launch.launcher}"))
+        rows.append(("hosts", f"{', '.join(map(str, launch.hosts))} ({target.how}), by {launch.starter}"))
     return run_job(
         resolved,
         placement,
@@ -109,7 +109,7 @@ def _launch(
     variables |= allreduce_environment(
         options.allreduce, placement.device, several_hosts=several_hosts, mpirun=mpirun
     )
-    if cluster and target.launcher == "slurm":
+    if cluster and target.kind == "slurm":
         return over_srun(cluster, placement.processes, variables, container)
     if cluster:
         return over_ssh(cluster, placement.processes, options, variables)

@@ -22,17 +22,21 @@ def examine_hosts(
     console: Console, options: LaunchOptions, device: str, data: str | None, output: Path, image: str | None
 ) -> int:
     """Shows what is found on each, for containers of an image if one is named; 1 when a run could not start there."""
-    where = named_target(options)
-    hosts = where.hosts if where else []
+    target = named_target(options)
+    hosts = target.hosts if target else []
     folder = data_folder(data) if data else None
-    place = output.expanduser().absolute()
+    folder_of_output = output.expanduser().absolute()
     with console.status(f"asking {count(len(hosts), 'host')}"):
         if image:
-            # As `train --image`: where nobody says otherwise, for GPUs.
-            run = Submission((), "", "cpu" if device == "cpu" else "cuda", 1, 1, place, folder, image=image)
-            report = docker_preflight(run, [host.name for host in hosts], reach_over_ssh(options), options)
+            # As `train --image`: target nobody says otherwise, for GPUs.
+            submission = Submission(
+                (), "", "cpu" if device == "cpu" else "cuda", 1, 1, folder_of_output, folder, image=image
+            )
+            report = docker_preflight(
+                submission, [host.name for host in hosts], reach_over_ssh(options), options
+            )
         else:
-            request = Request(device, folder, place, options.network_interface)
+            request = Request(device, folder, folder_of_output, options.network_interface)
             report = preflight(hosts, request, asking_over_ssh(options))
     print_preflight(console, report)
     if report.problems:

@@ -68,13 +68,13 @@ def simulate(
     from hvd_lb.simulate import rehearse
 
     console = Console()
-    where = choose_device(device)
+    device_name = choose_device(device)
     with index_progress(console) as on_progress:
         resolved = resolve(
             options, recipe=recipe, default_gpus=1, fallback_data="synthetic", on_progress=on_progress
         )
     placement = choose_placement(
-        where, gpus=resolved.recipe.gpus, processes=1, threads=resolved.recipe.threads
+        device_name, gpus=resolved.recipe.gpus, processes=1, threads=resolved.recipe.threads
     )
     plan = [*explain(resolved), ("memory", _memory(resolved.recipe))]
     if "steps" in options or "epochs" in options:
@@ -92,14 +92,16 @@ def simulate(
     with console.status("rehearsing …") as status:
         rehearsal = rehearse(
             resolved,
-            device=torch.device(where),
+            device=torch.device(device_name),
             threads=placement.threads,
             deadline=_STARTED + budget,
             on_microbatch=lambda step, done, of: status.update(
                 f"rehearsing: step {step}, microbatch {done}/{of}"
             ),
         )
-    print_rows(console, _findings(resolved, rehearsal, f"{where}, {count(placement.threads, 'thread')}"))
+    print_rows(
+        console, _findings(resolved, rehearsal, f"{device_name}, {count(placement.threads, 'thread')}")
+    )
     return 0
 
 

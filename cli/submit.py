@@ -51,7 +51,7 @@ def is_submission(target: Target, train: TrainOptions) -> bool:
     options = train.submit
     if options.image is not None and train.slurm.container_image is not None:
         raise UserError("--image is for Docker and --container-image for Pyxis: give one of them")
-    if target.launcher.startswith("submit"):
+    if target.kind.startswith("submit"):
         return True
     if options.submit:
         raise UserError(
@@ -59,7 +59,7 @@ def is_submission(target: Target, train: TrainOptions) -> bool:
         )
     if options.image is None:
         return False
-    if target.launcher == "local":
+    if target.kind == "local":
         raise UserError(
             "--image runs in containers on other hosts: name them with --hosts, or on this machine use docker run"
         )
@@ -68,17 +68,17 @@ def is_submission(target: Target, train: TrainOptions) -> bool:
 
 def refuse_unused(context: click.Context, target: Target, options: SubmitOptions) -> None:
     """UserError for an option that was given and that nothing would read: it was meant for another place."""
-    over_ssh = target.launcher == "ssh"
+    over_ssh = target.kind == "ssh"
     read = {
         "ssh_": over_ssh,
         "strict_host_keys": over_ssh,
-        "network_interface": target.launcher != "local",
-        "container_port": options.image is not None and target.launcher != "submit-kubernetes",
-        "container_": target.launcher in ("slurm", "submit-slurm"),
-        "slurm_": target.launcher == "submit-slurm",
-        "sbatch": target.launcher == "submit-slurm",
-        "k8s_": target.launcher == "submit-kubernetes",
-        "per_node": target.launcher.startswith("submit"),
+        "network_interface": target.kind != "local",
+        "container_port": options.image is not None and target.kind != "submit-kubernetes",
+        "container_": target.kind in ("slurm", "submit-slurm"),
+        "slurm_": target.kind == "submit-slurm",
+        "sbatch": target.kind == "submit-slurm",
+        "k8s_": target.kind == "submit-kubernetes",
+        "per_node": target.kind.startswith("submit"),
     }
     for option in context.command.params:
         name = option.name or ""
@@ -86,15 +86,15 @@ def refuse_unused(context: click.Context, target: Target, options: SubmitOptions
             prefix = next((prefix for prefix in read if name.startswith(prefix)), None)
             if prefix and not read[prefix]:
                 raise UserError(
-                    f"{option.opts[0]} has no meaning for a run that is started {_STARTED[target.launcher]}: leave it "
+                    f"{option.opts[0]} has no meaning for a run that is started {_STARTED[target.kind]}: leave it "
                     "out, or see --launcher"
                 )
 
 
 def _submission(command: click.Command, options: TrainOptions, target: Target) -> Submission:
-    """The command line as it is to run there: its paths absolute, --device decided, nothing of target to run.
+    """The command line as it is to run there: paths absolute, --device decided, without options that say where to run.
 
-    Clusters are for GPUs: --device auto asks for them. UserError target something is left open that only this machine
+    Clusters are for GPUs: --device auto asks for them. UserError where something is left open that only this machine
     knows.
     """
     fields, recipe = options.fields, options.recipe
@@ -135,14 +135,14 @@ def submit(command: click.Command, options: TrainOptions, target: Target) -> int
     """Print or submit the job, or run it in containers; the exit status."""
     submission = _submission(command, options, target)
     dry_run = options.launch.dry_run
-    if target.launcher == "submit-kubernetes":
+    if target.kind == "submit-kubernetes":
         image = options.submit.image or f"{PUBLISHED_IMAGE}:{__version__}"
         job = kubernetes.manifest(replace(submission, image=image), options.kubernetes)
         if options.submit.submit and not dry_run:
             return kubectl.submit(job, click.echo)
         click.echo(kubernetes.to_yaml(job), nl=False)
         return 0
-    if target.launcher == "submit-slurm":
+    if target.kind == "submit-slurm":
         program = [sys.executable, "-P", "-m", "hvd_lb_cli.main"]
         batch = slurm_script.script(submission, options.slurm, program)
         if options.submit.submit and not dry_run:
@@ -151,7 +151,7 @@ def submit(command: click.Command, options: TrainOptions, target: Target) -> int
         return 0
     environment = carried_environment(os.environ) | dict(submission.environment)
     submission = replace(submission, environment=environment)
-    reach = on_node if target.launcher == "slurm" else reach_over_ssh(options.launch)
+    reach = on_node if target.kind == "slurm" else reach_over_ssh(options.launch)
     hosts = [(host.name, _slots(host)) for host in target.hosts]
     if dry_run:
         click.echo("\n".join(docker.describe(submission, hosts, reach)))

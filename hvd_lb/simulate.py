@@ -57,7 +57,7 @@ class _Stopwatch(SilentObserver):
 
     def __init__(self, deadline: float, on_microbatch: Callable[[int, int, int], None]):
         self.seconds: list[float] = []
-        self._deadline, self._tell = deadline, on_microbatch
+        self._deadline, self._on_microbatch = deadline, on_microbatch
         self.start()
 
     def start(self) -> None:
@@ -69,7 +69,7 @@ class _Stopwatch(SilentObserver):
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self._last = now
-        self._tell(step, done, of)
+        self._on_microbatch(step, done, of)
         left = self._deadline - time.monotonic()
         enough = len(self.seconds) >= _ENOUGH_MICROBATCHES
         needed = (of - done) * self.typical()

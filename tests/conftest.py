@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hvd_lb_cli.main import main
+
 # Tests share the machine: one thread each, as OpenMP's threads spin while they wait for a core.
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("real_runs")
@@ -82,3 +84,24 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         for stream in (process.stdout, process.stderr):
             if stream:
                 stream.close()
+
+
+@dataclass(frozen=True)
+class Said:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def hvd_lb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+    """hvd_lb("train", …) in this process."""
+
+    def run(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["hvd-lb", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        return Said(int(end.value.code or 0), captured.out, captured.err)
+
+    return run

@@ -81,6 +81,17 @@ def test_every_name_in_the_table_is_there() -> None:
         assert path.is_dir() if entry.endswith(".") else path.with_suffix(".py").exists(), entry
 
 
+def test_the_table_names_every_module() -> None:
+    text = (ROOT / "docs" / "design.md").read_text("utf-8")
+    table = text[text.index("## Layers") : text.index("## Decisions")]
+    missing = [
+        module for module in MODULES if not re.search(rf"`(?:[a-z_]+/)*{module.rpartition('.')[2]}`", table)
+    ]
+    # Of the command line's folders the names of the commands and systems are enough; pictures are all alike.
+    whole = ("hvd_lb_cli.", "hvd_lb.report.pictures.")
+    assert not [module for module in missing if not module.startswith(whole)]
+
+
 def test_no_circle() -> None:
     done: set[str] = set()
 

@@ -43,11 +43,11 @@ def index_command(source: str, beside: bool, check: bool, val_fraction: float | 
     if data_folder(source) is None:
         raise UserError(f"{source}: needs no index; expected a folder, a list or shards")
     began = time.monotonic()
-    told: list[str] = []
+    read_labels: list[str] = []
     with long_progress(Console()) as on_progress:
 
         def show(label: str, done: int, total: int) -> None:
-            told[:] = [label]
+            read_labels[:] = [label]
             on_progress(label, done, total)
 
         indexes = index_splits(
@@ -65,10 +65,10 @@ def index_command(source: str, beside: bool, check: bool, val_fraction: float | 
                 f"{split}: {count(index.facts.broken, 'image')} with a broken header, the first: "
                 f"{index.path(position)} ({reason})"
             )
-    places = sorted({str(index.keep[0].parent) for index in indexes.values() if index.keep})
+    folders = sorted({str(index.keep[0].parent) for index in indexes.values() if index.keep})
     seconds = time.monotonic() - began
-    state = f"read in {seconds:,.1f} s" if told else f"up to date ({seconds:,.1f} s)"
-    click.echo(f"index {state}: {', '.join(places) or 'kept nowhere, as no cache folder can be written'}")
+    state = f"read in {seconds:,.1f} s" if read_labels else f"up to date ({seconds:,.1f} s)"
+    click.echo(f"index {state}: {', '.join(folders) or 'kept nowhere, as no cache folder can be written'}")
 
 
 def _figures(index: Index) -> str:

@@ -85,8 +85,8 @@ def pack_command(
     from hvd_lb.machine.cpu import usable_cores
 
     console = Console()
-    place = Path(source).expanduser()
-    if place.exists() and target.resolve().is_relative_to(place.resolve()):
+    path = Path(source).expanduser()
+    if path.exists() and target.resolve().is_relative_to(path.resolve()):
         raise UserError(f"{target}: lies in {source}; give a folder outside of what is packed")
     with long_progress(console) as on_progress:
         dataset = open_dataset(
@@ -95,7 +95,7 @@ def pack_command(
         packed = pack(
             dataset,
             target,
-            source=str(place.resolve()) if place.exists() else source,
+            source=str(path.resolve()) if path.exists() else source,
             shard_bytes=shard_size,
             encoding=Encoding(max_side, quality),
             threads=threads or min(32, 4 * usable_cores()),

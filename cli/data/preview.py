@@ -65,13 +65,13 @@ def preview(options: dict[str, Any], recipe: str | None, output: Path, images: i
     from hvd_lb.report.pictures.views import views
     from hvd_lb.resolve import resolve
 
-    where = torch.device(choose_device(device))
+    on = torch.device(choose_device(device))
     with long_progress(Console()) as on_progress:
         resolved = resolve(options, recipe=recipe, default_gpus=1, on_progress=on_progress)
     chosen, dataset = resolved.recipe, resolved.dataset
     epochs = min(_EPOCHS, chosen.epochs, len(COLOURS))
-    training = views(chosen, dataset.train, _first_images(resolved), images, epochs, where)
-    evaluation = views(chosen, dataset.val, _some(len(dataset.val), chosen.seed), -(-images // 2), 0, where)
+    training = views(chosen, dataset.train, _first_images(resolved), images, epochs, on)
+    evaluation = views(chosen, dataset.val, _some(len(dataset.val), chosen.seed), -(-images // 2), 0, on)
     write_picture(draw(training, evaluation, _title(resolved), _subtitle(chosen)), output)
 
 

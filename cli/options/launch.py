@@ -69,8 +69,8 @@ _OPTIONS = (
         "--env",
         multiple=True,
         metavar="NAME[=VALUE]",
-        help="Set a variable in every process, or hand on the one set here; may be repeated. NCCL_*, GLOO_*, UCX_*, "
-        "OMP_* and the like are handed on anyway.",
+        help="Set a variable in every process, or pass on the one set here; may be repeated. NCCL_*, GLOO_*, UCX_*, "
+        "OMP_* and the like are passed on anyway.",
     ),
     _option("--dry-run", is_flag=True, help="Print what would be run, to copy; start and write nothing."),
 )

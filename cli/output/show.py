@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from hvd_lb.launch.preflight.judge import Report
+from hvd_lb.launch.preflight.judge import PreflightReport
 
 _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
 
@@ -31,7 +31,7 @@ def print_rows(console: Console, rows: list[tuple[str, str]]) -> None:
         console.print(table, highlight=False)
 
 
-def print_preflight(console: Console, report: Report) -> None:
+def print_preflight(console: Console, report: PreflightReport) -> None:
     """What was found on each host: a table on a terminal, else a line for each finding that is worth one."""
     if not console.is_terminal:
         for host, findings in report.findings.items():

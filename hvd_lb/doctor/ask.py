@@ -22,14 +22,14 @@ def ask(probe: str, timeout: float = 120) -> dict[str, Any]:
     """The answer of `probe` (of hvd_lb.doctor.probe) from a process of its own; ProbeError when there is none."""
     command = [sys.executable, "-m", "hvd_lb.doctor.probe", probe]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
         raise ProbeError(f"no answer within {timeout:.0f} s") from None
-    if run.returncode < 0:
-        raise ProbeError(f"the process died of {signal.Signals(-run.returncode).name}")
-    lines = run.stdout.splitlines()
-    if run.returncode > 0 or not lines:
-        raise ProbeError(last_line(run.stderr) or f"exit code {run.returncode}")
+    if completed.returncode < 0:
+        raise ProbeError(f"the process died of {signal.Signals(-completed.returncode).name}")
+    lines = completed.stdout.splitlines()
+    if completed.returncode > 0 or not lines:
+        raise ProbeError(last_line(completed.stderr) or f"exit code {completed.returncode}")
     answer: dict[str, Any] = json.loads(lines[-1])
     return answer
 

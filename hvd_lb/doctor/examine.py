@@ -57,7 +57,11 @@ def _answer(library: str) -> Answer:
 
 def _first_output_line(*command: str) -> str | None:
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return run.stdout.splitlines()[0] if run.returncode == 0 and run.stdout else last_line(run.stderr) or None
+    return (
+        completed.stdout.splitlines()[0]
+        if completed.returncode == 0 and completed.stdout
+        else last_line(completed.stderr) or None
+    )

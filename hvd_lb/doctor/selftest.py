@@ -27,7 +27,7 @@ WEIGHT_TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}
 #: Mean and largest difference of a pixel, of 255. GPUs decode JPEG with arithmetic of their own.
 PIXEL_TOLERANCE = {"cpu": (0.5, 8.0), "cuda": (2.0, 64.0)}
 STEPS = 10
-_MEND = "report this with the output of `hvd-lb doctor`"
+_FIX = "report this with the output of `hvd-lb doctor`"
 
 
 class TrialError(Exception):
@@ -56,7 +56,7 @@ def attempt(name: str, trial: Callable[[], str]) -> Finding:
     try:
         return Finding(name, "ok", trial(), required=True)
     except TrialError as error:
-        return Finding(name, "wrong", str(error), _MEND, required=True)
+        return Finding(name, "wrong", str(error), _FIX, required=True)
 
 
 def try_allreduce(device: str, processes: int) -> str:

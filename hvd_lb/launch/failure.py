@@ -50,8 +50,8 @@ def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: 
     # When one process fails Horovod's other processes fail in turn, with an error of Horovod's own.
     own = sorted((e for e in errors if e["kind"] != "HorovodInternalError"), key=lambda error: error["time"])
     if own:
-        return _told(own[0], logs, hosts)
-    told = {error["rank"] for error in errors}
+        return _from_error_file(own[0], logs, hosts)
+    explained = {error["rank"] for error in errors}
     text = launcher_log.read_text("utf-8", errors="replace") if launcher_log.exists() else ""
     if failed := _NODE_FAILURE.search(text):
         return RankFailure(
@@ -62,18 +62,18 @@ def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: 
         message = f"Slurm did not start it: {never['said']}"
         return RankFailure(message, rank, host_of_rank(hosts, rank), launcher_log)
     endings = [match for pattern in _ENDINGS for match in pattern.finditer(text)]
-    silent = [match for match in endings if int(match["rank"]) not in told]
+    silent = [match for match in endings if int(match["rank"]) not in explained]
     if silent:
         return _ended(silent[0], logs, hosts, launcher_log)
     processes = sum(host.slots or 0 for host in hosts)
-    lost = [rank for rank in range(processes) if rank not in told]
+    lost = [rank for rank in range(processes) if rank not in explained]
     if errors and lost:
         others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         host = host_of_rank(hosts, lost[0])
         message = f"it was lost{others}: killed, or its host or network went away"
         return RankFailure(message, lost[0], host, logs / log_name(lost[0], host))
     if errors:
-        return _told(min(errors, key=lambda error: error["time"]), logs, hosts)
+        return _from_error_file(min(errors, key=lambda error: error["time"]), logs, hosts)
     host = host_of_rank(hosts, 0)
     log = logs / log_name(0, host) if processes == 1 and not _last_line(text) else launcher_log
     return RankFailure(_how(status, log), 0 if processes == 1 else None, host, log)
@@ -88,7 +88,7 @@ def _first_rank(name: str, hosts: Sequence[Host]) -> int | None:
     return None
 
 
-def _told(error: dict[str, Any], logs: Path, hosts: Sequence[Host]) -> RankFailure:
+def _from_error_file(error: dict[str, Any], logs: Path, hosts: Sequence[Host]) -> RankFailure:
     plain = error["kind"] in ("UserError", "Diverged")
     message = error["message"] if plain else f"{error['kind']}: {error['message']}"
     host = host_of_rank(hosts, error["rank"])

@@ -25,7 +25,7 @@ class Job(BaseModel):
     threads: int
     checkpoint: Path | None
     data_fingerprint: str  #: a host whose copy of the data is another would make another run
-    launcher: Literal["local", "ssh", "slurm"]
+    starter: Literal["local", "ssh", "slurm"]
     hosts: list[tuple[str, int]]  #: filled with ranks in this order
     interfaces: dict[str, str]  #: network interface of each host
     environment: dict[str, str]

@@ -23,7 +23,7 @@ class LaunchPlan:
     `during` is entered while they run, if there is one; what it gives is added to their environment.
     """
 
-    launcher: Literal["local", "ssh", "slurm"]
+    starter: Literal["local", "ssh", "slurm"]
     hosts: list[Host]
     command: Callable[[Path], list[str]]
     interfaces: Mapping[str, str] = field(default_factory=dict)

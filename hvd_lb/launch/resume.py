@@ -58,8 +58,8 @@ def find_resume_point(
     if checkpoint:
         if differing := differing_fields(checkpoint.saved.recipe, recipe.mathematics()):
             raise UserError(f"checkpoint {checkpoint.path} is of another recipe: {'; '.join(differing)}")
-        told = not stored or resume != "auto" or run.summary.exists()
-        if checkpoint.step >= total_steps and told:
+        ended_before = not stored or resume != "auto" or run.summary.exists()
+        if checkpoint.step >= total_steps and ended_before:
             raise UserError(
                 f"{checkpoint.path} is at the end of this run already ({checkpoint.step} of {total_steps} steps): "
                 "choose another --output to train again"
@@ -67,8 +67,8 @@ def find_resume_point(
         changes = rounding_differences(checkpoint.saved.environment, environment)
         if recipe.reproducible and changes:
             messages.append(
-                f"{checkpoint.path.name} was made elsewhere ({'; '.join(changes)}): from here on the run is not "
-                "bitwise the one it would have been there"
+                f"{checkpoint.path.name} was made with other software or hardware ({'; '.join(changes)}): from here on "
+                "the run is not bitwise the one it would have been there"
             )
     return ResumePoint(checkpoint, messages)
 

@@ -63,7 +63,7 @@ def make_job(
         threads=placement.threads,
         checkpoint=resume_point.checkpoint.path if resume_point.checkpoint else None,
         data_fingerprint=resolved.dataset.fingerprint(),
-        launcher=launch.launcher,
+        starter=launch.starter,
         hosts=[(host.name, host.slots or 1) for host in launch.hosts],
         interfaces=dict(launch.interfaces),
         environment={**process_environment(placement.threads), **launch.environment},

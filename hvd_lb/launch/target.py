@@ -15,14 +15,14 @@ from hvd_lb.launch.starters import allocation as slurm
 
 _NAMES_SECONDS = 60.0
 
-Launcher = Literal["local", "ssh", "slurm", "submit-slurm", "submit-kubernetes"]
+TargetKind = Literal["local", "ssh", "slurm", "submit-slurm", "submit-kubernetes"]
 
 
 @dataclass(frozen=True)
 class Target:
-    """`launcher` and the hosts it starts processes on; `how` says where they were found."""
+    """What it is, and its hosts; `how` says where they were found."""
 
-    launcher: Launcher
+    kind: TargetKind
     hosts: list[Host] = field(default_factory=list)
     how: str = ""
 

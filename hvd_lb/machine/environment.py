@@ -1,4 +1,4 @@
-"""Where and how a run was made: environment.json."""
+"""Where and how a command was made: environment.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hvd_lb.machine.placement import Placement
 
 
 def describe_environment(placement: Placement, command: Sequence[str]) -> dict[str, Any]:
-    """What environment.json tells about where and how a run was made."""
+    """What environment.json tells about where and how a command was made."""
     import torch
 
     packages = (
@@ -61,11 +61,11 @@ def _git_commit() -> str | None:
     git, root = shutil.which("git"), Path(__file__).resolve().parents[2]
     if git is None or not (root / ".git").exists():
         return None
-    run = [git, "-C", str(root)]
+    command = [git, "-C", str(root)]
     commit = subprocess.run(
-        [*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        [*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     changed = subprocess.run(
-        [*run, "status", "--porcelain"], capture_output=True, text=True, check=False
+        [*command, "status", "--porcelain"], capture_output=True, text=True, check=False
     ).stdout
     return (commit + ("+changes" if changed.strip() else "")) or None

@@ -375,7 +375,7 @@ class Trainer:
         began = time.perf_counter()
         best = evaluated and self.state.note_best()
         model, optimizer, state = self.state.save(
-            self.plan.steps_per_epoch, self.recipe.mathematics(), **self._surroundings
+            self.plan.steps_per_epoch, self.recipe.mathematics(), **self._provenance
         )
         self.save_due.restart()
         if writer is None:
@@ -384,7 +384,7 @@ class Trainer:
         self.observer.checkpoint({**self._position(), "stall_seconds": time.perf_counter() - began})
 
     @cached_property
-    def _surroundings(self) -> dict[str, Any]:
+    def _provenance(self) -> dict[str, Any]:
         """What a checkpoint tells of data and machine; found out once, as it takes a while for much data."""
         return {
             "data": self.dataset.fingerprint(),
@@ -396,7 +396,7 @@ class Trainer:
         saved = checkpoint.saved
         if differing := differing_fields(saved.recipe, self.recipe.mathematics()):
             raise UserError(f"checkpoint {checkpoint.path} is of another recipe: {'; '.join(differing)}")
-        if saved.data != self._surroundings["data"]:
+        if saved.data != self._provenance["data"]:
             raise UserError(
                 f"checkpoint {checkpoint.path} was trained on other data than {self.dataset.name} is now "
                 "(images, labels or sizes differ): give the data set it began with, or another --output"

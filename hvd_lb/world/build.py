@@ -10,7 +10,7 @@ from typing import Any
 
 from hvd_lb.errors import UserError
 
-MEND = "run `make train` or docker/build-horovod.sh to build it"
+HOW_TO_BUILD = "run `make train` or docker/build-horovod.sh to build it"
 
 
 def built_with() -> dict[str, Any]:
@@ -30,16 +30,16 @@ def import_horovod() -> Any:
     import torch
 
     if importlib.util.find_spec("horovod") is None:
-        raise UserError(f"Horovod is not installed, but several processes need it: {MEND}")
+        raise UserError(f"Horovod is not installed, but several processes need it: {HOW_TO_BUILD}")
     built = str(built_with().get("torch", torch.__version__))
     if built != torch.__version__:
         raise UserError(
-            f"Horovod was built for torch {built}, but torch {torch.__version__} runs: {MEND} again"
+            f"Horovod was built for torch {built}, but torch {torch.__version__} runs: {HOW_TO_BUILD} again"
         )
     try:
         return importlib.import_module("horovod.torch")
     except Exception as error:  # a wrong build fails in many ways: ImportError, OSError, VersionMismatchError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"Horovod does not load with torch {torch.__version__} ({reason}): {MEND} again"
+            f"Horovod does not load with torch {torch.__version__} ({reason}): {HOW_TO_BUILD} again"
         ) from error

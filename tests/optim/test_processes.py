@@ -1,4 +1,4 @@
-"""DistributedOptimizer and the world in real Horovod jobs; the checks are in workers/checks.py."""
+"""DistributedOptimizer and the world in real Horovod jobs; the checks are in ranks/checks.py."""
 
 import ast
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).parent / "workers" / "checks.py"
+WORKER = Path(__file__).parent / "ranks" / "checks.py"
 CHECKS = [
     node.name
     for node in ast.parse(WORKER.read_text()).body

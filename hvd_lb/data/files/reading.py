@@ -17,7 +17,7 @@ T = TypeVar("T")
 RETRY_AFTER_SECONDS = (0.2, 0.8, 3.0, 6.0)
 """How long is waited before each further try."""
 
-_LASTING = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_PERMANENT = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 def retried(read: Callable[[], T], path: str) -> T:
@@ -29,7 +29,7 @@ def retried(read: Callable[[], T], path: str) -> T:
         except OSError as error:
             if not file_error(error):
                 raise
-            if error.errno in _LASTING:
+            if error.errno in _PERMANENT:
                 raise UserError(f"{path}: cannot be read ({error.strerror})") from error
             seconds = next(waits, None)
             if seconds is None:

@@ -101,7 +101,7 @@ def open_index(
     index, listing = _present(source, homes, check)
     if index is None:
         index = _make(
-            source, homes, "full" if check == "full" else "quick", listing, on_progress or _tell_nobody
+            source, homes, "full" if check == "full" else "quick", listing, on_progress or _no_progress
         )
     if on_bad_image == "fail":
         _refuse_broken(index)
@@ -182,7 +182,7 @@ def _load(folder: Path, source: Source) -> Index | None:
     return Index(source.root, facts, rows, names, folder.name, tuple(dict.fromkeys([folder, spare])))
 
 
-def _tell_nobody(label: str, done: int, total: int) -> None:
+def _no_progress(label: str, done: int, total: int) -> None:
     pass
 
 

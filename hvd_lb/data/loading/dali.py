@@ -37,31 +37,31 @@ def dali_decoder(preprocessing: Preprocessing, batch_size: int, device: torch.de
 
     def decode(images: Images, batches: Iterator[RawBatch], repair: Repair) -> Iterator[Decoded]:
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        runs = _runs(images, batches, repair, preprocessing, batch_size, device, threads, stream)
+        outputs = _outputs(images, batches, repair, preprocessing, batch_size, device, threads, stream)
         if stream is not None:
-            return _on_gpu(images, runs, stream)
-        return _on_cpu(images, runs, preprocessing, batch_size, threads)
+            return _on_gpu(images, outputs, stream)
+        return _on_cpu(images, outputs, preprocessing, batch_size, threads)
 
     return decode
 
 
-Runs = Iterator[tuple[RawBatch, Any]]
+Outputs = Iterator[tuple[RawBatch, Any]]
 """Microbatches and DALI's output for them: the windows on CPUs, the tensor on GPUs. Valid until the next one."""
 
 
 def _on_cpu(
-    images: Images, runs: Runs, preprocessing: Preprocessing, batch_size: int, threads: int
+    images: Images, outputs: Outputs, preprocessing: Preprocessing, batch_size: int, threads: int
 ) -> Iterator[Decoded]:
     # DALI meanwhile decodes the next microbatches.
     with ThreadPoolExecutor(threads, "hvd-lb resize") as pool:
         finish = Finisher(preprocessing, batch_size, pool)
-        for batch, output in runs:
+        for batch, output in outputs:
             x = finish([np.asarray(crop) for crop in output], batch.microbatch.windows)
             yield Decoded(x, torch.from_numpy(images.labels[batch.microbatch.image_ids]), batch.stand_ins)
 
 
-def _on_gpu(images: Images, runs: Runs, stream: torch.cuda.Stream) -> Iterator[Decoded]:
-    for batch, output in runs:
+def _on_gpu(images: Images, outputs: Outputs, stream: torch.cuda.Stream) -> Iterator[Decoded]:
+    for batch, output in outputs:
         # Python may let go of DALI's memory before the consumer's kernels have run; only torch's own allocator can wait
         # for those (record_stream in ThreadedLoader).
         with torch.cuda.stream(stream):
@@ -71,7 +71,7 @@ def _on_gpu(images: Images, runs: Runs, stream: torch.cuda.Stream) -> Iterator[D
         yield Decoded(x, y, batch.stand_ins)
 
 
-def _runs(
+def _outputs(
     images: Images,
     batches: Iterator[RawBatch],
     repair: Repair,
@@ -80,7 +80,7 @@ def _runs(
     device: torch.device,
     threads: int,
     stream: torch.cuda.Stream | None,
-) -> Runs:
+) -> Outputs:
     def trial(one: RawBatch) -> BadImage | None:
         return _trial(images, one, preprocessing, device)
 

@@ -1,6 +1,6 @@
-"""Images as files, for writing a data set down elsewhere: the bytes they have, or new ones.
+"""Images as files, for writing a data set to another place: the bytes they have, or new ones.
 
-A file is copied byte for byte, unless it is to be made smaller. Preprocessing become PNG, which loses nothing.
+A file is copied byte for byte, unless it is to be made smaller. Pixels become PNG, which loses nothing.
 """
 
 from __future__ import annotations

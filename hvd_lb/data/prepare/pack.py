@@ -54,7 +54,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _PackOptions:
     folder: PackFolder
     encoding: Encoding
     shard_bytes: int
@@ -82,7 +82,9 @@ def pack(
     encoding = encoding or Encoding()
     made_from = {"data": dataset.fingerprint(), "shard_size": shard_bytes, **encoding.parameters()}
     folder = PackFolder(target, made_from, source)
-    job = _Job(folder, encoding, shard_bytes, threads, on_progress or (lambda label, done, total: None))
+    job = _PackOptions(
+        folder, encoding, shard_bytes, threads, on_progress or (lambda label, done, total: None)
+    )
     if folder.finished and _intact(job):
         return Packed(folder.shards, len(folder.shards))
     _check_room(dataset, job)
@@ -100,7 +102,7 @@ def pack(
     return Packed(folder.shards, kept)
 
 
-def _pack_split(job: _Job, split: str, images: Images) -> int:
+def _pack_split(job: _PackOptions, split: str, images: Images) -> int:
     """One shard after another: where one ends is known when its images are. Returns how many were kept."""
     kept = 0
     with closing(_Stream(images, job.encoding, job.threads)) as stream:
@@ -118,7 +120,7 @@ def _pack_split(job: _Job, split: str, images: Images) -> int:
     return kept
 
 
-def _write_shard(job: _Job, split: str, path: Path, images: Images, stream: _Stream) -> Shard:
+def _write_shard(job: _PackOptions, split: str, path: Path, images: Images, stream: _Stream) -> Shard:
     with ShardWriter(path) as writer:
         while (image := stream.peek()) is not None:
             label = int(images.labels[stream.position])
@@ -162,7 +164,7 @@ class _Stream:
         self._ahead = self._held = None
 
 
-def _intact(job: _Job) -> bool:
+def _intact(job: _PackOptions) -> bool:
     """Whether all shards of a finished folder are there and whole."""
     whole = 0
     for done, name in enumerate(job.folder.shards, start=1):
@@ -171,7 +173,7 @@ def _intact(job: _Job) -> bool:
     return whole == len(job.folder.shards)
 
 
-def _check_room(dataset: Dataset, job: _Job) -> None:
+def _check_room(dataset: Dataset, job: _PackOptions) -> None:
     """UserError where the shards still to be written will hardly fit, by a sample of the images."""
     needed = 0.0
     for split, images in (("train", dataset.train), ("val", dataset.val)):
@@ -194,7 +196,7 @@ def _check_room(dataset: Dataset, job: _Job) -> None:
         )
 
 
-def _mean_bytes(images: Images, job: _Job) -> float:
+def _mean_bytes(images: Images, job: _PackOptions) -> float:
     """What a sample takes on average; of many images an estimate, on the high side."""
     many = len(images) > _SAMPLE
     ids = np.random.default_rng(0).integers(len(images), size=_SAMPLE) if many else np.arange(len(images))

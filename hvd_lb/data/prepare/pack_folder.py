@@ -52,7 +52,9 @@ class PackFolder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{self.target}: another run is packing into it; wait for it") from None
+                raise UserError(
+                    f"{self.target}: another `hvd-lb data pack` writes into it; wait for it"
+                ) from None
             self._load()  # what another run has done in the meantime
             head = {"made_from": self._made_from, "source": self._source}
             lines = [head, *({"name": name, **shard.as_json()} for name, shard in self.shards.items())]

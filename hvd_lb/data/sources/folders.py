@@ -1,4 +1,4 @@
-"""What a split consists of: its sources, and the first of them, a folder of class folders.
+"""A source of images: a folder of class folders.
 
 Listing looks at names, sizes and times only. Folders are listed in the order of torchvision's ImageFolder: classes are
 the sorted names of the folders; hidden names (leading dot) are ignored everywhere, files beside the class folders too.

@@ -114,7 +114,7 @@ def named_shards(spec: str) -> ShardSource:
     if missing or not names:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"{root / (missing[0] if missing else pattern)}: no such file{more}; copy or unname it"
+            f"{root / (missing[0] if missing else pattern)}: no such file{more}; copy it, or leave it out of --data"
         )
     return ShardSource(root, pattern.replace("/", "|"), tuple(names))
 

@@ -38,7 +38,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Report:
+class PreflightReport:
     """What was found, per host in the order of the table; `cluster` when all are ready."""
 
     findings: dict[str, list[Finding]]
@@ -70,7 +70,7 @@ class Report:
         )
 
 
-def preflight(hosts: Sequence[Host], request: Request, ask: Ask) -> Report:
+def preflight(hosts: Sequence[Host], request: Request, ask: Ask) -> PreflightReport:
     """Ask all hosts at once and judge what they say."""
     names = [host.name for host in hosts]
     with _marker(request.output) as marker:
@@ -95,12 +95,12 @@ def preflight(hosts: Sequence[Host], request: Request, ask: Ask) -> Report:
         for host in hosts
     }
     if any(finding.state != "ok" for found in findings.values() for finding in found):
-        return Report(findings, None)
+        return PreflightReport(findings, None)
     ready = {name: answer for name, answer in answers.items() if isinstance(answer, dict)}
     own = probe.interface(request.interface, [name for name in names if not is_this_machine(name)])
     if (network := _judge_network(own, silent)).state != "ok":
-        return Report({"this machine": [network]}, None)
-    return Report(
+        return PreflightReport({"this machine": [network]}, None)
+    return PreflightReport(
         findings,
         Cluster(
             hosts=[_with_slots(host, ready[host.name], device) for host in hosts],

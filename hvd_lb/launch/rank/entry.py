@@ -22,7 +22,7 @@ from hvd_lb.launch.rank.names import log_name, this_rank
 def main(job_file: str) -> None:
     job: dict[str, Any] = json.loads(Path(job_file).read_text("utf-8"))
     os.environ.update(job["environment"])
-    if job["launcher"] == "slurm" and "HOROVOD_RANK" not in os.environ:
+    if job["starter"] == "slurm" and "HOROVOD_RANK" not in os.environ:
         from hvd_lb.launch.rank.slurm import rank_environment
 
         os.environ.update(rank_environment(os.environ))

@@ -94,7 +94,7 @@ def main(job_file: str, rank: int, host: str) -> None:
         train(job, world, stop_requested)
     except BaseException as error:
         with suppress(OSError):  # the disk is full
-            _tell(RunDirectory(job.output), rank, host, error)
+            _write_error(RunDirectory(job.output), rank, host, error)
             traceback.print_exc()
             sys.stderr.flush()
         # At once, without Horovod's shutdown: it would wait for the others, who are waiting for this process.
@@ -102,7 +102,7 @@ def main(job_file: str, rank: int, host: str) -> None:
     worlds.shutdown()
 
 
-def _tell(directory: RunDirectory, rank: int, host: str, error: BaseException) -> None:
+def _write_error(directory: RunDirectory, rank: int, host: str, error: BaseException) -> None:
     content = {
         "rank": rank,
         "host": host,

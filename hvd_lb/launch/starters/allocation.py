@@ -1,4 +1,4 @@
-"""Processes in a Slurm allocation: which nodes it has, the `srun` that starts the ranks, and a task's rank.
+"""A Slurm allocation: which nodes it has, and the command lines of srun that start ranks and probes on them.
 
 No ssh is needed between nodes. The batch script around it is written in `submit.slurm`.
 """

@@ -67,7 +67,7 @@ def over_ssh(
 
 
 def mpirun_arguments(ssh: Sequence[str], interfaces: Sequence[str]) -> str:
-    """What horovodrun hands on to mpirun, for a shell: how to log in, and the interface of its own connections."""
+    """What horovodrun passes on to mpirun, for a shell: how to log in, and the interface of its own connections."""
     if any(len(word.split()) != 1 for word in ssh):
         raise UserError(
             f"mpirun cannot be given {shlex.join(ssh)}: name an --ssh-key without spaces in its path"

@@ -1,4 +1,4 @@
-"""A command that is to run elsewhere: what the writers of job scripts and manifests are given."""
+"""A command line that is to run in another place: what the writers of job scripts and manifests are given."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Submission:
     """`hvd-lb ARGUMENTS` on `processes` processes, `per_node` of them on each node (fewer on the last).
 
     `arguments` begin with "train" and are without those that say where to run (--launcher, --submit, --image, ...).
-    `name` is the user's, in any characters: each launcher makes of it what its system allows.
+    `name` is the user's, in any characters: each system makes of it what its system allows.
     """
 
     arguments: tuple[str, ...]

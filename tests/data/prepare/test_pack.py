@@ -377,7 +377,7 @@ def test_two_runs_do_not_write_the_same_folder(source: Path, tmp_path: Path) -> 
     target = tmp_path / "packed"
 
     def second(label: str, done: int, total: int) -> None:
-        with pytest.raises(UserError, match="another run is packing into it"):
+        with pytest.raises(UserError, match="another `hvd-lb data pack` writes into it"):
             packed(source, target)
 
     packed(source, target, on_progress=second)

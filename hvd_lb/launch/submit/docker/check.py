@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from hvd_lb.doctor.finding import Finding
 from hvd_lb.launch.options import LaunchOptions
 from hvd_lb.launch.preflight.ask import SSH_FAILED, ask_all, explain_failure
-from hvd_lb.launch.preflight.judge import Report
+from hvd_lb.launch.preflight.judge import PreflightReport
 from hvd_lb.launch.starters.ssh import Reach
 from hvd_lb.launch.submit.command import Submission
 from hvd_lb.launch.submit.docker.commands import explain
@@ -36,11 +36,13 @@ def probe_command(submission: Submission) -> list[str]:
 
 def docker_preflight(
     submission: Submission, hosts: Sequence[str], reach: Reach, options: LaunchOptions
-) -> Report:
+) -> PreflightReport:
     """What is found on all hosts, asked at once; nothing is started or written."""
     command = probe_command(submission)
     completed = ask_all({host: reach(host, command) for host in hosts}, "", _ANSWER_SECONDS)
-    return Report({host: list(judge(host, of, submission, options)) for host, of in completed.items()}, None)
+    return PreflightReport(
+        {host: list(judge(host, of, submission, options)) for host, of in completed.items()}, None
+    )
 
 
 def judge(

@@ -44,7 +44,7 @@ class Interrupted(Exception):
 class DockerContainers:
     """UserError on entry when a container cannot be started, with a line for each; then none is left.
 
-    SIGINT and SIGTERM are handed on to the command while it runs, and raise Interrupted before.
+    SIGINT and SIGTERM are passed on to the command while it runs, and raise Interrupted before.
     """
 
     def __init__(self, submission: Submission, hosts: Sequence[str], reach: Reach):

@@ -1,4 +1,4 @@
-"""The container of one host, as the launcher holds it: its standard streams, and what has become of it."""
+"""The container of one host, as the launching process holds it: its standard streams, and what has become of it."""
 
 from __future__ import annotations
 

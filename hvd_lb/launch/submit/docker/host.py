@@ -1,7 +1,7 @@
 """The first process of a container that serves as a host: `python -m hvd_lb.launch.submit.docker.host`.
 
-Its life is its standard input, so that no container outlives the launcher, however that ends. Each line there is a
-JSON object, and an empty one only says that the launcher is alive:
+Its life is its standard input, so that no container outlives the launching process, however that ends. Each line there
+is a JSON object, and an empty one only says that the launching process is alive:
 
     {"port": 12345, "authorized_key": "…", "private_key": "…" or null, "environment": {…}}   first: become a host
     {"known_hosts": ["[h1]:12345 ssh-ed25519 …", …]}                                         whom to trust
@@ -139,13 +139,13 @@ def hold(messages: Messages, sshd: subprocess.Popen[bytes]) -> int:
     """Do what the messages say until this host has served; the exit status.
 
     The end of the messages and a signal to this process ask the command to end, and give it and all sessions a while.
-    Several may ask at once, such as the launcher and Docker when a scheduler signals all processes: the command hears
-    it as often as the one says it that says it most, as a second time means at once.
+    Several may ask at once, such as the launching process and Docker when a scheduler signals all processes: the
+    command hears it as often as the one says it that says it most, as a second time means at once.
     """
     command: subprocess.Popen[bytes] | None = None
     deadline: float | None = None
     lost = False
-    told = from_launcher = 0
+    signals_sent = from_launcher = 0
     own: list[int] = []
     for number in _SIGNALS:
         signal.signal(number, lambda number, _: own.append(number))
@@ -174,8 +174,8 @@ def hold(messages: Messages, sshd: subprocess.Popen[bytes]) -> int:
             if "run" in message:
                 command = _start(message["run"])
             from_launcher += "signal" in message
-            if command and max(from_launcher, len(own), lost) > told:
-                told += 1
+            if command and max(from_launcher, len(own), lost) > signals_sent:
+                signals_sent += 1
                 command.send_signal(message.get("signal", signal.SIGTERM))
     finally:
         if command and command.poll() is None:

@@ -28,7 +28,9 @@ def submit(manifest: Manifest, say: Callable[[str], None], *, poll_seconds: floa
     A job of that name that has ended is replaced. Ctrl-C leaves the job running (130).
     UserError when kubectl, the cluster or the operator is not there, or the cluster refuses the job.
     """
-    cluster = _Cluster(manifest["metadata"]["namespace"], manifest["metadata"]["name"], say, poll_seconds)
+    cluster = _SubmittedJob(
+        manifest["metadata"]["namespace"], manifest["metadata"]["name"], say, poll_seconds
+    )
     cluster.check_operator()
     start(cluster, manifest)
     try:
@@ -39,7 +41,7 @@ def submit(manifest: Manifest, say: Callable[[str], None], *, poll_seconds: floa
         return _INTERRUPTED
 
 
-def start(cluster: _Cluster, manifest: Manifest) -> None:
+def start(cluster: _SubmittedJob, manifest: Manifest) -> None:
     """Create the job unless it runs already, in place of one that has ended."""
     job = cluster.job()
     if job is not None and _ending(job) is None:
@@ -74,7 +76,7 @@ def no_start(namespace: str, name: str, pod: str, status: int) -> str:
     )
 
 
-class _Cluster:
+class _SubmittedJob:
     """One job of a cluster, as kubectl shows it."""
 
     def __init__(self, namespace: str, name: str, say: Callable[[str], None], poll_seconds: float):
@@ -108,7 +110,7 @@ class _Cluster:
                 f"({final})" in reason for final in ("Forbidden", "NotFound", "Unauthorized", "BadRequest")
             ):
                 break
-            self._tell([f"kubectl {arguments[0]}: {reason}; asking again"])
+            self._say_once([f"kubectl {arguments[0]}: {reason}; asking again"])
             time.sleep(self._poll_seconds)
         return self.run(*arguments, _TIMEOUT)
 
@@ -159,7 +161,7 @@ class _Cluster:
             if job is None:
                 self.say(f"MPIJob {self.name} was deleted")
                 return None
-            self._tell([*_obstacles(pods), *self._warnings(job), _progress(pods, job)])
+            self._say_once([*_obstacles(pods), *self._warnings(job), _progress(pods, job)])
             if ending := _ending(job):
                 self.say(f"MPIJob {self.name} failed before it started: {ending}")
                 return None
@@ -169,7 +171,7 @@ class _Cluster:
                     return None
             time.sleep(self._poll_seconds)
 
-    def _tell(self, lines: Iterable[str]) -> None:
+    def _say_once(self, lines: Iterable[str]) -> None:
         for line in lines:
             if line not in self._said:
                 self.say(line)

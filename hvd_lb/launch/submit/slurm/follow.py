@@ -74,13 +74,13 @@ def _sbatch(script: str, environment: Mapping[str, str]) -> str:
 
 def _follow(job: str, log: Path, say: Callable[[str], None], poll_seconds: float) -> int:
     """Tell changes of its state and what it writes, until it has ended; its exit status."""
-    told, position, ended = "", 0, 0
+    last_words, position, ended = "", 0, 0
     while True:
         state = _state(job)
         position = _show(log, position)
-        if state and (words := _words(state)) != told:
+        if state and (words := _words(state)) != last_words:
             say(f"job {job}: {words}")
-            told = words
+            last_words = words
         # Twice: between the end of one start and the next, a job that is put back into the queue looks ended.
         ended = ended + 1 if state is None or state.get("JobState") in _ENDED else 0
         if ended == 2:

@@ -11,7 +11,7 @@ import pytest
 from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import Host
 from hvd_lb.launch.preflight import probe
-from hvd_lb.launch.preflight.judge import Report, Request, preflight
+from hvd_lb.launch.preflight.judge import PreflightReport, Request, preflight
 
 GPU = {"name": "H100", "total": 80 * 2**30, "used": 2**28, "processes": 0}
 Change = Callable[[dict[str, Any]], None]
@@ -42,7 +42,7 @@ def examine(
     device: str = "cpu",
     data: Path | None = None,
     silent: dict[str, str] | None = None,
-) -> Report:
+) -> PreflightReport:
     pytest.importorskip("horovod")
     report = preflight(
         hosts, Request(device, data, tmp_path / "new" / "run", None), ask_with(changes, silent)

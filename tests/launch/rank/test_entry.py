@@ -34,7 +34,7 @@ def job(tmp_path: Path, **environment: str) -> Path:
     (tmp_path / "logs").mkdir()
     file = tmp_path / "logs" / "job.json"
     content = {
-        "launcher": "ssh",
+        "starter": "ssh",
         "output": str(tmp_path),
         "hosts": [["h1", 2], ["h2", 2]],
         "interfaces": {"h1": "eth0", "h2": "ens3"},

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
-WORKER = Path(__file__).parent / "workers" / "matrix.py"
+WORKER = Path(__file__).parent / "ranks" / "matrix.py"
 MODELS = ("resnet20", "mobilenet_v3_small", "squeezenet1_1")
 
 

@@ -29,7 +29,7 @@ from hvd_lb.launch.submit.kubernetes.volumes import Volume, parse_volume
 from hvd_lb_cli.options.kubernetes import kubernetes_options
 
 SCHEMA = yaml.safe_load((Path(__file__).parent / "mpijob_v2beta1.yaml").read_text("utf-8"))
-DOCS = Path(__file__).parents[3] / "docs" / "kubernetes.md"
+DOCS = Path(__file__).parents[4] / "docs" / "kubernetes.md"
 
 SMALL = Submission(
     arguments=("train", "--data", "digits", "--gpus", "4", "--device", "cpu", "--output", "/runs/digits"),
