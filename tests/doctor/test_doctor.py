@@ -11,8 +11,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from hvd_lb.doctor import examine, libraries, machine
+from hvd_lb.doctor import libraries, machine
 from hvd_lb.doctor.ask import ProbeError, ask
+from hvd_lb.doctor.examine import examine
 from hvd_lb.doctor.finding import Finding
 from hvd_lb.doctor.selftest import TrialError, run_process, selftest, try_pixels, weight_difference
 from hvd_lb_cli.doctor import doctor
