@@ -43,7 +43,7 @@ def synthetic(folder: Path, images: int) -> None:
     from hvd_lb.data.files.rows import Table
     from hvd_lb.data.index import store
     from hvd_lb.data.sources.folders import FolderSource
-    from hvd_lb.data.sources.source import place
+    from hvd_lb.data.sources.source import file_state
 
     began = time.perf_counter()
     for split, count in (("train", images), ("val", VAL)):
@@ -63,7 +63,7 @@ def synthetic(folder: Path, images: int) -> None:
         ]
         facts = {**asdict(sample), "images": count, "counts": counts, "kinds": {"JPEG": count}}
         (index / "facts.json").write_text(json.dumps(facts))
-        store.write_places(index, [place(root, name) for name in names])
+        store.write_watched(index, [file_state(root, name) for name in names])
     print(f"{images:,} images: index written in {time.perf_counter() - began:,.0f} s")
     for who in ("first", "rank", "launching process"):
         subprocess.run([sys.executable, __file__, "open", str(folder / "data"), who], check=True)

@@ -28,7 +28,7 @@ def examine_hosts(
     folder_of_output = output.expanduser().absolute()
     with console.status(f"asking {count(len(hosts), 'host')}"):
         if image:
-            # As `train --image`: target nobody says otherwise, for GPUs.
+            # As `train --image`: where nobody says otherwise, for GPUs.
             submission = Submission(
                 (), "", "cpu" if device == "cpu" else "cuda", 1, 1, folder_of_output, folder, image=image
             )

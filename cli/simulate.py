@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from hvd_lb.resolve import Resolved
     from hvd_lb.simulate import Rehearsal
 
-_STARTED = time.monotonic()
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
@@ -67,6 +66,7 @@ def simulate(
     from hvd_lb.resolve import explain, resolve
     from hvd_lb.simulate import rehearse
 
+    started = time.monotonic()
     console = Console()
     device_name = choose_device(device)
     with index_progress(console) as on_progress:
@@ -94,7 +94,7 @@ def simulate(
             resolved,
             device=torch.device(device_name),
             threads=placement.threads,
-            deadline=_STARTED + budget,
+            deadline=started + budget,
             on_microbatch=lambda step, done, of: status.update(
                 f"rehearsing: step {step}, microbatch {done}/{of}"
             ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore, open_checkpo
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run begins: at a checkpoint or at step 0, and what to tell the user about it."""
+    """Where a run begins: at a checkpoint or at step 0, and what to tell the user about it.
+
+    `damaged` are newer checkpoints, which are set aside before the run goes on.
+    """
 
     checkpoint: Checkpoint | None
     messages: list[str]
+    damaged: tuple[Path, ...] = ()
 
     @property
     def step(self) -> int:
@@ -43,12 +48,19 @@ def find_resume_point(
             "give its options again to go on with it, or choose another --output"
         )
     messages: list[str] = []
+    damaged: dict[Path, str] = {}
     if resume == "auto":
-        checkpoint, problems = CheckpointStore(run.checkpoints).newest_intact()
-        messages += problems
-        if problems:
-            use = f"checkpoint {checkpoint.path.name}" if checkpoint else "step 0, as no checkpoint is intact"
-            messages.append(f"going on from {use} instead")
+        checkpoint, damaged = CheckpointStore(run.checkpoints).newest_intact()
+        if damaged and not checkpoint:
+            raise UserError(
+                f"{'; '.join(damaged.values())}; no checkpoint of {run.path} is intact, and none is thrown away: "
+                "restore one, or begin anew with another --output"
+            )
+        messages += damaged.values()
+        if damaged and checkpoint:
+            messages.append(
+                f"going on from checkpoint {checkpoint.path.name} instead; what is damaged is set aside"
+            )
     else:
         checkpoint = open_checkpoint(_checkpoint_path(Path(resume)))
         if stored and checkpoint.path.parent != run.checkpoints.resolve():
@@ -70,7 +82,7 @@ def find_resume_point(
                 f"{checkpoint.path.name} was made with other software or hardware ({'; '.join(changes)}): from here on "
                 "the run is not bitwise the one it would have been there"
             )
-    return ResumePoint(checkpoint, messages)
+    return ResumePoint(checkpoint, messages, tuple(damaged))
 
 
 def stored_recipe(run: RunDirectory) -> Recipe | None:
@@ -97,4 +109,4 @@ def stored_recipe(run: RunDirectory) -> Recipe | None:
 
 def _checkpoint_path(path: Path) -> Path:
     last = path / "checkpoints" / "last"
-    return last if last.exists() else path
+    return last if os.path.lexists(last) else path

@@ -96,7 +96,10 @@ def run_job(
     run.summary.unlink(missing_ok=True)
     truncate_metrics(run.metrics, resume_point.step)
     truncate_metrics(run.bad_images, resume_point.step)
-    CheckpointStore(run.checkpoints).discard_after(resume_point.step)
+    store = CheckpointStore(run.checkpoints)
+    for path in resume_point.damaged:
+        store.set_aside(path)
+    store.discard_after(resume_point.step)
     for message in resume_point.messages:
         console.print(f"[yellow]warning:[/] {message}", soft_wrap=True, highlight=False)
     if resume_point.checkpoint:

@@ -1,4 +1,4 @@
-"""Where and how a command was made: environment.json."""
+"""Where and how a run was made: environment.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hvd_lb.machine.placement import Placement
 
 
 def describe_environment(placement: Placement, command: Sequence[str]) -> dict[str, Any]:
-    """What environment.json tells about where and how a command was made."""
+    """What environment.json tells about where and how a run was made."""
     import torch
 
     packages = (

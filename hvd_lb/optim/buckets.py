@@ -40,6 +40,7 @@ class Held(enum.Enum):
 
     NOTHING = "None"
     SPENT = "our tensor as a step left it: readable, but no gradient any more"
+    # For half precision the view is the exact sum of which our tensor is the rounded copy: it is not copied back.
     OURS = "our tensor, with which the view is up to date"
     CHANGED = "somebody else's tensor, or a half-precision copy that was edited"
 
@@ -67,9 +68,8 @@ class Slot:
         self.grad = torch.empty_like(self.view, dtype=parameter.dtype) if self.rounded else self.view
         self.present = False
         self._spent = False
-        self._version = (
-            self.grad._version
-        )  # by which it is known whether somebody has written into `grad` since
+        # By which it is known whether somebody has written into `grad` since.
+        self._version = self.grad._version
 
     def fits(self) -> bool:
         """False once the parameter has another device, dtype or shape (model.cuda(), model.half())."""

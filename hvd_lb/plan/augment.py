@@ -178,9 +178,9 @@ class RandomWindows:
         y = np.floor(draw(_Y) * (full_height - height + 1))
 
         chosen = np.arange(len(ids)), fits.argmax(axis=1)
-        drawn = fits.any(axis=1)
+        fitting = fits.any(axis=1)
         fallback = _central(full_width[:, 0], full_height[:, 0], self.ratio)
-        own = [np.where(drawn, a[chosen], b) for a, b in zip((x, y, width, height), fallback, strict=True)]
+        own = [np.where(fitting, a[chosen], b) for a, b in zip((x, y, width, height), fallback, strict=True)]
         drawn = (Drawn(part, part.draw(self.seed, epoch, image_ids)) for part in self.augmentations)
         return _windows(own, *drawn)
 

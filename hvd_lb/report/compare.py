@@ -20,6 +20,7 @@ from hvd_lb.report.compare_tensors import CheckpointComparison, compare_checkpoi
 from hvd_lb.report.metrics import read_metrics
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
+from hvd_lb.training.pointers import followed
 
 KINDS = ("train", "eval")
 _NO_RESULT = {"kind", "epoch", "step", "images_per_second", "data_wait"}
@@ -109,6 +110,8 @@ def compare_runs(a: Path, b: Path, step: int | None = None) -> Comparison:
 
 
 def _side(path: Path) -> _Side:
+    if path.is_file():
+        path = followed(path)
     if (path / "state.json").is_file():
         return _Side(path, None, {open_checkpoint(path).step: path})
     run = RunDirectory(path)

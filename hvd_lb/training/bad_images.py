@@ -54,7 +54,7 @@ class BadImages:
         """Starts summing; collective, and so is `settle` with its result."""
         if not self.active:
             return None
-        return self.world.allreduce_async(torch.tensor([len(self.found)]), "hvd_lb.training.bad_images")
+        return self.world.allreduce_async(torch.tensor([len(self.found)]), "hvd_lb.bad_images")
 
     def discard(self) -> None:
         """Forget those since the last `settle`: their step is taken again."""
@@ -65,7 +65,7 @@ class BadImages:
         total = int(counting.wait().item()) if counting else 0
         if total:
             lines = [json.dumps(_record(stand_in)) for stand_in in self.found]
-            parts = gather_bytes(self.world, "\n".join(lines).encode(), "hvd_lb.training.bad_images.records")
+            parts = gather_bytes(self.world, "\n".join(lines).encode(), "hvd_lb.bad_images.records")
             if self.world.rank == 0:
                 records = [json.loads(line) for part in parts for line in part.splitlines()]
                 self.write(sorted(records, key=lambda record: (record["worker"], record["position"])))

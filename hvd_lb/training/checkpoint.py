@@ -3,7 +3,7 @@
 The number is that of steps done. A checkpoint is written under a temporary name, synced and renamed, so a name is
 either absent or whole; state.json carries the SHA-256 of the other two files and of itself, so one that was damaged
 later is recognised. Nothing is ever unpickled. While a run goes on a thread writes (`BackgroundWriter`): training waits
-only until the tensors are copied.
+only until the tensors are copied. Only folders of such names are ours; whatever else lies beside them stays.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Mapping
@@ -23,11 +24,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hvd_lb.errors import UserError
+from hvd_lb.training import pointers
 from hvd_lb.training.saved_state import FORMAT, SavedState
 
 _STATE = "state.json"
 _TENSORS = ("model", "optimizer")
-_LINKS = ("last", "best")
+# What a write or a removal that was killed has left.
+_LEFTOVERS = re.compile(r"\.(writing|removing)-(step-\d{8}|last|best)")
+
+
+class DamagedCheckpoint(UserError):
+    """A folder of a checkpoint's name that was truncated or changed, or never was one."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,9 @@ class CheckpointStore:
     def write(self, snapshot: Snapshot) -> Path:
         """`save` for tensors that were copied already."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in (*self.folder.glob(".writing-*"), *self.folder.glob(".removing-*")):
-            shutil.rmtree(stale, ignore_errors=True)
+        for path in self.folder.iterdir():
+            if _LEFTOVERS.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
         final = self.folder / f"step-{snapshot.step:08d}"
         writing = self.folder / f".writing-{final.name}"
         writing.mkdir()
@@ -107,10 +115,10 @@ class CheckpointStore:
         _sync(writing)
         if final.exists():
             self._remove(final)
-        for name in _LINKS if snapshot.best else ("last",):
-            self._announce(name, final)
+        for name in pointers.NAMES if snapshot.best else ("last",):
+            pointers.announce(self.folder, name, final.name)
         writing.rename(final)
-        self._settle_links()
+        pointers.settle(self.folder)
         _sync(self.folder)
         self._remove_old()
         return final
@@ -120,44 +128,41 @@ class CheckpointStore:
         for path in self.newest_first():
             if int(path.name.removeprefix("step-")) > step:
                 self._remove(path)
-        self._settle_links()
-        for name in _LINKS:
-            link = self.folder / name
-            if link.is_symlink() and not link.exists():
-                link.unlink()
+        pointers.settle(self.folder)
+        pointers.drop_dangling(self.folder)
 
     def newest_first(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), reverse=True)
+        """The folders that are checkpoints by their names."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted((path for path in found if _is_checkpoint(path)), reverse=True)
 
-    def newest_intact(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that can be trusted, and what is wrong with newer ones."""
-        problems: list[str] = []
+    def newest_intact(self) -> tuple[Checkpoint | None, dict[Path, str]]:
+        """The newest checkpoint that can be trusted, and what is wrong with damaged ones that are newer.
+
+        UserError for one that is no less intact but cannot be read: of another format, or without permission.
+        """
+        damaged: dict[Path, str] = {}
         for path in self.newest_first():
             try:
-                return open_checkpoint(path), problems
-            except UserError as error:
-                problems.append(str(error))
-        return None, problems
+                return open_checkpoint(path), damaged
+            except DamagedCheckpoint as error:
+                damaged[path] = str(error)
+        return None, damaged
 
-    def _announce(self, name: str, target: Path) -> None:
-        """Note down that `name` points at `target` as soon as that exists."""
-        announced = self.folder / f".{name}"
-        announced.unlink(missing_ok=True)
-        announced.symlink_to(target.name)
-
-    def _settle_links(self) -> None:
-        """Point `last` and `best` as announced, be it by a write that was killed before or after its rename."""
-        for name in _LINKS:
-            announced = self.folder / f".{name}"
-            if announced.exists():
-                os.replace(announced, self.folder / name)
-            else:
-                announced.unlink(missing_ok=True)
+    def set_aside(self, path: Path) -> Path:
+        """Give a damaged checkpoint another name, under which it stays and is in nobody's way."""
+        aside = path.with_name(f"damaged-{path.name}")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = path.with_name(f"damaged-{path.name}-{number}")
+        path.rename(aside)
+        return aside
 
     def _remove_old(self) -> None:
-        best = (self.folder / "best").resolve()
+        best = pointers.followed(self.folder / "best")
         for path in self.newest_first()[self._keep :]:
-            if path.resolve() != best:
+            if path.resolve() != best.resolve():
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
@@ -218,11 +223,28 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def _is_checkpoint(path: Path) -> bool:
+    return pointers.CHECKPOINT.fullmatch(path.name) is not None and path.is_dir()
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in folder `path`, every byte verified; UserError when it is missing, damaged or foreign."""
+    """The checkpoint that `path` is or leads to, every byte verified.
+
+    DamagedCheckpoint when it is missing or damaged, another UserError when it is of another format or cannot be read.
+    """
+    try:
+        return _open(pointers.followed(path))
+    except OSError as error:
+        raise UserError(
+            f"checkpoint {error.filename or path} cannot be read ({error.strerror}): let this user read it, and the "
+            "same command goes on"
+        ) from error
+
+
+def _open(path: Path) -> Checkpoint:
     state_file = path / _STATE
     if not state_file.is_file():
-        raise UserError(
+        raise DamagedCheckpoint(
             f"{path} is no checkpoint: expected a folder with {_STATE}, such as RUN/checkpoints/last"
         )
     try:
@@ -232,15 +254,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except (ValueError, KeyError, AttributeError, TypeError):
         intact = False
     if not intact:
-        raise UserError(
+        raise DamagedCheckpoint(
             f"checkpoint {path} is damaged: {_STATE} does not match its checksum; use another checkpoint"
         )
     if state["format"] != FORMAT:
-        raise UserError(f"checkpoint {path} has format {state['format']}, this hvd-lb reads format {FORMAT}")
+        raise UserError(
+            f"checkpoint {path} has format {state['format']} and this hvd-lb reads format {FORMAT}: go on with the "
+            "version that wrote it, or choose another --output"
+        )
     for name in _TENSORS:
         file = path / f"{name}.safetensors"
         if not file.is_file() or _sha256(file) != state["checksums"][name]:
-            raise UserError(
+            raise DamagedCheckpoint(
                 f"checkpoint {path} is damaged: {file.name} is truncated or changed; use another checkpoint"
             )
     return Checkpoint(path.resolve(), state)

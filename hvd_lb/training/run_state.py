@@ -70,12 +70,20 @@ class RunState:
         self.best_error = self.last_evaluation.top1_error
         return True
 
-    def save(
-        self, steps_per_epoch: int, recipe: dict[str, Any], data: str, environment: dict[str, Any]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], SavedState]:
-        """The model's tensors, the optimizer's, and the rest: not copied; collective, and whole on every process."""
+    def gather(self) -> Tensor:
+        """Collective, before `saved`: the statistics into the model of every process; the losses of all, by worker."""
         self.statistics.publish(self.step)
-        losses = self._all_losses()
+        return self._all_losses()
+
+    def saved(
+        self,
+        losses: Tensor,
+        steps_per_epoch: int,
+        recipe: dict[str, Any],
+        data: str,
+        environment: dict[str, Any],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], SavedState]:
+        """The model's tensors, the optimizer's, and the rest: not copied; on one process, with what `gather` gave."""
         optimizer, skeleton = flatten_state(self.optimizer.state_dict())
         epoch, epoch_step = divmod(self.step, steps_per_epoch)
         statistics = self.statistics

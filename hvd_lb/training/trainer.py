@@ -374,12 +374,13 @@ class Trainer:
             return
         began = time.perf_counter()
         best = evaluated and self.state.note_best()
-        model, optimizer, state = self.state.save(
-            self.plan.steps_per_epoch, self.recipe.mathematics(), **self._provenance
-        )
+        losses = self.state.gather()
         self.save_due.restart()
         if writer is None:
             return
+        model, optimizer, state = self.state.saved(
+            losses, self.plan.steps_per_epoch, self.recipe.mathematics(), **self._provenance
+        )
         writer.save(self.step, model, optimizer, state.to_json(), best=best)
         self.observer.checkpoint({**self._position(), "stall_seconds": time.perf_counter() - began})
 

@@ -31,14 +31,14 @@ IN_CONTAINERS = """
 import sys
 from functools import partial
 from pathlib import Path
-from hvd_lb.launch.submit.docker.group import Containers
+from hvd_lb.launch.submit.docker.group import DockerContainers
 from hvd_lb.launch.starters.ssh import on_host
 from hvd_lb.launch.submit.command import Submission
 image, port, output, *command = sys.argv[1:]
 submission = Submission(
     (), "", "cpu", 3, 1, Path(output), image=image, container_port=int(port), environment={"TOKEN": "secret"}
 )
-with Containers(submission, ["h1", "h2", "h3"], partial(on_host, ["ssh"])) as containers:
+with DockerContainers(submission, ["h1", "h2", "h3"], partial(on_host, ["ssh"])) as containers:
     sys.exit(containers.run(command))
 """
 
@@ -216,7 +216,7 @@ def test_a_killed_launcher_leaves_no_container(docker: Engine, hosts: list[Host]
 def test_a_cut_network_leaves_no_container(
     docker: Engine, image: str, hosts: list[Host], output: Path
 ) -> None:
-    """The launcher is alive, but nobody hears it any more: that is what the lease is for."""
+    """The launcher is alive, but nobody hears it any more: that is what the host process is for."""
     desk = hosts[0]
     going = desk.start([sys.executable, "-c", IN_CONTAINERS, image, PORT, output, "sleep", "1000"])
     until(lambda: len(docker.containers()) == 3, 60)

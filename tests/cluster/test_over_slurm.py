@@ -139,7 +139,7 @@ WORKER = """
 import json, os, socket, sys
 from pathlib import Path
 sys.path.insert(0, ROOT)
-from hvd_lb.launch.starters.allocation import rank_environment
+from hvd_lb.launch.rank.slurm import rank_environment
 
 assert "SECRET" not in os.environ
 os.environ.update(json.loads(Path(__file__).with_suffix(".env").read_text()))

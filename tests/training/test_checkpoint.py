@@ -1,8 +1,11 @@
 """Checkpoints: whole or absent, every byte verified, old ones removed, nothing unpickled."""
 
+import errno
+import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from itertools import count
@@ -84,14 +87,15 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_used(damage, tmp_
     found, problems = store.newest_intact()
     assert found is not None
     assert found.step == 1
-    assert len(problems) == 1
-    assert "step-00000002 is damaged" in problems[0]
+    ((path, why),) = problems.items()
+    assert path == tmp_path / "step-00000002"
+    assert "step-00000002 is damaged" in why
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no checkpoint"):
         open_checkpoint(tmp_path)
-    assert CheckpointStore(tmp_path / "none").newest_intact() == (None, [])
+    assert CheckpointStore(tmp_path / "none").newest_intact() == (None, {})
 
 
 def test_an_interrupted_write_leaves_the_others_alone(tmp_path: Path) -> None:
@@ -101,7 +105,7 @@ def test_an_interrupted_write_leaves_the_others_alone(tmp_path: Path) -> None:
     (tmp_path / ".writing-step-00000002" / "model.safetensors").write_bytes(b"half")
     found, problems = store.newest_intact()
     assert found is not None
-    assert (found.step, problems) == (1, [])
+    assert (found.step, problems) == (1, {})
     save(store, 2)
     assert not list(tmp_path.glob(".writing*"))
 
@@ -162,3 +166,129 @@ def test_killed_at_any_operation_the_next_run_finds_everything(tmp_path: Path) -
         if not killed:
             break
     assert newest == {2, 3}
+
+
+@pytest.mark.parametrize("ending", ["bak", "keep", "tar", "2", ""])
+def test_what_has_another_name_is_somebody_elses(ending: str, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    save(store, 2)
+    kept = tmp_path / (f"step-00000002.{ending}" if ending else "step-0000002")
+    if ending == "tar":
+        kept.write_bytes(b"an archive")
+    else:
+        shutil.copytree(tmp_path / "step-00000002", kept)
+    notes = tmp_path / ".writing-notes.txt"
+    notes.mkdir()
+    store.discard_after(1)
+    save(store, 3, 4, 5)
+    assert [path.name for path in store.newest_first()] == ["step-00000005"]
+    assert kept.exists()
+    assert notes.exists()
+
+
+def test_one_of_another_format_is_neither_passed_over_nor_called_damaged(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1, 2)
+    file = tmp_path / "step-00000002" / "state.json"
+    state = json.loads(file.read_text())
+    del state["checksum"]
+    state["format"] = 99
+    state["checksum"] = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps(state))
+    with pytest.raises(
+        UserError, match="has format 99 and this hvd-lb reads format 2: go on with the version"
+    ):
+        store.newest_intact()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_one_that_may_not_be_read_is_not_passed_over(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1, 2)
+    (tmp_path / "step-00000002").chmod(0)
+    try:
+        with pytest.raises(UserError, match="cannot be read .*let this user read it"):
+            store.newest_intact()
+    finally:
+        (tmp_path / "step-00000002").chmod(0o755)
+
+
+def test_a_file_system_error_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1, 2)
+
+    def refuse(*_: object) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle", "model.safetensors")
+
+    monkeypatch.setattr("hvd_lb.training.checkpoint._sha256", refuse)
+    with pytest.raises(UserError, match="cannot be read .Stale file handle."):
+        store.newest_intact()
+
+
+def test_a_damaged_one_is_set_aside_under_another_name(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    for attempt in ("damaged-step-00000002", "damaged-step-00000002-2"):
+        save(store, 2)
+        damage_truncate(tmp_path / "step-00000002")
+        found, damaged = store.newest_intact()
+        assert found is not None
+        assert found.step == 1
+        assert [store.set_aside(path) for path in damaged] == [tmp_path / attempt]
+        store.discard_after(1)
+        assert not os.path.lexists(tmp_path / "last")
+    assert (tmp_path / "damaged-step-00000002" / "model.safetensors").exists()
+    save(store, 3, 4, 5, 6)
+    assert (tmp_path / "damaged-step-00000002-2").exists()
+
+
+@pytest.fixture(
+    params=[errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS], ids=lambda number: errno.errorcode[number]
+)
+def no_symlinks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(os, "symlink", refuse)
+
+
+@pytest.mark.usefixtures("no_symlinks")
+def test_without_symbolic_links_names_are_small_files(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    save(store, 1, 2, 3, best=1)
+    assert (tmp_path / "last").read_text() == "step-00000003\n"
+    assert (tmp_path / "best").read_text() == "step-00000001\n"
+    assert [path.name for path in store.newest_first()] == ["step-00000003", "step-00000001"]
+    assert open_checkpoint(tmp_path / "last").step == 3
+    assert open_checkpoint(tmp_path / "best").step == 1
+    save(store, 4, best=4)
+    assert open_checkpoint(tmp_path / "best").step == 4
+    store.discard_after(3)
+    assert not os.path.lexists(tmp_path / "best")
+
+
+def test_a_disk_that_is_full_is_no_file_system_without_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        save(CheckpointStore(tmp_path), 1)
+
+
+def test_a_copy_that_followed_links_goes_on(tmp_path: Path) -> None:
+    save(CheckpointStore(tmp_path / "run"), 2, 4, best=2)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    store = CheckpointStore(tmp_path / "copy", keep=1)
+    found, damaged = store.newest_intact()
+    assert found is not None
+    assert (found.step, damaged) == (4, {})
+    store.discard_after(4)
+    assert open_checkpoint(store.folder / "best").step == 2
+    save(store, 6, 8, best=8)
+    assert (store.folder / "last").is_symlink()
+    assert open_checkpoint(store.folder / "last").step == 8
+    assert open_checkpoint(store.folder / "best").step == 8
+    assert {path.name for path in store.folder.iterdir()} == {"step-00000008", "last", "best"}

@@ -90,7 +90,7 @@ class Attempt:
         self._metrics_before = self._metrics_written()
         self._files_before = set(self._files("**/*"))
         checkpoint, problems = self._store.newest_intact()
-        assert problems == []
+        assert problems == {}
         self.first_step = checkpoint.step if checkpoint else 0
 
     def steps(self) -> int:

@@ -181,10 +181,14 @@ def test_a_damaged_checkpoint_is_passed_over(start: Start, undisturbed: Path, tm
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run, symlinks=True)
     newest = run / "checkpoints" / "last" / "model.safetensors"
+    newest_size = newest.stat().st_size
     newest.write_bytes(newest.read_bytes()[:-1])
     out, _ = finish(start(*a_run(run)))
     assert "step-00000100 is damaged: model.safetensors is truncated" in out
     assert "going on from step 98" in out
+    assert (
+        run / "checkpoints" / "damaged-step-00000100" / "model.safetensors"
+    ).stat().st_size == newest_size - 1
     last = "checkpoints/last/model.safetensors"
     assert (run / last).read_bytes() == (undisturbed / last).read_bytes()
 

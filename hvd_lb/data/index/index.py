@@ -25,7 +25,7 @@ from hvd_lb.data.sources.source import Listing, Source
 from hvd_lb.errors import UserError
 
 Check = Literal["none", "quick", "full"]
-"""Whether an index that is there is compared with nothing, with the watched of its source, or with every file."""
+"""Whether an index that is there is compared with nothing, with what its source watches, or with every file."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _present(source: Source, homes: list[Path], check: Check) -> tuple[Index | N
             return index, None
         listing = listing or source.listing()
         if folder.name == store.folder_name(listing.stamp):
-            with suppress(OSError):  # so that the next look at the watched is enough
+            with suppress(OSError):  # so that the next look at what is watched is enough
                 store.write_watched(folder, listing.watched)
             return index, listing
     return None, listing

@@ -85,7 +85,7 @@ def newest(home: Path) -> Iterator[Path]:
 
 
 def unchanged(folder: Path, root: Path) -> bool:
-    """Whether the watched of an index are as they were when it was made."""
+    """Whether what is watched of an index is as it was when it was made."""
     try:
         known = [tuple(of) for of in json.loads((folder / "places.json").read_text("ascii"))]
         return all(in_threads(lambda of: of[1] != 0 and file_state(root, of[0]) == of, known))

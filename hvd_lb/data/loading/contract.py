@@ -1,7 +1,7 @@
 """What loaders and decoders agree on: the stream of microbatches that goes in, the tensors that come out.
 
 A loader knows nothing of epochs, ranks or processes: it executes a stream of microbatches (image ids, crop
-windows, flips), which the plan made.
+windows, augmentations), which the plan made.
 """
 
 from __future__ import annotations

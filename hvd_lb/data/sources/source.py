@@ -52,7 +52,7 @@ class Source(Protocol):
 
     @property
     def cheap(self) -> int:
-        """An index of so many images is compared with all files at each opening, not only with the watched."""
+        """An index of so many images is compared with all files at each opening, not only with what is watched."""
 
     def listing(self) -> Listing:
         """UserError for what can be seen to be wrong without opening an image."""

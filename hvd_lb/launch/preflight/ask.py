@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from hvd_lb.errors import UserError
 from hvd_lb.launch.options import LaunchOptions
 
+#: What Python says where there is no hvd-lb, or one of another version.
+NOT_INSTALLED = re.compile("No module named|Error while finding module specification")
 SSH_FAILED = 255  # ssh's own exit code, not that of the command
 
 #: Asks hosts by name; gives what each answered (the output of the probe), or why it did not.
@@ -67,6 +70,6 @@ def explain_failure(
     )
     last = next((line.strip() for line in reversed(completed.stderr.splitlines()) if line.strip()), "")
     last = last or f"exit code {completed.returncode}"
-    if said is None and (completed.returncode in (126, 127) or "No module named" in completed.stderr):
+    if said is None and (completed.returncode in (126, 127) or NOT_INSTALLED.search(completed.stderr)):
         said = f"no hvd-lb there ({last}): install it where it is here, {sys.executable}"
     return said or f"it gave no answer: {last}"

@@ -1,7 +1,7 @@
-"""What a host says of itself before a run: `python -m hvd_lb.launch.preflight.probe NAME`, asked and answered by pipe.
+"""What a host says of itself before a run: `python -m hvd_lb.launch.preflight.probe NAME`.
 
-Both in JSON, in a second or two: nothing heavy is imported. `judge` asks and judges. NAME is what the asker calls this
-host; in a Slurm job it may be left out.
+It is asked on stdin and answers on stdout, both in JSON, in a second or two: nothing heavy is imported. `ask` asks all
+hosts, `judge` judges. NAME is what the asker calls this host; in a Slurm job it may be left out.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from hvd_lb.launch.allreduce import needs_mpi
 from hvd_lb.launch.hosts import assign
 from hvd_lb.launch.launch_plan import LaunchPlan, rank_command
 from hvd_lb.launch.preflight import probe
-from hvd_lb.launch.preflight.ask import Ask
+from hvd_lb.launch.preflight.ask import NOT_INSTALLED, Ask
 from hvd_lb.launch.preflight.cluster import Cluster
 from hvd_lb.launch.starters.allocation import PyxisContainer, one_per_node, srun_command
 from hvd_lb.launch.starters.rendezvous import rendezvous
@@ -79,6 +79,6 @@ def _mpi_plugin() -> str:
 def _why_silent(host: str, said: str) -> UserError:
     about = [line for line in said.splitlines() if re.search(rf"\b{re.escape(host)}\b", line)]
     last = next(iter(reversed(about or said.splitlines())), "srun said nothing").strip()
-    if "No such file" in said or "exit code 127" in last or "No module named" in said:
+    if "No such file" in said or "exit code 127" in last or NOT_INSTALLED.search(said):
         return UserError(f"no hvd-lb there ({last}): install it where it is here, {sys.executable}")
     return UserError(f"it gave no answer: {last}")

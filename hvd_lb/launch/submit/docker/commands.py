@@ -91,6 +91,8 @@ _MEANINGS = (
     (r"(?m)bind source path does not exist: (?P<path>.*?)\.?$", "no {path} there: it has to be at the same path on "
      "all hosts"),
     (r"mkdir: .*", "the output folder cannot be made: {last}"),
+    (r"No module named 'hvd_lb|Error while finding module specification", "{image} has another hvd-lb: use the image "
+     "of this version"),
     (r"\"?hvd-lb-entry\"?: (?:executable file not found|no such file)", "{image} is no image of hvd-lb"),
     (r"port (?P<port>\d+) cannot be listened on: .*in use", "port {port} is in use there: is another run on that host? "
      "`docker ps --filter label=" + LABEL + "` shows it"),
