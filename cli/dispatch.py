@@ -62,23 +62,27 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
         placement = cluster.placement(gpus=gpus, processes=options.processes, threads=threads)
     else:
         placement = choose_placement(here, gpus=gpus, processes=options.processes, threads=threads)
-    launch = _launch(target, cluster, placement, options.launch, container)
+    launch_plan = _launch(target, cluster, placement, options.launch, container)
     if options.launch.dry_run:
         directory = run_directory(options.output, resolved.recipe)
         resume_point = resume_point_of(directory, resolved, placement, options.resume)
         click.echo(
-            describe(make_job(resolved, placement, launch, directory, resume_point), launch, directory),
+            describe(
+                make_job(resolved, placement, launch_plan, directory, resume_point), launch_plan, directory
+            ),
             nl=False,
         )
         return 0
     share = f"{placement.processes} on {placement.device}, {count(placement.threads, 'thread')} each"
     rows = [*explain(resolved), ("processes", share)]
     if cluster:
-        rows.append(("hosts", f"{', '.join(map(str, launch.hosts))} ({target.how}), by {launch.starter}"))
+        rows.append(
+            ("hosts", f"{', '.join(map(str, launch_plan.hosts))} ({target.how}), by {launch_plan.starter}")
+        )
     return run_job(
         resolved,
         placement,
-        launch,
+        launch_plan,
         output=options.output,
         resume=options.resume,
         command=without_env_values(sys.argv),
