@@ -26,7 +26,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4, 8], ids=lambda p: f"{p} processes")
+@pytest.fixture(scope="module", params=[3, 8], ids=lambda p: f"{p} processes")
 def shared(
     request: pytest.FixtureRequest, horovodrun: Callable, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

@@ -55,7 +55,7 @@ def noise(images: int, val: int) -> Dataset:
 
 
 def train(model: str, reproducible: bool, world: World) -> tuple[Trainer, Losses]:
-    """k = 9 is divisible by none of 2, 4 and 8 processes; 100 images end an epoch with 19 for 9 workers of 3."""
+    """k = 9 is divided unevenly among 8 processes; 100 images end an epoch with 19 for 9 workers of 3."""
     recipe = Recipe(
         model=model, image_size=MODELS[model], eval_crop=1.0, crop_scale=(0.6, 1.0), gpus=9,
         per_gpu_batch=3, last_batch="keep", epochs=5, steps=STEPS, warmup="none", zero_gamma=False, log_every=1,
