@@ -26,7 +26,7 @@ from hvd_lb.schedule import Rule, Schedule, Shape, Warmup
 if TYPE_CHECKING:
     from hvd_lb.plan.augment import CentreWindows, RandomWindows
 
-Precision = Literal["fp64", "fp32", "bf16", "fp16"]
+Precision = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
 
 # The source of fields that were given on the command line.
 OPTIONS = "options"
@@ -144,7 +144,8 @@ class Recipe(BaseModel):
     bn_momentum: float = Field(0.1, gt=0, le=1, description="Weight of one step in the running statistics.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the training loss.")
     precision: Precision = Field(
-        "fp32", description="Arithmetic; bf16 and fp16 are autocast with fp32 weights."
+        "fp32",
+        description="Arithmetic: tf32 is fp32 with products of 11 bits on GPUs; bf16 and fp16 are autocast.",
     )
 
     # learning rate

@@ -1,5 +1,7 @@
-"""What the reproducible mode needs of this machine: kernels that always add in the same order, and a record of
-everything besides the recipe that rounding depends on (docs/exactness.md).
+"""What rounding depends on besides the recipe: which kernels torch may take, and a record of the rest.
+
+The reproducible mode needs kernels that always add in the same order; otherwise the fastest are taken
+(docs/exactness.md).
 """
 
 from __future__ import annotations
@@ -21,7 +23,34 @@ _LIBRARIES = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy")
 
 
 @contextmanager
-def deterministic_kernels(model: str) -> Iterator[None]:
+def fast_kernels(*, tf32: bool = False) -> Iterator[None]:
+    """Inside, cuDNN takes the fastest convolution it finds by trying; on a CPU nothing changes.
+
+    torch's own default for convolutions in fp32 is TF32, which keeps 11 bits of each factor: here only with `tf32`.
+    """
+    with _tf32(tf32):
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    backends: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
+@contextmanager
+def deterministic_kernels(model: str, *, tf32: bool = False) -> Iterator[None]:
     """Inside, torch uses deterministic kernels only. UserError when `model` needs one that does not exist."""
     before = torch.are_deterministic_algorithms_enabled()
     settings: Any = torch.utils.deterministic
@@ -31,7 +60,8 @@ def deterministic_kernels(model: str) -> Iterator[None]:
     settings.fill_uninitialized_memory = False  # costs time, and nobody reads such memory
     torch.backends.cudnn.benchmark = False
     try:
-        yield
+        with _tf32(tf32):
+            yield
     except RuntimeError as error:
         name, found, _ = str(error).partition(" does not have a deterministic implementation")
         if not found:

@@ -22,7 +22,7 @@ from hvd_lb.data.loading.contract import Loader, Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.errors import UserError
 from hvd_lb.exact.fixed_point import FixedPointOverflow
-from hvd_lb.exact.reproducible import deterministic_kernels, rounding_environment
+from hvd_lb.exact.reproducible import deterministic_kernels, fast_kernels, rounding_environment
 from hvd_lb.optim.distributed import DistributedOptimizer
 from hvd_lb.optim.make import make_optimizer
 from hvd_lb.plan.augment import Microbatch, Origin
@@ -291,8 +291,11 @@ class Trainer:
         )
 
     def kernels(self) -> AbstractContextManager[None]:
-        """What steps run in: only deterministic kernels in the reproducible mode."""
-        return deterministic_kernels(self.recipe.model) if self.recipe.reproducible else nullcontext()
+        """What steps run in: only deterministic kernels in the reproducible mode, else the fastest."""
+        tf32 = self.recipe.precision == "tf32"
+        if self.recipe.reproducible:
+            return deterministic_kernels(self.recipe.model, tf32=tf32)
+        return fast_kernels(tf32=tf32)
 
     def autocast(self) -> AbstractContextManager[None]:
         if self.recipe.precision not in _AUTOCAST:

@@ -1,0 +1,599 @@
+"""One GPU: is it right, how fast is it, and against whom. Everything of hvd-lb that only a GPU can tell.
+
+    python benchmarks/gpu.py [--device cuda] [--rows right,steps,...] [--output gpu.json]
+
+Rows run in processes of their own, most valuable first, so that a failure ends one of them; the results are written as
+JSON after every row. Peers (a bare torch loop of the same network and batch, torchvision's DataLoader) are measured in
+the same process, in turns. `--device cpu --small` runs all of it in small, to find mistakes before a GPU is paid for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import hvd_lb as lb
+from hvd_lb.data.images import ArrayImages, Dataset
+from hvd_lb.exact.fixed_point import FixedPointOverflow
+from hvd_lb.recipe import Recipe
+from hvd_lb.report.metrics import SilentObserver
+from hvd_lb.training.models import build_model
+from hvd_lb.training.trainer import Trainer
+
+Step = Callable[[], object]
+Row = Callable[["Bench"], Iterator[dict[str, Any]]]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Bench:
+    """The device, and how large everything is."""
+
+    def __init__(self, device: str, small: bool):
+        self.device, self.small = torch.device(device), small
+        self.model, self.pixels = ("resnet8", 32) if small else ("resnet50", 224)
+        self.warm_up, self.turns, self.steps = (1, 2, 1) if small else (2, 5, 8)
+        # A batch that fills a GPU; a virtual worker's n is 32 in the paper.
+        self.large = 64 if small else 256
+
+    def trainer(self, gpus: int, images: int, world: Any = None, **changes: Any) -> Trainer:
+        """A trainer whose batches are given to it; its data are never read."""
+        labels = np.arange(16_384) % 1000
+        nothing = ArrayImages(np.zeros((16_384, 8, 8), np.uint8), labels, [str(i) for i in range(1000)], "-")
+        values = {"model": self.model, "image_size": self.pixels, "learning_rate": 1e-4, **changes}
+        made = Trainer(
+            Recipe(gpus=gpus, per_gpu_batch=images, **values), Dataset("-", nothing, nothing),
+            world or lb.current(), device=self.device, threads=4, observer=SilentObserver(),
+        )  # fmt: skip
+        made.model.train()
+        return made
+
+    def batches(self, images: int, count: int = 4) -> list[tuple[Tensor, Tensor]]:
+        torch.manual_seed(0)
+        return [
+            (
+                torch.randn(images, 3, self.pixels, self.pixels, device=self.device),
+                torch.randint(0, 1000, (images,), device=self.device),
+            )
+            for _ in range(count)
+        ]
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def take_turns(self, sides: dict[str, Step]) -> dict[str, float]:
+        """Median milliseconds of a step of each side."""
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        for turn in range(self.warm_up + self.turns):
+            for name, run in sides.items():
+                self.wait()
+                began = time.perf_counter()
+                for _ in range(self.steps):
+                    run()
+                self.wait()
+                if turn >= self.warm_up:
+                    times[name].append(1000 * (time.perf_counter() - began) / self.steps)
+        return {name: statistics.median(values) for name, values in times.items()}
+
+    def memory(self, run: Step) -> float:
+        """GiB at the peak of one step."""
+        if self.device.type != "cuda":
+            return 0.0
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        self.wait()
+        return torch.cuda.max_memory_allocated() / 2**30
+
+
+def whole_step(made: Trainer, ready: list[tuple[Tensor, Tensor]]) -> Step:
+    endless = itertools.cycle(ready)
+
+    def step() -> None:
+        with made.kernels():
+            made.train_step(endless)
+
+    return step
+
+
+def autocast(bench: Bench, precision: str) -> Any:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(bench.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def bare_step(
+    bench: Bench,
+    ready: list[tuple[Tensor, Tensor]],
+    precision: str,
+    channels_last: bool,
+    microbatches: int = 1,
+    **options: Any,
+) -> Step:
+    """Forward, backward and torch's SGD: what anybody would write for one GPU."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network = build_model(bench.model, 1000, seed=0).to(bench.device).to(memory_format=layout).train()
+    optimizer = torch.optim.SGD(lb.parameter_groups(network), 1e-4, 0.9, nesterov=True, **options)
+    scaler = torch.amp.GradScaler(bench.device.type, enabled=precision == "fp16")
+    endless = itertools.cycle(ready)
+
+    def step() -> None:
+        tf32 = precision == "tf32"
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=tf32):
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            optimizer.zero_grad(set_to_none=True)
+            for x, y in itertools.islice(endless, microbatches):
+                with autocast(bench, precision):
+                    loss = F.cross_entropy(network(x.to(memory_format=layout)), y) / microbatches
+                scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    return step
+
+
+def graphed_step(bench: Bench, ready: list[tuple[Tensor, Tensor]]) -> Step:
+    """The bare bf16 loop as one CUDA graph: the least that launching can cost."""
+    network = build_model(bench.model, 1000, seed=0).to(bench.device).to(memory_format=torch.channels_last)
+    network.train()
+    optimizer = torch.optim.SGD(lb.parameter_groups(network), 1e-4, 0.9, nesterov=True, foreach=True)
+    x, y = (tensor.clone() for tensor in ready[0])
+    x = x.to(memory_format=torch.channels_last)
+
+    def one() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = F.cross_entropy(network(x), y)
+        loss.backward()
+        optimizer.step()
+
+    torch.backends.cudnn.benchmark = True
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            one()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one()
+    return graph.replay
+
+
+# Rows
+
+
+def right(bench: Bench) -> Iterator[dict[str, Any]]:
+    """One step's gradients against fp64 on the CPU, for every precision and layout; waits of the host in a step."""
+    images, pixels, workers = 32, 32, 2
+    torch.manual_seed(1)
+    batches = [
+        (torch.randn(images, 3, pixels, pixels), torch.randint(0, 10, (images,))) for _ in range(workers)
+    ]
+
+    def gradients(device: str, **changes: Any) -> dict[str, Tensor]:
+        here = Bench(device, small=True)
+        made = here.trainer(
+            workers, images, model="resnet8", image_size=pixels, zero_gamma=False, num_classes=10, **changes
+        )
+        before = {name: p.detach().cpu().double().clone() for name, p in made.model.named_parameters()}
+        for _ in range(30):  # exponents that are too large, or fp16's first scales, cost a step
+            with suppress(FixedPointOverflow), made.kernels():
+                made.train_step((x.to(device), y.to(device)) for x, y in batches)
+            after = {name: p.detach().cpu().double() for name, p in made.model.named_parameters()}
+            change = {name: after[name] - before[name] for name in before}
+            if any(bool(of.any()) for of in change.values()):
+                return change
+        raise RuntimeError("no step was taken")
+
+    settings = {"learning_rate": 1.0, "warmup": "none", "weight_decay": 0.0}
+    expected = gradients("cpu", precision="fp64", **settings)
+    norm = sum(float(g.square().sum()) for g in expected.values()) ** 0.5
+    for precision in ("fp64", "fp32", "tf32", "bf16", "fp16"):
+        for channels_last in (False, True):
+            for reproducible in (False, True):
+                case = {"precision": precision, "channels_last": channels_last, "reproducible": reproducible}
+                try:
+                    found = gradients(str(bench.device), **case, **settings)
+                    difference = (
+                        sum(float((found[name] - g).square().sum()) for name, g in expected.items()) ** 0.5
+                    )
+                    yield {**case, "relative_difference": difference / norm}
+                except Exception as error:
+                    yield {**case, "error": f"{type(error).__name__}: {error}"}
+
+
+def waits(bench: Bench) -> Iterator[dict[str, Any]]:
+    """How often a step makes the host wait for the GPU, and where."""
+    if bench.device.type != "cuda":
+        return
+    ready = bench.batches(8)
+    for reproducible in (False, True):
+        for precision in ("bf16", "fp16"):
+            run = whole_step(bench.trainer(2, 8, precision=precision, reproducible=reproducible), ready)
+            run()
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                run()
+            torch.cuda.set_sync_debug_mode("default")
+            places: dict[str, int] = {}
+            for one in caught:
+                place = f"{Path(one.filename).name}:{one.lineno}"
+                places[place] = places.get(place, 0) + 1
+            yield {
+                "reproducible": reproducible,
+                "precision": precision,
+                "waits": len(caught),
+                "places": places,
+            }
+
+
+def steps(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Whole steps against the bare loop, in images a second."""
+    for precision, channels_last, images in (
+        ("bf16", True, 32), ("bf16", True, bench.large), ("tf32", False, 32), ("tf32", True, bench.large),
+        ("fp32", False, 32), ("fp16", True, bench.large),
+    ):  # fmt: skip
+        ready = bench.batches(images)
+        ours = whole_step(bench.trainer(1, images, precision=precision, channels_last=channels_last), ready)
+        sides = {"hvd-lb": ours, "bare": bare_step(bench, ready, precision, channels_last, fused=True)}
+        if (precision, images) == ("bf16", 32):
+            sides["bare, foreach"] = bare_step(bench, ready, precision, channels_last, foreach=True)
+            if bench.device.type == "cuda":
+                sides["bare, CUDA graph"] = graphed_step(bench, ready)
+        yield figures(bench, sides, images, precision=precision, channels_last=channels_last, images=images)
+
+
+def virtual(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Eight virtual workers of 32 on one GPU, against the bare loop of eight microbatches; in both modes."""
+    workers, images = 8, 8 if bench.small else 32
+    for precision in ("bf16", "fp32"):
+        ready = bench.batches(images, 8)
+        options = {"precision": precision, "channels_last": precision == "bf16"}
+        sides = {
+            "hvd-lb": whole_step(bench.trainer(workers, images, **options), ready),
+            "bare": bare_step(bench, ready, precision, precision == "bf16", workers, fused=True),
+            "reproducible": whole_step(bench.trainer(workers, images, reproducible=True, **options), ready),
+        }
+        yield figures(bench, sides, workers * images, workers=workers, images=images, precision=precision)
+
+
+def reproducible(bench: Bench) -> Iterator[dict[str, Any]]:
+    """The reproducible mode against the float mode with one virtual worker."""
+    for precision in ("bf16", "fp32"):
+        for images in (32, bench.large):
+            ready = bench.batches(images)
+            options = {"precision": precision, "channels_last": precision == "bf16"}
+            sides = {
+                "reproducible": whole_step(bench.trainer(1, images, reproducible=True, **options), ready),
+                "float": whole_step(bench.trainer(1, images, **options), ready),
+            }
+            yield figures(bench, sides, images, images=images, precision=precision)
+
+
+def figures(bench: Bench, sides: dict[str, Step], step_images: int, **about: Any) -> dict[str, Any]:
+    took = bench.take_turns(sides)
+    return {
+        **about,
+        "milliseconds": {name: round(value, 3) for name, value in took.items()},
+        "images_per_second": {name: round(1000 * step_images / value, 1) for name, value in took.items()},
+        "peak_gib": {name: round(bench.memory(run), 2) for name, run in sides.items() if "graph" not in name},
+    }
+
+
+def launches(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Kernels and calls of one step, by torch's profiler."""
+    if bench.device.type != "cuda":
+        return
+    from torch.profiler import ProfilerActivity, profile
+
+    ready = bench.batches(32)
+    sides = {
+        "bare, fused": bare_step(bench, ready, "bf16", True, fused=True),
+        "bare, foreach": bare_step(bench, ready, "bf16", True, foreach=True),
+        "hvd-lb": whole_step(bench.trainer(1, 32, precision="bf16", channels_last=True), ready),
+        "reproducible": whole_step(
+            bench.trainer(1, 32, precision="bf16", channels_last=True, reproducible=True), ready
+        ),
+    }
+    for name, run in sides.items():
+        for _ in range(3):
+            run()
+        bench.wait()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            run()
+            bench.wait()
+        events = profiler.key_averages()
+        count = {event.key: event.count for event in events}
+        gpu = sum(getattr(event, "self_device_time_total", 0) for event in events) / 1000
+        yield {
+            "side": name,
+            "launches": sum(n for key, n in count.items() if "aunchKernel" in key),
+            "copies": sum(n for key, n in count.items() if key.startswith(("cudaMemcpy", "cudaMemset"))),
+            "waits": sum(n for key, n in count.items() if "ynchronize" in key),
+            "gpu_milliseconds": round(gpu, 2),
+        }
+
+
+def update(bench: Bench) -> Iterator[dict[str, Any]]:
+    """The update alone: SGD of this project against torch's."""
+    sides: dict[str, Step] = {}
+    for label in ("form 10", "form 9", "torch foreach", "torch fused"):
+        model = build_model(bench.model, 1000, seed=0).to(bench.device)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        if label.startswith("torch"):
+            options: dict[str, Any] = {label.split()[1]: True}
+            sides[label] = torch.optim.SGD(
+                lb.parameter_groups(model), 1e-4, 0.9, weight_decay=1e-4, nesterov=True, **options
+            ).step
+        else:
+            sides[label] = lb.SGD(lb.parameter_groups(model), 1e-4, form=int(label.split()[1])).step
+    yield {"milliseconds": {name: round(value, 3) for name, value in bench.take_turns(sides).items()}}
+
+
+def loaders(bench: Bench) -> Iterator[dict[str, Any]]:
+    """JPEG files of 500×375 to tensors on the device, and to the network, against torchvision's DataLoader."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms import v2
+
+    from hvd_lb.data.dataset import open_dataset
+    from hvd_lb.data.loading.contract import Preprocessing
+    from hvd_lb.data.loading.open import open_loader
+    from hvd_lb.plan.augment import Microbatch, RandomWindows
+
+    threads, images = (2, 16) if bench.small else (16, bench.large)
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["HVD_LB_CACHE"] = str(Path(temporary) / "cache")
+        folder = make_jpegs(Path(temporary) / "jpeg", 64 if bench.small else 2048)
+        data = open_dataset(str(folder)).train
+
+        def microbatches() -> Iterator[Microbatch]:
+            rng, windows = np.random.default_rng(0), RandomWindows(seed=0)
+            for epoch in itertools.count():
+                order = rng.permutation(len(data))
+                for start in range(0, len(order) - images + 1, images):
+                    ids = order[start : start + images]
+                    yield Microbatch(ids, windows.windows(epoch, ids, data.widths[ids], data.heights[ids]))
+
+        def ours(kind: Any) -> Iterator[Any]:
+            pixels = Preprocessing(bench.pixels, MEAN, STD, antialias=True)
+            return open_loader(
+                kind, data, microbatches(), pixels, batch_size=images, device=bench.device, threads=threads
+            )
+
+        def theirs() -> Iterator[Any]:
+            transform = v2.Compose(
+                [v2.RandomResizedCrop(bench.pixels, antialias=True), v2.RandomHorizontalFlip()]
+            )
+            dataset = ImageFolder(
+                str(folder / "train"),
+                transform,
+                loader=lambda path: decode_image(path, mode=ImageReadMode.RGB),
+            )
+            loader = torch.utils.data.DataLoader(
+                dataset, images, sampler=torch.utils.data.RandomSampler(dataset, True, 10**9),
+                num_workers=threads, drop_last=True, pin_memory=bench.device.type == "cuda",
+            )  # fmt: skip
+            mean, std = (torch.tensor(of, device=bench.device).view(3, 1, 1) for of in (MEAN, STD))
+            for x, y in loader:
+                x = x.to(bench.device, non_blocking=True)
+                yield x.float().div_(255).sub_(mean).div_(std), y.to(bench.device, non_blocking=True)
+
+        ready = bench.batches(images)
+        for name, make in (
+            ("hvd-lb dali", lambda: ours("dali")),
+            ("hvd-lb torchvision", lambda: ours("torchvision")),
+            ("DataLoader", theirs),
+        ):
+            for what in ("tensors", "training"):
+                side = make()
+                made = bench.trainer(1, images, precision="bf16", channels_last=True)
+                train = whole_step(made, [])
+                bare = bare_step(bench, ready, "bf16", True, fused=True)
+
+                def one(side: Iterator[Any] = side, what: str = what, name: str = name, made: Trainer = made,
+                        bare: Step = bare, train: Step = train) -> None:  # fmt: skip
+                    if what == "tensors":
+                        next(side)
+                    elif name == "DataLoader":
+                        ready[:] = [next(side)] * len(ready)
+                        bare()
+                    else:
+                        with made.kernels():
+                            made.train_step(side)
+
+                try:
+                    for _ in range(2 if bench.small else 8):
+                        one()
+                    bench.wait()
+                    began, count = time.perf_counter(), 2 if bench.small else 20
+                    for _ in range(count):
+                        one()
+                    bench.wait()
+                    seconds = (time.perf_counter() - began) / count
+                    yield {
+                        "side": name, "to": what, "threads": threads, "images": images,
+                        "images_per_second": round(images / seconds, 1),
+                    }  # fmt: skip
+                finally:
+                    if hasattr(side, "close"):
+                        side.close()
+                    del side, one
+        if bench.device.type == "cuda":
+            yield from decoding_alone(bench, folder, images)
+
+
+def decoding_alone(bench: Bench, folder: Path, images: int) -> Iterator[dict[str, Any]]:
+    """Whole images decoded on the GPU by torchvision (nvJPEG), from memory."""
+    from torchvision.io import decode_jpeg, read_file
+
+    files = [read_file(str(file)) for file in sorted((folder / "train").rglob("*.jpg"))[:images]]
+    run = bench.take_turns({"decode_jpeg": lambda: decode_jpeg(files, device="cuda")})
+    yield {
+        "side": "torchvision decode_jpeg on the GPU",
+        "images_per_second": round(1000 * images / run["decode_jpeg"], 1),
+    }
+
+
+def make_jpegs(folder: Path, count: int) -> Path:
+    """Smooth noise with grain, about 90 kB each: they decode like photographs."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(min(count, 256)):
+        coarse = rng.integers(0, 256, (18, 25, 3), dtype=np.uint8)
+        smooth = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC))
+        grainy = np.clip(smooth + rng.normal(0, 13, smooth.shape), 0, 255).astype(np.uint8)
+        for copy in range(i, count, 256):
+            for split in ("train", "val") if copy < 32 else ("train",):
+                file = folder / split / f"class{copy % 10}" / f"{copy:05d}.jpg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(grainy).save(file, quality=90)
+    return folder
+
+
+def processes(bench: Bench) -> Iterator[dict[str, Any]]:
+    """The same recipe on one process and under Horovod: bits in the reproducible mode, and time."""
+    with tempfile.TemporaryDirectory() as temporary:
+        digests: dict[str, Any] = {}
+        for count in (1, 2):
+            file = Path(temporary) / f"{count}.json"
+            launcher = [sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", str(count)]
+            launcher += ["-H", f"localhost:{count}", "--network-interface", "lo"]
+            command = [
+                *launcher,
+                sys.executable,
+                __file__,
+                "--device",
+                bench.device.type,
+                "--rank",
+                str(file),
+            ]
+            command += ["--small"] if bench.small else []
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            if done.returncode:
+                yield {"processes": count, "error": (done.stderr or done.stdout).strip()[-600:]}
+                continue
+            digests[f"Horovod, {count}"] = json.loads(file.read_text())
+        digests["alone"] = steps_of_a_rank(bench)
+        yield {
+            "same_bits": {
+                name: found["digest"] == digests["alone"]["digest"] for name, found in digests.items()
+            },
+            "milliseconds": {name: found["milliseconds"] for name, found in digests.items()},
+        }
+
+
+def steps_of_a_rank(bench: Bench) -> dict[str, Any]:
+    """Six reproducible steps of four virtual workers; a digest of the weights, and the time of a step in float mode."""
+    import hashlib
+
+    from hvd_lb.plan.hosting import hosted
+
+    world = lb.current()
+    images = 8
+    ready = bench.batches(images, 4)
+    mine = [ready[worker] for worker in hosted(world.rank, world.size, 4)]
+    made = bench.trainer(4, images, reproducible=True, learning_rate=0.1)
+    run = whole_step(made, mine)
+    for _ in range(6):
+        run()
+    digest = hashlib.sha256()
+    for parameter in made.model.parameters():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    step = whole_step(bench.trainer(4, images, precision="bf16", channels_last=True), mine)
+    for _ in range(3):
+        step()
+    bench.wait()
+    began = time.perf_counter()
+    for _ in range(10):
+        step()
+    bench.wait()
+    return {"digest": digest.hexdigest(), "milliseconds": round(100 * (time.perf_counter() - began), 2)}
+
+
+ROWS: dict[str, Row] = {
+    "right": right, "steps": steps, "loaders": loaders, "virtual": virtual, "waits": waits, "launches": launches,
+    "processes": processes, "reproducible": reproducible, "update": update,
+}  # fmt: skip
+
+
+def machine(device: str) -> dict[str, Any]:
+    import torchvision
+
+    about = {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": sys.version.split()[0],
+    }
+    if device == "cuda":
+        about |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
+    return about | {"date": time.strftime("%Y-%m-%d"), "cores": len(os.sched_getaffinity(0))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--small", action="store_true", help="tiny networks, to try the script out")
+    parser.add_argument("--rows", default=",".join(ROWS), help="names, separated by commas")
+    parser.add_argument("--output", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--seconds", type=float, default=120, help="limit for a row")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one or options.rank:
+        lb.init()
+        bench = Bench(options.device, options.small)
+        if options.rank:
+            found = steps_of_a_rank(bench)
+            if lb.current().rank == 0:
+                options.rank.write_text(json.dumps(found))
+            lb.shutdown()
+            return
+        for result in ROWS[options.one](bench):
+            print(json.dumps(result), flush=True)
+        return
+    results: dict[str, Any] = {"machine": machine(options.device)}
+    print(json.dumps(results["machine"]), flush=True)
+    for name in options.rows.split(","):
+        command = [sys.executable, __file__, "--device", options.device, "--one", name]
+        command += ["--small"] if options.small else []
+        began = time.perf_counter()
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+            try:
+                code: object = subprocess.run(
+                    command, stdout=out, stderr=errors, timeout=options.seconds, check=False
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = f"more than {options.seconds:.0f} s"
+            out.seek(0)
+            errors.seek(0)
+            found = [json.loads(line) for line in out if line.startswith("{")]
+            if code:
+                found.append({"error": str(code), "last": errors.read()[-1500:]})
+        results[name] = found
+        options.output.write_text(json.dumps(results, indent=1))
+        print(
+            f"== {name} ({time.perf_counter() - began:.0f} s)", *map(json.dumps, found), sep="\n", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
