@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sys
 
 import rich_click as click
@@ -37,6 +39,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point of the console script."""
     try:
+        _check_start(sys.argv[1:])
         status = cli.main(prog_name="hvd-lb", standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2)
@@ -46,11 +49,33 @@ def main() -> None:
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except OSError as error:  # a full disk, a folder that went away, a reader that closed the pipe
-        _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
+        given = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)  # it is the name itself
+        _fail(
+            f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""),
+            2 if given else 1,
+        )
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # what pathlib says of ~ and ~NAME
+            raise
+        _fail("a path begins with ~, and there is no such home directory: write it out, or set HOME", 2)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     else:
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _check_start(arguments: list[str]) -> None:
+    """UserError for what no command could make sense of."""
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if word == "" or re.fullmatch("--[a-z0-9-]+=", word):
+            option = word.rstrip("=") or (before if before.startswith("--") else "an argument")
+            raise UserError(
+                f"{option} is empty: leave it out, or give a value (is a variable of the shell not set?)"
+            )
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the working directory is gone: change to one that is there") from None
 
 
 def _fail(message: str, status: int) -> None:
