@@ -90,6 +90,22 @@ def test_train_on_two_processes_equals_simulate(start: Start, tmp_path: Path) ->
     assert_equal_weights([trained, simulated], 1e-5)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_variables_of_another_job_are_not_inherited(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """As in a shell that mpirun, horovodrun or srun has started."""
+    for launcher in ("HOROVOD", "OMPI_COMM_WORLD", "PMI", "PMIX", "HOROVOD_LOCAL", "HOROVOD_CROSS"):
+        monkeypatch.setenv(f"{launcher}_RANK", "1")
+        monkeypatch.setenv(f"{launcher}_SIZE", "3")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "192.0.2.1")
+    monkeypatch.setenv("HOROVOD_CONTROLLER", "mpi")
+    more = ("--gpus", 2, "--steps", 2, "--log-every", 1, "--launcher", "local", "--processes", processes)
+    finish(start("train", *SMALL, *more, "--output", tmp_path / "run"))
+    assert [record["kind"] for record in records(tmp_path / "run")] == ["train", "train", "eval"]
+
+
 def test_killed_it_goes_on_to_the_same_bits(start: Start, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = start(*a_run(run))
