@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
-from rich.console import Console
+from rich.text import Text
 
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.text import count, duration, speed
 from hvd_lb_cli.options.recipe import recipe_options, run_options
 from hvd_lb_cli.output.show import index_progress, print_rows
+from hvd_lb_cli.output.terminal import outliving_readers, plain_console
 
 if TYPE_CHECKING:
     from hvd_lb.resolve import Resolved
@@ -67,7 +68,7 @@ def simulate(
     from hvd_lb.simulate import rehearse
 
     started = time.monotonic()
-    console = Console()
+    console = plain_console()
     device_name = choose_device(device)
     with index_progress(console) as on_progress:
         resolved = resolve(
@@ -78,25 +79,26 @@ def simulate(
     )
     plan = [*explain(resolved), ("memory", _memory(resolved.recipe))]
     if "steps" in options or "epochs" in options:
-        return run_job(
-            resolved,
-            placement,
-            local(1, {}),
-            output=output or default_output(resolved.recipe, "simulate-"),
-            resume=resume,
-            command=sys.argv,
-            console=console,
-            on_ready=lambda: print_rows(console, plan),
-        )
+        with outliving_readers():
+            return run_job(
+                resolved,
+                placement,
+                local(1, {}),
+                output=output or default_output(resolved.recipe, "simulate-"),
+                resume=resume,
+                command=sys.argv,
+                console=console,
+                on_ready=lambda: print_rows(console, plan),
+            )
     print_rows(console, plan)
-    with console.status("rehearsing …") as status:
+    with console.status(Text("rehearsing …")) as status:
         rehearsal = rehearse(
             resolved,
             device=torch.device(device_name),
             threads=placement.threads,
             deadline=started + budget,
             on_microbatch=lambda step, done, of: status.update(
-                f"rehearsing: step {step}, microbatch {done}/{of}"
+                Text(f"rehearsing: step {step}, microbatch {done}/{of}")
             ),
         )
     print_rows(

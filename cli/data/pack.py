@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
-from rich.console import Console
 
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count
 from hvd_lb_cli.output.progress import long_progress
+from hvd_lb_cli.output.terminal import plain_console
 
 _UNITS = {"B": 1, **{f"{unit}B": 1000**n for n, unit in enumerate("kMGT", start=1)}}
 _UNITS |= {f"{unit}iB": 1024**n for n, unit in enumerate("KMGT", start=1)}
@@ -84,7 +84,7 @@ def pack_command(
     from hvd_lb.data.prepare.pack import pack
     from hvd_lb.machine.cpu import usable_cores
 
-    console = Console()
+    console = plain_console()
     path = Path(source).expanduser()
     if path.exists() and target.resolve().is_relative_to(path.resolve()):
         raise UserError(f"{target}: lies in {source}; give a folder outside of what is packed")

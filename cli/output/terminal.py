@@ -1,0 +1,78 @@
+"""What commands print to: texts as they are, whatever letters the terminal has, and whether or not anybody reads."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from typing import Any, TextIO, cast
+
+from rich.console import Console
+
+# As on a typewriter; what is not here, such as a letter of a path, is shown by its number: \xfc.
+_TYPED = {"×": "x", "…": "...", "→": "->", "λ": "lambda", "γ": "gamma", "β": "beta"}
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """Prints texts as they are: a path may hold [bold], :smile: or 42."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def tolerate_any_letter() -> None:
+    """Standard output and error take all texts from here on, whatever their encoding."""
+    codecs.register_error("hvd-lb", _spelled)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="hvd-lb")
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    return "".join(_TYPED.get(letter) or ascii(letter)[1:-1] for letter in letters), error.end
+
+
+@contextmanager
+def outliving_readers() -> Iterator[None]:
+    """In here nothing that is printed can fail: work goes on when whoever read it is gone, or its disk is full."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Unfailing(stream)) if stream else stream for stream in streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        for stream in filter(None, streams):
+            give_up_unread(stream)
+
+
+def give_up_unread(stream: TextIO) -> bool:
+    """Whether what is left of a stream could not be written; then it goes nowhere, now and at the end of Python."""
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        return True
+    return False
+
+
+class _Unfailing:
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
