@@ -12,7 +12,7 @@ from click.exceptions import NoArgsIsHelpError
 
 from hvd_lb.errors import UserError
 from hvd_lb_cli.lazy import LazyGroup
-from hvd_lb_cli.output.terminal import give_up_unread, tolerate_any_letter
+from hvd_lb_cli.output.terminal import to_nowhere, tolerate_any_letter
 
 # Threads that wait for each other give up their core: on a shared machine, spinning ones made a step five times
 # slower. Read when torch is loaded, here and in the ranks.
@@ -69,7 +69,10 @@ def _fail(message: str, status: int) -> None:
 def _end(status: int) -> None:
     """With this exit status also where nobody reads what is left to be written."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        give_up_unread(stream)
+        try:
+            stream.flush()
+        except OSError:
+            to_nowhere(stream)
     sys.exit(status)
 
 

@@ -40,39 +40,45 @@ def _spelled(error: UnicodeError) -> tuple[str, int]:
 def outliving_readers() -> Iterator[None]:
     """In here nothing that is printed can fail: work goes on when whoever read it is gone, or its disk is full."""
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, _Unfailing(stream)) if stream else stream for stream in streams)
+    guarded = [_Unfailing(stream) if stream else None for stream in streams]
+    sys.stdout, sys.stderr = cast(list[TextIO], guarded)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = streams
-        for stream in filter(None, streams):
-            give_up_unread(stream)
+        for stream in filter(None, guarded):
+            stream.flush()
+            if stream.failed:
+                to_nowhere(stream)
 
 
-def give_up_unread(stream: TextIO) -> bool:
-    """Whether what is left of a stream could not be written; then it goes nowhere, now and at the end of Python."""
-    try:
-        stream.flush()
-    except OSError:
+def to_nowhere(stream: Any) -> None:
+    """Send what is left of a stream, and what follows, to nowhere."""
+    with suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
-        return True
-    return False
 
 
 class _Unfailing:
     def __init__(self, stream: TextIO):
-        self._stream = stream
+        self._stream, self.failed = stream, False
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
+        with self._noted():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError):
+        with self._noted():
             self._stream.flush()
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.failed = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from collections.abc import Sequence
@@ -123,7 +124,7 @@ def _ended(match: re.Match[str], logs: Path, hosts: Sequence[Host], launcher_log
         code = -int(found.get("signal") or _SAID_SIGNALS[found["said"]])
     else:
         code = int(found["code"])
-    if not log.exists():  # it never came so far
+    if not os.path.exists(log):  # it never came so far
         log = launcher_log
     if code == SSH_FAILED:
         return RankFailure(_how_ssh_ended(rank, launcher_log), rank, host, launcher_log)

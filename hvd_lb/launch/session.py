@@ -162,7 +162,7 @@ def _watch(
             console.print(f"stopped {where}; the same command goes on {goes_on}")
             return 128 + number
     if status:
-        failure = processes.failure(status)
+        failure = retried(partial(processes.failure, status), str(run.logs))
         # Told first: where the disk is full, nothing can be summed up.
         print(f"hvd-lb: error: {failure}", file=sys.stderr)
         _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began, console)

@@ -15,6 +15,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,11 @@ class DirectoryLock:
         )
 
     def close(self) -> None:
-        os.close(self.descriptor)
-        if self._maker:
-            self._maker.unlink(missing_ok=True)
+        with suppress(OSError):
+            if self._maker:
+                self._maker.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.close(self.descriptor)
 
 
 def _locked(lock: Callable[[int, int], object], descriptor: int, folder: Path) -> bool:

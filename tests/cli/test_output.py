@@ -170,6 +170,7 @@ main.main()
 """
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -179,9 +180,10 @@ main.main()
         ("raise main.UserError('no')", 2),
     ],
 )
-def test_the_exit_status_when_the_reader_is_gone(body: str, status: int) -> None:
+def test_the_exit_status_when_the_reader_is_gone(body: str, status: int, unbuffered: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", READERS.format(body=body)],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
