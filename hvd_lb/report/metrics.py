@@ -153,11 +153,11 @@ class RunObserver:
         """What is in here may fail by the file system; the first time for each path it is told."""
         try:
             yield
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter of TensorBoard, whose paths have to be UTF-8
             if path in self._told:
                 return
             self._told.add(path)
-            why = error.strerror or str(error)
+            why = getattr(error, "strerror", None) or str(error)
             reason = f"{path.name} cannot be written ({why}): training goes on, and it is tried again"
             self._lines.add({"kind": "warning", "step": self._step, "reason": reason})
             with suppress(OSError):
