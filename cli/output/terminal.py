@@ -12,8 +12,15 @@ from typing import Any, TextIO, cast
 
 from rich.console import Console
 
-# As on a typewriter; what is not here, such as a letter of a path, is shown by its number: \xfc.
-_TYPED = {"×": "x", "…": "...", "→": "->", "λ": "lambda", "γ": "gamma", "β": "beta"}
+# As on a typewriter, frames of a spinner too; what is not here, such as a letter of a path, is shown by its number: \xfc.
+_TYPED = dict.fromkeys("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "*") | {
+    "×": "x",
+    "…": "...",
+    "→": "->",
+    "λ": "lambda",
+    "γ": "gamma",
+    "β": "beta",
+}
 
 
 def plain_console(*, stderr: bool = False) -> Console:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.spinner import SPINNERS
 from rich.table import Table
 
 from hvd_lb_cli.output.progress import long_progress
@@ -92,6 +93,7 @@ def test_letters_that_a_terminal_lacks(monkeypatch: pytest.MonkeyPatch, encoding
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     tolerate_any_letter()
+    assert "".join(SPINNERS["dots"]["frames"]).encode("ascii", "hvd-lb") == b"*" * 10
     text = "32×32 … 1 → 2 grün 训 \udcff"
     print(text)
     print(text, file=sys.stderr)
