@@ -12,7 +12,7 @@ from typing import Any, TextIO, cast
 
 from rich.console import Console
 
-# As on a typewriter, frames of a spinner too; what is not here, such as a letter of a path, is shown by its number: \xfc.
+# As on a typewriter, frames of a spinner too; what is not here, as a letter of a path, is shown by its number: \xfc.
 _TYPED = dict.fromkeys("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "*") | {
     "×": "x",
     "…": "...",

@@ -107,8 +107,8 @@ def run_job(
         replace_text(run.recipe, resolved.recipe.to_yaml())
         write_json(run.environment, describe_environment(placement, command))
         run.summary.unlink(missing_ok=True)
-        truncate_metrics(run.metrics, resume_point.step)
-        truncate_metrics(run.bad_images, resume_point.step)
+        for path in (run.metrics, run.bad_images):
+            truncate_metrics(path, resume_point.step, evaluation_due=resume_point.evaluation_due)
         for path in resume_point.damaged:
             store.set_aside(path)
         store.discard_after(resume_point.step)
@@ -117,10 +117,10 @@ def run_job(
         if resume_point.checkpoint:
             console.print(f"going on from step {resume_point.step} ({resume_point.checkpoint.path.name})")
         console.print(f"writing to {run.path}", soft_wrap=True)
-        if resume_point.step >= resolved.total_steps:
+        if resume_point.step >= resolved.total_steps and not resume_point.evaluation_due:
             return _finish(run, resolved, 0.0, console)
         job = make_job(resolved, placement, launch, run, resume_point)
-        return _watch(job, launch, run, resolved, resume_point.step, lock.descriptor, console)
+        return _watch(job, launch, run, resolved, resume_point, lock.descriptor, console)
     finally:
         lock.close()
 
@@ -130,14 +130,14 @@ def _watch(
     launch: LaunchPlan,
     run: RunDirectory,
     resolved: Resolved,
-    first_step: int,
+    resume_point: ResumePoint,
     lock: int,
     console: Console,
 ) -> int:
     """Start the ranks, show what they do, and sum up what came of it; the exit status."""
     display = open_display(
         console,
-        first_step=first_step,
+        first_step=resume_point.step,
         total_steps=resolved.total_steps,
         steps_per_epoch=resolved.plan.steps_per_epoch,
     )
@@ -145,7 +145,7 @@ def _watch(
     with _signals() as received:
         processes = RankProcesses(job, launch, run, lock)
         try:
-            with RunView(run, display, first_step) as view:
+            with RunView(run, display, resume_point.first_record) as view:
                 asked = False
                 while (status := processes.wait(_LOOK_SECONDS)) is None and len(received) < 2:
                     if received and not asked:

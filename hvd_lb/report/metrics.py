@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -39,7 +39,12 @@ class JsonLines:
         self._waiting = b""
 
     def add(self, *records: dict[str, Any]) -> None:
-        self._waiting += b"".join(f"{strict_json(record)}\n".encode("ascii") for record in records)
+        self._waiting += _lines(records)
+
+    def forget(self, first_step: int) -> None:
+        """The records of steps from there on, which will be added again."""
+        self._waiting = _before(self._waiting, first_step)
+        truncate_metrics(self.path, first_step)
 
     def write(self, *, sync: bool = False) -> None:
         """OSError leaves the file with whole lines. It is opened each time: a handle may go stale."""
@@ -101,6 +106,14 @@ class RunObserver:
     def repeat(self, record: dict[str, Any]) -> None:
         self._write("repeat", record)
 
+    def rollback(self, record: dict[str, Any]) -> None:
+        self._write("rollback", record)
+        with self._told_of(self._run.bad_images):
+            self._bad_images.forget(record["to"])
+
+    def warning(self, record: dict[str, Any]) -> None:
+        self._write("warning", record)
+
     def bad_images(self, records: Sequence[dict[str, Any]]) -> None:
         self._bad_images.add(*records)
         with self._told_of(self._run.bad_images):
@@ -158,10 +171,10 @@ class RunObserver:
                 return
             self._told.add(path)
             why = getattr(error, "strerror", None) or str(error)
-            reason = f"{path.name} cannot be written ({why}): training goes on, and it is tried again"
-            self._lines.add({"kind": "warning", "step": self._step, "reason": reason})
+            message = f"{path.name} cannot be written ({why}): training goes on, and it is tried again"
+            self._lines.add({"kind": "warning", "step": self._step, "message": message})
             with suppress(OSError):
-                print(f"hvd-lb: warning: {reason}", file=sys.stderr, flush=True)
+                print(f"hvd-lb: warning: {message}", file=sys.stderr, flush=True)
 
 
 class SilentObserver:
@@ -179,6 +192,12 @@ class SilentObserver:
     def repeat(self, record: dict[str, Any]) -> None:
         pass
 
+    def rollback(self, record: dict[str, Any]) -> None:
+        pass
+
+    def warning(self, record: dict[str, Any]) -> None:
+        pass
+
     def bad_images(self, records: Sequence[dict[str, Any]]) -> None:
         pass
 
@@ -190,13 +209,19 @@ class SilentObserver:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a file of them. What is no record, as a line that a crash cut short, is left out."""
+    """All records that count: not those of steps that were taken again after a rollback, nor lines that are none."""
     return read_records(path)[0]
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """All records, and how many whole lines are none."""
-    return parse_records(path.read_bytes()) if path.exists() else ([], 0)
+    """As `read_metrics`, and how many whole lines are no records."""
+    found, foreign = parse_records(path.read_bytes()) if path.exists() else ([], 0)
+    records: list[dict[str, Any]] = []
+    for record in found:
+        if record.get("kind") == "rollback":
+            records = [old for old in records if old.get("kind") == "rollback" or old["step"] < record["to"]]
+        records.append(record)
+    return records, foreign
 
 
 def parse_records(text: bytes) -> tuple[list[dict[str, Any]], int]:
@@ -211,22 +236,43 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line, parse_constant=lambda _: None)  # NaN, in files of older versions
     except ValueError:
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    if not isinstance(record, dict):
         return None
+    steps = ("step", "to") if record.get("kind") == "rollback" else ("step",)
     numbers = _NUMBERS.get(str(record.get("kind")), ())
-    whole = all(isinstance(record.get(name), int | float | None) for name in numbers)
+    whole = all(isinstance(record.get(name), int) for name in steps) and all(
+        isinstance(record.get(name), int | float | None) for name in numbers
+    )
     return record if whole else None
 
 
-def truncate_metrics(path: Path, first_step: int) -> None:
-    """Remove the records of steps from `first_step` on, which will be written again, and what is no record."""
+def truncate_metrics(path: Path, first_step: int, *, evaluation_due: bool = False) -> None:
+    """Remove the records of steps from `first_step` on, which will be written again, and what is no record.
+
+    With `evaluation_due` the evaluation after the step before, too.
+    """
     if not path.exists():
         return
     before = path.read_bytes()
-    kept = [record for record in parse_records(before)[0] if record["step"] < first_step]
-    after = "".join(f"{strict_json(record)}\n" for record in kept).encode("ascii")
-    if after != before:
+    after = _before(before, first_step, evaluation_due)
+    if after == before:
+        return
+    if before.startswith(after):  # which needs no room
+        os.truncate(path, len(after))
+    else:
         replace_bytes(path, after)
+
+
+def _before(text: bytes, first_step: int, evaluation_due: bool = False) -> bytes:
+    def counts(record: dict[str, Any]) -> bool:
+        of_evaluation = "eval" in (record.get("kind"), record.get("of"))
+        return bool(record["step"] < first_step - (evaluation_due and of_evaluation))
+
+    return _lines(filter(counts, parse_records(text)[0]))
+
+
+def _lines(records: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(f"{strict_json(record)}\n".encode("ascii") for record in records)
 
 
 class MetricsFollower:
@@ -240,6 +286,8 @@ class MetricsFollower:
         """None, while the file cannot be read."""
         try:
             with self._path.open("rb") as stream:
+                if stream.seek(0, os.SEEK_END) < self._offset:  # records were taken back
+                    self._offset = 0
                 stream.seek(self._offset)
                 text = stream.read()
         except OSError:

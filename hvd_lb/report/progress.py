@@ -70,8 +70,10 @@ class RunView:
             elif kind == "repeat":
                 again = f"epoch {record.get('epoch')} step {record['step']} is taken again"
                 self._display.note(f"{again}: {record.get('reason')}")
+            elif kind == "rollback":
+                self._display.note(_rolled_back(record))
             elif kind == "warning":
-                self._display.note(f"warning: step {record['step']}: {record.get('reason')}")
+                self._display.note(f"warning: {record.get('message')}")
         for bad in self._bad_images.new_records():
             if not self._told_of_bad:
                 self._told_of_bad = True
@@ -204,3 +206,12 @@ def _metrics(record: dict[str, Any]) -> str:
         f"loss {figure(record.get('loss'), '.4f')}, lr {figure(record.get('lr'), '.4g')}, "
         f"{speed(record.get('images_per_second'))}, {waiting} waiting for data"
     )
+
+
+def _rolled_back(record: dict[str, Any]) -> str:
+    where = f"epoch {record.get('epoch')} step {record['step']}"
+    if record.get("left_out"):
+        images = list(record.get("images") or ())
+        ids = ", ".join(map(str, images[:8])) + (", …" if len(images) > 8 else "")
+        return f"{where} (images {ids}) is left out; going on from step {record['to']}"
+    return f"{where}: not finite any more; going back to step {record['to']} to find out which step it is"

@@ -99,12 +99,12 @@ def test_one_line_that_is_no_record_is_left_out(tmp_path: Path, foreign: bytes) 
 
 def test_a_kind_that_is_not_known_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "kind": "rollback", "why": "x"}\n{"step": 2, "kind": 7}\n')
+    path.write_text('{"step": 1, "kind": "later", "why": "x"}\n{"step": 2, "kind": 7}\n')
     before = path.stat().st_ino
     truncate_metrics(path, 5)
     assert path.stat().st_ino == before  # nothing to change
     truncate_metrics(path, 2)
-    assert path.read_text() == '{"step": 1, "kind": "rollback", "why": "x"}\n'
+    assert path.read_text() == '{"step": 1, "kind": "later", "why": "x"}\n'
 
 
 def test_numbers_of_older_versions_that_are_not_finite(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_full_disk_is_told_once_and_ends_no_training(
     observer.close()
     assert json.loads(run.heartbeat.read_text())["step"] == 3
     assert [r["step"] for r in lines(run.metrics) if r["kind"] == "train"] == [0, 1, 2, 3]
-    warnings = [r["reason"].split()[0] for r in lines(run.metrics) if r["kind"] == "warning"]
+    warnings = [r["message"].split()[0] for r in lines(run.metrics) if r["kind"] == "warning"]
     assert warnings == ["progress.json", "metrics.jsonl", "bad_images.jsonl"]
     assert [r["step"] for r in lines(run.bad_images)] == [0, 1, 2]
 
@@ -230,4 +230,34 @@ def test_tensorboard_is_made_anew_after_an_error(run: RunDirectory, monkeypatch:
     board = EventAccumulator(str(files[1])).Reload()
     assert [event.step for event in board.Scalars("train/loss")] == [2]
     [warning] = [record for record in lines(run.metrics) if record["kind"] == "warning"]
-    assert warning["reason"].startswith("tensorboard cannot be written (No space left on device)")
+    assert warning["message"].startswith("tensorboard cannot be written (No space left on device)")
+
+
+def test_what_waits_for_room_is_taken_back_with_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "bad_images.jsonl"
+    written, follower = JsonLines(path), MetricsFollower(path, 0)
+    for step in range(4):
+        written.add({"step": step, "path": "a.jpg"})
+        if step < 2:
+            written.write()
+    assert len(follower.new_records()) == 2
+    with room(path.stat().st_size):  # the disk is full
+        written.forget(1)
+    written.add({"step": 1, "path": "again"})
+    written.write()
+    assert [(line["step"], line["path"]) for line in lines(path)] == [(0, "a.jpg"), (1, "again")]
+    assert follower.new_records() == []
+    written.forget(0)
+    assert follower.new_records() == []
+    written.add({"step": 0})
+    written.write()
+    assert follower.new_records() == [{"step": 0}]
+
+
+def test_a_rollback_that_says_not_where_to_is_no_record(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"kind": "train", "step": 3}\n{"kind": "rollback", "step": 3, "to": null}\n{"step": 4}\n'
+    )
+    assert [record["step"] for record in read_metrics(path)] == [3, 4]
+    assert read_records(path)[1] == 1

@@ -28,7 +28,10 @@ RECORDS = [
     {"kind": "eval", "step": 1},
     {"kind": "eval", "step": 1, "epoch": 0, "top1_error": 1, "top5_error": None, "loss": None, "images": 10},
     {"kind": "repeat", "step": 1},
-    {"kind": "warning", "step": 1, "reason": "the disk [bold]is[/] full"},
+    {"kind": "rollback", "step": 1},
+    {"kind": "rollback", "step": 1, "to": 0},
+    {"kind": "rollback", "step": 1, "to": 0, "left_out": True, "images": [1, 2]},
+    {"kind": "warning", "step": 1, "message": "the disk [bold]is[/] full"},
     {"kind": 3, "step": 1},
     {"step": 1},
 ]
