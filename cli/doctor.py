@@ -16,7 +16,8 @@ from hvd_lb.doctor.examine import examine
 from hvd_lb.doctor.finding import Finding
 from hvd_lb.doctor.selftest import selftest
 from hvd_lb.launch.options import LaunchOptions
-from hvd_lb_cli.options.launch import host_options
+from hvd_lb_cli.options.given import refuse_options
+from hvd_lb_cli.options.launch import SSH_OPTIONS, host_options
 from hvd_lb_cli.output.terminal import plain_console
 
 _COLOURS = {"ok": "green", "missing": "yellow", "wrong": "red"}
@@ -38,7 +39,9 @@ _COLOURS = {"ok": "green", "missing": "yellow", "wrong": "red"}
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("runs"), help="With --hosts: where to."
 )
+@click.pass_context
 def doctor(
+    context: click.Context,
     with_selftest: bool,
     launch_options: LaunchOptions,
     device: str,
@@ -57,9 +60,23 @@ def doctor(
     """
     console = plain_console()
     if launch_options.hosts is not None or launch_options.hostfile is not None:
+        refuse_options(
+            context, {"with_selftest"}, "is for this machine: give it on each host, without --hosts"
+        )
+        if image is not None:
+            refuse_options(
+                context,
+                {"network_interface"},
+                "is not looked at with --image: containers find it when they start",
+            )
         from hvd_lb_cli.doctor_hosts import examine_hosts  # needs torch, which this command looks for
 
         return examine_hosts(console, launch_options, device, data, output, image)
+    refuse_options(
+        context,
+        {*SSH_OPTIONS, "device", "data", "image", "output"},
+        "is what hosts are examined for: name them, as in --hosts h1:8,h2:8, or leave it out",
+    )
     findings = chain(examine(), selftest() if with_selftest else ())
     shown = _show_table(console, findings) if console.is_terminal else _print_lines(findings)
     failed = [finding.name.strip() for finding in shown if finding.prevents_training]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import sys
 from contextlib import suppress
@@ -41,6 +43,7 @@ def main() -> None:
     """Entry point of the console script."""
     tolerate_any_letter()
     try:
+        _check_start(sys.argv[1:])
         status = cli.main(prog_name="hvd-lb", standalone_mode=False)
         print(end="", flush=True)
     except UserError as error:
@@ -53,11 +56,33 @@ def main() -> None:
     except BrokenPipeError:  # `hvd-lb data verify | head`: whoever reads has seen enough
         _end(128 + signal.SIGPIPE)
     except OSError as error:  # a full disk, a folder that went away
-        _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
+        given = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)  # it is the name itself
+        _fail(
+            f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""),
+            2 if given else 1,
+        )
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # what pathlib says of ~ and ~NAME
+            raise
+        _fail("a path begins with ~, and there is no such home directory: write it out, or set HOME", 2)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     else:
         _end(status if isinstance(status, int) else 0)
+
+
+def _check_start(arguments: list[str]) -> None:
+    """UserError for what no command could make sense of."""
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if word == "" or re.fullmatch("--[a-z0-9-]+=", word):
+            option = word.rstrip("=") or (before if before.startswith("--") else "an argument")
+            raise UserError(
+                f"{option} is empty: leave it out, or give a value (is a variable of the shell not set?)"
+            )
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the working directory is gone: change to one that is there") from None
 
 
 def _fail(message: str, status: int) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
-from click.core import ParameterSource
 
 from hvd_lb import __version__
 from hvd_lb.data.spec import absolute_spec, data_folder, data_spec
@@ -31,6 +30,7 @@ from hvd_lb.launch.target import Target
 from hvd_lb.machine.placement import DeviceName
 from hvd_lb.resolve import check_options
 from hvd_lb_cli.arguments import forwarded_arguments
+from hvd_lb_cli.options.given import given_options
 from hvd_lb_cli.options.launch import FORWARDED, LAUNCH_OPTIONS
 from hvd_lb_cli.options.submit import PUBLISHED_IMAGE, SubmitOptions
 from hvd_lb_cli.options.train import TrainOptions
@@ -68,6 +68,9 @@ def is_submission(target: Target, train: TrainOptions) -> bool:
 
 def refuse_unused(context: click.Context, target: Target, options: SubmitOptions) -> None:
     """UserError for an option that was given and that nothing would read: it was meant for another place."""
+    given = given_options(context)
+    if "container_mount" in given and "container_image" not in given:
+        raise UserError("--container-mount is for processes in an image: give --container-image as well")
     over_ssh = target.kind == "ssh"
     read = {
         "ssh_": over_ssh,
@@ -80,15 +83,13 @@ def refuse_unused(context: click.Context, target: Target, options: SubmitOptions
         "k8s_": target.kind == "submit-kubernetes",
         "per_node": target.kind.startswith("submit"),
     }
-    for option in context.command.params:
-        name = option.name or ""
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            prefix = next((prefix for prefix in read if name.startswith(prefix)), None)
-            if prefix and not read[prefix]:
-                raise UserError(
-                    f"{option.opts[0]} has no meaning for a run that is started {_STARTED[target.kind]}: leave it "
-                    "out, or see --launcher"
-                )
+    for name, option in given.items():
+        prefix = next((prefix for prefix in read if name.startswith(prefix)), None)
+        if prefix and not read[prefix]:
+            raise UserError(
+                f"{option} has no meaning for a run that is started {_STARTED[target.kind]}: leave it out, or see "
+                "--launcher"
+            )
 
 
 def _submission(command: click.Command, options: TrainOptions, target: Target) -> Submission:

@@ -7,6 +7,7 @@ from pathlib import Path
 import rich_click as click
 
 from hvd_lb.report.text import count
+from hvd_lb_cli.options.kinds import FRACTION
 from hvd_lb_cli.output.progress import long_progress
 from hvd_lb_cli.output.terminal import plain_console
 
@@ -15,7 +16,7 @@ from hvd_lb_cli.output.terminal import plain_console
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="FOLDER", type=click.Path(path_type=Path))
 @click.option(
-    "--val-fraction", type=float, help="Share held out where there is no val/ folder, as with `train`."
+    "--val-fraction", type=FRACTION, help="Share held out where there is no val/ folder, as with `train`."
 )
 def export_command(source: str, target: Path, val_fraction: float | None) -> None:
     """Write the data set SRC (whatever --data takes) to FOLDER/train and FOLDER/val with a folder for each class.

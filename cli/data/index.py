@@ -9,6 +9,7 @@ import rich_click as click
 
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count
+from hvd_lb_cli.options.kinds import FRACTION
 from hvd_lb_cli.output.progress import long_progress
 from hvd_lb_cli.output.terminal import plain_console
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 )
 @click.option("--check", is_flag=True, help="Compare size and time of every file with the index.")
 @click.option(
-    "--val-fraction", type=float, help="Share held out where there is no val/ folder, as with `train`."
+    "--val-fraction", type=FRACTION, help="Share held out where there is no val/ folder, as with `train`."
 )
 def index_command(source: str, beside: bool, check: bool, val_fraction: float | None) -> None:
     """Index DATA, a folder, list or shards: location, size, label, width, height and orientation of every image.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from hvd_lb.report.text import count
+from hvd_lb_cli.options.given import refuse_options
+from hvd_lb_cli.options.kinds import FRACTION
 from hvd_lb_cli.output.picture_file import PICTURE, write_picture
 from hvd_lb_cli.output.progress import long_progress
 from hvd_lb_cli.output.terminal import plain_console
@@ -21,7 +23,7 @@ _BAR = 12
 @click.command("info")
 @click.argument("source", metavar="[DATA]", required=False)
 @click.option(
-    "--val-fraction", type=float, help="Share held out where there is no val/ folder, as with `train`."
+    "--val-fraction", type=FRACTION, help="Share held out where there is no val/ folder, as with `train`."
 )
 @click.option("--sheet", type=PICTURE, metavar="FILE.png", help="Write a contact sheet.")
 @click.option(
@@ -32,9 +34,21 @@ _BAR = 12
     help="What is on the sheet.",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which images are on the sheet."
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Which images are on the sheet.",
 )
-def info(source: str | None, val_fraction: float | None, sheet: Path | None, split: str, seed: int) -> None:
+@click.pass_context
+def info(
+    context: click.Context,
+    source: str | None,
+    val_fraction: float | None,
+    sheet: Path | None,
+    split: str,
+    seed: int,
+) -> None:
     """Count images and classes of DATA (whatever --data takes), and tell sizes, formats and bytes.
 
     Classes and sizes come from the index; formats, bytes and orientation from the files, of many of them from a random
@@ -48,6 +62,10 @@ def info(source: str | None, val_fraction: float | None, sheet: Path | None, spl
     from hvd_lb.data.spec import default_data
     from hvd_lb.machine.cpu import usable_cores
 
+    if sheet is None:
+        refuse_options(
+            context, {"split", "seed"}, "says what is on the contact sheet: give --sheet FILE.png as well"
+        )
     spec = source or default_data()
     with long_progress(plain_console()) as on_progress:
         dataset = open_dataset(spec, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip")

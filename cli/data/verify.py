@@ -10,6 +10,7 @@ import rich_click as click
 
 from hvd_lb.data.options import MAX_PIXELS, MOST_PIXELS, LoaderKind
 from hvd_lb.report.text import count, printable
+from hvd_lb_cli.options.kinds import FRACTION, THREADS
 from hvd_lb_cli.output.progress import long_progress
 from hvd_lb_cli.output.terminal import plain_console
 
@@ -31,9 +32,9 @@ from hvd_lb_cli.output.terminal import plain_console
     help="An image of more pixels is not decoded, and so bad.",
 )
 @click.option(
-    "--val-fraction", type=float, help="Share held out where there is no val/ folder, as with `train`."
+    "--val-fraction", type=FRACTION, help="Share held out where there is no val/ folder, as with `train`."
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads that read and decode [default: cores]")
+@click.option("--threads", type=THREADS, help="Threads that read and decode [default: cores]")
 @click.option(
     "--json", "report", type=click.Path(dir_okay=False, path_type=Path), help="Write what is found as JSON."
 )

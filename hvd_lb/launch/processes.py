@@ -16,6 +16,7 @@ from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan
 from hvd_lb.launch.stopping import AT_ONCE
 from hvd_lb.report.run_directory import RunDirectory, replace_text
+from hvd_lb.world.launched import without_job
 
 _PR_SET_PDEATHSIG = 1
 
@@ -40,7 +41,7 @@ class RankProcesses:
                 stderr=subprocess.STDOUT,
                 # A process of its own group: Ctrl-C reaches the launching process alone, which then ends the job.
                 start_new_session=True,
-                env={**os.environ, **job.environment},
+                env={**without_job(os.environ), **job.environment},
                 pass_fds=(lock,),
                 preexec_fn=_die_with_parent,
             )
