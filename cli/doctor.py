@@ -18,6 +18,7 @@ from hvd_lb.doctor.selftest import selftest
 from hvd_lb.launch.options import LaunchOptions
 from hvd_lb_cli.options.given import refuse_options
 from hvd_lb_cli.options.launch import SSH_OPTIONS, host_options
+from hvd_lb_cli.output.terminal import plain_console
 
 _COLOURS = {"ok": "green", "missing": "yellow", "wrong": "red"}
 
@@ -57,7 +58,7 @@ def doctor(
     hvd-lb doctor --selftest
     hvd-lb doctor --hosts h1:8,h2:8 --data /data/imagenet --output /shared/runs
     """
-    console = Console()
+    console = plain_console()
     if launch_options.hosts is not None or launch_options.hostfile is not None:
         refuse_options(
             context, {"with_selftest"}, "is for this machine: give it on each host, without --hosts"
@@ -87,9 +88,9 @@ def doctor(
 def _show_table(console: Console, findings: Iterable[Finding]) -> list[Finding]:
     table = Table("", "state", "found", "fix", box=box.SIMPLE_HEAD)
     shown = []
-    with console.status("examining") as status:
+    with console.status(Text("examining")) as status:
         for finding in findings:
-            status.update(f"examined {finding.name.strip()}")
+            status.update(Text(f"examined {finding.name.strip()}"))
             state = Text(finding.state, style=_COLOURS[finding.state])
             table.add_row(Text(finding.name), state, Text(finding.detail), Text(finding.fix))
             shown.append(finding)

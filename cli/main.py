@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import sys
+from contextlib import suppress
 
 import rich_click as click
 from click.exceptions import NoArgsIsHelpError
 
 from hvd_lb.errors import UserError
 from hvd_lb_cli.lazy import LazyGroup
+from hvd_lb_cli.output.terminal import to_nowhere, tolerate_any_letter
 
 # Threads that wait for each other give up their core: on a shared machine, spinning ones made a step five times
 # slower. Read when torch is loaded, here and in the ranks.
@@ -38,9 +41,11 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    tolerate_any_letter()
     try:
         _check_start(sys.argv[1:])
         status = cli.main(prog_name="hvd-lb", standalone_mode=False)
+        print(end="", flush=True)
     except UserError as error:
         _fail(str(error), 2)
     except NoArgsIsHelpError as error:
@@ -48,7 +53,9 @@ def main() -> None:
         sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
-    except OSError as error:  # a full disk, a folder that went away, a reader that closed the pipe
+    except BrokenPipeError:  # `hvd-lb data verify | head`: whoever reads has seen enough
+        _end(128 + signal.SIGPIPE)
+    except OSError as error:  # a full disk, a folder that went away
         given = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)  # it is the name itself
         _fail(
             f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""),
@@ -61,7 +68,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     else:
-        sys.exit(status if isinstance(status, int) else 0)
+        _end(status if isinstance(status, int) else 0)
 
 
 def _check_start(arguments: list[str]) -> None:
@@ -79,7 +86,18 @@ def _check_start(arguments: list[str]) -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"hvd-lb: error: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"hvd-lb: error: {' '.join(message.split())}", file=sys.stderr)
+    _end(status)
+
+
+def _end(status: int) -> None:
+    """With this exit status also where nobody reads what is left to be written."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            to_nowhere(stream)
     sys.exit(status)
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
-from rich.console import Console
+from rich.text import Text
 
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.text import count, duration, speed
 from hvd_lb_cli.options.given import refuse_options
 from hvd_lb_cli.options.recipe import recipe_options, run_options
 from hvd_lb_cli.output.show import index_progress, print_rows
+from hvd_lb_cli.output.terminal import outliving_readers, plain_console
 
 if TYPE_CHECKING:
     from hvd_lb.resolve import Resolved
@@ -96,7 +97,7 @@ def simulate(
 
     refuse_torchrun(os.environ)
     started = time.monotonic()
-    console = Console()
+    console = plain_console()
     device_name = choose_device(device)
     with index_progress(console) as on_progress:
         resolved = resolve(
@@ -107,29 +108,30 @@ def simulate(
     )
     plan = [*explain(resolved), ("memory", _memory(resolved.recipe))]
     if whole:
-        return run_job(
-            resolved,
-            placement,
-            local(1, {}),
-            output=output or default_output(resolved.recipe, "simulate-"),
-            resume=resume,
-            command=sys.argv,
-            console=console,
-            on_ready=lambda: print_rows(console, plan),
-        )
+        with outliving_readers():
+            return run_job(
+                resolved,
+                placement,
+                local(1, {}),
+                output=output or default_output(resolved.recipe, "simulate-"),
+                resume=resume,
+                command=sys.argv,
+                console=console,
+                on_ready=lambda: print_rows(console, plan),
+            )
     if "epochs" in options:
         plan.append(
             ("rehearsal", "nothing is written; add --run to take all steps, as --epochs alone did before")
         )
     print_rows(console, plan)
-    with console.status("rehearsing …") as status:
+    with console.status(Text("rehearsing …")) as status:
         rehearsal = rehearse(
             resolved,
             device=torch.device(device_name),
             threads=placement.threads,
             deadline=started + budget,
             on_microbatch=lambda step, done, of: status.update(
-                f"rehearsing: step {step}, microbatch {done}/{of}"
+                Text(f"rehearsing: step {step}, microbatch {done}/{of}")
             ),
         )
     print_rows(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
-from rich.console import Console
 
 from hvd_lb import __version__
 from hvd_lb.data.spec import absolute_spec, data_folder, data_spec
@@ -36,6 +35,7 @@ from hvd_lb_cli.options.launch import FORWARDED, LAUNCH_OPTIONS
 from hvd_lb_cli.options.submit import PUBLISHED_IMAGE, SubmitOptions
 from hvd_lb_cli.options.train import TrainOptions
 from hvd_lb_cli.output.show import print_preflight
+from hvd_lb_cli.output.terminal import plain_console
 
 _STARTED = {
     "local": "on this machine",
@@ -159,7 +159,7 @@ def submit(command: click.Command, options: TrainOptions, target: Target) -> int
         return 0
     report = docker_preflight(submission, [name for name, _ in hosts], reach, options.launch)
     if report.problems:
-        print_preflight(Console(), report)
+        print_preflight(plain_console(), report)
     report.refuse()
     return docker.run_in_containers(submission, hosts, reach)
 

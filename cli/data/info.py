@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rich_click as click
-from rich.console import Console
 
 from hvd_lb.report.text import count
 from hvd_lb_cli.options.given import refuse_options
 from hvd_lb_cli.options.kinds import FRACTION
 from hvd_lb_cli.output.picture_file import PICTURE, write_picture
 from hvd_lb_cli.output.progress import long_progress
+from hvd_lb_cli.output.terminal import plain_console
 
 if TYPE_CHECKING:
     from hvd_lb.data.prepare.survey import Range, Survey
@@ -67,7 +67,7 @@ def info(
             context, {"split", "seed"}, "says what is on the contact sheet: give --sheet FILE.png as well"
         )
     spec = source or default_data()
-    with long_progress(Console()) as on_progress:
+    with long_progress(plain_console()) as on_progress:
         dataset = open_dataset(spec, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip")
     splits = {"train": dataset.train, "val": dataset.val}
     found = [survey(images, 4 * usable_cores()) for images in splits.values()]

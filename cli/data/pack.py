@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
-from rich.console import Console
 
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count
 from hvd_lb_cli.options.given import refuse_options
 from hvd_lb_cli.options.kinds import FRACTION, THREADS
 from hvd_lb_cli.output.progress import long_progress
+from hvd_lb_cli.output.terminal import plain_console
 
 _UNITS = {"B": 1, **{f"{unit}B": 1000**n for n, unit in enumerate("kMGT", start=1)}}
 _UNITS |= {f"{unit}iB": 1024**n for n, unit in enumerate("KMGT", start=1)}
@@ -89,7 +89,7 @@ def pack_command(
     from hvd_lb.data.spec import is_named
     from hvd_lb.machine.cpu import usable_cores
 
-    console = Console()
+    console = plain_console()
     if max_side is None:
         refuse_options(
             context, {"quality"}, "is that of images which --max-side shrinks: give --max-side as well"

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import rich_click as click
-from rich.console import Console
 
 from hvd_lb.data.options import MAX_PIXELS, MOST_PIXELS, LoaderKind
 from hvd_lb.report.text import count, printable
 from hvd_lb_cli.options.kinds import FRACTION, THREADS
 from hvd_lb_cli.output.progress import long_progress
+from hvd_lb_cli.output.terminal import plain_console
 
 
 @click.command("verify")
@@ -60,7 +60,7 @@ def verify_command(
     from hvd_lb.machine.cpu import usable_cores
     from hvd_lb.report.run_directory import write_json
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     bad: list[dict[str, Any]] = []
     with long_progress(console) as on_progress:
         try:

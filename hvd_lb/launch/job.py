@@ -5,8 +5,9 @@ It is readable by its owner alone: `environment` may hold secrets, which are kep
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -29,3 +30,11 @@ class Job(BaseModel):
     hosts: list[tuple[str, int]]  #: filled with ranks in this order
     interfaces: dict[str, str]  #: network interface of each host
     environment: dict[str, str]
+
+    def to_json(self) -> str:
+        """In ASCII: a path need not be UTF-8, and pydantic's own JSON has to be."""
+        return json.dumps(self.model_dump(mode="json"), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls.model_validate(json.loads(text))

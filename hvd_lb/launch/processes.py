@@ -7,9 +7,10 @@ import json
 import os
 import signal
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
+from hvd_lb.data.files.reading import retried
 from hvd_lb.launch.failure import RankFailure, find_failure
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan
@@ -24,17 +25,14 @@ class RankProcesses:
     """A started job. What its launcher says goes to RUN/logs/launcher.log; each rank has a log of its own beside it."""
 
     def __init__(self, job: Job, launch: LaunchPlan, run: RunDirectory, lock: int):
-        for old in (*run.logs.glob("error-*.json"), *run.logs.glob("*.log")):
-            old.unlink()
-        for stale in (run.heartbeat, run.stop, run.stopped):
-            stale.unlink(missing_ok=True)
+        run.keep_logs()
         self._run, self._hosts = run, launch.hosts
         self.log = run.logs / "launcher.log"
         self._during = ExitStack()
         if launch.during:
             more = self._during.enter_context(launch.during())
             job = job.model_copy(update={"environment": {**job.environment, **more}})
-        replace_text(run.job, job.model_dump_json(indent=1), mode=0o600)
+        replace_text(run.job, job.to_json(), mode=0o600)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 launch.command(run.job),
@@ -64,13 +62,19 @@ class RankProcesses:
 
     def stopped(self) -> dict[str, Any] | None:
         """When the job has ended so, the signal that caused it and the steps that were done."""
-        return json.loads(self._run.stopped.read_text("utf-8")) if self._run.stopped.exists() else None
+
+        def read() -> bytes | None:
+            return self._run.stopped.read_bytes() if self._run.stopped.exists() else None
+
+        text = retried(read, str(self._run.stopped))
+        return json.loads(text) if text else None
 
     def stop(self) -> None:
         """End the job at once: politely, then not."""
         try:
             if self.poll() is None:
-                replace_text(self._run.stop, AT_ONCE)
+                with suppress(OSError):
+                    replace_text(self._run.stop, AT_ONCE)
             for sign, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
                 if self.poll() is not None:
                     return

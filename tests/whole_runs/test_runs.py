@@ -115,6 +115,8 @@ def test_killed_it_goes_on_to_the_same_bits(start: Start, undisturbed: Path, tmp
 
     out, _ = finish(start(*a_run(run)))
     assert "going on from step" in out
+    kept = {path.name for path in (run / "logs" / "attempt-1").iterdir()}
+    assert {"job.json", "launcher.log", "progress.json", "rank-0000-localhost.log"} <= kept
     assert [record["step"] for record in records(run) if record["kind"] == "train"] == list(range(100))
     assert_equal_metrics([undisturbed, run], 0)
     files = [of / "checkpoints" / "last" / "model.safetensors" for of in (undisturbed, run)]
@@ -227,14 +229,16 @@ def test_a_run_killed_after_its_end_is_summed_up(start: Start, undisturbed: Path
     assert summary(run)["final"] == summary(undisturbed)["final"]
     assert (run / "report.html").exists()
     assert records(run) == before
-    finish(start(*a_run(run)), 2)
+    out, _ = finish(start(*a_run(run)))
+    assert "at the end of this run already" in out
 
 
 def test_a_finished_run_is_left_alone(start: Start, undisturbed: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
-    out, err = finish(start(*a_run(undisturbed)), 2)
-    assert out == ""
-    assert "at the end of this run already" in err
+    out, err = finish(start(*a_run(undisturbed)))
+    assert err == ""
+    assert out.count("\n") == 1
+    assert "at the end of this run already (100 of 100 steps)" in out
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
 
 
