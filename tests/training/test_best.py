@@ -86,3 +86,25 @@ def test_a_stop_within_an_epoch_with_as_many_errors_is_no_better(
     assert open_checkpoint(tmp_path / "best").step == 8
     run(errors, tmp_path, monkeypatch)
     assert open_checkpoint(tmp_path / "best").step == 8
+
+
+def test_what_was_evaluated_last_is_known_to_a_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop makes no evaluation: its checkpoint tells of the one before the resume."""
+    run([50, 40, 45], tmp_path, monkeypatch, steps=EPOCH)
+    saved = open_checkpoint(tmp_path / "last")
+    evaluation = saved.saved.evaluation
+    assert evaluation
+    assert evaluation["top1_error"] == 50
+    recipe = small_recipe(epochs=3, checkpoint_every="1epoch", precision="fp32")
+    stopped = make_trainer(
+        recipe,
+        store=CheckpointStore(tmp_path),
+        checkpoint=saved,
+        stop_requested=lambda: int(stopped.step == 5),
+    )
+    stopped.fit()
+    last = open_checkpoint(tmp_path / "last")
+    assert (last.step, last.saved.evaluation, last.saved.best_error) == (6, evaluation, 50)
+    assert open_checkpoint(tmp_path / "best").step == 4

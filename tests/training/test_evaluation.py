@@ -145,6 +145,7 @@ def test_the_trainer_evaluates_the_model_as_it_is(smoothing: float, monkeypatch:
     assert model.modes == ([True] * 8 + [False] * 4) * 2  # type: ignore[comparison-overlap]
     assert model.training
     assert [record["step"] for record in told.of] == [3, 7]
+    trainer.state.statistics.publish(trainer.step)
     x = torch.from_numpy(np.stack(val.read(np.arange(29)))).double().permute(0, 3, 1, 2) / 255
     x = (x - torch.tensor(recipe.mean).view(3, 1, 1)) / torch.tensor(recipe.std).view(3, 1, 1)
     expected = plain(val.labels.tolist(), model.eval()(x).tolist())
@@ -175,3 +176,19 @@ def test_whole_runs_evaluate_alike_on_any_number_of_processes(
     assert alone.images == 29
     found = together(processes, run)
     assert found == [alone] * processes
+
+
+@pytest.mark.parametrize(
+    ("every", "evaluated"),
+    [("1epoch", [3, 7, 9]), ("never", [9]), ("4steps", [3, 7, 9]), ("5steps", [4, 9]), ("9steps", [8, 9])],
+)
+def test_evaluations_have_their_period_and_there_is_one_at_the_end(every: str, evaluated: list[int]) -> None:
+    """10 of 12 steps, 4 an epoch."""
+    recipe = Recipe(
+        model="resnet8", image_size=4, gpus=2, per_gpu_batch=8, epochs=3, steps=10, eval_crop=1.0, eval_every=every,
+    )  # fmt: skip
+    told = Evaluations()
+    Trainer(
+        recipe, Dataset("noise", noise(64, 0), noise(9, 1)), Solo(), device=CPU, threads=1, observer=told
+    ).fit()
+    assert [record["step"] for record in told.of] == evaluated
