@@ -13,7 +13,7 @@ import torch
 
 from hvd_lb.report.metrics import RunObserver, truncate_metrics
 from hvd_lb.report.run_directory import RunDirectory, replace_text, write_json
-from hvd_lb.training.checkpoint import CheckpointStore
+from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
 
 MODEL = {"weight": torch.arange(6.0)}
 
@@ -24,13 +24,16 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[tuple[str, str]] = []
         self.sizes: dict[str, int] = {}
+        self.inodes: dict[int, tuple[int, int]] = {}  # when it was synced last, and its size then
         fsync, symlink = os.fsync, os.symlink
 
         def synced(descriptor: int) -> None:
             path = os.readlink(f"/proc/self/fd/{descriptor}")
             fsync(descriptor)
             self.events.append(("sync", path))
-            self.sizes[path] = os.fstat(descriptor).st_size
+            there = os.fstat(descriptor)
+            self.sizes[path] = there.st_size
+            self.inodes[there.st_ino] = len(self.events) - 1, there.st_size
 
         def renaming(name: str) -> None:
             original: Callable[..., None] = getattr(os, name)
@@ -67,14 +70,11 @@ def test_of_a_checkpoint_everything_is_synced_before_it_has_its_name(tmp_path: P
     store = CheckpointStore(tmp_path)
     final = store.save(3, MODEL, {"velocity": torch.ones(6)}, {"next": {}}, best=True)
     named = disk.named(final)
-    before = disk.synced(stop=named)
-    writing = os.path.commonpath(before)
-    assert sorted(before) == [
-        writing, *(f"{writing}/{name}" for name in ("model.safetensors", "optimizer.safetensors", "state.json")),
-    ]  # fmt: skip
-    for file in final.iterdir():
-        assert disk.sizes[f"{writing}/{file.name}"] == file.stat().st_size  # nothing was written after that
-    assert before[-1] == writing  # the folder after what is in it
+    synced = {file.name: disk.inodes[file.stat().st_ino] for file in final.iterdir()}
+    assert synced.keys() == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    for name, (when, size) in synced.items():
+        assert size == (final / name).stat().st_size  # nothing was written after that
+        assert when < disk.inodes[final.stat().st_ino][0] < named  # the folder after what is in it
     links = max(disk.named(tmp_path / name) for name in ("last", "best"))
     assert disk.synced(start=links) == [str(tmp_path)]
 
@@ -84,7 +84,19 @@ def test_every_checkpoint_is_synced_so(tmp_path: Path, disk: Disk) -> None:
     for step in range(4):
         start = len(disk.events)
         store.save(step, MODEL, MODEL, {"next": {}}, best=step == 1)
-        assert len(disk.synced(start=start)) == 5
+        assert len(disk.synced(start=start)) == 5  # files and folders
+
+
+def test_what_an_evaluation_adds_to_a_checkpoint_is_synced(tmp_path: Path, disk: Disk) -> None:
+    store = CheckpointStore(tmp_path)
+    final = store.save(3, MODEL, MODEL, {"next": {}, "best_error": None})
+    disk.events.clear()
+    store.conclude(3, {"best_error": 4.0}, best=True)
+    assert open_checkpoint(tmp_path / "best").state["best_error"] == 4.0
+    when, size = disk.inodes[(final / "state.json").stat().st_ino]
+    assert size == (final / "state.json").stat().st_size
+    assert when < disk.named(final / "state.json") < disk.inodes[final.stat().st_ino][0]
+    assert disk.named(tmp_path / "best") < disk.inodes[tmp_path.stat().st_ino][0]
 
 
 @pytest.mark.parametrize("write", [write_json, lambda path, content: replace_text(path, json.dumps(content))])
