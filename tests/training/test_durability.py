@@ -91,6 +91,7 @@ def test_what_an_evaluation_adds_to_a_checkpoint_is_synced(tmp_path: Path, disk:
     store = CheckpointStore(tmp_path)
     final = store.save(3, MODEL, MODEL, {"next": {}, "best_error": None})
     disk.events.clear()
+    disk.inodes.clear()
     store.conclude(3, {"best_error": 4.0}, best=True)
     assert open_checkpoint(tmp_path / "best").state["best_error"] == 4.0
     when, size = disk.inodes[(final / "state.json").stat().st_ino]
