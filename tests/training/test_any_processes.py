@@ -20,6 +20,9 @@ from hvd_lb.world import World
 from hvd_lb.world.solo import Solo
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
 def one_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads share torch's random numbers."""

@@ -12,7 +12,13 @@ from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"reproducible": True, "precision": "fp32"}, {"precision": "fp16"}, {"momentum_form": 9}]
+    "changes",
+    [
+        {},
+        {"reproducible": True, "precision": "fp32"},
+        {"momentum_form": 9},
+        pytest.param({"precision": "fp16"}, marks=pytest.mark.slow),
+    ],
 )
 def test_what_was_loaded_and_is_saved_again_has_the_same_bytes(
     changes: dict[str, Any], tmp_path: Path
