@@ -122,3 +122,15 @@ def test_warmup_longer_than_the_run_is_refused() -> None:
     with pytest.raises(UserError, match="--warmup-epochs less than 5"):
         paper(256, epochs=5)
     paper(8, epochs=5)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "drops"), [(1, (4, 7, 9)), (2, (7, 14, 18)), (3, (10, 20, 27)), (7, (24, 47, 63))]
+)
+def test_a_drop_within_a_step_is_at_the_next_one(epochs: int, drops: tuple[int, ...]) -> None:
+    """10 steps an epoch: thirds and ninths of a run that are no whole steps."""
+    schedule = Schedule(learning_rate=0.1, global_batch=256, steps_per_epoch=10, epochs=epochs)
+    assert schedule.drop_steps == drops
+    for number, step in enumerate(drops):
+        assert schedule(step - 1) == pytest.approx(0.1 / 10**number)
+        assert schedule(step) == pytest.approx(0.1 / 10 ** (number + 1))
