@@ -90,6 +90,9 @@ class Recipe(BaseModel):
         None,
         "digits, fashion-mnist, synthetic[:N], a folder, list or shards: docs/data.md [default: $HVD_LB_DATA or /data]",
     )
+    val: str | None = _free(
+        None, "Validation images where they are not beside the training images: folder, list or shards."
+    )
     val_fraction: float | None = Field(
         None, gt=0, lt=1, description="Share held out where there is no val/ folder."
     )

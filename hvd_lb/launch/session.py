@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
+from hvd_lb.data.images import fingerprint_note, refuse_other_images
 from hvd_lb.exact.reproducible import rounding_environment
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan, process_environment
@@ -48,7 +50,14 @@ def run_directory(output: Path | None, recipe: Recipe) -> RunDirectory:
 def resume_point_of(run: RunDirectory, resolved: Resolved, placement: Placement, resume: str) -> ResumePoint:
     """Where a run begins or goes on; reads only. UserError where it cannot."""
     environment = rounding_environment(placement.device)
-    return find_resume_point(run, resolved.recipe, resume, resolved.total_steps, environment)
+    found = find_resume_point(run, resolved.recipe, resume, resolved.total_steps, environment)
+    if found.checkpoint is None:
+        return found
+    known, present = found.checkpoint.saved.data, resolved.dataset.fingerprint()
+    refuse_other_images(found.checkpoint.path, known, present, resolved.dataset.name)
+    note = fingerprint_note(known, present)
+    messages = [*found.messages, *([f"{found.checkpoint.path.name} {note}"] if note else [])]
+    return replace(found, messages=messages)
 
 
 def make_job(

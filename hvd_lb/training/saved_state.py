@@ -24,7 +24,7 @@ class SavedState:
 
     next: dict[str, int]  #: the step to be taken next: its epoch, and its number in the epoch
     recipe: dict[str, Any]  #: `Recipe.mathematics`
-    data: str  #: fingerprint of the data set
+    data: str  #: fingerprint of the data set: `hvd_lb.data.images.Dataset.fingerprint`
     environment: dict[str, Any]  #: what the last bits depend on besides: `rounding_environment`
     optimizer: Any  #: the optimizer's state without its tensors: `flatten_state`
     scaler: dict[str, Any]  #: of the loss; empty but in fp16

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from hvd_lb.data.decoding.stand_in import sizes
-from hvd_lb.data.images import Dataset
+from hvd_lb.data.images import Dataset, refuse_other_images
 from hvd_lb.data.loading.contract import Loader, Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.errors import UserError
@@ -400,11 +400,7 @@ class Trainer:
         saved = checkpoint.saved
         if differing := differing_fields(saved.recipe, self.recipe.mathematics()):
             raise UserError(f"checkpoint {checkpoint.path} is of another recipe: {'; '.join(differing)}")
-        if saved.data != self._provenance["data"]:
-            raise UserError(
-                f"checkpoint {checkpoint.path} was trained on other data than {self.dataset.name} is now "
-                "(images, labels or sizes differ): give the data set it began with, or another --output"
-            )
+        refuse_other_images(checkpoint.path, saved.data, self._provenance["data"], self.dataset.name)
         self.state.load(checkpoint)
 
 

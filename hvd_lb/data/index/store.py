@@ -30,7 +30,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.machine.cache_folder import cache_folder
 
 BESIDE = ".hvd-lb-index"
-_FORMAT = 3
+_FORMAT = 4
 _FOLDER = re.compile(rf"[0-9a-f]{{32}}-{_FORMAT}")
 
 
@@ -49,6 +49,7 @@ class Facts:
     broken: int
     first_broken: tuple[int, str] | None
     shards: list[str]
+    remarks: list[str]
 
 
 def beside(source: Source) -> Path:
@@ -93,6 +94,15 @@ def unchanged(folder: Path, root: Path) -> bool:
         return False
 
 
+def changed(folder: Path, root: Path) -> bool:
+    """Whether something that was known to be at rest is no longer as it was."""
+    try:
+        known = [tuple(of) for of in json.loads((folder / "places.json").read_text("ascii"))]
+        return any(in_threads(lambda of: of[1] != 0 and file_state(root, of[0]) != of, known))
+    except (OSError, ValueError, TypeError, LookupError):
+        return True
+
+
 def write_watched(folder: Path, watched: list[FileState]) -> None:
     """OSError where that is not allowed."""
     with tempfile.NamedTemporaryFile("w", dir=folder, encoding="ascii", delete=False) as file:
@@ -114,6 +124,7 @@ def facts_of(table: Table) -> Facts:
         broken=kinds[0],
         first_broken=table.first_broken,
         shards=table.shards,
+        remarks=table.remarks,
     )
 
 
