@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 from hvd_lb.data.sources.folders import FolderSource, Inside, look_into
 from hvd_lb.data.sources.lists import SUFFIXES, ListSource
@@ -83,7 +84,7 @@ def _find(spec: str, alone: bool = False) -> Sources:
         raise UserError(f"{path}: has shards val-….tar, but no train-….tar")
     if not any(entry for entry in path.iterdir()):
         raise UserError(f"{path}: is empty; expected train/ and val/ with a folder of images for each class")
-    return Sources(path.resolve().name, FolderSource(path, path, "all"), None, _no_val(path))
+    return Sources(path.resolve().name, FolderSource(path, path, "all"), None, _no_val(path, inside))
 
 
 def _is_list(path: Path) -> bool:
@@ -103,7 +104,7 @@ def _folders(path: Path, splits: dict[Split, str], alone: bool) -> Sources:
         other = next(iter(splits.values()))
         raise UserError(
             f"{path}: has {other}/, but no train/; expected both. If {other}/ is all there is, give --data "
-            f"{path / other} --val-fraction 0.1, which holds out a tenth of it"
+            f"{quote(str(path / other))} --val-fraction 0.1, which holds out a tenth of it"
         )
     name = path.parents[2].resolve().name if _is_kaggle(path) else path.resolve().name
     train = FolderSource(path / splits["train"], path, splits["train"])
@@ -168,7 +169,7 @@ def _validation(spec: str) -> Source:
     if splits:
         name = splits.get("val") or splits.get("test") or splits["train"]
         raise UserError(
-            f"--val {spec}: has splits of its own; name the one that is meant, such as --val {path / name}"
+            f"--val {spec}: has splits of its own; name the one that is meant, such as --val {quote(str(path / name))}"
         )
     shards = {} if inside.folders else shards_in(path)
     if shards:
@@ -184,11 +185,12 @@ def _refuse_same(train: Path, val: Path) -> None:
         )
 
 
-def _no_val(path: Path) -> str:
-    """With a hint where the folder above has both splits."""
-    own = path.resolve()
-    if split_of(own.name) == "train" and any(
-        split_of(of) in ("val", "test") for of in look_into(own.parent).folders
-    ):
-        return f"{path}: is one split only; give --data {own.parent}, which has both"
+def _no_val(path: Path, inside: Inside) -> str:
+    """With what is meant where the folder above, or one in it, has both splits."""
+    above = path.resolve().parent
+    own, others = split_of(path.resolve().name), {split_of(name) for name in look_into(above).folders}
+    if own == "train" and others & {"val", "test"}:
+        return f"{path}: is one split only; give --data {quote(str(above))}, which has both"
+    if inside.folders and "train" in _split_folders(first := path / inside.folders[0], look_into(first)):
+        return f"{path}: has no images of its own; give --data {quote(str(first))}, which has splits"
     return f"{path}: has no val/"

@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -118,20 +119,17 @@ class FolderSource:
         ignored = [*(set(inside.ignored) - _OURS), *(path for folder in found for path in folder.ignored)]
         remarks = []
         if ignored:
-            remarks.append(
-                f"{self.root.name}: {len(ignored):,} files and folders ignored that are hidden or made by systems, "
-                f"such as {ignored[0]}"
-            )
+            remarks.append(f"hidden or made by systems, and ignored: {len(ignored):,}, such as {ignored[0]}")
         if inside.images:
             remarks.append(
-                f"{self.root.name}: {len(inside.images):,} images beside the class folders are not used, such as "
+                f"images beside the class folders, which are not used: {len(inside.images):,}, such as "
                 f"{inside.images[0]}"
             )
         if self.classes and (missing := sorted(set(self.classes) - set(inside.folders))):
             remarks.append(
-                f"{self.root.name}: no folder for {len(missing):,} of {len(self.classes):,} classes: {some(missing)}"
+                f"classes without a folder: {len(missing):,} of {len(self.classes):,} ({some(missing)})"
             )
-        return remarks
+        return [f"{self.root.name}: {remark}" for remark in remarks]
 
 
 @dataclass(frozen=True)
@@ -188,8 +186,10 @@ def _refuse_other_level(root: Path, found: Sequence[Folder]) -> None:
         if len(folders) > 1 or splits:
             inside = f"{root / label} holds no images, only folders ({some(list(folders))})"
             if splits:
-                raise UserError(f"{inside}: these are no classes but splits; give --data {root / label}")
+                raise UserError(
+                    f"{inside}: these are no classes but splits; give --data {quote(str(root / label))}"
+                )
             raise UserError(
-                f"{inside}: which are the classes? Give --data {root / label} if they are in there; else move them to "
-                f"{root}, one folder for each class, or name images and labels in a list (docs/data.md)"
+                f"{inside}: which are the classes? Give --data {quote(str(root / label))} if they are in there; "
+                f"else move them to {root}, one folder for each class, or name images and labels in a list (docs/data.md)"
             )

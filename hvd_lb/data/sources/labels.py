@@ -67,9 +67,8 @@ def find_classes(labels: Iterable[str]) -> Classes:
     distinct = dict.fromkeys(labels)
     numbers = {_plain(label) for label in distinct if _is_number(_plain(label))}
     others = [label for label in distinct if not _is_number(_plain(label))]
-    if others and (
-        odd := next((label for label in others if numbers or _LIKE_NUMBER.fullmatch(label)), None)
-    ):
+    odd = next((label for label in others if numbers or _LIKE_NUMBER.fullmatch(label)), None)
+    if odd is not None:
         given = f"others are numbers, such as {min(numbers)!r}" if numbers else "it looks like a number"
         raise UnknownLabel(
             odd,

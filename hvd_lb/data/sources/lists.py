@@ -100,7 +100,7 @@ class ListSource:
             repeated += other is not entry
         if not repeated:
             return []
-        return [f"{self.path.name}: {repeated:,} lines repeat others; these images count once more for each"]
+        return [f"{self.path.name}: lines that repeat others, whose images count again: {repeated:,}"]
 
     def _numbered(self, entries: Sequence[Entry]) -> tuple[list[str], np.ndarray]:
         """Classes, and labels int64 (N,)."""
