@@ -199,7 +199,8 @@ def _load(folder: Path, source: Source) -> Index | None:
     if len(rows) and int(rows[-1]["name_at"]) + int(rows[-1]["name_bytes"]) > len(names):
         return None
     spare = store.cached(source) / folder.name
-    return Index(source.root, facts, rows, names, folder.name, tuple(dict.fromkeys([folder, spare])))
+    identity = f"{folder.name}-{facts.sum:08x}"
+    return Index(source.root, facts, rows, names, identity, tuple(dict.fromkeys([folder, spare])))
 
 
 def _no_progress(label: str, done: int, total: int) -> None:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -50,6 +51,8 @@ class Facts:
     first_broken: tuple[int, str] | None
     shards: list[str]
     remarks: list[str]
+    #: Checksum of rows and names: an index that was made anew may have the same stamp.
+    sum: int
 
 
 def beside(source: Source) -> Path:
@@ -125,7 +128,12 @@ def facts_of(table: Table) -> Facts:
         first_broken=table.first_broken,
         shards=table.shards,
         remarks=table.remarks,
+        sum=zlib.crc32(_bytes(table.names), zlib.crc32(_bytes(rows))),
     )
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).view(np.uint8).data
 
 
 def save(folder: Path, fill: Callable[[Path], None]) -> None:

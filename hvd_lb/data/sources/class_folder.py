@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
+import numpy as np
+
 from hvd_lb.data.files.kinds import EXTENSIONS, is_ignored
-from hvd_lb.data.sources.source import FileState, file_state
+from hvd_lb.data.sources.source import FileState, file_state, state_of
 from hvd_lb.errors import UserError
 
 
 @dataclass(frozen=True)
 class Folder:
-    """`relative` to the root; images as (name relative to the root, size, time of change), sorted.
+    """`relative` to the root; sorted names of images, relative to the root, and their `file_states`, int64 (N, 3).
 
     `strangers` are no images, `ignored` are hidden or made by systems.
     """
@@ -27,7 +29,8 @@ class Folder:
     label: str
     relative: str
     state: FileState
-    images: list[tuple[bytes, int, int]]
+    names: list[bytes]
+    states: np.ndarray
     strangers: list[str]
     ignored: list[str]
 
@@ -66,13 +69,13 @@ class ClassFolder:
                             )
                         if entry.is_symlink():
                             self._refuse_other_split(path, _target(entry.path, real))
-                        images.append((entry.name, stat.st_size, stat.st_mtime_ns))
+                        images.append((entry.name, state_of(stat)))
                     else:
                         strangers.append(path)
-            named = [
-                (os.fsencode(f"{relative}/{name}"), size, changed) for name, size, changed in sorted(images)
-            ]
-            yield Folder(self.label, relative, state, named, sorted(strangers), sorted(ignored))
+            images.sort()
+            names = [os.fsencode(f"{relative}/{name}") for name, _ in images]
+            states = np.array([state for _, state in images], np.int64).reshape(-1, 3)
+            yield Folder(self.label, relative, state, names, states, sorted(strangers), sorted(ignored))
             for path, linked in folders:
                 inside = os.path.realpath(self.root / path) if linked else f"{real}/{os.path.basename(path)}"
                 if linked:

@@ -82,10 +82,11 @@ class FolderSource:
         names: list[bytes] = []
         counts: dict[str, int] = dict.fromkeys(inside.folders, 0)
         for folder in found:
-            for path, size, changed in folder.images:
-                names.append(path)
-                stamp.update(b"%s\0%d\0%d\0" % (path, size, changed))
-            counts[folder.label] += len(folder.images)
+            names += folder.names
+            counts[folder.label] += len(folder.names)
+        few = len(names) <= self.cheap
+        for folder in found:
+            stamp.update(b"\0".join(folder.names) + b"\0" + folder.states[:, : 3 if few else 2].tobytes())
         number = {name: position for position, name in enumerate(classes)}
         labels = np.repeat(np.array([number[name] for name in counts], np.int64), list(counts.values()))
         remarks = self._remarks(inside, found)
@@ -116,7 +117,10 @@ class FolderSource:
             )
 
     def _remarks(self, inside: Inside, found: Sequence[Folder]) -> list[str]:
-        ignored = [*(set(inside.ignored) - _OURS), *(path for folder in found for path in folder.ignored)]
+        ignored = [
+            *(of for of in inside.ignored if of not in _OURS),
+            *(path for folder in found for path in folder.ignored),
+        ]
         remarks = []
         if ignored:
             remarks.append(f"hidden or made by systems, and ignored: {len(ignored):,}, such as {ignored[0]}")
@@ -176,10 +180,10 @@ def _refuse_strangers(root: Path, found: Sequence[Folder]) -> None:
 
 def _refuse_other_level(root: Path, found: Sequence[Folder]) -> None:
     """UserError for a class folder without images of its own in which there are folders that look like classes."""
-    direct = {folder.label for folder in found if folder.images and folder.relative == folder.label}
+    direct = {folder.label for folder in found if folder.names and folder.relative == folder.label}
     below: dict[str, dict[str, None]] = {}
     for folder in found:
-        if folder.images and folder.label not in direct:
+        if folder.names and folder.label not in direct:
             below.setdefault(folder.label, {})[folder.relative.split("/")[1]] = None
     for label, folders in below.items():
         splits = [name for name in folders if split_of(name)]
@@ -191,5 +195,5 @@ def _refuse_other_level(root: Path, found: Sequence[Folder]) -> None:
                 )
             raise UserError(
                 f"{inside}: which are the classes? Give --data {quote(str(root / label))} if they are in there; "
-                f"else move them to {root}, one folder for each class, or name images and labels in a list (docs/data.md)"
+                f"else move them to {root}, a folder for each class, or name images and labels in a list (docs/data.md)"
             )

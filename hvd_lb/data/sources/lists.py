@@ -16,7 +16,7 @@ from hvd_lb.data.files.rows import measure_files
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.sources.labels import Classes, UnknownLabel, find_classes, read_classes
 from hvd_lb.data.sources.names import look_alike
-from hvd_lb.data.sources.source import Listing, file_state, stamped
+from hvd_lb.data.sources.source import Listing, file_state, stamped, state_of
 from hvd_lb.errors import UserError
 
 SUFFIXES = {".csv": ",", ".tsv": "\t"}
@@ -75,11 +75,12 @@ class ListSource:
         remarks = self._remarks(entries)
         names = [os.fsencode(entry.path) for entry in entries]
         chunks = [entries[start : start + _CHUNK] for start in range(0, len(entries), _CHUNK)]
-        stats = [stat for found in in_threads(self._stats, chunks) for stat in found]
+        few = len(entries) <= self.cheap
+        states = [np.array(found, np.int64) for found in in_threads(self._states, chunks)]
         folders = sorted({os.path.dirname(entry.path) or "." for entry in entries})
         watched = [own, *(file_state(self.root, folder) for folder in folders)]
-        each = zip(names, labels.tolist(), stats, strict=True)
-        stamp = stamped([*classes, "", *(b"%s\0%d\0%s" % of for of in each)])
+        known = (state[:, : 3 if few else 2].tobytes() for state in states)
+        stamp = stamped([*classes, "", *names, labels.tobytes(), *known])
         return Listing(
             stamp,
             watched,
@@ -115,9 +116,9 @@ class ListSource:
             raise UserError(f"{self.path}, line {first_lines[error.label]}: {error}") from error
         return classes.names, np.array([numbers[entry.label] for entry in entries], np.int64)
 
-    def _stats(self, entries: Sequence[Entry]) -> list[bytes]:
-        """Size and time of the files, for the stamp."""
-        stats = []
+    def _states(self, entries: Sequence[Entry]) -> list[tuple[int, int, int]]:
+        """Of the files."""
+        states = []
         for entry in entries:
             try:
                 stat = os.stat(os.path.join(self.root, entry.path))
@@ -129,8 +130,8 @@ class ListSource:
                 ) from error
             if not S_ISREG(stat.st_mode):
                 raise UserError(f"{self.path}, line {entry.line}: {entry.path!r} is no file")
-            stats.append(b"%d\0%d" % (stat.st_size, stat.st_mtime_ns))
-        return stats
+            states.append(state_of(stat))
+        return states
 
     def _hint(self, path: str) -> str:
         """ "; …": why a file may not be where it is said to be."""

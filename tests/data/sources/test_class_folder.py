@@ -131,7 +131,7 @@ def test_what_is_hidden_or_made_by_systems_is_ignored_and_counted_once(folder: P
     assert data.train.classes == ["ant", "bee", "cat"]
     assert np.bincount(data.train.labels).tolist() == [4, 4, 4]
     (note,) = data.notes
-    assert note.startswith("train: hidden or made by systems, and ignored: 14, such as ._0.png")
+    assert note.startswith("train: hidden or made by systems, and ignored: 14, such as .DS_Store")
     assert open_dataset(str(folder)).notes == data.notes
 
 
