@@ -109,6 +109,24 @@ def test_the_held_out_share_is_the_fraction_and_follows_the_seed() -> None:
     assert (hold_out(index, 0.5, 0) != hold_out(index, 0.5, 1)).any()
 
 
+def test_what_is_moved_over_for_a_class_is_what_comes_next_by_its_hash() -> None:
+    """Of a class with all or none held out the one nearest to the limit: so it is also the one that a slightly other
+    fraction would move.
+    """
+    index = make_index([f"{label}/{i}.png" for label in "abcdefgh" for i in range(3)])
+    key = (3).to_bytes(8, "little", signed=True)
+    digests = [hashlib.blake2b(index.relative(i), digest_size=8, key=key).digest() for i in range(24)]
+    share = np.array([int.from_bytes(digest, "little") / 2**64 for digest in digests]).reshape(8, 3)
+    for fraction in (1e-9, 0.2, 0.5, 0.8, 1 - 1e-9):
+        expected = share < fraction
+        for of, chosen in zip(share, expected, strict=True):
+            if chosen.all():
+                chosen[of.argmax()] = False
+            elif not chosen.any():
+                chosen[of.argmin()] = True
+        assert hold_out(index, fraction, 3).reshape(8, 3).tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5])
 def test_a_fraction_that_is_none_is_refused(fraction: float, tmp_path: Path, make_classes: Make) -> None:
     make_classes(tmp_path / "set", {"ant": 2})
