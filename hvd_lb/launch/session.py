@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from hvd_lb.data.images import fingerprint_note, refuse_other_images
+from hvd_lb.errors import UserError
 from hvd_lb.exact.reproducible import rounding_environment
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan, process_environment
@@ -37,14 +38,18 @@ _LOOK_SECONDS = 0.2
 
 def default_output(recipe: Recipe, prefix: str = "") -> Path:
     """runs/PREFIX DATA-MODEL-KxN-DIGEST: the same command finds its run again, another one gets another folder."""
-    data = re.sub(r"[:{}*?]+", "-", Path(recipe.data or "data").name)
+    data = re.sub(r"[:{}*?\ud800-\udfff]+", "-", Path(recipe.data or "data").name)
     return (
         Path("runs") / f"{prefix}{data}-{recipe.model}-{recipe.gpus}x{recipe.per_gpu_batch}-{recipe.digest()}"
     )
 
 
 def run_directory(output: Path | None, recipe: Recipe) -> RunDirectory:
-    return RunDirectory((output or default_output(recipe)).expanduser().absolute())
+    """UserError for a name that TensorBoard could not write to."""
+    path = (output or default_output(recipe)).expanduser().absolute()
+    if re.search("[\ud800-\udfff]", str(path)):
+        raise UserError(f"--output {str(path)!r}: is no UTF-8; choose another name")
+    return RunDirectory(path)
 
 
 def resume_point_of(run: RunDirectory, resolved: Resolved, placement: Placement, resume: str) -> ResumePoint:

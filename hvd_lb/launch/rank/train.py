@@ -82,7 +82,7 @@ def _device(job: Job, world: World) -> torch.device:
 
 def main(job_file: str, rank: int, host: str) -> None:
     """`rank` and `host` are those that the launcher gave this process."""
-    job = Job.model_validate_json(Path(job_file).read_text("utf-8"))
+    job = Job.from_json(Path(job_file).read_text("utf-8"))
     stop_requested = StopRequests(RunDirectory(job.output).stop)
     try:
         world = worlds.init()
