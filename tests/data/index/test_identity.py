@@ -178,6 +178,8 @@ def test_a_check_of_everything_sees_what_nothing_else_shows(tmp_path: Path) -> N
     assert (open_index(source).rows == before.rows).all()
     after = open_index(source, check="full")
     assert (after.rows["head"] != before.rows["head"]).sum() == 2
+    assert after.keep[0] == before.keep[0]
+    assert after.identity != before.identity  # what follows from it is of other images
     kept = open_index(source, check="full")
     assert kept.identity == after.identity
     assert os.stat(kept.keep[0]).st_ino == os.stat(after.keep[0]).st_ino

@@ -101,6 +101,25 @@ def test_a_linked_folder_whose_link_leads_to_its_own_parent_is_refused(
         open_dataset(str(folder))
 
 
+def test_a_link_out_of_a_linked_class_back_to_the_set_is_refused(
+    folder: Path, tmp_path: Path, make_classes: Make
+) -> None:
+    make_classes(tmp_path / "pool", {"dog": 2})
+    (tmp_path / "pool" / "dog" / "set").symlink_to(folder)
+    (folder / "train" / "dog").symlink_to(tmp_path / "pool" / "dog")
+    with pytest.raises(UserError, match="train/dog/set: leads to a folder above it"):
+        open_dataset(str(folder))
+
+
+def test_a_link_to_what_holds_the_validation_images_is_refused(
+    folder: Path, tmp_path: Path, make_classes: Make
+) -> None:
+    make_classes(tmp_path / "pool" / "checked", {"ant": 2})
+    (folder / "train" / "ant" / "pool").symlink_to(tmp_path / "pool")
+    with pytest.raises(UserError, match="train/ant/pool: leads to images of checked/"):
+        open_dataset(str(folder), val=str(tmp_path / "pool" / "checked"))
+
+
 def test_a_validation_split_that_is_the_training_split_is_refused(folder: Path) -> None:
     (folder / "val").rename(folder / "other")
     (folder / "val").symlink_to("train")
