@@ -108,8 +108,8 @@ def run_job(
     replace_text(run.recipe, recipe.to_yaml())
     write_json(run.environment, describe_environment(placement, command))
     run.summary.unlink(missing_ok=True)
-    truncate_metrics(run.metrics, resume_point.step)
-    truncate_metrics(run.bad_images, resume_point.step)
+    truncate_metrics(run.metrics, resume_point.step, evaluation_due=resume_point.evaluation_due)
+    truncate_metrics(run.bad_images, resume_point.step, evaluation_due=resume_point.evaluation_due)
     store = CheckpointStore(run.checkpoints)
     for path in resume_point.damaged:
         store.set_aside(path)
@@ -121,7 +121,7 @@ def run_job(
             f"going on from step {resume_point.step} ({resume_point.checkpoint.path.name})", highlight=False
         )
     console.print(f"writing to {run.path}", soft_wrap=True, highlight=False)
-    if resume_point.step >= resolved.total_steps:
+    if resume_point.step >= resolved.total_steps and not resume_point.evaluation_due:
         return _finish(run, resolved, 0.0, console)
 
     job = make_job(resolved, placement, launch, run, resume_point)
@@ -135,7 +135,7 @@ def run_job(
     with _signals() as received:
         processes = RankProcesses(job, launch, run, lock)
         try:
-            with RunView(run, display, resume_point.step) as view:
+            with RunView(run, display, resume_point.first_record) as view:
                 while (status := processes.wait(_LOOK_SECONDS)) is None and len(received) < 2:
                     if received and not run.stop.exists():
                         processes.ask_to_stop(received[0])

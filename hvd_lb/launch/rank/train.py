@@ -66,7 +66,7 @@ def train(job: Job, world: World, stop_requested: StopRequests) -> None:
             stop_requested=stop_requested,
         )
         trainer.fit()
-        if world.rank == 0 and trainer.step < trainer.end:
+        if world.rank == 0 and (trainer.step < trainer.end or trainer.state.evaluation_due):
             write_json(directory.stopped, {"signal": trainer.stopped_by, "steps": trainer.step})
     finally:
         observer.close()
