@@ -9,12 +9,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from hvd_lb.data.files.header import NO_HEADER, Header, header_or_reason
-from hvd_lb.data.files.reading import retried
+from hvd_lb.data.files.journal import Journal
+from hvd_lb.data.files.reading import opened, retried
 from hvd_lb.data.files.section import Section
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.images import Progress
@@ -49,28 +51,46 @@ class Table:
 
 
 def measure_files(
-    root: Path, classes: list[str], names: Sequence[bytes], labels: np.ndarray, report: Progress
+    root: Path,
+    classes: list[str],
+    names: Sequence[bytes],
+    labels: np.ndarray,
+    report: Progress,
+    journal: Journal,
 ) -> Table:
-    """Rows of files by their names relative to `root`. UserError for one that the file system does not give."""
+    """Rows of files by their names relative to `root`, those in the journal without a look at the file.
+
+    UserError for one that the file system does not give.
+    """
     rows = np.zeros(len(names), ROW)
     rows["label"], rows["shard"] = labels, -1
     rows["name_bytes"] = [len(name) for name in names]
     np.cumsum(rows["name_bytes"][:-1], dtype=np.int64, out=rows["name_at"][1:])
     measured = rows[["size", "width", "height", "orientation", "kind"]]  # a view
     broken: dict[int, str] = {}
+    done = 0
+    for start, block in journal.blocks():
+        if start == done:
+            found = np.frombuffer(block, measured.dtype)
+            measured[done : done + len(found)] = found
+            done += len(found)
 
-    def measure(start: int) -> int:
-        stop = min(start + _CHUNK, len(names))
-        for position in range(start, stop):
-            path = os.path.join(root, os.fsdecode(names[position]))
-            size, header = retried(partial(_header, path), path)
-            if isinstance(header, str):
-                broken[position], header = header, NO_HEADER
-            measured[position] = (size, *header)
-        return stop
+    def measure(position: int) -> int:
+        path = os.path.join(root, os.fsdecode(names[position]))
+        size, header = retried(partial(_header, path), path)
+        if isinstance(header, str):
+            broken[position], header = header, NO_HEADER
+        measured[position] = (size, *header)
+        return position
 
-    for stop in in_threads(measure, range(0, len(names), _CHUNK)):
-        report(f"reading image sizes in {root.name}", stop, len(names))
+    again = np.flatnonzero(
+        rows["width"][:done] == 0
+    ).tolist()  # the journal does not say why these are broken
+    for position in in_threads(measure, chain(again, range(done, len(names)))):
+        if position >= done and ((position + 1) % _CHUNK == 0 or position + 1 == len(names)):
+            journal.append(done, measured[done : position + 1].tobytes())
+            done = position + 1
+            report(f"reading image sizes in {root.name}", done, len(names))
     return Table(
         classes, rows, np.frombuffer(b"".join(names), np.uint8), [], min(broken.items(), default=None)
     )
@@ -78,9 +98,5 @@ def measure_files(
 
 def _header(path: str) -> tuple[int, Header | str]:
     """Bytes of a file, and its header or what is wrong with that."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size = os.fstat(descriptor).st_size
+    with opened(path) as (descriptor, size):
         return size, header_or_reason(Section.of_file(descriptor, 0, size))
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from hvd_lb.data.decoding.decode import BadImage
+from hvd_lb.data.files.journal import Journal
 from hvd_lb.data.files.rows import Table
 from hvd_lb.data.images import Progress
 from hvd_lb.data.index import store
@@ -125,6 +126,7 @@ def _present(source: Source, homes: list[Path], check: Check) -> tuple[Index | N
         if folder.name == store.folder_name(listing.stamp):
             with suppress(OSError):  # so that the next look at what is watched is enough
                 store.write_watched(folder, listing.watched)
+            store.renew(folder)
             return index, listing
     return None, listing
 
@@ -144,14 +146,15 @@ def _make(
                 if index is not None:
                     return index
             return _make_in(home, source, listing or source.listing(), report)
-    table = (listing or source.listing()).build(report)
+    table = (listing or source.listing()).build(report, Journal())
     return _unsaved(source, table)
 
 
 def _make_in(home: Path, source: Source, listing: Listing, report: Progress) -> Index:
-    table = listing.build(report)
-    facts = store.facts_of(table)
     folder = home / store.folder_name(listing.stamp)
+    with Journal(store.journal(folder)) as journal:
+        table = listing.build(report, journal)
+    facts = store.facts_of(table)
 
     def fill(made: Path) -> None:
         store.save_rows(made, table.rows, facts)
@@ -159,7 +162,7 @@ def _make_in(home: Path, source: Source, listing: Listing, report: Progress) -> 
         store.write_watched(made, listing.watched)
 
     try:
-        store.save(folder, fill)
+        store.save(folder, fill, lambda there: _load(there, source))
     except OSError:
         return _unsaved(source, table)
     store.discard_others(folder)
@@ -172,6 +175,7 @@ def _unsaved(source: Source, table: Table) -> Index:
 
 
 def _load(folder: Path, source: Source) -> Index | None:
+    store.use(folder)  # before it is mapped
     found, names = store.load_rows(folder), store.load_names(folder)
     if found is None or names is None:
         return None

@@ -74,7 +74,7 @@ class FolderSource:
         return Listing(
             stamp.hexdigest()[:32],
             watched,
-            lambda report: measure_files(self.root, classes, names, labels, report),
+            lambda report, journal: measure_files(self.root, classes, names, labels, report, journal),
         )
 
 

@@ -71,7 +71,9 @@ class ListSource:
         each = zip(names, labels.tolist(), stats, strict=True)
         stamp = stamped([*classes, "", *(b"%s\0%d\0%s" % of for of in each)])
         return Listing(
-            stamp, watched, lambda report: measure_files(self.root, classes, names, labels, report)
+            stamp,
+            watched,
+            lambda report, journal: measure_files(self.root, classes, names, labels, report, journal),
         )
 
     def _numbered(self, entries: Sequence[Entry]) -> tuple[list[str], np.ndarray]:
