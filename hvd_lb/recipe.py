@@ -189,13 +189,14 @@ class Recipe(BaseModel):
     )
     loader_threads: int | None = _free(
         None,
-        "CPU threads of each process that read, decode and resize images [default: as --threads; cores / processes "
-        "with --reproducible]",
+        "CPU threads of each process that decode and resize images [default: as --threads; cores / processes with "
+        "--reproducible]",
         ge=1,
     )
-    prefetch: int = _free(
-        2, "Microbatches kept ready for the network; twice as many are read ahead of these.", ge=1
+    read_threads: int | None = _free(
+        None, "Threads of each process that read images [default: as many as help, at most 64]", ge=1
     )
+    prefetch: int = _free(2, "Microbatches kept ready for the network.", ge=1)
     cache: CacheKind = _free(
         "none", "Decode small data once for all processes of a host: memory, or disk to keep it between runs."
     )

@@ -10,12 +10,14 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from hvd_lb.data.files.header import NO_HEADER, Header, header_or_reason
-from hvd_lb.data.files.reading import retried
+from hvd_lb.data.files.journal import Journal
+from hvd_lb.data.files.reading import opened, retried
 from hvd_lb.data.files.section import WINDOW, Section
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.images import Progress
@@ -60,28 +62,46 @@ def head_sum(content: bytes | memoryview) -> int:
 
 
 def measure_files(
-    root: Path, classes: list[str], names: Sequence[bytes], labels: np.ndarray, report: Progress
+    root: Path,
+    classes: list[str],
+    names: Sequence[bytes],
+    labels: np.ndarray,
+    report: Progress,
+    journal: Journal,
 ) -> Table:
-    """Rows of files by their names relative to `root`. UserError for one that the file system does not give."""
+    """Rows of files by their names relative to `root`, those in the journal without a look at the file.
+
+    UserError for one that the file system does not give.
+    """
     rows = np.zeros(len(names), ROW)
     rows["label"], rows["shard"] = labels, -1
     rows["name_bytes"] = [len(name) for name in names]
     np.cumsum(rows["name_bytes"][:-1], dtype=np.int64, out=rows["name_at"][1:])
     measured = rows[["size", "width", "height", "orientation", "kind", "head"]]  # a view
     broken: dict[int, str] = {}
+    done = 0
+    for start, block in journal.blocks():
+        if start == done:
+            found = np.frombuffer(block, measured.dtype)
+            measured[done : done + len(found)] = found
+            done += len(found)
 
-    def measure(start: int) -> int:
-        stop = min(start + _CHUNK, len(names))
-        for position in range(start, stop):
-            path = os.path.join(root, os.fsdecode(names[position]))
-            size, header, head = retried(partial(_header, path), path)
-            if isinstance(header, str):
-                broken[position], header = header, NO_HEADER
-            measured[position] = (size, *header, head)
-        return stop
+    def measure(position: int) -> int:
+        path = os.path.join(root, os.fsdecode(names[position]))
+        size, header, head = retried(partial(_header, path), path)
+        if isinstance(header, str):
+            broken[position], header = header, NO_HEADER
+        measured[position] = (size, *header, head)
+        return position
 
-    for stop in in_threads(measure, range(0, len(names), _CHUNK)):
-        report(f"reading image sizes in {root.name}", stop, len(names))
+    again = np.flatnonzero(
+        rows["width"][:done] == 0
+    ).tolist()  # the journal does not say why these are broken
+    for position in in_threads(measure, chain(again, range(done, len(names)))):
+        if position >= done and ((position + 1) % _CHUNK == 0 or position + 1 == len(names)):
+            journal.append(done, measured[done : position + 1].tobytes())
+            done = position + 1
+            report(f"reading image sizes in {root.name}", done, len(names))
     return Table(
         classes, rows, np.frombuffer(b"".join(names), np.uint8), [], min(broken.items(), default=None)
     )
@@ -89,11 +109,7 @@ def measure_files(
 
 def _header(path: str) -> tuple[int, Header | str, int]:
     """Bytes of a file, its header or what is wrong with that, and `head_sum`."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size = os.fstat(descriptor).st_size
+    with opened(path) as (descriptor, size):
         section = Section.of_file(descriptor, 0, size)
         head = head_sum(section.at(0, WINDOW))
         return size, header_or_reason(section), head
-    finally:
-        os.close(descriptor)

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def divide(index: Index, fraction: float, seed: int) -> Divided:
 
     for folder in folders:
         with suppress(OSError):
-            store.save(folder, fill)
+            store.save(folder, fill, partial(_load, index))
             if found := _load(index, folder):
                 return found
     return Divided(*parts)

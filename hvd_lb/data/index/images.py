@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 
 import numpy as np
 
-from hvd_lb.data.files.reading import retried
+from hvd_lb.data.files.reading import read_file
 from hvd_lb.data.files.rows import head_sum
 from hvd_lb.data.index.index import Index
 from hvd_lb.data.index.shard_reader import ShardReader
@@ -57,12 +56,9 @@ class IndexedImages:
 
     def _read(self, image_id: int) -> np.ndarray:
         row = self.index.rows[image_id]
-        size, shard = int(row["size"]), int(row["shard"])
-        if shard >= 0:
-            content = self._shards.read(shard, int(row["offset"]), size)
-        else:
-            path = self.name(image_id)
-            content = retried(partial(np.fromfile, path, np.uint8), path)
+        size, shard, offset = int(row["size"]), int(row["shard"]), int(row["offset"])
+        in_shard = shard >= 0
+        content = self._shards.read(shard, offset, size) if in_shard else read_file(self.name(image_id))
         if len(content) != size:
             raise UserError(
                 f"{self.name(image_id)}: has {len(content)} bytes now, but had {size} when it was indexed; leave "

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from hvd_lb.data.decoding.decode import BadImage
+from hvd_lb.data.files.journal import Journal
 from hvd_lb.data.files.rows import Table
 from hvd_lb.data.images import Progress
 from hvd_lb.data.index import store
@@ -138,6 +139,7 @@ def _present(source: Source, homes: list[Path], check: Check) -> tuple[Index | N
         if folder.name == store.folder_name(listing.stamp) and not moved:
             with suppress(OSError):  # so that the next look at what is watched is enough
                 store.write_watched(folder, listing.watched)
+            store.renew(folder)
             return index, listing
     return None, listing
 
@@ -155,19 +157,25 @@ def _make(source: Source, homes: list[Path], listing: Listing | None, report: Pr
                 if index is not None:
                     return index
             return _make_in(home, source, listing or source.listing(), report)
-    table = (listing or source.listing()).build(report)
+    table = (listing or source.listing()).build(report, Journal())
     return _unsaved(source, table)
 
 
 def _make_in(home: Path, source: Source, listing: Listing, report: Progress) -> Index:
-    table = listing.build(report)
-    facts = store.facts_of(table)
     folder = home / store.folder_name(listing.stamp)
     present = _load(folder, source)
-    if present and _equal(present.rows, table.rows) and _equal(present.names, table.names):
+    # Where there is one, all is looked at anew: what an interrupted process has left may be as old.
+    with Journal(None if present else store.journal(folder)) as journal:
+        table = listing.build(report, journal)
+    facts = store.facts_of(table)
+    if present:
+        if _equal(present.rows, table.rows) and _equal(present.names, table.names):
+            with suppress(OSError):
+                store.write_watched(folder, listing.watched)
+            store.renew(folder)
+            return present  # others may be reading it
         with suppress(OSError):
-            store.write_watched(folder, listing.watched)
-        return present  # as others may be reading it
+            store.set_aside(folder)
 
     def fill(made: Path) -> None:
         store.save_rows(made, table.rows, facts)
@@ -175,7 +183,7 @@ def _make_in(home: Path, source: Source, listing: Listing, report: Progress) -> 
         store.write_watched(made, listing.watched)
 
     try:
-        store.save(folder, fill)
+        store.save(folder, fill, lambda there: _load(there, source))
     except OSError:
         return _unsaved(source, table)
     store.discard_others(folder)
@@ -192,6 +200,7 @@ def _unsaved(source: Source, table: Table) -> Index:
 
 
 def _load(folder: Path, source: Source) -> Index | None:
+    store.use(folder)  # before it is mapped
     found, names = store.load_rows(folder), store.load_names(folder)
     if found is None or names is None:
         return None

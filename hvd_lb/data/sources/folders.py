@@ -94,7 +94,9 @@ class FolderSource:
         return Listing(
             stamp.hexdigest()[:32],
             watched,
-            lambda report: replace(measure_files(self.root, classes, names, labels, report), remarks=remarks),
+            lambda report, journal: replace(
+                measure_files(self.root, classes, names, labels, report, journal), remarks=remarks
+            ),
         )
 
     def _check_names(self, inside: Inside) -> None:

@@ -84,7 +84,9 @@ class ListSource:
         return Listing(
             stamp,
             watched,
-            lambda report: replace(measure_files(self.root, classes, names, labels, report), remarks=remarks),
+            lambda report, journal: replace(
+                measure_files(self.root, classes, names, labels, report, journal), remarks=remarks
+            ),
         )
 
     def _remarks(self, entries: Sequence[Entry]) -> list[str]:

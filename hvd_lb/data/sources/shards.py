@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hvd_lb.data.files.journal import Journal
 from hvd_lb.data.files.rows import Table
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.images import Progress
@@ -60,9 +61,13 @@ class ShardSource:
         )
         return Listing(stamped([*given, "", *known]), watched, partial(self._build, classes))
 
-    def _build(self, classes: Classes | None, report: Progress) -> Table:
-        scans = []
-        for scan in in_threads(lambda name: scan_shard(self.root / name), self.shards):
+    def _build(self, classes: Classes | None, report: Progress, journal: Journal) -> Table:
+        scans: list[Scan] = []
+        for number, block in journal.blocks():
+            if number == len(scans):
+                scans.append(Scan.from_bytes(block))
+        for scan in in_threads(lambda name: scan_shard(self.root / name), self.shards[len(scans) :]):
+            journal.append(len(scans), scan.to_bytes())
             scans.append(scan)
             report(f"reading shards in {self.root.name}", len(scans), len(self.shards))
         labels = {label: None for scan in scans for label in scan.labels}

@@ -14,6 +14,7 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Protocol
 
+from hvd_lb.data.files.journal import Journal
 from hvd_lb.data.files.rows import Table
 from hvd_lb.data.images import Progress
 
@@ -27,12 +28,13 @@ _UNSETTLED_NS = 2_000_000_000
 class Listing:
     """One look at a source. `stamp` changes with the name, size or time of any file.
 
-    `watched` are fewer than the files: whoever adds, removes or renames a file changes one of them.
+    `watched` are fewer than the files: whoever adds, removes or renames a file changes one of them. `build` goes on
+    where the journal of a listing with the same stamp ends.
     """
 
     stamp: str
     watched: list[FileState]
-    build: Callable[[Progress], Table]
+    build: Callable[[Progress, Journal], Table]
 
 
 class Source(Protocol):

@@ -33,6 +33,19 @@ class Scan:
     labels: list[str]
     first_broken: tuple[int, str] | None
 
+    def to_bytes(self) -> bytes:
+        """For a journal."""
+        head = json.dumps([self.labels, self.first_broken, len(self.rows)]).encode("ascii")
+        return b"\n".join([head, self.rows.tobytes() + self.names])
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Scan:
+        head, _, rest = content.partition(b"\n")
+        labels, broken, count = json.loads(head)
+        end = count * ROW.itemsize
+        rows = np.frombuffer(rest[:end], ROW).copy()
+        return cls(rows, rest[end:], labels, tuple(broken) if broken else None)
+
 
 class _Member(NamedTuple):
     name: str

@@ -162,6 +162,23 @@ def test_a_header_that_the_file_system_does_not_give_is_no_broken_one(
     assert not cached()
 
 
+def test_a_pipe_among_the_images_is_named(folder: Path) -> None:
+    os.mkfifo(folder / "ant" / "pipe.jpg")
+    with pytest.raises(UserError, match="ant/pipe.jpg: is a pipe or a device, not a file"):
+        open_index(folder)
+
+
+def test_a_broken_file_that_was_repaired_in_place_is_looked_at_again(folder: Path) -> None:
+    """Neither the folders nor the list of files tell of it."""
+    good = (folder / "ant" / "0.png").read_bytes()
+    (folder / "ant" / "0.png").write_bytes(b"broken")
+    old(folder)
+    with pytest.raises(UserError, match=r"ant/0.png: .* --on-bad-image skip"):
+        open_index(folder, cheap=0)
+    (folder / "ant" / "0.png").write_bytes(good)
+    assert open_index(folder, cheap=0).facts.broken == 0
+
+
 def test_names_that_are_no_text_are_kept(tmp_path: Path, folder: Path) -> None:
     strange = os.fsencode(folder / "ant") + b"/\xff\xfe.png"
     os.rename(folder / "ant" / "0.png", strange)

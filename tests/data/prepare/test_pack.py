@@ -246,6 +246,24 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     assert int(done.stdout) > 100
 
 
+def test_the_journal_of_finished_shards_is_synced_to_the_disk(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.name == "shards.jsonl":
+            synced.append(json.loads(path.read_text().splitlines()[-1])["name"])
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    made = packed(source, tmp_path / "packed")
+    assert synced == sorted(made.shards, key=synced.index)
+    assert len(synced) == len(made.shards) > 2
+
+
 def test_finished_shards_are_kept_and_damaged_ones_made_anew(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "packed"
     first = packed(source, target)
