@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from hvd_lb.data.files.header import NO_HEADER, Header, header_or_reason
+from hvd_lb.data.files.opening import open_file
 from hvd_lb.data.files.reading import retried
 from hvd_lb.data.files.section import Section
 from hvd_lb.data.files.threads import in_threads
@@ -78,7 +79,7 @@ def measure_files(
 
 def _header(path: str) -> tuple[int, Header | str]:
     """Bytes of a file, and its header or what is wrong with that."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_file(path)
     try:
         size = os.fstat(descriptor).st_size
         return size, header_or_reason(Section.of_file(descriptor, 0, size))

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 
+from hvd_lb.data.files.opening import read_file
 from hvd_lb.data.files.reading import retried
 from hvd_lb.data.index.index import Index
 from hvd_lb.data.index.shard_reader import ShardReader
@@ -52,7 +53,7 @@ class IndexedImages:
             content = self._shards.read(shard, int(row["offset"]), size)
         else:
             path = self.name(image_id)
-            content = retried(partial(np.fromfile, path, np.uint8), path)
+            content = retried(partial(read_file, path), path)
         if len(content) != size:
             raise UserError(
                 f"{self.name(image_id)}: has {len(content)} bytes now, but had {size} when it was indexed; leave "

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvd_lb.data.sources.folders import FolderSource, class_folders
 from hvd_lb.data.sources.lists import SUFFIXES, ListSource
-from hvd_lb.data.sources.shards import divided, is_pattern, named_shards, shards_in, sibling
+from hvd_lb.data.sources.shards import (
+    COMPRESSED,
+    divided,
+    is_pattern,
+    named_shards,
+    refused_compressed,
+    shards_in,
+    sibling,
+)
 from hvd_lb.data.sources.source import Source
 from hvd_lb.errors import UserError
 
 _NAMED = 3  # how many classes a message names
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
+_REMOTE = re.compile(r"[a-z][a-z0-9+.-]+:/|pipe:", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,21 @@ class Sources:
     agree: Callable[[], None] = lambda: None
 
 
+def refuse_remote(spec: str) -> None:
+    """UserError for what is an address, or a command whose output WebDataset would read."""
+    found = _REMOTE.match(spec)
+    if found is None or os.path.lexists(spec):
+        return
+    if spec.startswith("file:"):
+        raise UserError(
+            f"{spec}: expected a path, not an address; give {spec.removeprefix('file:').removeprefix('//')}"
+        )
+    raise UserError(
+        f"{spec}: is read from no server; copy it to a disk or a shared file system (aws s3 sync, gcloud storage "
+        "rsync, wget, rclone), or mount it (Mountpoint for S3, gcsfuse, rclone mount), and give that path"
+    )
+
+
 def folder_of(spec: str) -> Path:
     """The folder that has all of the data in it, whether they are there or not."""
     path = Path(spec).expanduser()
@@ -40,9 +65,10 @@ def folder_of(spec: str) -> Path:
 
 def find_sources(spec: str) -> Sources:
     """UserError for what is none, or has one split only where that cannot be meant."""
+    refuse_remote(spec)
     path = Path(spec).expanduser()
-    if spec.endswith(_COMPRESSED):
-        raise UserError(f"{spec}: compressed shards have no offsets to read at; decompress them to .tar")
+    if spec.endswith(COMPRESSED) and not path.is_dir():
+        raise refused_compressed(spec)
     if is_pattern(spec):
         shards = named_shards(spec)
         no_val = f"{spec}: no validation shards beside it (val instead of train in the name)"
