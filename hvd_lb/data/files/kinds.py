@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm")
 GIF = "GIF is not read: convert it to PNG"
 HEIC = "HEIC is not read: convert it to JPEG, PNG or AVIF"
 JPEG_2000 = "JPEG 2000 is not read: convert it to PNG or JPEG"
