@@ -158,6 +158,9 @@ class Recipe(BaseModel):
         None,
         "digits, fashion-mnist, synthetic[:N], a folder, list or shards: docs/data.md [default: $HVD_LB_DATA or /data]",
     )
+    val: str | None = _free(
+        None, "Validation images where they are not beside the training images: folder, list or shards."
+    )
     val_fraction: float | None = Field(
         None, gt=0, lt=1, description="Share held out where there is no val/ folder."
     )
@@ -261,14 +264,18 @@ class Recipe(BaseModel):
     )
     loader_threads: int | None = _free(
         None,
-        "CPU threads of each process that read, decode and resize images [default: as --threads; cores / processes "
-        "with --reproducible]",
+        "CPU threads of each process that decode and resize images [default: as --threads; cores / processes with "
+        "--reproducible]",
         ge=1,
         le=_MOST_THREADS,
     )
-    prefetch: int = _free(
-        2, "Microbatches kept ready for the network; twice as many are read ahead of these.", ge=1, le=1024
+    read_threads: int | None = _free(
+        None,
+        "Threads of each process that read images [default: as many as help, at most 64]",
+        ge=1,
+        le=_MOST_THREADS,
     )
+    prefetch: int = _free(2, "Microbatches kept ready for the network.", ge=1, le=1024)
     cache: CacheKind = _free(
         "none", "Decode small data once for all processes of a host: memory, or disk to keep it between runs."
     )

@@ -69,11 +69,12 @@ def resolve(
 
     given = check_options(options, recipe)
     spec = data_spec(options, given, fallback_data)
+    val = options.get("val", given.get("val"))
     val_fraction = options.get("val_fraction", given.get("val_fraction"))
     on_bad_image = options.get("on_bad_image", given.get("on_bad_image", "fail"))
     try:
         dataset = open_dataset(
-            spec, val_fraction=val_fraction, on_progress=on_progress, on_bad_image=on_bad_image
+            spec, val=val, val_fraction=val_fraction, on_progress=on_progress, on_bad_image=on_bad_image
         )
     except UserError as error:
         if options.get("data") or given.get("data") or spec != os.environ.get("HVD_LB_DATA"):
@@ -87,11 +88,17 @@ def resolve(
         preset, why = choose_preset(spec, dataset)
         given = load_values(preset)
     here = {"gpus": default_gpus, "num_classes": len(dataset.train.classes)}
-    resolved = _merged(given, preset, {**options, "data": absolute_spec(spec)}, here)
+    places = {"data": absolute_spec(spec)} | ({"val": absolute_spec(val)} if val is not None else {})
+    resolved = _merged(given, preset, {**options, **places}, here)
     if (resolved.num_classes or 0) < len(dataset.train.classes):
         raise UserError(
             f"--num-classes {resolved.num_classes}, but {dataset.name} has {len(dataset.train.classes)} classes: "
             "expected at least as many"
+        )
+    if len(dataset.train.classes) == 1:
+        raise UserError(
+            f"{dataset.name} has one class only ({dataset.train.classes[0]}), so there is nothing to tell apart: "
+            "expected at least two"
         )
     if resolved.on_bad_image == "fail":
         for split in (dataset.train, dataset.val):
@@ -205,6 +212,7 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
             f"{len(resolved.dataset.train.classes):,} classes",
         ),
         *_shadowed(recipe.data or ""),
+        *(("note", note) for note in resolved.dataset.notes),
         ("model", f"{recipe.model}, {recipe.image_size}×{recipe.image_size}, {recipe.precision}"),
         (
             "minibatch",

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from hvd_lb.report.text import count
+from hvd_lb.report.text import count, printable
 from hvd_lb_cli.options.given import refuse_options
-from hvd_lb_cli.options.kinds import FRACTION
+from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.picture_file import PICTURE, write_picture
 from hvd_lb_cli.output.progress import long_progress
 from hvd_lb_cli.output.terminal import plain_console
@@ -22,9 +22,7 @@ _BAR = 12
 
 @click.command("info")
 @click.argument("source", metavar="[DATA]", required=False)
-@click.option(
-    "--val-fraction", type=FRACTION, help="Share held out where there is no val/ folder, as with `train`."
-)
+@split_options
 @click.option("--sheet", type=PICTURE, metavar="FILE.png", help="Write a contact sheet.")
 @click.option(
     "--split",
@@ -44,6 +42,7 @@ _BAR = 12
 def info(
     context: click.Context,
     source: str | None,
+    val: str | None,
     val_fraction: float | None,
     sheet: Path | None,
     split: str,
@@ -68,7 +67,9 @@ def info(
         )
     spec = source or default_data()
     with long_progress(plain_console()) as on_progress:
-        dataset = open_dataset(spec, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip")
+        dataset = open_dataset(
+            spec, val=val, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
+        )
     splits = {"train": dataset.train, "val": dataset.val}
     found = [survey(images, 4 * usable_cores()) for images in splits.values()]
     rows = [(spec, *splits), *zip(_topics(), *map(_figures, found), strict=True)]
@@ -80,6 +81,8 @@ def info(
         for looked, what in ((of.sized, "sizes"), (of.opened, "formats, bytes and orientation")):
             if looked < of.images:
                 click.echo(f"{name}: {what} are those of {looked:,} random images of {of.images:,}")
+    for note in dataset.notes:
+        click.echo(printable(note))
     if sheet is not None:
         from hvd_lb.report.pictures.contact_sheet import contact_sheet
 

@@ -11,7 +11,8 @@ import rich_click as click
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count
 from hvd_lb_cli.options.given import refuse_options
-from hvd_lb_cli.options.kinds import FRACTION, THREADS
+from hvd_lb_cli.options.kinds import THREADS
+from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.progress import long_progress
 from hvd_lb_cli.output.terminal import plain_console
 
@@ -55,9 +56,7 @@ class Size(click.ParamType[int]):
     show_default=True,
     help="JPEG quality of shrunk images.",
 )
-@click.option(
-    "--val-fraction", type=FRACTION, help="Share held out where there is no val/ folder, as with `train`."
-)
+@split_options
 @click.option(
     "--threads",
     type=THREADS,
@@ -71,6 +70,7 @@ def pack_command(
     shard_size: int,
     max_side: int | None,
     quality: int,
+    val: str | None,
     val_fraction: float | None,
     threads: int | None,
 ) -> None:
@@ -100,7 +100,7 @@ def pack_command(
         raise UserError(f"{target}: lies in {source}; give a folder outside of what is packed")
     with long_progress(console) as on_progress:
         dataset = open_dataset(
-            source, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
+            source, val=val, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
         )
         packed = pack(
             dataset,

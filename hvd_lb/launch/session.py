@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hvd_lb.data.files.reading import retried
+from hvd_lb.data.images import fingerprint_note, refuse_other_images
 from hvd_lb.errors import UserError
 from hvd_lb.exact.reproducible import rounding_environment
 from hvd_lb.launch.job import Job
@@ -38,20 +40,31 @@ _LOOK_SECONDS = 0.2
 
 def default_output(recipe: Recipe, prefix: str = "") -> Path:
     """runs/PREFIX DATA-MODEL-KxN-DIGEST: the same command finds its run again, another one gets another folder."""
-    data = re.sub(r"[:{}*?]+", "-", Path(recipe.data or "data").name)
+    data = re.sub(r"[:{}*?\ud800-\udfff]+", "-", Path(recipe.data or "data").name)
     return (
         Path("runs") / f"{prefix}{data}-{recipe.model}-{recipe.gpus}x{recipe.per_gpu_batch}-{recipe.digest()}"
     )
 
 
 def run_directory(output: Path | None, recipe: Recipe) -> RunDirectory:
-    return RunDirectory((output or default_output(recipe)).expanduser().absolute())
+    """UserError for a name that TensorBoard could not write to."""
+    path = (output or default_output(recipe)).expanduser().absolute()
+    if re.search("[\ud800-\udfff]", str(path)):
+        raise UserError(f"--output {str(path)!r}: is no UTF-8; choose another name")
+    return RunDirectory(path)
 
 
 def resume_point_of(run: RunDirectory, resolved: Resolved, placement: Placement, resume: str) -> ResumePoint:
     """Where a run begins or goes on; reads only. UserError where it cannot."""
     environment = rounding_environment(placement.device)
-    return find_resume_point(run, resolved.recipe, resume, resolved.total_steps, environment)
+    found = find_resume_point(run, resolved.recipe, resume, resolved.total_steps, environment)
+    if found.checkpoint is None:
+        return found
+    known, present = found.checkpoint.saved.data, resolved.dataset.fingerprint()
+    refuse_other_images(found.checkpoint.path, known, present, resolved.dataset.name)
+    note = fingerprint_note(known, present)
+    messages = [*found.messages, *([f"{found.checkpoint.path.name} {note}"] if note else [])]
+    return replace(found, messages=messages)
 
 
 def make_job(

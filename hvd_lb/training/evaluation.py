@@ -55,6 +55,7 @@ class Evaluator:
     batch_size: int
     loader: LoaderKind
     threads: int
+    read_threads: int | None
     prefetch: int
     device: torch.device
     dtype: torch.dtype
@@ -105,6 +106,7 @@ class Evaluator:
                 batch_size=self.batch_size,
                 device=self.device,
                 threads=self.threads,
+                read_threads=self.read_threads,
                 prefetch=self.prefetch,
                 max_pixels=self.max_pixels,
                 on_stand_ins=self.bad_images.on_stand_ins,

@@ -26,7 +26,7 @@ class SavedState:
 
     next: dict[str, int]  #: the step to be taken next: its epoch, and its number in the epoch
     recipe: dict[str, Any]  #: `Recipe.mathematics`
-    data: str  #: fingerprint of the data set
+    data: str  #: fingerprint of the data set: `hvd_lb.data.images.Dataset.fingerprint`
     optimizer: Any  #: the optimizer's state without its tensors: `flatten_state`
     scaler: dict[str, Any]  #: of the loss; empty but in fp16
     loss_images: int  #: images that LOSSES are over

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from hvd_lb.data.decoding.stand_in import sizes
-from hvd_lb.data.images import Dataset
+from hvd_lb.data.images import Dataset, refuse_other_images
 from hvd_lb.data.loading.contract import Loader, Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.errors import UserError
@@ -331,6 +331,7 @@ class Trainer:
             batch_size=self.recipe.per_gpu_batch,
             device=self.device,
             threads=self.threads,
+            read_threads=self.recipe.read_threads,
             prefetch=self.recipe.prefetch,
             max_pixels=self.recipe.max_pixels,
             on_stand_ins=self.state.bad_images.on_stand_ins,
@@ -455,6 +456,7 @@ class Trainer:
             batch_size=self.recipe.per_gpu_batch,
             loader=self.recipe.loader,
             threads=self.threads,
+            read_threads=self.recipe.read_threads,
             prefetch=self.recipe.prefetch,
             device=self.device,
             dtype=self.dtype,
@@ -515,11 +517,7 @@ class Trainer:
         saved = checkpoint.saved
         if differing := differing_fields(saved.recipe, self.recipe.mathematics()):
             raise UserError(f"checkpoint {checkpoint.path} is of another recipe: {'; '.join(differing)}")
-        if saved.data != self._provenance["data"]:
-            raise UserError(
-                f"checkpoint {checkpoint.path} was trained on other data than {self.dataset.name} is now "
-                "(images, labels or sizes differ): give the data set it began with, or another --output"
-            )
+        refuse_other_images(checkpoint.path, saved.data, self._provenance["data"], self.dataset.name)
         self.state.load(checkpoint)
 
 

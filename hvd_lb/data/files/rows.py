@@ -1,21 +1,24 @@
 """The rows of an index: what is known of each image, and how files' headers become rows.
 
-A row is one record of 48 bytes, so that whoever uses an image touches one page of memory, not one for each column.
+A row is one record of 56 bytes, so that whoever uses an image touches one page of memory, not one for each column.
 """
 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from hvd_lb.data.files.header import NO_HEADER, Header, header_or_reason
-from hvd_lb.data.files.reading import retried
-from hvd_lb.data.files.section import Section
+from hvd_lb.data.files.journal import Journal
+from hvd_lb.data.files.reading import opened, retried
+from hvd_lb.data.files.section import WINDOW, Section
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.images import Progress
 
@@ -31,6 +34,7 @@ ROW = np.dtype(
         ("name_bytes", "<u2"),
         ("orientation", "u1"),  # EXIF, 1 to 8
         ("kind", "u1"),  # of `hvd_lb.data.files.header.KINDS`
+        ("head", "<u8"),  # `head_sum` of its first bytes
     ]
 )
 
@@ -46,41 +50,66 @@ class Table:
     names: np.ndarray
     shards: list[str]
     first_broken: tuple[int, str] | None
+    remarks: list[str] = field(default_factory=list)  # what a user should know of how the images were found
+
+
+def head_sum(content: bytes | memoryview) -> int:
+    """A checksum of the first bytes of an image file, which are read for its header anyway: to see that it is another.
+
+    Of files of the same length it is equal by chance for one of 2³² pairs.
+    """
+    return zlib.crc32(content[:WINDOW])
 
 
 def measure_files(
-    root: Path, classes: list[str], names: Sequence[bytes], labels: np.ndarray, report: Progress
+    root: Path,
+    classes: list[str],
+    names: Sequence[bytes],
+    labels: np.ndarray,
+    report: Progress,
+    journal: Journal,
 ) -> Table:
-    """Rows of files by their names relative to `root`. UserError for one that the file system does not give."""
+    """Rows of files by their names relative to `root`, those in the journal without a look at the file.
+
+    UserError for one that the file system does not give.
+    """
     rows = np.zeros(len(names), ROW)
     rows["label"], rows["shard"] = labels, -1
     rows["name_bytes"] = [len(name) for name in names]
     np.cumsum(rows["name_bytes"][:-1], dtype=np.int64, out=rows["name_at"][1:])
-    measured = rows[["size", "width", "height", "orientation", "kind"]]  # a view
+    measured = rows[["size", "width", "height", "orientation", "kind", "head"]]  # a view
     broken: dict[int, str] = {}
+    done = 0
+    for start, block in journal.blocks():
+        if start == done:
+            found = np.frombuffer(block, measured.dtype)
+            measured[done : done + len(found)] = found
+            done += len(found)
 
-    def measure(start: int) -> int:
-        stop = min(start + _CHUNK, len(names))
-        for position in range(start, stop):
-            path = os.path.join(root, os.fsdecode(names[position]))
-            size, header = retried(partial(_header, path), path)
-            if isinstance(header, str):
-                broken[position], header = header, NO_HEADER
-            measured[position] = (size, *header)
-        return stop
+    def measure(position: int) -> int:
+        path = os.path.join(root, os.fsdecode(names[position]))
+        size, header, head = retried(partial(_header, path), path)
+        if isinstance(header, str):
+            broken[position], header = header, NO_HEADER
+        measured[position] = (size, *header, head)
+        return position
 
-    for stop in in_threads(measure, range(0, len(names), _CHUNK)):
-        report(f"reading image sizes in {root.name}", stop, len(names))
+    again = np.flatnonzero(
+        rows["width"][:done] == 0
+    ).tolist()  # the journal does not say why these are broken
+    for position in in_threads(measure, chain(again, range(done, len(names)))):
+        if position >= done and ((position + 1) % _CHUNK == 0 or position + 1 == len(names)):
+            journal.append(done, measured[done : position + 1].tobytes())
+            done = position + 1
+            report(f"reading image sizes in {root.name}", done, len(names))
     return Table(
         classes, rows, np.frombuffer(b"".join(names), np.uint8), [], min(broken.items(), default=None)
     )
 
 
-def _header(path: str) -> tuple[int, Header | str]:
-    """Bytes of a file, and its header or what is wrong with that."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size = os.fstat(descriptor).st_size
-        return size, header_or_reason(Section.of_file(descriptor, 0, size))
-    finally:
-        os.close(descriptor)
+def _header(path: str) -> tuple[int, Header | str, int]:
+    """Bytes of a file, its header or what is wrong with that, and `head_sum`."""
+    with opened(path) as (descriptor, size):
+        section = Section.of_file(descriptor, 0, size)
+        head = head_sum(section.at(0, WINDOW))
+        return size, header_or_reason(section), head

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+import os
 
 import numpy as np
 
-from hvd_lb.data.files.reading import retried
+from hvd_lb.data.files.reading import read_file
+from hvd_lb.data.files.rows import head_sum
 from hvd_lb.data.index.index import Index
 from hvd_lb.data.index.shard_reader import ShardReader
 from hvd_lb.errors import UserError
@@ -45,17 +46,27 @@ class IndexedImages:
     def name(self, image_id: int) -> str:
         return self.index.path(image_id)
 
+    def evidence(self, start: int, stop: int) -> tuple[bytes, bytes]:
+        rows = self.index.rows[start:stop]
+        names, lengths = self.index.names_of(start, stop)
+        shards = b"\0".join(map(os.fsencode, self.index.facts.shards)) if start == 0 else b""
+        contents = (rows[name].tobytes() for name in ("size", "head"))
+        places = (rows["offset"].tobytes(), rows["shard"].tobytes(), lengths.tobytes(), names, shards)
+        return b"".join(contents), b"".join(places)
+
     def _read(self, image_id: int) -> np.ndarray:
         row = self.index.rows[image_id]
-        size, shard = int(row["size"]), int(row["shard"])
-        if shard >= 0:
-            content = self._shards.read(shard, int(row["offset"]), size)
-        else:
-            path = self.name(image_id)
-            content = retried(partial(np.fromfile, path, np.uint8), path)
+        size, shard, offset = int(row["size"]), int(row["shard"]), int(row["offset"])
+        in_shard = shard >= 0
+        content = self._shards.read(shard, offset, size) if in_shard else read_file(self.name(image_id))
         if len(content) != size:
             raise UserError(
                 f"{self.name(image_id)}: has {len(content)} bytes now, but had {size} when it was indexed; leave "
                 "files in use alone, and let `hvd-lb data index --check` find changes before"
+            )
+        if head_sum(content.data) != row["head"]:
+            raise UserError(
+                f"{self.name(image_id)}: is another file than when it was indexed, with other bytes; give "
+                "`hvd-lb data index --check`, and leave files in use alone"
             )
         return content

@@ -12,8 +12,12 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
+import socket
 import tempfile
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -30,8 +34,14 @@ from hvd_lb.errors import UserError
 from hvd_lb.machine.cache_folder import cache_folder
 
 BESIDE = ".hvd-lb-index"
-_FORMAT = 3
+_FORMAT = 4
 _FOLDER = re.compile(rf"[0-9a-f]{{32}}-{_FORMAT}")
+_ANY_FORMAT = re.compile(r"[0-9a-f]{32}-\d+")
+
+_JOURNAL = ".journal"
+_USERS, _OUTDATED = "users", "outdated"
+_OUTDATED_SECONDS = 30 * 86_400.0
+_UNFINISHED_SECONDS = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,9 @@ class Facts:
     broken: int
     first_broken: tuple[int, str] | None
     shards: list[str]
+    remarks: list[str]
+    #: Checksum of rows and names: an index that was made anew may have the same stamp.
+    sum: int
 
 
 def beside(source: Source) -> Path:
@@ -76,12 +89,25 @@ def folder_name(stamp: str) -> str:
     return f"{stamp}-{_FORMAT}"
 
 
+def journal(folder: Path) -> Path:
+    """Where is kept what an index in the making knows so far."""
+    return folder.with_name(folder.name + _JOURNAL)
+
+
 def newest(home: Path) -> Iterator[Path]:
     """Folders with indexes of the present format in `home`, the newest first."""
     with suppress(OSError):
         found = [entry for entry in os.scandir(home) if _FOLDER.fullmatch(entry.name)]
-        for entry in sorted(found, key=lambda entry: entry.stat().st_mtime_ns, reverse=True):
+        for entry in sorted(found, key=_made, reverse=True):
             yield Path(entry.path)
+
+
+def _made(entry: os.DirEntry[str]) -> int:
+    """When the index in a folder was made: others write into that later."""
+    try:
+        return os.stat(os.path.join(entry.path, "facts.json")).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def unchanged(folder: Path, root: Path) -> bool:
@@ -91,6 +117,15 @@ def unchanged(folder: Path, root: Path) -> bool:
         return all(in_threads(lambda of: of[1] != 0 and file_state(root, of[0]) == of, known))
     except (OSError, ValueError, TypeError, LookupError):
         return False
+
+
+def changed(folder: Path, root: Path) -> bool:
+    """Whether something that was known to be at rest is no longer as it was."""
+    try:
+        known = [tuple(of) for of in json.loads((folder / "places.json").read_text("ascii"))]
+        return any(in_threads(lambda of: of[1] != 0 and file_state(root, of[0]) != of, known))
+    except (OSError, ValueError, TypeError, LookupError):
+        return True
 
 
 def write_watched(folder: Path, watched: list[FileState]) -> None:
@@ -114,11 +149,25 @@ def facts_of(table: Table) -> Facts:
         broken=kinds[0],
         first_broken=table.first_broken,
         shards=table.shards,
+        remarks=table.remarks,
+        sum=zlib.crc32(_bytes(table.names), zlib.crc32(_bytes(rows))),
     )
 
 
-def save(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Make `folder` at once: filled elsewhere and renamed, so that what is there is complete. OSError."""
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).view(np.uint8).data
+
+
+def set_aside(folder: Path) -> None:
+    """Keep an outdated index whose name is wanted, as it may be mapped, until nobody can be using it. OSError."""
+    folder.rename(folder.with_name(folder_name(secrets.token_hex(16))))
+
+
+def save(folder: Path, fill: Callable[[Path], None], whole: Callable[[Path], object]) -> None:
+    """Make `folder` at once: filled elsewhere and renamed, so that what is there is complete. OSError.
+
+    One that is there already and `whole`, as another process was faster, is left alone: it may be mapped.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         prefix="tmp", dir=folder.parent, ignore_cleanup_errors=True
@@ -126,11 +175,12 @@ def save(folder: Path, fill: Callable[[Path], None]) -> None:
         made = Path(temporary) / "made"
         made.mkdir()
         fill(made)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists() and not whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
         try:
             made.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process was faster
+            if not folder.exists():
                 raise
 
 
@@ -160,11 +210,57 @@ def load_names(folder: Path) -> np.ndarray | None:
     return names if names.dtype == np.uint8 and names.ndim == 1 else None
 
 
+def use(folder: Path) -> None:
+    """Leave a mark that this machine maps the index in `folder`, where that may be written."""
+    with suppress(OSError):
+        (folder / _USERS).mkdir(exist_ok=True)
+        (folder / _USERS / _machine()).touch()
+
+
 def discard_others(folder: Path) -> None:
-    """Delete older indexes beside `folder`, and what killed processes have left. Under the lock."""
-    for old in folder.parent.iterdir():
-        if old != folder and old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
+    """Delete what nobody can be using beside the index `folder`: under the lock.
+
+    That is what killed processes have left unfinished, and older indexes, but for those that processes on other
+    machines may have mapped: on network file systems these would be killed by SIGBUS. (On this machine the kernel
+    keeps what is mapped.) Where other users may read, and leave no mark, and of other versions, which leave none,
+    nobody knows. Such an index is deleted a month after the first newer one was made.
+    """
+    for path in sorted(folder.parent.iterdir()):
+        with suppress(OSError):
+            if path.name.endswith(_JOURNAL):
+                path.unlink()
+            elif path != folder and path.is_dir() and _unused(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _unused(folder: Path) -> bool:
+    """Whether no process can be using an outdated index, or something unfinished. OSError."""
+    if not _ANY_FORMAT.fullmatch(folder.name):
+        return time.time() - folder.stat().st_mtime > _UNFINISHED_SECONDS
+    private = folder.parent.parent.name != BESIDE and _FOLDER.fullmatch(folder.name)
+    marks = {path.name for path in (folder / _USERS).glob("*")}
+    if private and marks <= {_machine(), _OUTDATED}:
+        return True
+    mark = folder / _USERS / _OUTDATED
+    if _OUTDATED not in marks:
+        mark.parent.mkdir(exist_ok=True)
+        mark.touch()
+    return time.time() - mark.stat().st_mtime > _OUTDATED_SECONDS
+
+
+def renew(folder: Path) -> None:
+    """An outdated index is up to date again, since the data are as they were; it is the newest then."""
+    with suppress(OSError):
+        (folder / _USERS / _OUTDATED).unlink(missing_ok=True)
+        os.utime(folder / "facts.json")
+
+
+def _machine() -> str:
+    """This machine since it was started: one kernel, whatever its containers are called."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        return f"{socket.gethostname()}-{os.getpid()}"
 
 
 @contextmanager

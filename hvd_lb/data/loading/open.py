@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -11,9 +10,10 @@ import torch
 
 from hvd_lb.data.decoding.decode import BadImage, check_header
 from hvd_lb.data.decoding.plain import as_plain
-from hvd_lb.data.decoding.stand_in import Content, OnStandIns, RawBatch, Repair, StandIn, Substitute, refuse
+from hvd_lb.data.decoding.stand_in import Content, OnStandIns, Repair, StandIn, Substitute, refuse
 from hvd_lb.data.images import Images
 from hvd_lb.data.loading.contract import PREFETCH, Loader, Prepare, Preprocessing
+from hvd_lb.data.loading.raw_batches import RawBatches
 from hvd_lb.data.loading.shared_pixels import CachedImages
 from hvd_lb.data.loading.threaded import ThreadedLoader
 from hvd_lb.data.options import MAX_PIXELS, LoaderKind
@@ -29,19 +29,22 @@ def open_loader(
     batch_size: int,
     device: torch.device,
     threads: int,
+    read_threads: int | None = None,
     prefetch: int = PREFETCH,
     max_pixels: int = MAX_PIXELS,
     on_stand_ins: OnStandIns | None = None,
 ) -> Loader:
     """A loader of `kind` for microbatches of at most `batch_size` images, decoding with `threads` threads.
 
-    `prefetch` microbatches are kept ready, and twice as many are read ahead of these.
+    `prefetch` microbatches are kept ready. Images are read ahead of these (`hvd_lb.data.loading.raw_batches`) by
+    `read_threads` threads, or by as many as help.
     An image that cannot be decoded, or has more than `max_pixels` pixels, is an error. With `on_stand_ins`
     another image stands in: it is called with the stand-ins right before the consumer gets their microbatch.
     """
-    if min(threads, batch_size, prefetch) < 1:
+    if min(threads, threads if read_threads is None else read_threads, batch_size, prefetch) < 1:
         raise ValueError(
-            f"threads={threads}, batch_size={batch_size}, prefetch={prefetch}: expected positive numbers"
+            f"threads={threads}, read_threads={read_threads}, batch_size={batch_size}, prefetch={prefetch}: "
+            "expected positive numbers"
         )
     if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())  # this thread's, not the decoding one's
@@ -56,8 +59,8 @@ def open_loader(
 
         prepare = _as_it_is
     read = partial(_contents, images, prepare, max_pixels)
-    repair: Repair = Substitute(images, read) if on_stand_ins else refuse
-    batches = _read(read, microbatches, batch_size, threads)
+    repair: Repair = Substitute(images, lambda ids: list(read(ids))) if on_stand_ins else refuse
+    batches = RawBatches(read, microbatches, batch_size, threads=read_threads, start=threads)
     decode = decoder(preprocessing, batch_size, device, threads)
     return ThreadedLoader(images, batches, decode, repair, on_stand_ins or _ignore, prefetch)
 
@@ -70,20 +73,16 @@ def _as_it_is(images: Images, image_id: int, content: np.ndarray) -> np.ndarray:
     return content
 
 
-def _contents(images: Images, prepare: Prepare, max_pixels: int, ids: np.ndarray) -> list[Content]:
+def _contents(images: Images, prepare: Prepare, max_pixels: int, ids: np.ndarray) -> Iterable[Content]:
     if isinstance(images, CachedImages):
-        return [_decoded(images, max_pixels, image_id) for image_id in ids.tolist()]
-    return [
-        _content(images, prepare, max_pixels, image_id, content)
-        for image_id, content in zip(ids.tolist(), images.read(ids), strict=True)
-    ]
-
-
-def _content(
-    images: Images, prepare: Prepare, max_pixels: int, image_id: int, content: np.ndarray
-) -> Content:
+        return (_decoded(images, max_pixels, image_id) for image_id in ids.tolist())
     if not images.encoded:
-        return content
+        return images.read(ids)
+    return (_content(images, prepare, max_pixels, image_id) for image_id in ids.tolist())
+
+
+def _content(images: Images, prepare: Prepare, max_pixels: int, image_id: int) -> Content:
+    (content,) = images.read(np.array([image_id]))
     try:
         check_header(images, image_id, content, max_pixels)
         return prepare(images, image_id, content)
@@ -96,19 +95,3 @@ def _decoded(images: CachedImages, max_pixels: int, image_id: int) -> Content:
         return images.decoded(image_id, max_pixels)
     except BadImage as bad:
         return bad
-
-
-def _read(
-    read: Callable[[np.ndarray], list[Content]],
-    microbatches: Iterable[Microbatch],
-    batch_size: int,
-    threads: int,
-) -> Iterator[RawBatch]:
-    """Reads the images of a microbatch in `threads` parts at once: files may be far away."""
-    with ThreadPoolExecutor(threads, "hvd-lb read") as pool:
-        for microbatch in microbatches:
-            ids = microbatch.image_ids
-            if not 1 <= len(ids) <= batch_size:
-                raise ValueError(f"a microbatch of {len(ids)} images; expected 1 to {batch_size}")
-            parts = pool.map(read, np.array_split(ids, min(threads, len(ids))))
-            yield RawBatch(microbatch, [data for part in parts for data in part])

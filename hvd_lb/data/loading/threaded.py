@@ -1,4 +1,4 @@
-"""The Loader around a decoding generator: two threads work ahead of the consumer, one reads, one decodes."""
+"""The Loader around a decoding generator: threads read ahead of it, and one decodes ahead of the consumer."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Self
 
 import torch
 
-from hvd_lb.data.decoding.stand_in import OnStandIns, RawBatch, Repair
+from hvd_lb.data.decoding.stand_in import OnStandIns, Repair
 from hvd_lb.data.images import Images
 from hvd_lb.data.loading.contract import PREFETCH, Batch, Decode
+from hvd_lb.data.loading.raw_batches import RawBatches
 from hvd_lb.data.loading.readahead import ReadAhead
 
 
 class ThreadedLoader:
-    """Reads `batches` ahead and decodes them; see the module's docstring."""
+    """Decodes `batches` ahead, and closes them, too."""
 
     def __init__(
         self,
         images: Images,
-        batches: Iterator[RawBatch],
+        batches: RawBatches,
         decode: Decode,
         repair: Repair,
         on_stand_ins: OnStandIns,
         prefetch: int = PREFETCH,
     ) -> None:
         self._on_stand_ins = on_stand_ins
-        self._read = ReadAhead(batches, 2 * prefetch, "hvd-lb read")
-        self._ready = ReadAhead(decode(images, self._read, repair), prefetch, "hvd-lb decode")
-        self._close = weakref.finalize(self, _close, self._read, self._ready)  # also when it is just dropped
+        self._ready = ReadAhead(decode(images, batches, repair), prefetch, "hvd-lb decode")
+        self._close = weakref.finalize(self, _close, batches, self._ready)  # also when it is just dropped
         # Before the interpreter ends, and before DALI's own exit function, registered earlier, pulls its pipelines
         # from under a running thread.
         atexit.register(self._close)
@@ -67,7 +67,7 @@ class ThreadedLoader:
         self.close()
 
 
-def _close(*stages: ReadAhead) -> None:
-    """In this order: a later stage may be waiting for an earlier one."""
-    for stage in stages:
-        stage.close()
+def _close(batches: RawBatches, ready: ReadAhead) -> None:
+    """In this order: the decoder may be waiting for what is read."""
+    batches.close()
+    ready.close()

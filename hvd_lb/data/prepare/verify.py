@@ -18,6 +18,7 @@ from hvd_lb.data.decoding.plain import as_plain
 from hvd_lb.data.decoding.stand_in import Content, RawBatch, StandIn, sizes
 from hvd_lb.data.images import Images
 from hvd_lb.data.loading.contract import Prepare, Preprocessing
+from hvd_lb.data.loading.raw_batches import RawBatches
 from hvd_lb.data.loading.threaded import ThreadedLoader
 from hvd_lb.data.options import MAX_PIXELS, LoaderKind
 from hvd_lb.errors import UserError
@@ -106,15 +107,14 @@ def _by_dali(images: Images, threads: int, max_pixels: int) -> Iterator[Part]:
 
     from hvd_lb.data.loading.dali import dali_decoder
 
-    def batches() -> Iterator[RawBatch]:
-        with ThreadPoolExecutor(threads, "hvd-lb verify") as pool:
-            for ids in _parts(images):
-                contents = pool.map(lambda i: _read(images, as_plain, max_pixels, i), ids.tolist())
-                yield RawBatch(_whole(images, ids), list(contents))
+    def read(ids: np.ndarray) -> Iterator[Content]:
+        return (_read(images, as_plain, max_pixels, i) for i in ids.tolist())
 
+    whole = (_whole(images, ids) for ids in _parts(images))
+    batches = RawBatches(read, whole, _MOST_IMAGES, start=threads)
     told: list[StandIn] = []
     decode = dali_decoder(_TINY, _MOST_IMAGES, torch.device("cpu"), threads)
-    with ThreadedLoader(images, batches(), decode, _Fill(images), told.extend) as loader:
+    with ThreadedLoader(images, batches, decode, _Fill(images), told.extend) as loader:
         for ids, _ in zip(_parts(images), loader, strict=True):
             failures = [Failure(of.image, of.path, of.reason) for of in told]
             told.clear()
@@ -133,9 +133,7 @@ class _Fill:
 
     images: Images
 
-    def __call__(
-        self, batch: RawBatch, bad: dict[int, BadImage], trial: Callable[[RawBatch], BadImage | None]
-    ) -> RawBatch:
+    def __call__(self, batch: RawBatch, bad: dict[int, BadImage]) -> RawBatch:
         windows, data, found = batch.microbatch.windows, list(batch.data), list(batch.stand_ins)
         for position, why in bad.items():
             image = int(batch.microbatch.image_ids[position])

@@ -14,6 +14,7 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Protocol
 
+from hvd_lb.data.files.journal import Journal
 from hvd_lb.data.files.rows import Table
 from hvd_lb.data.images import Progress
 
@@ -27,12 +28,13 @@ _UNSETTLED_NS = 2_000_000_000
 class Listing:
     """One look at a source. `stamp` changes with the name, size or time of any file.
 
-    `watched` are fewer than the files: whoever adds, removes or renames a file changes one of them.
+    `watched` are fewer than the files: whoever adds, removes or renames a file changes one of them. `build` goes on
+    where the journal of a listing with the same stamp ends.
     """
 
     stamp: str
     watched: list[FileState]
-    build: Callable[[Progress], Table]
+    build: Callable[[Progress, Journal], Table]
 
 
 class Source(Protocol):
@@ -67,6 +69,13 @@ def file_state(root: Path, relative: str) -> FileState:
     # What has changed just now may change again without getting another time: it counts as changed next time.
     settled = abs(time.time_ns() - stat.st_mtime_ns) > _UNSETTLED_NS
     return relative, stat.st_mtime_ns if settled else 0, -1 if S_ISDIR(stat.st_mode) else stat.st_size
+
+
+def state_of(stat: os.stat_result) -> tuple[int, int, int]:
+    """Size and time of a file, and when the system last touched it. The last belongs into a stamp where files are few
+    and soon read anew: what overwrites a file can keep its size and set its time, as `cp -p` and `rsync -t` do.
+    """
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def stamped(parts: Iterable[str | bytes]) -> str:

@@ -39,14 +39,15 @@ def train(job: Job, world: World, stop_requested: StopRequests) -> None:
     recipe = job.recipe
     dataset = open_dataset(
         recipe.data or "",
+        val=recipe.val,
         val_fraction=recipe.val_fraction,
         on_bad_image=recipe.on_bad_image,
         expected=job.data_fingerprint,
     )
     if dataset.fingerprint() != job.data_fingerprint:
         raise UserError(
-            f"{recipe.data} on this host is not the data set that the run was planned with (other names, sizes or "
-            "labels of images): copy it again"
+            f"{recipe.data} on this host is not the data set that the run was planned with (other names, "
+            "places, bytes, sizes or labels of images): copy it again"
         )
     first_step = checkpoint.step if checkpoint else 0
     observer = RunObserver(directory, first_step) if world.rank == 0 else SilentObserver()

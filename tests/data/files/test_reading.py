@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hvd_lb.data.files.reading import RETRY_AFTER_SECONDS, retried
+from hvd_lb.data.files.reading import RETRY_AFTER_SECONDS, read_file, retried
 from hvd_lb.errors import UserError
 
 
@@ -55,3 +58,42 @@ def test_what_no_waiting_mends_is_told_at_once(number: int) -> None:
 
 def test_about_ten_seconds_are_waited() -> None:
     assert 5 <= sum(RETRY_AFTER_SECONDS) <= 15
+
+
+def test_a_file_is_read_whole_whatever_a_read_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8)
+    path = tmp_path / "a.jpg"
+    content.tofile(path)
+    np.testing.assert_array_equal(read_file(str(path)), content)
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, into, at: preadv(file, [into[0][:999]], at))
+    np.testing.assert_array_equal(read_file(str(path)), content)
+    (tmp_path / "empty.jpg").touch()
+    assert len(read_file(str(tmp_path / "empty.jpg"))) == 0
+
+
+def test_a_stale_handle_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"bytes")
+    preadv, failures = os.preadv, [errno.ESTALE, errno.EIO]
+
+    def flaky(*of: object) -> int:
+        if failures:
+            raise OSError(failures.pop(), "Stale file handle")
+        return preadv(*of)
+
+    monkeypatch.setattr(os, "preadv", flaky)
+    before = len(os.listdir("/proc/self/fd"))
+    assert read_file(str(path)).tobytes() == b"bytes"
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("pipe", "device", "folder"):
+        with pytest.raises(
+            UserError, match=f"{name}.jpg: is no file, but a pipe, a socket, a device or a folder"
+        ):
+            read_file(str(tmp_path / f"{name}.jpg"))

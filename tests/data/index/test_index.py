@@ -162,6 +162,23 @@ def test_a_header_that_the_file_system_does_not_give_is_no_broken_one(
     assert not cached()
 
 
+def test_a_pipe_among_the_images_is_named(folder: Path) -> None:
+    os.mkfifo(folder / "ant" / "pipe.jpg")
+    with pytest.raises(UserError, match="ant/pipe.jpg: is no file"):
+        open_index(folder)
+
+
+def test_a_broken_file_that_was_repaired_in_place_is_looked_at_again(folder: Path) -> None:
+    """Neither the folders nor the list of files tell of it."""
+    good = (folder / "ant" / "0.png").read_bytes()
+    (folder / "ant" / "0.png").write_bytes(b"broken")
+    old(folder)
+    with pytest.raises(UserError, match=r"ant/0.png: .* --on-bad-image skip"):
+        open_index(folder, cheap=0)
+    (folder / "ant" / "0.png").write_bytes(good)
+    assert open_index(folder, cheap=0).facts.broken == 0
+
+
 def test_names_that_are_no_text_are_kept(tmp_path: Path, folder: Path) -> None:
     strange = os.fsencode(folder / "ant") + b"/\xff\xfe.png"
     os.rename(folder / "ant" / "0.png", strange)
@@ -239,7 +256,7 @@ def test_what_changed_just_now_is_looked_at_again(folder: Path) -> None:
 
 def test_an_index_beside_the_data_is_found_wherever_they_are(folder: Path, tmp_path: Path) -> None:
     old(folder)
-    made = open_index(folder, write_beside=True)
+    made = open_index(folder, cheap=0, write_beside=True)
     assert made.keep[0].is_relative_to(folder / ".hvd-lb-index")
     assert not cached()
     folder.rename(tmp_path / "elsewhere")

@@ -1,0 +1,138 @@
+"""An outdated index is removed when nobody can be using it, and not before."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.index import store
+from hvd_lb.data.index.index import Index, open_index
+from hvd_lb.data.sources.folders import FolderSource
+
+Make = Callable[..., Path]
+MONTH = 31 * 86_400
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_classes: Make) -> Path:
+    return make_classes(tmp_path / "pictures", {"ant": 3, "bee": 3})
+
+
+def index(folder: Path, *, beside: bool = False) -> Index:
+    return open_index(FolderSource(folder, folder, "all"), write_beside=beside)
+
+
+def change(folder: Path) -> None:
+    path = folder / "ant" / "0.png"
+    os.utime(path, ns=(0, os.stat(path).st_mtime_ns + 10**9))
+
+
+def age(home: Path, seconds: float) -> None:
+    """Let all in it seem to be so much older."""
+    for path in [home, *home.rglob("*")]:
+        stat = path.stat()
+        os.utime(path, (stat.st_atime - seconds, stat.st_mtime - seconds))
+
+
+def test_what_another_machine_has_open_stays_for_a_month(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = index(folder)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(store, "_machine", lambda: "other")
+        mapped = index(folder)
+    assert mapped.keep == old.keep
+    for _ in range(2):
+        change(folder)
+        new = index(folder)
+        assert new.keep[0] != old.keep[0]
+        assert old.keep[0].is_dir()
+        np.testing.assert_array_equal(np.array(mapped.rows), np.load(old.keep[0] / "rows.npy"))
+    assert open_index(FolderSource(folder, folder, "all"), check="none").identity == new.identity
+    age(old.keep[0].parent, MONTH)
+    change(folder)
+    index(folder)
+    assert not old.keep[0].exists()
+
+
+def test_what_only_this_machine_has_open_goes_at_once(folder: Path) -> None:
+    old = index(folder)
+    expected = np.array(old.rows)
+    change(folder)
+    new = index(folder)
+    assert not old.keep[0].exists()
+    np.testing.assert_array_equal(old.rows["width"], expected["width"])  # still mapped
+    assert [path for path in new.keep[0].parent.iterdir() if path.is_dir()] == [new.keep[0]]
+
+
+def test_beside_the_data_others_may_read_unseen(folder: Path) -> None:
+    old = index(folder, beside=True)
+    change(folder)
+    index(folder, beside=True)
+    assert old.keep[0].is_dir()
+    age(old.keep[0].parent, MONTH)
+    change(folder)
+    index(folder, beside=True)
+    assert not old.keep[0].exists()
+
+
+def test_other_versions_leave_no_mark(folder: Path) -> None:
+    home = index(folder).keep[0].parent
+    other = home / f"{'0' * 32}-2"
+    other.mkdir()
+    change(folder)
+    index(folder)
+    assert other.is_dir()
+    age(home, MONTH)
+    change(folder)
+    index(folder)
+    assert not other.exists()
+
+
+def test_what_is_unfinished_goes_after_a_day(folder: Path) -> None:
+    home = index(folder).keep[0].parent
+    for name in ("tmpold", "tmpnew"):
+        (home / name / "made").mkdir(parents=True)
+    age(home / "tmpold", 2 * 86_400)
+    change(folder)
+    index(folder)
+    assert (home / "tmpnew").is_dir()
+    assert not (home / "tmpold").exists()
+
+
+def test_data_that_are_again_as_they_were_have_their_old_index(folder: Path) -> None:
+    path = folder / "ant" / "0.png"
+    before = path.stat().st_mtime_ns
+    old = index(folder, beside=True)
+    change(folder)
+    new = index(folder, beside=True)
+    time.sleep(0.02)
+    os.utime(path, ns=(0, before))
+    assert index(folder, beside=True).identity == old.identity != new.identity
+    # Ranks, which compare nothing, take it as well, and its month is over.
+    assert open_index(FolderSource(folder, folder, "all"), check="none").identity == old.identity
+    assert not (old.keep[0] / "users" / "outdated").exists()
+
+
+def test_who_is_slower_leaves_the_index_of_who_was_faster_alone(tmp_path: Path, make_dataset: Make) -> None:
+    spec = str(make_dataset(tmp_path / "set") / "train")
+    opened = open_dataset(spec, val_fraction=0.5)
+    (folder,) = opened.val.index.keep
+    before = {path: path.stat().st_ino for path in [folder, *folder.iterdir()]}
+
+    def fill(made: Path) -> None:
+        for path in folder.iterdir():
+            if path.is_file():
+                (made / path.name).write_bytes(path.read_bytes())
+
+    store.save(folder, fill, lambda there: store.load_rows(there, "val-"))
+    assert {path: path.stat().st_ino for path in [folder, *folder.iterdir()]} == before
+    (folder / "val-rows.npy").write_bytes(b"damaged")
+    store.save(folder, lambda made: (made / "new").touch(), lambda there: store.load_rows(there, "val-"))
+    assert [path.name for path in folder.iterdir()] == ["new"]
