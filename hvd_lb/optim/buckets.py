@@ -151,6 +151,9 @@ class Slot:
 
     def spend(self) -> None:
         """After a step: the gradient stays readable, but the next accumulation starts from zero."""
+        if self.held() is Held.CHANGED:
+            self.collect()
+            self.publish()
         self._spent = True
         self._version = self.grad._version
 
@@ -269,7 +272,7 @@ class FixedPointBucket(Bucket):
         return self.sum.started
 
     def before_accumulation(self, slot: Slot) -> None:
-        self._take(slot)
+        self._take(slot, zeros=False)
 
     def after_accumulation(self, slot: Slot) -> None:
         if (grad := slot.take()) is not None:
@@ -282,7 +285,7 @@ class FixedPointBucket(Bucket):
 
     def start(self, world: World) -> None:
         for slot in self.awaited:
-            self._take(slot)
+            self._take(slot, zeros=True)
         for slot in self.slots:
             slot.sent()
         self.sum.start(world)
@@ -309,8 +312,11 @@ class FixedPointBucket(Bucket):
     def set_exponent(self, slot: Slot, exponent: int) -> None:
         self.sum.exponents[self._index[slot]] = exponent
 
-    def _take(self, slot: Slot) -> None:
-        """Moves the gradient in `p.grad`, unless it is a spent one or stands for terms, into the sum."""
+    def _take(self, slot: Slot, zeros: bool) -> None:
+        """Moves the gradient in `p.grad`, unless it is a spent one or stands for terms, into the sum.
+
+        One that was cleared to `zeros` is no term beside those of backward; alone it is, as it is a gradient.
+        """
         if slot.gathered:
             if gradient(slot.parameter) is not self._stand_ins[self._index[slot]]:
                 raise RuntimeError(
@@ -318,7 +324,7 @@ class FixedPointBucket(Bucket):
                     "step up, and opt.synchronize() before gradients are changed"
                 )
             set_gradient(slot.parameter, None)
-        elif (grad := slot.take()) is not None:
+        elif (grad := slot.take()) is not None and (zeros or bool(grad.any())):
             self.sum.add(self._index[slot], _dense(grad))
 
 

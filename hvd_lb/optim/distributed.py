@@ -71,11 +71,13 @@ class DistributedOptimizer(Optimizer):
 
     - `step` consumes the gradients: they stay readable, and the next backward starts from zero, with or
       without zero_grad.
-    - Clipping: `opt.synchronize(images=n)`, clip, `opt.step()`. Between backward and `synchronize`
-      gradients are undefined.
-    - GradScaler: `scaler.step(opt, images=n)`; to clip, `opt.synchronize(images=n); scaler.unscale_(opt)`
-      before it. A process without a backward calls `synchronize` in any case, and, as GradScaler wants to
-      have scaled something, `scaler.scale(torch.zeros(()))` before its first step.
+    - Whoever reads or sets `p.grad` after backward (`clip_grad_norm_`, `GradScaler.unscale_`) waits for the exchange
+      and sees the mean of the processes. For sums call `opt.synchronize(images=n)` before; a count that comes after
+      somebody has looked is an error, except in `scaler.step(opt, images=n)` without an `unscale_` of its own.
+    - To read `p.grad` while backward is at work is an error, and to change a process's own sums after the last
+      backward inside `accumulate()`.
+    - A process without a backward calls `synchronize` before it clips and, as GradScaler wants to have scaled
+      something, `scaler.scale(torch.zeros(()))` before its first step.
     - `opt.zero_grad()` gives up an exchange under way, on all processes or on none.
     - A parameter without a gradient on all processes is skipped; one without on some counts as zero there.
     - `schedule(steps)` is the learning rate of step `steps`, counted from 0; it is set in every group,
@@ -91,10 +93,11 @@ class DistributedOptimizer(Optimizer):
         backwards of a step are divided among processes and whatever their order. It is the largest number of
         backwards of a step, those of all processes counted together. `synchronize` and `step` may then raise
         `FixedPointOverflow`, on all processes alike and with the gradients cleared: the step's backwards have to be
-        run again. Gradients are undefined from the first backward to `synchronize`.
+        run again. Until the last backward gradients can neither be read nor set.
 
-    Raises `TypeError` when `optimizer` is no plain torch optimizer or a parameter is complex, `RuntimeError`
-    when the processes disagree on the parameters.
+    Methods that only the wrapped optimizer has are called through. Raises `TypeError` when `optimizer` is no plain
+    torch optimizer, or names a parameter that is complex or has no shape yet (lazy modules), `RuntimeError` when the
+    processes disagree on the parameters, or made other optimizers than this one.
     """
 
     def __init__(
@@ -362,8 +365,8 @@ class DistributedOptimizer(Optimizer):
         ]
         text = json.dumps(described).encode()
         digest = zlib.crc32(text)
-        total = int(self.world.allreduce(torch.tensor([digest]), f"{self._name}.layout").item())
-        if total == digest * self.world.size:
+        extremes = self.world.maximum_async(torch.tensor([digest, -digest]), f"{self._name}.layout").wait()
+        if extremes.sum() == 0:
             return
         expected = json.loads(self.world.broadcast_bytes(text, f"{self._name}.layout"))
         pairs = itertools.zip_longest(described, expected)

@@ -80,7 +80,8 @@ def broadcast_tensors(world: World, tensors: Mapping[str, Tensor], name: str) ->
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    laid_out = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return laid_out.reshape(-1).view(torch.uint8)
 
 
 def _once(tensor: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:

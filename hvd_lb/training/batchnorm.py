@@ -133,7 +133,9 @@ class RunningStatistics:
                 raise TypeError(f"{name} has no shape yet (a lazy module): run one forward first")
         self._layers = layers
         self._forwards = [_Forward(layer) for layer in layers]
-        self._updates = [0] * len(self._layers)  # of each layer, in all
+        # Of each layer: since it was taken over, and what its num_batches_tracked said then.
+        self._updates, self._before = [0] * len(self._layers), [0] * len(self._layers)
+        self._used = [True] * len(self._layers)  # when it could be told last
         self._added = [0] * len(self._layers)  # microbatches since the last update
         self._microbatches = 0
         self._sums = [torch.zeros_like(buffer, dtype=gathering_dtype(buffer)) for buffer in self._buffers()]
@@ -147,7 +149,8 @@ class RunningStatistics:
     @torch.no_grad()
     def adopt(self) -> None:
         """Take the layers' buffers (equal on all processes: fresh, loaded or just published) as r."""
-        self._updates = [int(layer.num_batches_tracked) for layer in self._layers]  # type: ignore[arg-type]
+        self._before = [int(layer.num_batches_tracked) for layer in self._layers]  # type: ignore[arg-type]
+        self._updates = [0] * len(self._layers)
         if self._layers:
             torch._foreach_copy_(self._published, self._buffers())
         self._adopt()
@@ -179,18 +182,21 @@ class RunningStatistics:
         torch._foreach_add_(_of(trained, self._sums), statistics, alpha=weight)
 
     def _trained(self) -> list[int]:
-        """The layers that take part in this update; a process without microbatches goes by their mode."""
+        """The layers that take part in this update.
+
+        A process without microbatches in this step goes by the layers' mode, and by what it has seen of their use.
+        """
         for name, added in zip(self._names, self._added, strict=True):
             if 0 < added < self._microbatches:
                 raise RuntimeError(
                     f"{name} went forward in {added} of the {self._microbatches} microbatches of this step: "
                     "RunningStatistics takes a layer that takes part in all of them or in none"
                 )
-        return [
-            index
-            for index, layer in enumerate(self._layers)
-            if (self._added[index] if self._microbatches else layer.training and layer.track_running_stats)
-        ]
+        if self._microbatches:
+            frozen = [not layer.training for layer in self._layers]
+            self._used = [added > 0 or still for added, still in zip(self._added, frozen, strict=True)]
+            return [index for index, added in enumerate(self._added) if added]
+        return [index for index, layer in enumerate(self._layers) if self._used[index] and layer.training]
 
     def synchronize(self) -> None:
         """Collective, before `step` or `replace`. `FixedPointOverflow` where a sum has to be gathered again."""
@@ -204,7 +210,8 @@ class RunningStatistics:
             for index in trained:
                 self._updates[index] += 1
                 momentum = self._layers[index].momentum
-                momenta += [1 / self._updates[index] if momentum is None else momentum] * 2
+                updates = self._before[index] + self._updates[index]
+                momenta += [1 / updates if momentum is None else momentum] * 2
             share, sums = _of(trained, self._share), _of(trained, self._sums)
             torch._foreach_mul_(share, [1.0 - m for m in momenta])
             torch._foreach_mul_(sums, [m / active_workers for m in momenta])
@@ -239,22 +246,28 @@ class RunningStatistics:
         """
         if not self._layers:
             return
-        self._check_agreement()
+        self._agree()
         for buffer, whole in zip(self._buffers(), self._whole(), strict=True):
             buffer.copy_(whole)
-        for layer, updates in zip(self._layers, self._updates, strict=True):
-            layer.num_batches_tracked.fill_(updates)  # type: ignore[union-attr]
+        for layer, *updates in zip(self._layers, self._before, self._updates, strict=True):
+            layer.num_batches_tracked.fill_(sum(updates))  # type: ignore[union-attr]
         torch._foreach_copy_(self._published, self._buffers())
         self._adopt()
 
-    def _check_agreement(self) -> None:
+    def _agree(self) -> None:
+        """Checks that all processes have counted the same updates, and takes over rank 0's count from before."""
+        before = torch.tensor(self._before)
         mine = torch.tensor(self._updates)
-        total = self._world.allreduce(mine.clone(), "hvd_lb.batch_norm.updates")
-        for name, differs in zip(self._names, (total != mine * self._world.size).tolist(), strict=True):
-            if differs:
+        cumulative = torch.tensor([layer.momentum is None for layer in self._layers])
+        counted = mine + before * cumulative
+        sent = torch.stack([counted, -counted, before * (self._world.rank == 0)])
+        most, minus_least, rank_0 = self._world.maximum_async(sent, "hvd_lb.batch_norm.updates").wait()
+        for name, difference in zip(self._names, (most + minus_least).tolist(), strict=True):
+            if difference:
                 raise RuntimeError(
                     f"{name} took part in other steps on some processes than on others; all do the same"
                 )
+        self._before = rank_0.tolist()
 
     def _whole(self) -> list[Tensor]:
         """r = Σ_p R_p."""
