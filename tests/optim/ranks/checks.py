@@ -879,7 +879,7 @@ class SAM(torch.optim.Optimizer):
 
 @check_alone_too
 def methods_that_only_the_wrapped_optimizer_has(world: World) -> None:
-    for form, terms in itertools.product(("means", "sums", "closure"), (None, world.size)):
+    for form, terms in itertools.product(("means", "sums", "closure", "closure of sums"), (None, world.size)):
         model, reference = convnet().eval(), convnet().eval()
         opt = DistributedOptimizer(SAM(model.parameters()), model, world=world, reproducible_terms=terms)
         plain = SAM(reference.parameters())
@@ -889,7 +889,7 @@ def methods_that_only_the_wrapped_optimizer_has(world: World) -> None:
             def loss(
                 m: nn.Module = model,
                 d: tuple[Tensor, Tensor] = data[world.rank],
-                count: int = 1 if form == "sums" else 4,
+                count: int = 1 if "sums" in form else 4,
             ) -> Tensor:
                 return loss_sum(m, d) / count
 
@@ -902,8 +902,8 @@ def methods_that_only_the_wrapped_optimizer_has(world: World) -> None:
                 return result
 
             loss().backward()
-            if form == "closure":
-                opt.step(closure)
+            if "closure" in form:
+                opt.step(closure, images=4 if "sums" in form else None)
             else:
                 for take in (opt.first_step, opt.second_step):
                     if form == "sums":
