@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hvd_lb.exact.fixed_point import FixedPointSum, offsets_of
+from hvd_lb.optim.watched import gathering, gradient, set_gradient
 from hvd_lb.world import Handle, World
 
 HALF = (torch.float16, torch.bfloat16)
@@ -67,9 +68,10 @@ class Slot:
         self.rounded = self.view.dtype != parameter.dtype
         self.grad = torch.empty_like(self.view, dtype=parameter.dtype) if self.rounded else self.view
         self.present = False
+        self.gathered = False  # a backward of this step has added to it
         self._spent = False
         # By which it is known whether somebody has written into `grad` since.
-        self._version = self.grad._version
+        self._version = self._sent = self.grad._version
 
     def fits(self) -> bool:
         """False once the parameter has another device, dtype or shape (model.cuda(), model.half())."""
@@ -78,9 +80,10 @@ class Slot:
 
     def held(self) -> Held:
         """What `p.grad` holds now."""
-        if self.parameter.grad is None:
+        grad = gradient(self.parameter)
+        if grad is None:
             return Held.NOTHING
-        if self.parameter.grad is not self.grad:
+        if grad is not self.grad:
             return Held.CHANGED
         written = self.grad._version != self._version
         if self._spent and not written:
@@ -93,43 +96,64 @@ class Slot:
         self.present = held in (Held.OURS, Held.CHANGED)
         if not self.present:
             self.view.zero_()
-        elif held is Held.CHANGED and self.parameter.grad is not None:
-            self.view.copy_(_dense(self.parameter.grad))
+        elif held is Held.CHANGED and (grad := gradient(self.parameter)) is not None:
+            self.view.copy_(_dense(grad))
 
     def take(self) -> Tensor | None:
         """Takes the gradient, if there is one, out of `p.grad`, which is None afterwards."""
-        grad = self.parameter.grad if self.held() in (Held.OURS, Held.CHANGED) else None
-        self._spent, self.parameter.grad = False, None
+        grad = gradient(self.parameter) if self.held() in (Held.OURS, Held.CHANGED) else None
+        self._spent = False
+        set_gradient(self.parameter, None)
         return grad
 
     def publish(self) -> None:
         """Puts the view into `p.grad`, in the parameter's dtype."""
         if self.rounded:
             self.grad.copy_(self.view)
-        if self.parameter.grad is not self.grad:
-            self.parameter.grad = self.grad
+        if gradient(self.parameter) is not self.grad:
+            set_gradient(self.parameter, self.grad)
         self._version = self.grad._version
 
     def before_accumulation(self) -> None:
         """Before autograd adds to `p.grad`: drops a spent gradient, sets half precision's sum aside."""
         if self.rounded:
             self.collect()
-            self.parameter.grad = None
+            set_gradient(self.parameter, None)
         elif self.held() is Held.SPENT:
-            self.parameter.grad = None
+            set_gradient(self.parameter, None)
         self._spent = False
 
     def after_accumulation(self) -> None:
         """After autograd has added to `p.grad`, in place or, where there was none, by a tensor of its own."""
-        if self.rounded and self.parameter.grad is not None:
-            self.view.add_(_dense(self.parameter.grad))
+        grad = gradient(self.parameter)
+        if self.rounded and grad is not None:
+            self.view.add_(_dense(grad))
             self.present = True
         else:
             self.collect()
         self.publish()
+        self.gathered = True
+
+    def edited(self) -> bool:
+        """Whether somebody has changed what this process's backwards have gathered, other than to clear it."""
+        grad = gradient(self.parameter)
+        if not self.gathered or grad is None or (grad is self.grad and grad._version == self._version):
+            return False
+        return bool(grad.any())
+
+    def sent(self) -> None:
+        """When its exchange starts: until it has finished nobody may write into the gradient."""
+        self._sent = self.grad._version
+
+    def touched(self) -> bool:
+        """Whether somebody has, by a reference from before."""
+        return self.grad._version != self._sent
 
     def spend(self) -> None:
         """After a step: the gradient stays readable, but the next accumulation starts from zero."""
+        if self.held() is Held.CHANGED:
+            self.collect()
+            self.publish()
         self._spent = True
         self._version = self.grad._version
 
@@ -173,7 +197,17 @@ class Bucket:
             self.flags.fill_(1)
         else:
             self.flags.copy_(torch.tensor([slot.present for slot in self.slots]))
+        for slot in self.slots:
+            slot.sent()
         self.handle = world.allreduce_async(self.flat, self.name)
+
+    def edited(self) -> bool:
+        """Whether gradients were changed between the backwards of this process and the exchange."""
+        return any(slot.edited() for slot in self.slots)
+
+    def touched(self) -> bool:
+        """Whether gradients were changed while they were exchanged."""
+        return any(slot.touched() for slot in self.slots)
 
     def finish(self) -> list[Tensor]:
         """Waits for the sums; parameters without a gradient on any process get none.
@@ -205,7 +239,7 @@ class Bucket:
             if slot.present:
                 slot.publish()
             else:
-                slot.parameter.grad = None
+                set_gradient(slot.parameter, None)
 
     def consume(self) -> None:
         """After a step: makes the bucket ready for the next backward, its gradients still readable."""
@@ -216,33 +250,44 @@ class Bucket:
     def reset(self) -> None:
         """Makes the bucket ready for the next backward."""
         self.awaited = dict.fromkeys(self.slots)
+        for slot in self.slots:
+            slot.gathered = False
 
 
 class FixedPointBucket(Bucket):
     """Adds up to `terms` gradients of each parameter, of all processes, in fixed point (see `exact.fixed_point`).
 
-    Every backward's gradient is taken out of `p.grad`, which is None until the exchange has finished. Then the flat
-    bucket and its views hold the sums, as in the bucket that is inherited from.
+    Every backward's gradient is taken out of `p.grad`; until the exchange has finished something stands there that
+    raises an error when it is used. Then the flat bucket and its views hold the sums, as in `Bucket`.
     """
 
     def __init__(self, parameters: list[Tensor], name: str, terms: int) -> None:
         super().__init__(parameters, name)
         self.sum = FixedPointSum([slot.view for slot in self.slots], terms, name)
         self._index = {slot: index for index, slot in enumerate(self.slots)}
+        self._stand_ins = [gathering(parameter) for parameter in parameters]
 
     @property
     def started(self) -> bool:
         return self.sum.started
 
     def before_accumulation(self, slot: Slot) -> None:
-        self._take(slot)
+        self._take(slot, zeros=False)
 
     def after_accumulation(self, slot: Slot) -> None:
-        self._take(slot)
+        if (grad := slot.take()) is not None:
+            self.sum.add(self._index[slot], _dense(grad))
+        slot.gathered = True
+        set_gradient(slot.parameter, self._stand_ins[self._index[slot]])
+
+    def edited(self) -> bool:
+        return False  # `_take` finds it
 
     def start(self, world: World) -> None:
         for slot in self.awaited:
-            self._take(slot)
+            self._take(slot, zeros=True)
+        for slot in self.slots:
+            slot.sent()
         self.sum.start(world)
 
     def finish(self) -> list[Tensor]:
@@ -253,6 +298,9 @@ class FixedPointBucket(Bucket):
         return [self.slots[index].parameter for index in overflowed]
 
     def reset(self) -> None:
+        for slot, stand_in in zip(self.slots, self._stand_ins, strict=True):
+            if gradient(slot.parameter) is stand_in:
+                set_gradient(slot.parameter, None)
         super().reset()
         if not self.sum.empty:
             self.sum.discard()
@@ -264,9 +312,19 @@ class FixedPointBucket(Bucket):
     def set_exponent(self, slot: Slot, exponent: int) -> None:
         self.sum.exponents[self._index[slot]] = exponent
 
-    def _take(self, slot: Slot) -> None:
-        """Moves the gradient in `p.grad`, unless it is a spent one, into the sum."""
-        if (grad := slot.take()) is not None:
+    def _take(self, slot: Slot, zeros: bool) -> None:
+        """Moves the gradient in `p.grad`, unless it is a spent one or stands for terms, into the sum.
+
+        One that was cleared to `zeros` is no term beside those of backward; alone it is, as it is a gradient.
+        """
+        if slot.gathered:
+            if gradient(slot.parameter) is not self._stand_ins[self._index[slot]]:
+                raise RuntimeError(
+                    "a gradient was set while it was being added up in fixed point: call opt.zero_grad() to give a "
+                    "step up, and opt.synchronize() before gradients are changed"
+                )
+            set_gradient(slot.parameter, None)
+        elif (grad := slot.take()) is not None and (zeros or bool(grad.any())):
             self.sum.add(self._index[slot], _dense(grad))
 
 
@@ -280,10 +338,6 @@ def plan_buckets(parameters: Iterable[Tensor], bucket_bytes: int) -> list[list[T
     open_buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     buckets: list[list[Tensor]] = []
     for parameter in reversed(list(parameters)):
-        if parameter.dtype not in DTYPES:
-            raise TypeError(
-                f"DistributedOptimizer was given a parameter of {parameter.dtype}; expected one of {DTYPES}"
-            )
         dtype = gathering_dtype(parameter)
         key = (dtype, parameter.device)
         bucket = open_buckets.get(key)

@@ -9,24 +9,31 @@ import enum
 import itertools
 import json
 import operator
+import sys
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hvd_lb.exact.fixed_point import GROWTH_BITS, FixedPointOverflow
-from hvd_lb.optim.buckets import Bucket, FixedPointBucket, Slot, plan_buckets
+from hvd_lb.optim.buckets import DTYPES, Bucket, FixedPointBucket, Slot, plan_buckets
 from hvd_lb.optim.state_dict import broadcast_optimizer, broadcast_tensors
+from hvd_lb.optim.watched import Lookout, gradient
 from hvd_lb.world import Handle, World, current
 
-_instances = itertools.count()  # names agree between processes and differ between optimizers of a process
+# Names agree between processes and differ between optimizers of a process. An optimizer of this process alone takes no
+# number: the others know nothing of it.
+_instances = itertools.count()
 _hooks = (
     WeakTensorKeyDictionary()
 )  # the hooks on a parameter: a newer optimizer removes those of an older one
@@ -64,11 +71,13 @@ class DistributedOptimizer(Optimizer):
 
     - `step` consumes the gradients: they stay readable, and the next backward starts from zero, with or
       without zero_grad.
-    - Clipping: `opt.synchronize(images=n)`, clip, `opt.step()`. Between backward and `synchronize`
-      gradients are undefined.
-    - GradScaler: `scaler.step(opt, images=n)`; to clip, `opt.synchronize(images=n); scaler.unscale_(opt)`
-      before it. A process without a backward calls `synchronize` in any case, and, as GradScaler wants to
-      have scaled something, `scaler.scale(torch.zeros(()))` before its first step.
+    - Whoever reads or sets `p.grad` after backward (`clip_grad_norm_`, `GradScaler.unscale_`) waits for the exchange
+      and sees the mean of the processes. For sums call `opt.synchronize(images=n)` before; a count that comes after
+      somebody has looked is an error, except in `scaler.step(opt, images=n)` without an `unscale_` of its own.
+    - To read `p.grad` while backward is at work is an error, and to change a process's own sums after the last
+      backward inside `accumulate()`.
+    - A process without a backward calls `synchronize` before it clips and, as GradScaler wants to have scaled
+      something, `scaler.scale(torch.zeros(()))` before its first step.
     - `opt.zero_grad()` gives up an exchange under way, on all processes or on none.
     - A parameter without a gradient on all processes is skipped; one without on some counts as zero there.
     - `schedule(steps)` is the learning rate of step `steps`, counted from 0; it is set in every group,
@@ -84,10 +93,11 @@ class DistributedOptimizer(Optimizer):
         backwards of a step are divided among processes and whatever their order. It is the largest number of
         backwards of a step, those of all processes counted together. `synchronize` and `step` may then raise
         `FixedPointOverflow`, on all processes alike and with the gradients cleared: the step's backwards have to be
-        run again. Gradients are undefined from the first backward to `synchronize`.
+        run again. Until the last backward gradients can neither be read nor set.
 
-    Raises `TypeError` when `optimizer` is no plain torch optimizer or a parameter is complex, `RuntimeError`
-    when the processes disagree on the parameters.
+    Methods that only the wrapped optimizer has are called through. Raises `TypeError` when `optimizer` is no plain
+    torch optimizer, or names a parameter that is complex or has no shape yet (lazy modules), `RuntimeError` when the
+    processes disagree on the parameters, or made other optimizers than this one.
     """
 
     def __init__(
@@ -112,11 +122,12 @@ class DistributedOptimizer(Optimizer):
         self._schedule = schedule
         self._bucket_bytes = bucket_bytes
         self._terms = reproducible_terms
-        self._name = f"hvd_lb.optimizer.{next(_instances)}"
+        self._name = f"hvd_lb.optimizer.{next(_instances) if self.world.size > 1 else 'alone'}"
         self._order = {p: i for i, p in enumerate(model.parameters())} if model is not None else {}
         self._names: dict[Tensor, str] = (
             {p: name for name, p in model.named_parameters()} if model is not None else {}
         )
+        self._buffers: dict[str, Tensor] = dict(model.named_buffers()) if model is not None else {}
         self._known: set[Tensor] = set()
         self._buckets: list[Bucket] = []
         self._places: dict[Tensor, tuple[Bucket, Slot]] = {}
@@ -125,11 +136,11 @@ class DistributedOptimizer(Optimizer):
         self._armed = True
         self._counted: tuple[int | None, int | None] = (None, None)
         self._divisor = 1
+        self._lookout = Lookout(self._look)
         self._adopt()
         if self.world.size > 1:
-            if model is not None:
-                further = [p for p in model.parameters() if p not in self._known]
-                broadcast_tensors(self.world, [*further, *model.buffers()], f"{self._name}.model")
+            further = {name: p for p, name in self._names.items() if p not in self._known}
+            broadcast_tensors(self.world, {**further, **self._buffers}, f"{self._name}.model")
             broadcast_optimizer(self.world, optimizer, f"{self._name}.state")
 
     # The gradients of a step
@@ -157,14 +168,19 @@ class DistributedOptimizer(Optimizer):
         That is `global_images` if given, else the sum over processes of `images` (this process's own, 0
         is fine), else the number of processes: the average. All processes give the same one of the two.
         Raises `ValueError` when there are no images at all, `RuntimeError` when the gradients were
-        divided by another count before.
+        divided by another count before, or somebody looked at them before there was one.
         """
         counted = (images, global_images)
         if images is not None and global_images is not None:
             raise ValueError("give images (of this process) or global_images (of all), not both")
         if self._phase is Phase.NORMALISED:
             if counted not in ((None, None), self._counted):
-                raise RuntimeError(f"gradients are already divided by {self._divisor}; give the count once")
+                raise RuntimeError(
+                    f"gradients are already divided by {self._divisor}; give the count once"
+                    if any(count is not None for count in self._counted)
+                    else f"gradients were read or changed before their number of images was known, as the mean of "
+                    f"{self.world.size} processes: call opt.synchronize(images=...) first, right after backward"
+                )
             return
         total: Handle | None = None
         if images is not None:
@@ -180,10 +196,7 @@ class DistributedOptimizer(Optimizer):
             self._divisor = self.world.size if global_images is None else operator.index(global_images)
         if self._divisor <= 0:
             raise ValueError(f"a step needs images, got {self._divisor} in all; zero_grad() gives it up")
-        for bucket in self._buckets:
-            bucket.divide(self._divisor)
-        self._counted = counted
-        self._phase = Phase.NORMALISED
+        self._divide(counted)
 
     def step(
         self,
@@ -199,7 +212,7 @@ class DistributedOptimizer(Optimizer):
         returns, is the loss of all processes, divided like the gradients, so that all processes take the
         same decisions (LBFGS).
         """
-        if closure is None:
+        if closure is None or self._phase is Phase.EXCHANGING:
             self.synchronize(images=images, global_images=global_images)
         if self._schedule is not None:
             self._set_learning_rate(self._schedule(self.steps))
@@ -218,16 +231,13 @@ class DistributedOptimizer(Optimizer):
         if self._phase is Phase.EXCHANGING:
             with suppress(FixedPointOverflow):
                 self._finish()
-        self.optimizer.zero_grad(set_to_none)
         self._reset()
+        self.optimizer.zero_grad(set_to_none)
 
     # What the wrapped optimizer has
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The wrapped optimizer's groups, after an exchange under way: GradScaler reads gradients here."""
-        if self._phase is Phase.EXCHANGING:
-            self._finish()
         return self.optimizer.param_groups
 
     @property
@@ -240,6 +250,18 @@ class DistributedOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"DistributedOptimizer of {self.world.size} processes, {self.optimizer!r}"
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the wrapped optimizer has: SAM's `first_step`, schedule-free's `train` and `eval`."""
+        if name.startswith("_") or "optimizer" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a DistributedOptimizer cannot be copied or pickled: it belongs to its model's parameters and to this "
+            "process; keep opt.state_dict(), or wrap a copy of opt.optimizer"
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the wrapped optimizer, with rank 0's weights on all processes."""
@@ -282,6 +304,11 @@ class DistributedOptimizer(Optimizer):
         mine = {p: None for group in self.optimizer.param_groups for p in group["params"]}
         parameters = sorted(mine, key=lambda p: self._order.get(p, len(self._order)))
         unknown = [p for p in parameters if p not in self._known]
+        if unknown:
+            self._check_kinds(unknown)
+            # The same types on all processes: numpy's numbers, which a broadcast makes Python's, round otherwise.
+            for group in self.optimizer.param_groups:
+                group.update({key: _plain(value) for key, value in group.items() if key != "params"})
         if any(not slot.fits() for _, slot in self._places.values()):
             if any(bucket.started for bucket in self._buckets):
                 raise RuntimeError("parameters were moved while their gradients were exchanged; step() first")
@@ -289,9 +316,12 @@ class DistributedOptimizer(Optimizer):
         homeless = [p for p in parameters if p.requires_grad and p not in self._places]
         if not unknown and not homeless:
             return
+        for p in homeless:
+            if p.dtype not in DTYPES:
+                raise TypeError(f"{self._label(p)} is a parameter of {p.dtype}; expected one of {DTYPES}")
         self._check_agreement(parameters)
         if self.world.size > 1 and unknown:
-            broadcast_tensors(self.world, unknown, f"{self._name}.weights")
+            broadcast_tensors(self.world, {self._label(p): p for p in unknown}, f"{self._name}.weights")
         self._known.update(unknown)
         for members in plan_buckets(homeless, self._bucket_bytes):
             name = f"{self._name}.bucket.{len(self._buckets)}"
@@ -303,15 +333,49 @@ class DistributedOptimizer(Optimizer):
                 self._places[slot.parameter] = bucket, slot
                 self._watch(slot.parameter)
 
+    def _label(self, parameter: Tensor) -> str:
+        """A parameter's name in the model, else its place in the groups."""
+        if parameter in self._names:
+            return self._names[parameter]
+        for number, group in enumerate(self.optimizer.param_groups):
+            for index, p in enumerate(group["params"]):
+                if p is parameter:
+                    names = group.get("param_names")
+                    return names[index] if names else f"parameter {index} of group {number}"
+        return "a parameter"
+
+    def _check_kinds(self, unknown: list[Tensor]) -> None:
+        """`TypeError` for what cannot be exchanged."""
+        rest = {name: p for p, name in self._names.items() if p not in self._known} | self._buffers
+        for name, tensor in ({self._label(p): p for p in unknown} | rest).items():
+            if is_lazy(tensor):
+                raise TypeError(
+                    f"{name} has no shape yet (a lazy module): run one forward before the optimizer is wrapped"
+                )
+            if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+                kind = "on the meta device" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+                raise TypeError(f"{name} is {kind}; expected a dense tensor with values")
+
     def _check_agreement(self, parameters: list[Tensor]) -> None:
-        described = [[list(p.shape), str(p.dtype), p.requires_grad] for p in parameters]
-        digest = zlib.crc32(json.dumps(described).encode())
-        total = int(self.world.allreduce(torch.tensor([digest]), f"{self._name}.layout").item())
-        if total != digest * self.world.size:
-            raise RuntimeError(
-                f"processes disagree on the parameters (rank {self.world.rank} has {len(parameters)}): "
-                "order, shapes, dtypes and requires_grad must be the same on all"
-            )
+        described: list[Any] = [
+            [type(self.optimizer).__name__, self._bucket_bytes, self._terms],
+            *([self._label(p), list(p.shape), str(p.dtype), p.requires_grad] for p in parameters),
+            *([name, list(p.shape), str(p.dtype)] for p, name in self._names.items()),
+            *([name, list(b.shape), str(b.dtype)] for name, b in self._buffers.items()),
+        ]
+        text = json.dumps(described).encode()
+        digest = zlib.crc32(text)
+        extremes = self.world.maximum_async(torch.tensor([digest, -digest]), f"{self._name}.layout").wait()
+        if extremes.sum() == 0:
+            return
+        expected = json.loads(self.world.broadcast_bytes(text, f"{self._name}.layout"))
+        pairs = itertools.zip_longest(described, expected)
+        mine, rank_0 = next(((a, b) for a, b in pairs if a != b), ("the same as", "it"))
+        raise RuntimeError(
+            f"processes disagree on the parameters (rank {self.world.rank} has {len(parameters)}): all make the same "
+            " optimizers in the same order, with the same model, shapes, dtypes, requires_grad and options. "
+            f"Rank {self.world.rank} has {mine}, rank 0 {rank_0}"
+        )
 
     def _watch(self, parameter: Tensor) -> None:
         """Calls `_before` and `_after` around autograd's addition to `parameter.grad`; keeps none alive."""
@@ -339,7 +403,8 @@ class DistributedOptimizer(Optimizer):
 
     def _before(self, bucket: Bucket, slot: Slot) -> None:
         if self._phase in (Phase.REDUCED, Phase.NORMALISED):
-            if any(p.grad is s.grad and bool(s.grad.any()) for p, (_, s) in self._places.items()):
+            grads = [grad for p in self._places if (grad := gradient(p)) is not None]
+            if any(bool(grad.any()) for grad in grads):
                 raise RuntimeError("backward() onto exchanged gradients: call step() or zero_grad() first")
             self._reset()  # the step was skipped and the gradients were cleared behind our back
         if slot not in bucket.awaited or bucket.started:
@@ -347,6 +412,9 @@ class DistributedOptimizer(Optimizer):
                 "backward() after the exchange of this step has started: put all backwards of a step but the "
                 "last into `with opt.accumulate():`, or call step() or opt.zero_grad() first"
             )
+        if self._armed and self._phase is Phase.GATHERING:
+            self._phase = Phase.EXCHANGING
+            self._lookout.watch(self._places)
         with torch.no_grad():
             bucket.before_accumulation(slot)
 
@@ -355,36 +423,71 @@ class DistributedOptimizer(Optimizer):
             return  # moved: `_adopt` will find it
         with torch.no_grad():
             bucket.after_accumulation(slot)
-            if self._armed:
-                self._phase = Phase.EXCHANGING
-                if bucket.gather(slot):
-                    bucket.start(self.world)
+            if self._armed and bucket.gather(slot):
+                bucket.start(self.world)
+
+    def _look(self) -> None:
+        """Before somebody reads or sets a gradient while backward and exchange are under way: completes the exchange.
+
+        What is seen is the mean of the processes, unless GradScaler unscales within its own `step`: that may be done
+        before the division, for which this class's `step` will have the count.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "p.grad was read or set while backward is at work, where it is neither this process's gradient nor the "
+                "global one: do it after backward, or take this process's own from p.register_hook()"
+            )
+        self._finish()
+        if not _in_scaler_step():
+            self._divisor = self.world.size
+            self._divide((None, None))
+
+    @torch.no_grad()
+    def _divide(self, counted: tuple[int | None, int | None]) -> None:
+        for bucket in self._buckets:
+            bucket.divide(self._divisor)
+        self._counted = counted
+        self._phase = Phase.NORMALISED
 
     @torch.no_grad()
     def _finish(self) -> None:
         """Exchanges what backward has not, and waits: afterwards `.grad` are sums over all processes."""
+        self._lookout.end()
+        if self._phase is Phase.GATHERING and any(bucket.edited() for bucket in self._buckets):
+            raise RuntimeError(
+                "gradients were changed after the last backward in `with opt.accumulate():`, where they are this "
+                "process's own: call opt.synchronize() first"
+            )
         self._adopt()
         for bucket in self._buckets:
             if not bucket.started:
                 bucket.start(self.world)
+        touched = any(bucket.touched() for bucket in self._buckets)
         overflowed = {parameter for bucket in self._buckets for parameter in bucket.finish()}
         self._phase = Phase.REDUCED
+        if touched:
+            self.zero_grad()
+            raise RuntimeError(
+                "gradients were changed while they were exchanged, by a reference to them from before: take them "
+                "from p.grad after backward"
+            )
         if overflowed:
             self.zero_grad()
-            names = sorted(self._names.get(p, f"a parameter of {tuple(p.shape)}") for p in overflowed)
+            names = sorted(self._label(p) for p in overflowed)
             raise FixedPointOverflow(
                 f"gradients of {', '.join(names)} grew more than {2**GROWTH_BITS:,}-fold since the last step: "
                 "take this step again"
             )
 
     def _reset(self) -> None:
+        self._lookout.end()
         for bucket in self._buckets:
             bucket.reset()
         self._phase = Phase.GATHERING
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
-            scaled = learning_rate * group.get("lr_scale", 1)
+            scaled = float(learning_rate) * group.get("lr_scale", 1)
             if isinstance(group["lr"], Tensor):  # torch lets groups share one: do not write into it
                 group["lr"] = torch.full_like(group["lr"], scaled)
             else:
@@ -396,3 +499,18 @@ class DistributedOptimizer(Optimizer):
         self.synchronize(images=images, global_images=global_images)
         total = torch.as_tensor(loss).detach().to("cpu", torch.float64).reshape(1).clone()
         return self.world.allreduce(total, f"{self._name}.loss")[0] / self._divisor
+
+
+def _plain(value: Any) -> Any:
+    """An option of a group with numpy's numbers as Python's."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _in_scaler_step() -> bool:
+    """Whether GradScaler.step is at work in this thread."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not GradScaler.step.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None

@@ -1,9 +1,10 @@
 """State dicts as tensors plus JSON, for checkpoints and broadcasts without pickle; and the broadcasts."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -31,6 +32,8 @@ def flatten_state(state: Any) -> tuple[dict[str, Tensor], Any]:
         if isinstance(value, list | tuple):
             items = [walk(item, f"{path}/{i}".lstrip("/")) for i, item in enumerate(value)]
             return {"tuple": items} if isinstance(value, tuple) else items
+        if isinstance(value, np.generic):
+            value = value.item()
         if value is None or isinstance(value, bool | int | float | str):
             return value
         raise TypeError(f"state at {path!r} is a {type(value).__name__}; expected tensors, numbers, strings")
@@ -52,31 +55,58 @@ def restore_state(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     return {key: restore_state(tensors, item) for key, item in content}
 
 
-def broadcast_tensors(world: World, tensors: Iterable[Tensor], name: str) -> None:
-    """Overwrites tensors of any dtype and memory format with rank 0's: one broadcast of bytes per device."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        by_device.setdefault(tensor.device, []).append(tensor)
+def broadcast_tensors(world: World, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Overwrites tensors of any dtype and memory format with rank 0's: one broadcast of bytes per device.
+
+    `RuntimeError` names one that cannot be written.
+    """
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        by_device.setdefault(tensor.device, {})[key] = tensor.detach()
     for index, group in enumerate(by_device.values()):
-        packed = torch.cat([tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in group])
+        packed = torch.cat([_as_bytes(tensor) for tensor in group.values()])
+        if not packed.numel():
+            continue
         world.broadcast(packed, f"{name}.{index}")
-        parts = packed.split([tensor.numel() * tensor.element_size() for tensor in group])
-        for tensor, part in zip(group, parts, strict=True):
-            tensor.detach().copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+        parts = packed.split([tensor.numel() * tensor.element_size() for tensor in group.values()])
+        for (key, tensor), part in zip(group.items(), parts, strict=True):
+            source = part.clone().view(tensor.dtype).view(tensor.shape)
+            try:
+                with torch.no_grad():
+                    _once(tensor).copy_(_once(source, tensor.stride()))
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise RuntimeError(f"{key} cannot be overwritten with rank 0's: {reason}") from error
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    laid_out = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return laid_out.reshape(-1).view(torch.uint8)
+
+
+def _once(tensor: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
+    """Without the repetitions that expand() makes, where `strides` (by default its own) are 0."""
+    for dimension, stride in enumerate(tensor.stride() if strides is None else strides):
+        if stride == 0:
+            tensor = tensor.narrow(dimension, 0, min(1, tensor.shape[dimension]))
+    return tensor
 
 
 def broadcast_optimizer(world: World, optimizer: Optimizer, name: str) -> None:
     """Gives every process rank 0's optimizer state and group options, whatever the others had."""
     tensors, skeleton = flatten_state(optimizer.state_dict())
-    layout = {path: [str(t.dtype).removeprefix("torch."), t.shape, t.stride()] for path, t in tensors.items()}
+    layout = {
+        path: [str(t.dtype).removeprefix("torch."), t.shape, t.stride(), t.device.type]
+        for path, t in tensors.items()
+    }
     sent = json.loads(world.broadcast_bytes(json.dumps([skeleton, layout]).encode(), f"{name}.skeleton"))
     received = {
         path: torch.empty_strided(shape, stride, dtype=getattr(torch, dtype))
-        for path, (dtype, shape, stride) in sent[1].items()
+        for path, (dtype, shape, stride, _) in sent[1].items()
     }
     if world.rank == 0:
         received = {path: tensor.cpu() for path, tensor in tensors.items()}
-    if received:
-        broadcast_tensors(world, received.values(), f"{name}.tensors")
+    broadcast_tensors(world, received, f"{name}.tensors")
     if world.rank != 0:
-        optimizer.load_state_dict(restore_state(received, sent[0]))
+        there = {path: tensor.to(sent[1][path][3]) for path, tensor in received.items()}
+        optimizer.load_state_dict(restore_state(there, sent[0]))

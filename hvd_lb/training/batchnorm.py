@@ -2,8 +2,10 @@
 
     r ← (1 − m) r + (m / k_t) Σ_j s_j        s_j: batch statistics of virtual worker j, k_t: workers with images
 
-torch updates once per forward, which with several virtual workers on a process is another average. Here every forward
-writes s_j (momentum 1) into the layers' buffers and `after_forward` adds it up.
+torch updates once per forward, which with several virtual workers on a process is another average. Here a forward
+only leaves s_j in the layer's buffers (momentum 1); `after_forward` adds it up and puts back what was published last. A
+layer that went forward more than once gives the mean of its forwards. One that did not train in a step (frozen by
+`eval()`, or not used) keeps its r. `momentum=None` is torch's cumulative average: m = 1/t in the t-th update.
 
 The update is linear. So in the float mode each process keeps its own share R_p, which sees only its own workers, and
 r = Σ_p R_p is formed when somebody looks (`publish`). Rounding is not linear: in the reproducible mode Σ_j s_j is added
@@ -12,14 +14,22 @@ in fixed point at every step, and every process has the whole of r.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from types import MethodType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from hvd_lb.exact.fixed_point import FixedPointOverflow, FixedPointSum
+from hvd_lb.optim.buckets import gathering_dtype
 from hvd_lb.training.models import batch_norms
 from hvd_lb.world import World
+
+T = TypeVar("T")
 
 
 def allow_single_values(model: nn.Module) -> None:
@@ -35,9 +45,10 @@ def allow_single_values(model: nn.Module) -> None:
 def _forward_of_any_size(layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
     if not layer.training or x.numel() > x.shape[1]:
         return type(layer).forward(layer, x)
-    with torch.no_grad():
-        layer.running_mean.copy_(x.flatten())  # type: ignore[union-attr]
-        layer.running_var.zero_()  # type: ignore[union-attr]
+    if layer.momentum:
+        with torch.no_grad():
+            layer.running_mean.copy_(x.flatten())  # type: ignore[union-attr]
+            layer.running_var.zero_()  # type: ignore[union-attr]
     zeros, ones = torch.zeros_like(layer.running_mean), torch.ones_like(layer.running_var)  # type: ignore[arg-type]
     return nn.functional.batch_norm(x * 0.0, zeros, ones, layer.weight, layer.bias, training=False)
 
@@ -49,25 +60,102 @@ def running_statistics(model: nn.Module, world: World, reproducible_terms: int |
     return ReproducibleStatistics(model, world, reproducible_terms)
 
 
+class _Forward:
+    """A layer's `forward`, which leaves the statistics of its batch in the buffers, and counts.
+
+    Copies and pickles of the layer get the forward that it had.
+    """
+
+    def __init__(self, layer: _BatchNorm):
+        self.layer = layer
+        before: Any = layer.forward
+        self.original: Any = before.original if isinstance(before, _Forward) else before
+        self.count = 0
+        self._earlier: list[list[Tensor]] = []
+        layer.forward = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        if not (layer.training and layer.track_running_stats):
+            return self.original(x)
+        momentum = layer.momentum
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            layer.momentum = 0.0  # activation checkpointing goes forward again, in backward
+        else:
+            if self.count:
+                self._earlier.append([buffer.clone() for buffer in self.buffers()])
+            self.count += 1
+            layer.momentum = 1.0
+        try:
+            return self.original(x)
+        finally:
+            layer.momentum = momentum
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.original, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.layer, "forward")  # of its class: there is no other one yet when this is read
+
+    def buffers(self) -> list[Tensor]:
+        return [self.layer.running_mean, self.layer.running_var]  # type: ignore[list-item]
+
+    def statistics(self) -> list[Tensor]:
+        """Mean and variance of the forwards since `discard`: of one, or the mean of several."""
+        if not self._earlier:
+            return self.buffers()
+        forwards = [*self._earlier, self.buffers()]
+        wide = [[tensor.to(gathering_dtype(tensor)) for tensor in forward] for forward in forwards]
+        return [torch.stack(tensors).mean(0) for tensors in zip(*wide, strict=True)]
+
+    def discard(self) -> None:
+        self.count = 0
+        self._earlier.clear()
+
+
 class RunningStatistics:
-    """Owns the running mean and variance of a model that trains under it; takes them over as they are now."""
+    """Owns the running mean and variance of a model that trains under it; takes them over as they are now.
+
+    A layer takes part in a step with all of a process's microbatches or with none, alike on all processes; else
+    `RuntimeError` names it. `TypeError` for SyncBatchNorm, which mixes virtual workers, and for lazy layers.
+    """
 
     def __init__(self, model: nn.Module, world: World):
         self._world = world
-        self._layers = batch_norms(model)
-        self._momenta = [layer.momentum or 0.0 for layer in self._layers for _ in range(2)]
-        for layer in self._layers:
-            layer.momentum = 1.0
-        self._sums = [torch.zeros_like(buffer) for buffer in self._buffers()]
-        self._share = [torch.zeros_like(buffer) for buffer in self._buffers()]
+        layers = batch_norms(model)
+        self._names = [name for name, module in model.named_modules() if module in layers]
+        for name, layer in zip(self._names, layers, strict=True):
+            if isinstance(layer, nn.SyncBatchNorm):
+                raise TypeError(
+                    f"{name} is a SyncBatchNorm, whose statistics are of all processes; use BatchNorm"
+                )
+            if is_lazy(layer.running_mean):  # type: ignore[arg-type]
+                raise TypeError(f"{name} has no shape yet (a lazy module): run one forward first")
+        self._layers = layers
+        self._forwards = [_Forward(layer) for layer in layers]
+        # Of each layer: since it was taken over, and what its num_batches_tracked said then.
+        self._updates, self._before = [0] * len(self._layers), [0] * len(self._layers)
+        self._used = [True] * len(self._layers)  # when it could be told last
+        self._added = [0] * len(self._layers)  # microbatches since the last update
+        self._microbatches = 0
+        self._sums = [torch.zeros_like(buffer, dtype=gathering_dtype(buffer)) for buffer in self._buffers()]
+        self._share = [torch.zeros_like(total) for total in self._sums]
+        self._published = [buffer.clone() for buffer in self._buffers()]
         self.adopt()
 
     def _buffers(self) -> list[Tensor]:
-        return [buffer for layer in self._layers for buffer in (layer.running_mean, layer.running_var)]  # type: ignore[misc]
+        return [buffer for forward in self._forwards for buffer in forward.buffers()]
 
     @torch.no_grad()
     def adopt(self) -> None:
         """Take the layers' buffers (equal on all processes: fresh, loaded or just published) as r."""
+        self._before = [int(layer.num_batches_tracked) for layer in self._layers]  # type: ignore[arg-type]
+        self._updates = [0] * len(self._layers)
+        if self._layers:
+            torch._foreach_copy_(self._published, self._buffers())
+        self._adopt()
+
+    def _adopt(self) -> None:
         for share, buffer in zip(self._share, self._buffers(), strict=True):
             if self._world.rank == 0:
                 share.copy_(buffer)
@@ -77,8 +165,38 @@ class RunningStatistics:
     @torch.no_grad()
     def after_forward(self, weight: float = 1.0) -> None:
         """Add the statistics, times `weight`, of the microbatch that just went forward in training mode."""
-        if self._layers:
-            torch._foreach_add_(self._sums, self._buffers(), alpha=weight)
+        trained = [index for index, forward in enumerate(self._forwards) if forward.count]
+        self._microbatches += 1
+        if not trained:
+            return
+        for index in trained:
+            self._added[index] += 1
+        self._add(trained, [part for index in trained for part in self._forwards[index].statistics()], weight)
+        # Backward does not use the buffers, but autograd would find them changed: .data has no version that it knows.
+        buffers = [buffer.data for index in trained for buffer in self._forwards[index].buffers()]
+        torch._foreach_copy_(buffers, _of(trained, self._published))
+        for index in trained:
+            self._forwards[index].discard()
+
+    def _add(self, trained: list[int], statistics: list[Tensor], weight: float) -> None:
+        torch._foreach_add_(_of(trained, self._sums), statistics, alpha=weight)
+
+    def _trained(self) -> list[int]:
+        """The layers that take part in this update.
+
+        A process without microbatches in this step goes by the layers' mode, and by what it has seen of their use.
+        """
+        for name, added in zip(self._names, self._added, strict=True):
+            if 0 < added < self._microbatches:
+                raise RuntimeError(
+                    f"{name} went forward in {added} of the {self._microbatches} microbatches of this step: "
+                    "RunningStatistics takes a layer that takes part in all of them or in none"
+                )
+        if self._microbatches:
+            frozen = [not layer.training for layer in self._layers]
+            self._used = [added > 0 or still for added, still in zip(self._added, frozen, strict=True)]
+            return [index for index, added in enumerate(self._added) if added]
+        return [index for index, layer in enumerate(self._layers) if self._used[index] and layer.training]
 
     def synchronize(self) -> None:
         """Collective, before `step` or `replace`. `FixedPointOverflow` where a sum has to be gathered again."""
@@ -86,36 +204,70 @@ class RunningStatistics:
     @torch.no_grad()
     def step(self, active_workers: int) -> None:
         """One update, over the `active_workers` (k_t) virtual workers of all processes that had images."""
-        if not self._layers:
-            return
-        torch._foreach_mul_(self._share, [1.0 - m for m in self._momenta])
-        torch._foreach_mul_(self._sums, [m / active_workers for m in self._momenta])
-        torch._foreach_add_(self._share, self._sums)
+        trained = self._trained()
+        if trained:
+            momenta = []
+            for index in trained:
+                self._updates[index] += 1
+                momentum = self._layers[index].momentum
+                updates = self._before[index] + self._updates[index]
+                momenta += [1 / updates if momentum is None else momentum] * 2
+            share, sums = _of(trained, self._share), _of(trained, self._sums)
+            torch._foreach_mul_(share, [1.0 - m for m in momenta])
+            torch._foreach_mul_(sums, [m / active_workers for m in momenta])
+            torch._foreach_add_(share, sums)
         self.discard()
 
     @torch.no_grad()
     def replace(self, weight: float) -> None:
         """Makes r the mean of what was added, `weight` being the weights of all processes added up."""
-        torch._foreach_copy_(self._share, self._sums)
-        torch._foreach_div_(self._share, weight)
+        if trained := self._trained():
+            share = _of(trained, self._share)
+            torch._foreach_copy_(share, _of(trained, self._sums))
+            torch._foreach_div_(share, weight)
         self.discard()
 
     @torch.no_grad()
     def discard(self) -> None:
         """Forget what was added since the last update."""
+        for forward in self._forwards:
+            forward.discard()
+        self._added = [0] * len(self._layers)
+        self._microbatches = 0
         if self._layers:
             torch._foreach_zero_(self._sums)
 
     @torch.no_grad()
-    def publish(self, steps: int) -> None:
-        """Put r into the layers' buffers of every process, for evaluation and checkpoints; collective."""
+    def publish(self, steps: int | None = None) -> None:
+        """Put r into the layers' buffers of every process, for evaluation and checkpoints; collective.
+
+        `num_batches_tracked` becomes the number of a layer's updates: that of the steps in which it trained. (`steps`
+        is not needed; older callers give it.)
+        """
         if not self._layers:
             return
+        self._agree()
         for buffer, whole in zip(self._buffers(), self._whole(), strict=True):
             buffer.copy_(whole)
-        for layer in self._layers:
-            layer.num_batches_tracked.fill_(steps)  # type: ignore[union-attr]
-        self.adopt()
+        for layer, *updates in zip(self._layers, self._before, self._updates, strict=True):
+            layer.num_batches_tracked.fill_(sum(updates))  # type: ignore[union-attr]
+        torch._foreach_copy_(self._published, self._buffers())
+        self._adopt()
+
+    def _agree(self) -> None:
+        """Checks that all processes have counted the same updates, and takes over rank 0's count from before."""
+        before = torch.tensor(self._before)
+        mine = torch.tensor(self._updates)
+        cumulative = torch.tensor([layer.momentum is None for layer in self._layers])
+        counted = mine + before * cumulative
+        sent = torch.stack([counted, -counted, before * (self._world.rank == 0)])
+        most, minus_least, rank_0 = self._world.maximum_async(sent, "hvd_lb.batch_norm.updates").wait()
+        for name, difference in zip(self._names, (most + minus_least).tolist(), strict=True):
+            if difference:
+                raise RuntimeError(
+                    f"{name} took part in other steps on some processes than on others; all do the same"
+                )
+        self._before = rank_0.tolist()
 
     def _whole(self) -> list[Tensor]:
         """r = Σ_p R_p."""
@@ -123,6 +275,11 @@ class RunningStatistics:
         self._world.allreduce(flat, "hvd_lb.batch_norm")
         parts = flat.split([share.numel() for share in self._share])
         return [part.view_as(share) for part, share in zip(parts, self._share, strict=True)]
+
+
+def _of(layers: list[int], items: Sequence[T]) -> list[T]:
+    """Those of these layers, of which each has two."""
+    return [items[number] for index in layers for number in (2 * index, 2 * index + 1)]
 
 
 class ReproducibleStatistics(RunningStatistics):
@@ -141,14 +298,13 @@ class ReproducibleStatistics(RunningStatistics):
     def exponents(self, exponents: list[int]) -> None:
         self._sum.exponents = exponents
 
-    @torch.no_grad()
-    def adopt(self) -> None:
+    def _adopt(self) -> None:
         torch._foreach_copy_(self._share, self._buffers())
 
-    @torch.no_grad()
-    def after_forward(self, weight: float = 1.0) -> None:
-        for index, buffer in enumerate(self._buffers()):
-            self._sum.add(index, buffer if weight == 1 else buffer * weight)
+    def _add(self, trained: list[int], statistics: list[Tensor], weight: float) -> None:
+        for number, part in zip(_of(trained, range(len(self._sums))), statistics, strict=True):
+            wide = part.to(self._sums[number].dtype)
+            self._sum.add(number, wide if weight == 1 else wide * weight)
 
     def synchronize(self) -> None:
         self._sum.start(self._world)

@@ -5,13 +5,15 @@ Every test runs with floating-point sums and with those in fixed point. Several 
 
 import copy
 import gc
+import io
+import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
+from torch.optim import lr_scheduler, swa_utils
 
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.optim import SGD, DistributedOptimizer, parameter_groups
@@ -194,6 +196,38 @@ class TestMisuse:
         opt.synchronize(images=4)
         with pytest.raises(RuntimeError, match=r"step\(\) or zero_grad\(\)"):
             loss_sum(model, batches(1)[0]).backward()
+
+    def test_gradients_changed_while_they_are_exchanged(self) -> None:
+        """By a reference from before: by p.grad it cannot be done."""
+        model = convnet()
+        opt = wrap(model)
+        loss_sum(model, batches(1)[0]).backward()
+        opt.step(images=4)
+        held = [p.grad for p in model.parameters()]
+        loss_sum(model, batches(1)[0]).backward()
+        held[0].mul_(0.5)
+        with pytest.raises(RuntimeError, match="changed while they were exchanged"):
+            opt.step(images=4)
+        opt.zero_grad()
+        loss_sum(model, batches(1)[0]).backward()
+        opt.step(images=4)
+
+    @pytest.mark.parametrize(
+        "act", [copy.deepcopy, copy.copy, pickle.dumps, lambda opt: torch.save(opt, io.BytesIO())]
+    )
+    def test_copies(self, act: Callable[[object], object]) -> None:
+        with pytest.raises(TypeError, match=r"cannot be copied or pickled.*state_dict\(\)"):
+            act(wrap(convnet()))
+
+    def test_replaced_gradients_of_a_step_that_was_not_taken(self) -> None:
+        model = convnet()
+        opt = wrap(model)
+        loss_sum(model, batches(1)[0]).backward()
+        for p in model.parameters():
+            p.grad = p.grad * 2
+        with pytest.raises(RuntimeError, match=r"step\(\) or zero_grad\(\)"):
+            loss_sum(model, batches(1)[0]).backward()
+        opt.zero_grad()
 
     def test_counts(self) -> None:
         model = convnet()
@@ -417,6 +451,30 @@ class TestScaler:
         assert difference(model, twin) < 1e-14
 
 
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]] = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 3]),
+    "ConstantLR": lr_scheduler.ConstantLR,
+    "LinearLR": lr_scheduler.LinearLR,
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 5),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 2),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.5, total_steps=9),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [2]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "SWALR": lambda o: swa_utils.SWALR(o, 0.05),
+}
+
+
 class TestAsAnOptimizer:
     def test_is_one(self) -> None:
         model = convnet()
@@ -441,6 +499,21 @@ class TestAsAnOptimizer:
             twin.step()
             assert scheduler.get_last_lr()[0] == twin.get_last_lr()[0]
         assert opt.param_groups[0]["lr"] == twin.get_last_lr()[0]
+
+    @pytest.mark.parametrize("name", SCHEDULERS)
+    def test_every_scheduler(self, name: str) -> None:
+        w = nn.Parameter(torch.ones(2))
+        opt = DistributedOptimizer(torch.optim.SGD([w], 0.1, 0.9), world=Solo())
+        plain = torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1, 0.9)
+        schedulers = [SCHEDULERS[name](opt), SCHEDULERS[name](plain)]
+        for _ in range(5):
+            w.sum().backward()
+            opt.step()
+            plain.step()
+            for scheduler in schedulers:
+                scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+            for option in ("lr", "momentum"):
+                assert opt.param_groups[0][option] == plain.param_groups[0][option]
 
     @pytest.mark.parametrize("tensor_lr", [False, True])
     def test_schedule_argument(self, tensor_lr: bool) -> None:
@@ -495,14 +568,12 @@ class TestAsAnOptimizer:
         resumed.load_state_dict(plain.state_dict())  # without "steps"
         assert resumed.steps == 4
 
-    def test_reading_the_groups_completes_an_exchange(self) -> None:
-        model = convnet()
-        opt = wrap(model, Recorder(size=2))
+    def test_reading_the_groups_completes_no_exchange(self) -> None:
+        model, world = convnet(), Recorder(size=2)
+        opt = wrap(model, world)
         loss_sum(model, batches(1)[0]).backward()
         assert opt.param_groups[0]["lr"] == 0.1
-        total = model[5].bias.grad.clone()
-        opt.synchronize(global_images=8)
-        assert torch.equal(model[5].bias.grad, total / 8)
+        opt.step(images=4)  # which is refused once somebody has looked at gradients
 
     def test_closures(self) -> None:
         def closure_for(model: nn.Module, opt: torch.optim.Optimizer, scale: float) -> Callable[[], Tensor]:

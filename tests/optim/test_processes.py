@@ -2,31 +2,58 @@
 
 import ast
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 WORKER = Path(__file__).parent / "ranks" / "checks.py"
-CHECKS = [
-    node.name
-    for node in ast.parse(WORKER.read_text()).body
-    if isinstance(node, ast.FunctionDef) and any(ast.unparse(d) == "check" for d in node.decorator_list)
-]
+
+
+def decorated(*decorators: str) -> list[str]:
+    """The names of the functions there with one of these decorators."""
+    functions = [node for node in ast.parse(WORKER.read_text()).body if isinstance(node, ast.FunctionDef)]
+    return [f.name for f in functions if any(ast.unparse(d) in decorators for d in f.decorator_list)]
+
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=lambda p: f"{p} processes")
-def job(request: pytest.FixtureRequest, horovodrun: Callable) -> tuple[dict[str, int], str]:
+def run(horovodrun: Callable, processes: int) -> tuple[dict[str, int], str]:
     """(check → number of processes in which it failed, all output) of one job."""
-    job = horovodrun(WORKER, request.param)
+    job = horovodrun(WORKER, processes, timeout=240)
     lines = [line.partition("CHECK ")[2] for line in job.output.splitlines() if "CHECK " in line]
     assert job.returncode == 0, job.output
     return dict(map(json.loads, lines)), job.output
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.fixture(scope="module", params=[2, 3], ids=lambda p: f"{p} processes")
+def job(request: pytest.FixtureRequest, horovodrun: Callable) -> tuple[dict[str, int], str]:
+    return run(horovodrun, request.param)
+
+
+@pytest.fixture(scope="module")
+def alone(horovodrun: Callable) -> tuple[dict[str, int], str]:
+    return run(horovodrun, 1)
+
+
+@pytest.mark.parametrize("check", decorated("check", "check_alone_too"))
 def test_check(job: tuple[dict[str, int], str], check: str) -> None:
     failures, output = job
+    assert failures.get(check) == 0, output
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_the_program_in_docs_library_runs(horovodrun: Callable, tmp_path: Path, processes: int) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "library.md").read_text("utf-8")
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
+    job = horovodrun(program, processes, timeout=240)
+    assert job.returncode == 0, job.output
+
+
+@pytest.mark.parametrize("check", decorated("check_alone_too"))
+def test_check_on_one_process(alone: tuple[dict[str, int], str], check: str) -> None:
+    failures, output = alone
     assert failures.get(check) == 0, output

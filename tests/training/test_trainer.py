@@ -358,6 +358,8 @@ def test_recomputed_statistics_are_the_mean_over_their_microbatches(reproducible
     assert sorted(map(len, seen)) == [7, 7, 7, 8, 8, 8]
     plain = copy.deepcopy(trainer.model).train()
     norms = [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
     sums = [torch.zeros_like(buffer) for n in norms for buffer in (n.running_mean, n.running_var)]  # type: ignore[arg-type]
     for x in seen:
         plain(x)

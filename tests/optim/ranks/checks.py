@@ -4,12 +4,14 @@ Every process trains the reference, a plain loop over the whole minibatch in flo
 """
 
 import copy
+import itertools
 import json
 import math
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,16 +20,25 @@ from torch import Tensor, nn
 import hvd_lb.world
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.optim import SGD, DistributedOptimizer, parameter_groups
+from hvd_lb.optim.state_dict import flatten_state
 from hvd_lb.plan.hosting import hosted
+from hvd_lb.training.batchnorm import running_statistics
 from hvd_lb.world import World
 from hvd_lb.world.solo import Solo
 
 CHECKS: list[Callable[[World], None]] = []
+ALONE: list[Callable[[World], None]] = []
 
 
 def check(function: Callable[[World], None]) -> Callable[[World], None]:
     CHECKS.append(function)
     return function
+
+
+def check_alone_too(function: Callable[[World], None]) -> Callable[[World], None]:
+    """A check that also runs on one process: the same program does the same there."""
+    ALONE.append(function)
+    return check(function)
 
 
 def convnet(seed: int = 0) -> nn.Sequential:
@@ -427,6 +438,552 @@ def stock_horovod_without_batch_norm(world: World) -> None:
                     stock.step()
 
 
+CLIP = 0.02
+
+
+def clip_by_hand(parameters: list[nn.Parameter]) -> None:
+    """As in many training scripts: reads each gradient more than once, writes into `.data`."""
+    total = 0.0
+    for p in parameters:
+        if p.grad is not None:
+            total += p.grad.data.norm(2).item() ** 2
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.data.mul_(min(1.0, CLIP / (total**0.5 + 1e-6)))
+
+
+def clip_out_of_place(parameters: list[nn.Parameter]) -> None:
+    norm = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm()
+    for p in parameters:
+        if p.grad is not None:
+            p.grad = p.grad * min(1.0, CLIP / float(norm + 1e-6))
+
+
+CLIPS: dict[str, Callable[[list[nn.Parameter]], object]] = {
+    "norm": lambda parameters: nn.utils.clip_grad_norm_(parameters, CLIP),
+    "norm, one by one": lambda parameters: nn.utils.clip_grad_norm_(parameters, CLIP, foreach=False),
+    "largest": lambda parameters: nn.utils.clip_grad_norm_(parameters, CLIP, norm_type=math.inf),
+    "value": lambda parameters: nn.utils.clip_grad_value_(parameters, CLIP / 10),
+    "by hand": clip_by_hand,
+    "out of place": clip_out_of_place,
+}
+
+
+class Loop:
+    """People's own loops: backward, clip, step; `loss` is this process's mean, halves of it add up to it."""
+
+    def __init__(
+        self, opt: DistributedOptimizer, model: nn.Module, clip: Callable[[list[nn.Parameter]], object]
+    ):
+        self.opt, self.model, self.clip = opt, model, clip
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=2)
+
+    def plain(self, halves: list[Tensor]) -> None:
+        sum(halves).backward()
+        self.clip_and_step()
+
+    def clip_and_step(self) -> None:
+        self.clip(list(self.model.parameters()))
+        self.opt.step()
+
+    def by_its_backward(self, halves: list[Tensor]) -> None:
+        for i, half in enumerate(halves):
+            self.opt.backward(half, last=i == 1)
+        self.clip([p for group in self.opt.param_groups for p in group["params"]])
+        self.opt.step()
+
+    def accumulating(self, halves: list[Tensor]) -> None:
+        with self.opt.accumulate():
+            halves[0].backward()
+        halves[1].backward()
+        self.clip_and_step()
+
+    def scaled(self, halves: list[Tensor]) -> None:
+        self.scaler.scale(sum(halves)).backward()
+        self.scaler.unscale_(self.opt)
+        self.clip(list(self.model.parameters()))
+        self.scaler.step(self.opt)
+        self.scaler.update()
+
+    def inner_step(self, halves: list[Tensor]) -> None:
+        sum(halves).backward()
+        self.clip(list(self.model.parameters()))
+        self.opt.optimizer.step()
+        self.opt.zero_grad()
+
+
+LOOPS = [Loop.plain, Loop.by_its_backward, Loop.accumulating, Loop.scaled, Loop.inner_step]
+
+
+@check_alone_too
+def clipping_in_everybodys_order(world: World) -> None:
+    clears = [DistributedOptimizer.zero_grad, lambda opt: opt.zero_grad(set_to_none=False), lambda opt: None]
+    for number, (loop, clip) in enumerate(itertools.product(LOOPS, CLIPS)):
+        model, reference = convnet().eval(), convnet().eval()
+        inner = torch.optim.SGD(model.parameters(), 1.0, 0.9)
+        terms = 2 * world.size if number % 2 else None
+        opt = DistributedOptimizer(inner, model, world=world, bucket_bytes=2000, reproducible_terms=terms)
+        plain = torch.optim.SGD(reference.parameters(), 1.0, 0.9)
+        mine = Loop(opt, model, CLIPS[clip])
+        for step in range(3):
+            data = [batch(10 * step + r) for r in range(world.size)]
+            clears[number % 3](opt)
+            halves = zip(*(part.split(2) for part in data[world.rank]), strict=True)
+            loop(mine, [loss_sum(model, half) / 4 for half in halves])
+            plain.zero_grad()
+            (sum(loss_sum(reference, d) for d in data) / (4 * world.size)).backward()
+            CLIPS[clip](list(reference.parameters()))
+            plain.step()
+        assert difference(model, reference) < 1e-9, (loop.__name__, clip, terms, difference(model, reference))
+
+
+@check_alone_too
+def autocast_in_pytorchs_order(world: World) -> None:
+    """The same bits as with synchronize() right after backward."""
+    for dtype, terms in itertools.product((torch.bfloat16, torch.float16), (None, world.size)):
+        models, results = [], []
+        for explicit in (True, False):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 5))
+            opt = wrap(model, world, reproducible_terms=terms)
+            scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=dtype is torch.float16)
+            for step in range(3):
+                x, y = batch(10 * step + world.rank)
+                with torch.autocast("cpu", dtype=dtype):
+                    loss = F.cross_entropy(model(x.float()), y)
+                scaler.scale(loss).backward()
+                if explicit:
+                    opt.synchronize()
+                scaler.unscale_(opt)
+                results.append(nn.utils.clip_grad_norm_(model.parameters(), CLIP))
+                scaler.step(opt)
+                scaler.update()
+                opt.zero_grad()
+            models.append(model)
+        assert difference(*models) == 0
+        assert results[:3] == results[3:]
+
+
+@check_alone_too
+def sums_that_were_looked_at_before_their_count(world: World) -> None:
+    """Refused at the step, whoever looked and whatever for; with synchronize(images=) first it is right."""
+    looks: dict[str, Callable[[nn.Module, DistributedOptimizer], object]] = {
+        "clip": lambda model, opt: nn.utils.clip_grad_norm_(model.parameters(), CLIP),
+        "read": lambda model, opt: [float(p.grad.norm()) for p in model.parameters()],
+        "groups": lambda model, opt: [p.grad.sum() for g in opt.param_groups for p in g["params"]],
+    }
+    for terms, scaled, look in itertools.product((None, world.size), (False, True), looks):
+        model, reference = convnet().eval(), convnet().eval()
+        opt = wrap(model, world, reproducible_terms=terms)
+        data = [batch(r) for r in range(world.size)]
+        for refused in (True, False):
+            scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled)
+            scaler.scale(loss_sum(model, data[world.rank])).backward()
+            if not refused:
+                opt.synchronize(images=4)
+            scaler.unscale_(opt)
+            looks[look](model, opt)
+            if refused:
+                with pytest.raises(RuntimeError, match=r"call opt\.synchronize\(images=\.\.\.\) first"):
+                    scaler.step(opt, images=4)
+                assert difference(model, reference) == 0
+                opt.zero_grad()
+            else:
+                scaler.step(opt)
+        plain = torch_sgd(reference)
+        (sum(loss_sum(reference, d) for d in data) / (4 * world.size)).backward()
+        if look == "clip":
+            nn.utils.clip_grad_norm_(reference.parameters(), CLIP)
+        plain.step()
+        assert difference(model, reference) < 1e-12, (terms, scaled, look)
+    for count in ({"images": 4}, {"global_images": 4 * world.size}):  # an explicit unscale_ alone looks, too
+        model = convnet()
+        opt, scaler = wrap(model, world), torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale(loss_sum(model, batch(0))).backward()
+        scaler.unscale_(opt)
+        with pytest.raises(RuntimeError, match="synchronize"):
+            scaler.step(opt, **count)
+        opt.zero_grad()
+
+
+@check
+def looking_on_one_process_alone(world: World) -> None:
+    """Rank 0 logs a norm, or gives the step's gradients up by hand: the others need not wait for anything new."""
+    model, reference = convnet().eval(), convnet().eval()
+    opt, plain = wrap(model, world), torch_sgd(reference)
+    for step in range(3):
+        data = [batch(10 * step + r) for r in range(world.size)]
+        (loss_sum(model, data[world.rank]) / 4).backward()
+        if world.rank == 0:
+            seen = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        opt.step()
+        reference_step(reference, plain, data)
+        if world.rank == 0:
+            assert abs(seen - torch.cat([p.grad.flatten() for p in reference.parameters()]).norm()) < 1e-12
+    assert difference(model, reference) < 1e-12
+
+
+@check
+def parameters_without_gradient_on_some_are_seen_by_all(world: World) -> None:
+    """Each process uses its own head; the norm that is clipped is over the gradients of all heads."""
+    for terms in (None, world.size):
+        heads, reference = (
+            nn.ModuleList(nn.Linear(3, 2).double() for _ in range(world.size + 1)) for _ in range(2)
+        )
+        opt = wrap(heads, world, reproducible_terms=terms)
+        reference.load_state_dict(heads.state_dict())
+        plain = torch.optim.SGD(parameter_groups(reference), 0.1, 0.9, nesterov=True)
+        x = torch.arange(3.0).double()
+        for _ in range(2):
+            heads[world.rank](x * (1 + world.rank)).sum().backward()
+            norm = nn.utils.clip_grad_norm_(heads.parameters(), CLIP)
+            opt.step()
+            plain.zero_grad()
+            (sum(reference[r](x * (1 + r)).sum() for r in range(world.size)) / world.size).backward()
+            expected = nn.utils.clip_grad_norm_(reference.parameters(), CLIP)
+            plain.step()
+            assert abs(norm - expected) < 1e-12
+        assert heads[-1].weight.grad is None
+        assert difference(heads, reference) < 1e-12
+
+
+@check_alone_too
+def gradients_given_up_by_hand(world: World) -> None:
+    clears: list[Callable[[nn.Module], object]] = [
+        lambda model: model.zero_grad(),
+        lambda model: model.zero_grad(set_to_none=False),
+        lambda model: [setattr(p, "grad", None) for p in model.parameters()],
+        lambda model: [delattr(p, "grad") for p in model.parameters()],
+    ]
+    for clear, terms in itertools.product(clears, (None, world.size)):
+        model, reference = convnet().eval(), convnet().eval()
+        opt = wrap(model, world, reproducible_terms=terms)
+        plain = torch_sgd(reference)
+        for step in range(2):
+            loss_sum(model, batch(99 + world.rank)).backward()
+            clear(model)
+            assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+            data = [batch(10 * step + r) for r in range(world.size)]
+            loss_sum(model, data[world.rank]).backward()
+            opt.step(images=4)
+            reference_step(reference, plain, data)
+        assert difference(model, reference) < 1e-12
+        loss_sum(model, batch(99)).backward()
+        clear(model)
+        before = copy.deepcopy(model)
+        opt.step()
+        assert clear is clears[1] or difference(model, before) == 0  # nothing is left to be done
+
+
+@check_alone_too
+def looking_in_the_midst_of_backward(world: World) -> None:
+    model = convnet()
+    opt = wrap(model, world)
+    seen: list[Tensor] = []
+    handle = model[5].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    with pytest.raises(RuntimeError, match="while backward is at work"):
+        loss_sum(model, batch(world.rank)).backward()
+    opt.zero_grad()
+    handle.remove()
+    model[5].weight.register_hook(seen.append)  # this process's own, on its way
+    loss_sum(model, batch(world.rank)).backward()
+    assert len(seen) == 1
+    opt.step(images=4)
+
+
+@check_alone_too
+def changed_where_they_are_only_this_processs_own(world: World) -> None:
+    """After backwards that exchange nothing, a process's sums are changed: refused, not exchanged as they are."""
+    for terms in (None, world.size):
+        model = convnet()
+        opt = wrap(model, world, reproducible_terms=terms)
+        with opt.accumulate():
+            loss_sum(model, batch(world.rank)).backward()
+        mine = Loop(opt, model, CLIPS["norm"])
+        with pytest.raises(RuntimeError, match=r"call opt\.synchronize\(\) "):
+            mine.clip_and_step()
+        opt.zero_grad()
+        reference = copy.deepcopy(model)
+        with opt.accumulate():
+            (loss_sum(model, batch(world.rank)) / 4).backward()
+        opt.synchronize()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        (sum(loss_sum(reference, batch(r)) for r in range(world.size)) / (4 * world.size)).backward()
+        nn.utils.clip_grad_norm_(reference.parameters(), CLIP)
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            assert torch.allclose(p.grad, q.grad, rtol=1e-9, atol=1e-13)
+        opt.step()
+
+
+@check
+def optimizers_of_one_process_shift_no_names(world: World) -> None:
+    for _ in range(world.rank):
+        probe = nn.Linear(2, 2)
+        alone = DistributedOptimizer(torch.optim.SGD(probe.parameters(), 0.1), probe, world=Solo())
+        alone.backward(probe(torch.ones(1, 2)).sum())
+        alone.step(images=1)
+    model, reference = convnet(), convnet()
+    opt, plain = wrap(model, world), torch_sgd(reference)
+    data = [batch(r) for r in range(world.size)]
+    opt.backward(loss_sum(model, data[world.rank]))
+    opt.step(images=4)
+    reference_step(reference, plain, data)
+    assert difference(model, reference) < 1e-12
+
+
+@check
+def other_orders_models_and_options_are_errors_not_hangs(world: World) -> None:
+    models = [nn.Linear(2, 3), nn.Linear(3, 2)]
+    for model in models if world.rank else models[::-1]:
+        with pytest.raises(RuntimeError, match="processes disagree"):
+            wrap(model, world)
+    buffers = nn.BatchNorm1d(2)
+    buffers.register_buffer("mask", torch.zeros(3 + world.rank))
+    with pytest.raises(RuntimeError, match="processes disagree") as error:
+        wrap(buffers, world)
+    assert world.rank == 0 or "'mask', [4]" in str(error.value) or "'mask', [5]" in str(error.value)
+    for options in ({"bucket_bytes": 100 + world.rank}, {"reproducible_terms": 4 if world.rank else None}):
+        with pytest.raises(RuntimeError, match="processes disagree"):
+            DistributedOptimizer(SGD(models[0].parameters()), models[0], world=world, **options)
+    with pytest.raises(RuntimeError, match="processes disagree"):
+        DistributedOptimizer((SGD if world.rank else torch.optim.Adam)(models[0].parameters()), world=world)
+
+
+@check_alone_too
+def buffers_and_parameters_of_any_kind(world: World) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            r = world.rank + 1
+            self.fc = nn.Linear(4, 4)
+            self.tied = self.fc
+            self.fixed = nn.Parameter(torch.full((2,), r, dtype=torch.int16), requires_grad=False)
+            base = torch.arange(12.0).reshape(3, 4) * r
+            for name, buffer in {
+                "expanded": torch.full((1, 4), float(r)).expand(3, 4),
+                "scalar_expanded": torch.tensor(r).expand(2, 2),
+                "transposed": base.t(),
+                "strided": base[:, ::2],
+                "overlapping": base.flatten().unfold(0, 4, 2),
+                "channels_last": torch.full((1, 2, 3, 3), float(r)).to(memory_format=torch.channels_last),
+                "empty": torch.empty(0, 3),
+                "scalar": torch.tensor(float(r)),
+                "bool": torch.tensor([r == 1, True]),
+                "int": torch.tensor([r]),
+                "uint8": torch.tensor([r], dtype=torch.uint8),
+                "half": torch.tensor([r], dtype=torch.float16),
+                "bfloat": torch.tensor([r], dtype=torch.bfloat16),
+                "float8": torch.tensor([r], dtype=torch.float32).to(torch.float8_e4m3fn),
+                "complex": torch.tensor([r + 1j]),
+                "conjugate": torch.tensor([r + 1j]).conj(),
+                "imaginary": torch.tensor([r + 1j]).conj().imag,
+            }.items():
+                self.register_buffer(f"a_{name}", buffer, persistent=len(name) % 2 == 0)
+
+    model = Model()
+    opt = wrap(model, world)
+    rank_0 = copy.deepcopy(model)
+    for name, tensor in [*rank_0.named_buffers(), *rank_0.named_parameters()]:
+        shared = world.broadcast_bytes(str(tensor.tolist()).encode(), f"kinds.{name}")
+        assert str(tensor.tolist()).encode() == shared, name
+    assert model.a_expanded.stride() == (0, 1)
+    assert model.a_expanded.eq(1).all()
+    opt.backward(model.tied(model.fc(model.a_expanded)).sum())
+    opt.step(images=3)
+
+
+@check_alone_too
+def what_cannot_be_exchanged_is_named(world: World) -> None:
+    class Model(nn.Module):
+        def __init__(self, **more: object) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+            for name, value in more.items():
+                if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                    self.register_buffer(name, value)
+                else:
+                    setattr(self, name, value)
+
+    for more, words in (
+        ({"head": nn.LazyLinear(3)}, r"head\.weight has no shape yet"),
+        ({"norm": nn.LazyBatchNorm1d()}, r"norm\.weight has no shape yet"),
+        (
+            {"rotation": nn.Parameter(torch.ones(2, dtype=torch.complex64))},
+            r"rotation is a parameter of .*complex64",
+        ),
+        ({"graph": torch.eye(3).to_sparse()}, r"graph is sparse_coo; expected a dense tensor"),
+        ({"nowhere": nn.Parameter(torch.ones(2, device="meta"))}, r"nowhere is on the meta device"),
+    ):
+        model = Model(**more)
+        with pytest.raises(TypeError, match=words):
+            DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, world=world)
+    pair = [nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(2, dtype=torch.complex64))]
+    with pytest.raises(TypeError, match=r"parameter 1 of group 0 is a parameter of torch\.complex64"):
+        DistributedOptimizer(torch.optim.SGD(pair, 0.1), world=world)
+
+
+@check_alone_too
+def numbers_of_numpy_and_tensors_as_options(world: World) -> None:
+    for lr in (np.float32(0.1), np.float64(0.1), torch.tensor(0.1), 0.1):
+        model, reference = convnet(), convnet()
+        inner = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=np.float32(0.1))
+        opt = DistributedOptimizer(inner, model, world=world)
+        plain = torch.optim.AdamW(reference.parameters(), lr=float(lr), weight_decay=float(np.float32(0.1)))
+        schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.7) for o in (opt, plain)]
+        for step in range(3):
+            data = [batch(10 * step + r) for r in range(world.size)]
+            opt.backward(loss_sum(model, data[world.rank]))
+            opt.step(images=4)
+            reference_step(reference, plain, data)
+            for schedule in schedules:
+                schedule.step()
+        assert difference(model, reference) < 1e-7
+        rate = torch.tensor([float(opt.param_groups[0]["lr"])], dtype=torch.float64)
+        assert world.broadcast(rate.clone(), "rate") == rate  # in every bit
+        flatten_state(opt.state_dict())
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation (Foret et al. 2021), in the shape of its usual implementation."""
+
+    def __init__(self, params: Iterable[nn.Parameter], rho: float = 0.05) -> None:
+        super().__init__(params, {"rho": rho})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, lr=0.1)
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in params]).norm()
+        for p in params:
+            self.state[p]["old"] = p.detach().clone()
+            p.add_(p.grad * (0.05 / norm))
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.copy_(self.state[p]["old"])
+        self.base_optimizer.step()
+        if zero_grad:
+            self.zero_grad()
+
+    def step(self, closure: Callable[[], object]) -> None:
+        self.first_step(zero_grad=True)
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+@check_alone_too
+def methods_that_only_the_wrapped_optimizer_has(world: World) -> None:
+    for form, terms in itertools.product(("means", "sums", "closure", "closure of sums"), (None, world.size)):
+        model, reference = convnet().eval(), convnet().eval()
+        opt = DistributedOptimizer(SAM(model.parameters()), model, world=world, reproducible_terms=terms)
+        plain = SAM(reference.parameters())
+        for step in range(2):
+            data = [batch(10 * step + r) for r in range(world.size)]
+
+            def loss(
+                m: nn.Module = model,
+                d: tuple[Tensor, Tensor] = data[world.rank],
+                count: int = 1 if "sums" in form else 4,
+            ) -> Tensor:
+                return loss_sum(m, d) / count
+
+            def closure(
+                loss: Callable[[], Tensor] = loss, clear: Callable[[], None] = opt.zero_grad
+            ) -> Tensor:
+                clear()
+                result = loss()
+                result.backward()
+                return result
+
+            loss().backward()
+            if "closure" in form:
+                opt.step(closure, images=4 if "sums" in form else None)
+            else:
+                for take in (opt.first_step, opt.second_step):
+                    if form == "sums":
+                        opt.synchronize(images=4)
+                    take(zero_grad=True)
+                    if take == opt.first_step:
+                        loss().backward()
+            for take in (plain.first_step, plain.second_step):
+                plain.zero_grad()
+                (sum(loss_sum(reference, d) for d in data) / (4 * world.size)).backward()
+                take()
+        assert difference(model, reference) < 1e-12, form
+    assert opt.base_optimizer is opt.optimizer.base_optimizer
+    with pytest.raises(AttributeError, match="no_such_method"):
+        opt.no_such_method()
+
+
+@check_alone_too
+def running_statistics_of_unusual_layers(world: World) -> None:
+    """Cumulative, used twice, frozen on the way, in bf16: the same r for any number of processes, by the formula."""
+    for terms in (None, 64):
+        torch.manual_seed(0)
+        model = nn.ModuleDict(
+            {
+                "usual": nn.BatchNorm1d(2),
+                "cumulative": nn.BatchNorm1d(2, momentum=None),
+                "twice": nn.BatchNorm1d(2),
+                "late": nn.BatchNorm1d(2),
+                "frozen": nn.BatchNorm1d(2),
+                "still": nn.BatchNorm1d(2, momentum=0.0),
+                "bf16": nn.BatchNorm1d(2, dtype=torch.bfloat16),
+                "untracked": nn.BatchNorm1d(2, track_running_stats=False),
+                "unused": nn.BatchNorm1d(2),
+                "maps": nn.BatchNorm3d(2),
+            }
+        )
+        model["frozen"].eval()
+        model["usual"].num_batches_tracked.fill_(world.rank)  # other forwards before: rank 0's count
+        statistics = running_statistics(model, world, terms)
+        expected = {name: torch.zeros(2, dtype=torch.float64) for name in model if name != "untracked"}
+        for step in range(6):
+            if step == 3:
+                model["late"].eval()
+            workers = [3, 5, 1, 4, 2, 3][step]
+            views = [
+                torch.randn(8, 2, generator=torch.Generator().manual_seed(50 * step + j)) + 5
+                for j in range(workers)
+            ]
+            for j in hosted(world.rank, world.size, workers):
+                for name in set(model) - {"bf16", "unused", "maps"}:
+                    model[name](views[j])
+                model["twice"](3 * views[j])
+                model["bf16"](views[j].bfloat16())
+                model["maps"](views[j][:, :, None, None, None])
+                statistics.after_forward()
+            statistics.synchronize()
+            statistics.step(workers)
+            mean = sum(view.double().mean(0) for view in views) / workers
+            for name, momentum in {
+                "usual": 0.1,
+                "bf16": 0.1,
+                "maps": 0.1,
+                "cumulative": 1 / (step + 1),
+            }.items():
+                expected[name] = (1 - momentum) * expected[name] + momentum * mean
+            expected["twice"] = 0.9 * expected["twice"] + 0.1 * 2 * mean
+            if step < 3:
+                expected["late"] = 0.9 * expected["late"] + 0.1 * mean
+        assert {name for name in expected if model[name].running_mean.any()} == set()  # not before publish
+        twin = copy.deepcopy(model)
+        statistics.publish()
+        for name, mean in expected.items():
+            error = (model[name].running_mean.double() - mean).abs().max()
+            assert error < (2**-6 if name == "bf16" else 1e-5), (name, terms, model[name].running_mean, mean)
+        tracked = {name: int(model[name].num_batches_tracked) for name in expected}
+        assert tracked == dict.fromkeys(expected, 6) | {"late": 3, "frozen": 0, "unused": 0}
+        assert twin["cumulative"].momentum is None
+        assert twin["usual"].momentum == 0.1
+
+
 @check
 def the_world_itself(world: World) -> None:
     p = world.size
@@ -457,7 +1014,7 @@ def the_world_itself(world: World) -> None:
 
 def main() -> None:
     world = hvd_lb.world.init()
-    for function in CHECKS:
+    for function in CHECKS if world.size > 1 else ALONE:
         error = ""
         try:
             function(world)
