@@ -19,7 +19,6 @@ from hvd_lb.training.trainer import Trainer
 from hvd_lb.world import World
 from hvd_lb.world.solo import Solo
 
-
 pytestmark = pytest.mark.slow
 
 
