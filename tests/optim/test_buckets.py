@@ -57,3 +57,19 @@ def test_exchange_tells_who_had_a_gradient() -> None:
     assert bucket.flags.tolist() == [1.0, 0.0]
     with pytest.raises(RuntimeError, match="not started"):
         bucket.finish()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_put_in_place_of_a_sum_is_what_is_divided(dtype: torch.dtype) -> None:
+    """As somebody who clips or unscales may do, with a tensor of their own or in ours."""
+    replaced, edited = (nn.Parameter(torch.zeros(2, dtype=dtype)) for _ in range(2))
+    bucket = Bucket([replaced, edited], "b")
+    for p in (replaced, edited):
+        p.grad = torch.tensor([2.0, 4.0], dtype=dtype)
+    bucket.start(Solo())
+    bucket.finish()
+    replaced.grad = torch.tensor([6.0, 8.0], dtype=dtype)
+    edited.grad.mul_(10)  # type: ignore[union-attr]
+    bucket.divide(2)
+    assert replaced.grad.tolist() == [3.0, 4.0]
+    assert edited.grad.tolist() == [10.0, 20.0]  # type: ignore[union-attr]

@@ -160,6 +160,15 @@ def test_the_evaluation_crop_is_what_resize_256_and_centre_crop_224_show() -> No
     assert windows.augmentations == ()
 
 
+def test_every_epoch_and_seed_mirrors_others() -> None:
+    """Two draws agree on about half of the images, and so do a flip and the place of its window."""
+    ids = np.arange(4000)
+    draws = [Flip().draw(seed, epoch, ids) for seed in (0, 1) for epoch in (0, 1)]
+    for i, one in enumerate(draws):
+        for other in draws[:i]:
+            assert abs((one == other).mean() - 0.5) < 5 * 0.5 / np.sqrt(len(ids))
+
+
 def test_flips_never_or_always() -> None:
     ids = np.arange(64)
     assert not Flip(0.0).draw(0, 0, ids).any()
