@@ -352,8 +352,9 @@ class DistributedOptimizer(Optimizer):
                 raise TypeError(
                     f"{name} has no shape yet (a lazy module): run one forward before the optimizer is wrapped"
                 )
-            if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
-                kind = "on the meta device" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+            kind = str(tensor.layout).removeprefix("torch.")
+            kind = "quantized" if tensor.is_quantized else "on the meta device" if tensor.is_meta else kind
+            if kind != "strided":
                 raise TypeError(f"{name} is {kind}; expected a dense tensor with values")
 
     def _check_agreement(self, parameters: list[Tensor]) -> None:

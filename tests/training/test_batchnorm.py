@@ -171,12 +171,13 @@ def test_activation_checkpointing_goes_forward_once(terms: int | None, reentrant
     layer = nn.BatchNorm1d(2)
     statistics = running_statistics(nn.Sequential(layer), Solo(), terms)
     mean = torch.zeros(2)
-    for x in views(3):
-        out = checkpoint(layer, x.requires_grad_(), use_reentrant=reentrant)
-        statistics.after_forward()
-        out.square().sum().backward()
-        step(statistics)
-        mean = 0.9 * mean + 0.1 * x.detach().mean(0)
+    for microbatches in zip(views(6)[::2], views(6)[1::2], strict=True):
+        for x in microbatches:
+            out = checkpoint(layer, x.requires_grad_(), use_reentrant=reentrant)
+            statistics.after_forward()
+            out.square().sum().backward()
+        step(statistics, workers=2)
+        mean = 0.9 * mean + 0.1 * torch.cat(microbatches).detach().mean(0)
     statistics.publish()
     assert close(layer.running_mean, mean)
 

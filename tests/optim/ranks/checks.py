@@ -844,7 +844,10 @@ def numbers_of_numpy_and_tensors_as_options(world: World) -> None:
 
 
 class SAM(torch.optim.Optimizer):
-    """Sharpness-aware minimisation (Foret et al. 2021), in the shape of its usual implementation."""
+    """Sharpness-aware minimisation (Foret et al. 2021) in the shape of its usual implementation.
+
+    Without its division by the norm, which would hide a gradient that is wrong by a factor.
+    """
 
     def __init__(self, params: Iterable[nn.Parameter], rho: float = 0.05) -> None:
         super().__init__(params, {"rho": rho})
@@ -852,11 +855,11 @@ class SAM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.stack([p.grad.norm() for p in params]).norm()
-        for p in params:
-            self.state[p]["old"] = p.detach().clone()
-            p.add_(p.grad * (0.05 / norm))
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["old"] = p.detach().clone()
+                    p.add_(p.grad * group["rho"])
         if zero_grad:
             self.zero_grad()
 
