@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import rich_click as click
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count
 from hvd_lb_cli.output.show import print_rows
+from hvd_lb_cli.output.terminal import plain_console
 
 if TYPE_CHECKING:
     from hvd_lb.report.compare import Comparison, MetricDifference, MetricsComparison
@@ -52,13 +52,13 @@ def compare(run_a: Path, run_b: Path, step: int | None, tensors: int) -> int:
     """
     from hvd_lb.report.compare import compare_runs  # needs torch
 
-    console = Console()
+    console = plain_console()
     try:
-        with console.status("comparing"):
+        with console.status(Text("comparing")):
             comparison = compare_runs(run_a, run_b, step)
     except OSError as error:  # exit code 1 would say that the runs differ
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
-    print_rows(console, [("A", escape(str(run_a))), ("B", escape(str(run_b))), *_rows(comparison)])
+    print_rows(console, [("A", str(run_a)), ("B", str(run_b)), *_rows(comparison)])
     if comparison.checkpoint:
         _print_tensors(console, comparison.checkpoint.differing, tensors)
     click.echo("bitwise identical" if comparison.identical else _verdict(comparison))
@@ -79,7 +79,7 @@ def _rows(comparison: Comparison) -> list[tuple[str, str]]:
     if comparison.checkpoint:
         rows.append(("checkpoint", _checkpoint(comparison.checkpoint)))
     rows += [("note", note) for note in comparison.notes]
-    return [(topic, escape(sentence)) for topic, sentence in rows]
+    return rows
 
 
 def _records(metrics: MetricsComparison) -> str:
@@ -102,7 +102,7 @@ def _metric(metric: MetricDifference) -> str:
 
 
 def _value(value: object) -> str:
-    return f"{value:.9g}" if isinstance(value, float) else str(value)
+    return f"{value:.9g}" if isinstance(value, float) else "null" if value is None else str(value)
 
 
 def _checkpoint(checkpoint: CheckpointComparison) -> str:

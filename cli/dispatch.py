@@ -9,6 +9,7 @@ from pathlib import Path
 
 import rich_click as click
 from rich.console import Console
+from rich.text import Text
 
 from hvd_lb.data.spec import data_folder, data_spec
 from hvd_lb.launch.allreduce import allreduce_environment
@@ -27,15 +28,21 @@ from hvd_lb.launch.target import Target, find_target
 from hvd_lb.machine.placement import Placement, choose_device, choose_placement, default_gpus
 from hvd_lb.report.text import count
 from hvd_lb.resolve import check_options, explain, resolve
+from hvd_lb.world.launched import refuse_torchrun
 from hvd_lb_cli.arguments import without_env_values
+from hvd_lb_cli.options.given import refuse_options
 from hvd_lb_cli.options.train import TrainOptions
 from hvd_lb_cli.output.show import index_progress, print_preflight, print_rows
+from hvd_lb_cli.output.terminal import plain_console
 from hvd_lb_cli.submit import is_submission, refuse_unused, submit
+
+_OF_THE_EXCHANGE = {"allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"}
 
 
 def dispatch(context: click.Context, options: TrainOptions) -> int:
     """Train, go on, print what would be run, or submit; the exit status. `context` is that of `train`."""
-    console = Console()
+    console = plain_console()
+    refuse_torchrun(os.environ)
     target = find_target(options.launch, options.device, os.environ)
     refuse_unused(context, target, options.submit)
     if is_submission(target, options):
@@ -62,10 +69,17 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
         placement = cluster.placement(gpus=gpus, processes=options.processes, threads=threads)
     else:
         placement = choose_placement(here, gpus=gpus, processes=options.processes, threads=threads)
+    if placement.processes == 1:
+        refuse_options(
+            context, _OF_THE_EXCHANGE, "is about the exchange between processes, and this run has one"
+        )
     launch_plan = _launch(target, cluster, placement, options.launch, container)
     if options.launch.dry_run:
         directory = run_directory(options.output, resolved.recipe)
         resume_point = resume_point_of(directory, resolved, placement, options.resume)
+        if resume_point.finished:
+            console.print(resume_point.finished, soft_wrap=True)
+            return 0
         click.echo(
             describe(
                 make_job(resolved, placement, launch_plan, directory, resume_point), launch_plan, directory
@@ -93,7 +107,7 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
 
 def _examine(console: Console, target: Target, request: Request, ask: Ask) -> Cluster:
     """The hosts, when all of them are ready; UserError, after a table, when they are not."""
-    with console.status(f"asking {count(len(target.hosts), 'host')}"):
+    with console.status(Text(f"asking {count(len(target.hosts), 'host')}")):
         report = preflight(target.hosts, request, ask)
     if not report.cluster:
         print_preflight(console, report)

@@ -16,7 +16,9 @@ from hvd_lb.doctor.examine import examine
 from hvd_lb.doctor.finding import Finding
 from hvd_lb.doctor.selftest import selftest
 from hvd_lb.launch.options import LaunchOptions
-from hvd_lb_cli.options.launch import host_options
+from hvd_lb_cli.options.given import refuse_options
+from hvd_lb_cli.options.launch import SSH_OPTIONS, host_options
+from hvd_lb_cli.output.terminal import plain_console
 
 _COLOURS = {"ok": "green", "missing": "yellow", "wrong": "red"}
 
@@ -37,7 +39,9 @@ _COLOURS = {"ok": "green", "missing": "yellow", "wrong": "red"}
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("runs"), help="With --hosts: where to."
 )
+@click.pass_context
 def doctor(
+    context: click.Context,
     with_selftest: bool,
     launch_options: LaunchOptions,
     device: str,
@@ -54,11 +58,25 @@ def doctor(
     hvd-lb doctor --selftest
     hvd-lb doctor --hosts h1:8,h2:8 --data /data/imagenet --output /shared/runs
     """
-    console = Console()
+    console = plain_console()
     if launch_options.hosts is not None or launch_options.hostfile is not None:
+        refuse_options(
+            context, {"with_selftest"}, "is for this machine: give it on each host, without --hosts"
+        )
+        if image is not None:
+            refuse_options(
+                context,
+                {"network_interface"},
+                "is not looked at with --image: containers find it when they start",
+            )
         from hvd_lb_cli.doctor_hosts import examine_hosts  # needs torch, which this command looks for
 
         return examine_hosts(console, launch_options, device, data, output, image)
+    refuse_options(
+        context,
+        {*SSH_OPTIONS, "device", "data", "image", "output"},
+        "is what hosts are examined for: name them, as in --hosts h1:8,h2:8, or leave it out",
+    )
     findings = chain(examine(), selftest() if with_selftest else ())
     shown = _show_table(console, findings) if console.is_terminal else _print_lines(findings)
     failed = [finding.name.strip() for finding in shown if finding.prevents_training]
@@ -70,9 +88,9 @@ def doctor(
 def _show_table(console: Console, findings: Iterable[Finding]) -> list[Finding]:
     table = Table("", "state", "found", "fix", box=box.SIMPLE_HEAD)
     shown = []
-    with console.status("examining") as status:
+    with console.status(Text("examining")) as status:
         for finding in findings:
-            status.update(f"examined {finding.name.strip()}")
+            status.update(Text(f"examined {finding.name.strip()}"))
             state = Text(finding.state, style=_COLOURS[finding.state])
             table.add_row(Text(finding.name), state, Text(finding.detail), Text(finding.fix))
             shown.append(finding)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import rich_click as click
 from rich.console import Console
+from rich.text import Text
 
 from hvd_lb.data.spec import data_folder
 from hvd_lb.launch.options import LaunchOptions
@@ -26,7 +27,7 @@ def examine_hosts(
     hosts = target.hosts if target else []
     folder = data_folder(data) if data else None
     folder_of_output = output.expanduser().absolute()
-    with console.status(f"asking {count(len(hosts), 'host')}"):
+    with console.status(Text(f"asking {count(len(hosts), 'host')}")):
         if image:
             # As `train --image`: where nobody says otherwise, for GPUs.
             submission = Submission(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import signal
 import sys
+from contextlib import suppress
 
 import rich_click as click
 from click.exceptions import NoArgsIsHelpError
 
 from hvd_lb.errors import UserError
 from hvd_lb_cli.lazy import LazyGroup
+from hvd_lb_cli.output.terminal import to_nowhere, tolerate_any_letter
 
 # Threads that wait for each other give up their core: on a shared machine, spinning ones made a step five times
 # slower. Read when torch is loaded, here and in the ranks.
@@ -36,8 +41,11 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    tolerate_any_letter()
     try:
+        _check_start(sys.argv[1:])
         status = cli.main(prog_name="hvd-lb", standalone_mode=False)
+        print(end="", flush=True)
     except UserError as error:
         _fail(str(error), 2)
     except NoArgsIsHelpError as error:
@@ -45,16 +53,51 @@ def main() -> None:
         sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
-    except OSError as error:  # a full disk, a folder that went away, a reader that closed the pipe
-        _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
+    except BrokenPipeError:  # `hvd-lb data verify | head`: whoever reads has seen enough
+        _end(128 + signal.SIGPIPE)
+    except OSError as error:  # a full disk, a folder that went away
+        given = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)  # it is the name itself
+        _fail(
+            f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""),
+            2 if given else 1,
+        )
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # what pathlib says of ~ and ~NAME
+            raise
+        _fail("a path begins with ~, and there is no such home directory: write it out, or set HOME", 2)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     else:
-        sys.exit(status if isinstance(status, int) else 0)
+        _end(status if isinstance(status, int) else 0)
+
+
+def _check_start(arguments: list[str]) -> None:
+    """UserError for what no command could make sense of."""
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if word == "" or re.fullmatch("--[a-z0-9-]+=", word):
+            option = word.rstrip("=") or (before if before.startswith("--") else "an argument")
+            raise UserError(
+                f"{option} is empty: leave it out, or give a value (is a variable of the shell not set?)"
+            )
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the working directory is gone: change to one that is there") from None
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"hvd-lb: error: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"hvd-lb: error: {' '.join(message.split())}", file=sys.stderr)
+    _end(status)
+
+
+def _end(status: int) -> None:
+    """With this exit status also where nobody reads what is left to be written."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            to_nowhere(stream)
     sys.exit(status)
 
 

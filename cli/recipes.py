@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import rich_click as click
-from rich.console import Console
 from rich.table import Table
 
 from hvd_lb.recipe import LEFT_TO_THE_MACHINE, load_values, make_recipe, preset_names
+from hvd_lb_cli.output.terminal import plain_console
 
 
 @click.command()
@@ -27,4 +27,4 @@ def recipes(name: str | None) -> None:
     for preset in preset_names():
         recipe = make_recipe(load_values(preset), preset)
         table.add_row(preset, recipe.model, str(recipe.image_size), str(recipe.epochs), recipe.description)
-    Console().print(table)
+    plain_console().print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
-from rich.console import Console
+from rich.text import Text
 
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.text import count, duration, speed
+from hvd_lb_cli.options.given import refuse_options
 from hvd_lb_cli.options.recipe import recipe_options, run_options
 from hvd_lb_cli.output.show import index_progress, print_rows
+from hvd_lb_cli.output.terminal import outliving_readers, plain_console
 
 if TYPE_CHECKING:
     from hvd_lb.resolve import Resolved
@@ -29,13 +32,20 @@ class _Duration(click.ParamType[float]):
     name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h)", str(value))
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(s|min|h)", str(value), re.ASCII)
         if not match or not float(match[1]):
             self.fail(f"{value!r} is not a duration such as 60s, 5min or 1h", param, ctx)
         return float(match[1]) * _UNITS[match[2]]
 
 
 @click.command()
+@click.option(
+    "--run",
+    "whole",
+    is_flag=True,
+    help="Take all steps of the run and write a run directory, as `train` does; --steps takes so many of them.",
+    panel="The run",
+)
 @click.option(
     "--budget",
     type=_Duration(),
@@ -46,18 +56,36 @@ class _Duration(click.ParamType[float]):
 )
 @run_options
 @recipe_options
+@click.pass_context
 def simulate(
-    options: dict[str, Any], recipe: str | None, device: str, output: Path | None, resume: str, budget: float
+    context: click.Context,
+    options: dict[str, Any],
+    recipe: str | None,
+    device: str,
+    output: Path | None,
+    resume: str,
+    budget: float,
+    whole: bool,
 ) -> int:
     """Run the same steps on one process, without Horovod: same plan, same learning rate, same weights.
 
-    With --steps or --epochs it takes that many whole steps and writes a run directory as `train` does. Without, it is
-    a rehearsal within --budget that says how long a step and an epoch would take here, and writes nothing.
+    It is a rehearsal within --budget that says how long a step, an epoch and the run would take here, and writes
+    nothing. With --run it is the run, and with --steps the first of its steps; both write a run directory as `train`
+    does.
 
     \b
     hvd-lb simulate --gpus 256 --per-gpu-batch 32
     hvd-lb simulate --gpus 256 --per-gpu-batch 32 --data /data/imagenet --steps 20
+    hvd-lb simulate --data digits --gpus 4 --epochs 3 --run
     """
+    whole = whole or "steps" in options
+    refuse_options(
+        context,
+        {"budget"} if whole else {"output", "resume"},
+        "is for a rehearsal, and --run or --steps ask for a run"
+        if whole
+        else "is for a run, and this is a rehearsal: add --run for all of its steps, or --steps N",
+    )
     import torch  # here: --help needs neither it nor what follows
 
     from hvd_lb.launch.session import default_output, run_job
@@ -65,9 +93,11 @@ def simulate(
     from hvd_lb.machine.placement import choose_device, choose_placement
     from hvd_lb.resolve import explain, resolve
     from hvd_lb.simulate import rehearse
+    from hvd_lb.world.launched import refuse_torchrun
 
+    refuse_torchrun(os.environ)
     started = time.monotonic()
-    console = Console()
+    console = plain_console()
     device_name = choose_device(device)
     with index_progress(console) as on_progress:
         resolved = resolve(
@@ -77,26 +107,31 @@ def simulate(
         device_name, gpus=resolved.recipe.gpus, processes=1, threads=resolved.recipe.threads
     )
     plan = [*explain(resolved), ("memory", _memory(resolved.recipe))]
-    if "steps" in options or "epochs" in options:
-        return run_job(
-            resolved,
-            placement,
-            local(1, {}),
-            output=output or default_output(resolved.recipe, "simulate-"),
-            resume=resume,
-            command=sys.argv,
-            console=console,
-            on_ready=lambda: print_rows(console, plan),
+    if whole:
+        with outliving_readers():
+            return run_job(
+                resolved,
+                placement,
+                local(1, {}),
+                output=output or default_output(resolved.recipe, "simulate-"),
+                resume=resume,
+                command=sys.argv,
+                console=console,
+                on_ready=lambda: print_rows(console, plan),
+            )
+    if "epochs" in options:
+        plan.append(
+            ("rehearsal", "nothing is written; add --run to take all steps, as --epochs alone did before")
         )
     print_rows(console, plan)
-    with console.status("rehearsing …") as status:
+    with console.status(Text("rehearsing …")) as status:
         rehearsal = rehearse(
             resolved,
             device=torch.device(device_name),
             threads=placement.threads,
             deadline=started + budget,
             on_microbatch=lambda step, done, of: status.update(
-                f"rehearsing: step {step}, microbatch {done}/{of}"
+                Text(f"rehearsing: step {step}, microbatch {done}/{of}")
             ),
         )
     print_rows(

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
-from click.core import ParameterSource
-from rich.console import Console
 
 from hvd_lb import __version__
 from hvd_lb.data.spec import absolute_spec, data_folder, data_spec
@@ -32,10 +30,12 @@ from hvd_lb.launch.target import Target
 from hvd_lb.machine.placement import DeviceName
 from hvd_lb.resolve import check_options
 from hvd_lb_cli.arguments import forwarded_arguments
+from hvd_lb_cli.options.given import given_options
 from hvd_lb_cli.options.launch import FORWARDED, LAUNCH_OPTIONS
 from hvd_lb_cli.options.submit import PUBLISHED_IMAGE, SubmitOptions
 from hvd_lb_cli.options.train import TrainOptions
 from hvd_lb_cli.output.show import print_preflight
+from hvd_lb_cli.output.terminal import plain_console
 
 _STARTED = {
     "local": "on this machine",
@@ -68,6 +68,9 @@ def is_submission(target: Target, train: TrainOptions) -> bool:
 
 def refuse_unused(context: click.Context, target: Target, options: SubmitOptions) -> None:
     """UserError for an option that was given and that nothing would read: it was meant for another place."""
+    given = given_options(context)
+    if "container_mount" in given and "container_image" not in given:
+        raise UserError("--container-mount is for processes in an image: give --container-image as well")
     over_ssh = target.kind == "ssh"
     read = {
         "ssh_": over_ssh,
@@ -80,15 +83,13 @@ def refuse_unused(context: click.Context, target: Target, options: SubmitOptions
         "k8s_": target.kind == "submit-kubernetes",
         "per_node": target.kind.startswith("submit"),
     }
-    for option in context.command.params:
-        name = option.name or ""
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            prefix = next((prefix for prefix in read if name.startswith(prefix)), None)
-            if prefix and not read[prefix]:
-                raise UserError(
-                    f"{option.opts[0]} has no meaning for a run that is started {_STARTED[target.kind]}: leave it "
-                    "out, or see --launcher"
-                )
+    for name, option in given.items():
+        prefix = next((prefix for prefix in read if name.startswith(prefix)), None)
+        if prefix and not read[prefix]:
+            raise UserError(
+                f"{option} has no meaning for a run that is started {_STARTED[target.kind]}: leave it out, or see "
+                "--launcher"
+            )
 
 
 def _submission(command: click.Command, options: TrainOptions, target: Target) -> Submission:
@@ -171,7 +172,7 @@ def submit(command: click.Command, options: TrainOptions, target: Target) -> int
         return 0
     report = docker_preflight(submission, [name for name, _ in hosts], reach, options.launch)
     if report.problems:
-        print_preflight(Console(), report)
+        print_preflight(plain_console(), report)
     report.refuse()
     return docker.run_in_containers(submission, hosts, reach)
 

@@ -13,6 +13,7 @@ from hvd_lb_cli.options.recipe import recipe_options, run_options
 from hvd_lb_cli.options.slurm import slurm_options
 from hvd_lb_cli.options.submit import submit_options
 from hvd_lb_cli.options.train import TrainOptions
+from hvd_lb_cli.output.terminal import outliving_readers
 
 if TYPE_CHECKING:
     from hvd_lb.launch.options import LaunchOptions
@@ -61,18 +62,17 @@ def train(
     """
     from hvd_lb_cli.dispatch import dispatch  # here: --help needs none of it
 
-    return dispatch(
-        context,
-        TrainOptions(
-            options,
-            recipe,
-            device,
-            processes,
-            output,
-            resume,
-            launch_options,
-            submit_options,
-            slurm_options,
-            kubernetes_options,
-        ),
+    train_options = TrainOptions(
+        options,
+        recipe,
+        device,
+        processes,
+        output,
+        resume,
+        launch_options,
+        submit_options,
+        slurm_options,
+        kubernetes_options,
     )
+    with outliving_readers():
+        return dispatch(context, train_options)

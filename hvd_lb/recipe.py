@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -16,13 +17,23 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from hvd_lb.data.options import MAX_PIXELS, MOST_PIXELS, CacheKind, LoaderKind, OnBadImage
 from hvd_lb.errors import UserError, nearest
 from hvd_lb.plan.samples import LastBatch, SamplePlan
-from hvd_lb.schedule import Rule, Schedule, Shape, Warmup
+from hvd_lb.recipe_file import dump_values, parse_values, read_text
+from hvd_lb.schedule import REFERENCE_EPOCHS, Rule, Schedule, Shape, Warmup
 
 if TYPE_CHECKING:
     from hvd_lb.plan.augment import CentreWindows, RandomWindows
@@ -37,8 +48,23 @@ OPTIONS = "options"
 # Fields that have no default of their own: one virtual worker per GPU, the classes of the data.
 LEFT_TO_THE_MACHINE = {"gpus", "num_classes"}
 
-_EVERY = re.compile(r"(\d+) ?(steps?|epochs?)")
-_EVERY_MINUTES = re.compile(r"(\d+) ?(?:min|minutes?)")
+# More than any run has; products of two of them are numbers of 64 bits.
+_MOST = 2**31 - 1
+_MOST_THREADS = 4096
+_MOST_GPUS = 2**20
+_MOST_CLASSES = 10_000_000
+
+_EVERY = re.compile(r"(\d{1,9}) ?(steps?|epochs?)")
+_EVERY_MINUTES = re.compile(r"(\d{1,9}) ?(?:min|minutes?)")
+
+# What pydantic says in its own words.
+_EXPECTED = {
+    "bool_type": "expected true or false",
+    "int_type": "expected a whole number",
+    "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+    "string_type": "expected text; what could be something else goes in quotes",
+}
 
 
 def _check_every(text: str) -> str:
@@ -56,9 +82,47 @@ def _check_every_or_minutes(text: str) -> str:
     return text
 
 
+def _listed(length: int | None = None) -> BeforeValidator:
+    """A YAML list as a tuple, of this length."""
+
+    def check(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, (list, tuple)) or len(value) != (length or len(value)):
+            raise ValueError(f"expected {length} numbers" if length else "expected a list of numbers")
+        return tuple(value)
+
+    return BeforeValidator(check)
+
+
+def _range(most: float) -> AfterValidator:
+    def check(pair: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < pair[0] <= pair[1] <= most:
+            raise ValueError(f"expected two increasing numbers above 0, at most {most:g}")
+        return pair
+
+    return AfterValidator(check)
+
+
+def _each(least: float, most: float, *, increasing: bool = False, what: str = "numbers") -> AfterValidator:
+    def check(numbers: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(least <= number <= most for number in numbers) or (
+            increasing and list(numbers) != sorted(numbers)
+        ):
+            raise ValueError(f"expected {what} from {least:g} to {most:g}")
+        return numbers
+
+    return AfterValidator(check)
+
+
 Every = Annotated[str, AfterValidator(_check_every)]
 EveryOrMinutes = Annotated[str, AfterValidator(_check_every_or_minutes)]
-Colour = tuple[float, float, float]
+Colour = Annotated[tuple[float, float, float], _listed(3)]
+CropScale = Annotated[tuple[float, float], _listed(2), _range(1)]
+CropRatio = Annotated[tuple[float, float], _listed(2), _range(1000)]
+Epochs = Annotated[
+    tuple[float, ...],
+    _listed(),
+    _each(0, REFERENCE_EPOCHS, increasing=True, what=f"increasing epochs of a run of {REFERENCE_EPOCHS},"),
+]
 
 
 def period_in_seconds(every: str) -> float:
@@ -83,8 +147,9 @@ def _free(default: Any, description: str, **limits: Any) -> Any:
 class Recipe(BaseModel):
     """One run. Units: epochs and steps count from 0, learning rates are for a minibatch of 256 images."""
 
-    # Built at first use: --help, which only lists the fields, need not wait for it.
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    # strict: true is not 1, 8.0 not 8 and "8" no number. Built at first use: --help, which only lists the fields, need
+    # not wait for it.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
     description: str = _free("", "What this recipe is for.")
 
@@ -100,19 +165,19 @@ class Recipe(BaseModel):
         None, gt=0, lt=1, description="Share held out where there is no val/ folder."
     )
     loader: LoaderKind = Field("dali", description="What decodes and resizes the images.")
-    image_size: int = Field(224, ge=1, description="Side of the square the network sees, in pixels.")
-    crop_scale: tuple[float, float] = Field(
-        (0.08, 1.0), description="Random crop: share of the image's area."
-    )
-    crop_ratio: tuple[float, float] = Field(
-        (3 / 4, 4 / 3), description="Random crop: aspect ratio, width/height."
-    )
+    image_size: int = Field(224, ge=1, le=8192, description="Side of the square the network sees, in pixels.")
+    crop_scale: CropScale = Field((0.08, 1.0), description="Random crop: share of the image's area.")
+    crop_ratio: CropRatio = Field((3 / 4, 4 / 3), description="Random crop: aspect ratio, width/height.")
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
     eval_crop: float = Field(
         0.875, gt=0, le=1, description="Evaluation: side of the centre crop / shorter side."
     )
-    mean: Colour = Field((0.485, 0.456, 0.406), description="Mean of the colours, 0 to 1.")
-    std: Colour = Field((0.229, 0.224, 0.225), description="Standard deviation of the colours.")
+    mean: Annotated[Colour, _each(0, 1)] = Field(
+        (0.485, 0.456, 0.406), description="Mean of the colours, 0 to 1."
+    )
+    std: Annotated[Colour, _each(1e-6, 1)] = Field(
+        (0.229, 0.224, 0.225), description="Standard deviation of the colours."
+    )
     antialias: bool = Field(True, description="Smooth before shrinking images.")
     # Free: a run that goes on with `skip` has met no bad image before.
     on_bad_image: OnBadImage = _free(
@@ -126,15 +191,19 @@ class Recipe(BaseModel):
     )
 
     # minibatch
-    gpus: int = Field(1, ge=1, description="Virtual workers k; the minibatch is k × per-gpu-batch.")
-    per_gpu_batch: int = Field(32, ge=1, description="Images of one virtual worker in a step, n.")
+    gpus: int = Field(
+        1, ge=1, le=_MOST_GPUS, description="Virtual workers k; the minibatch is k × per-gpu-batch."
+    )
+    per_gpu_batch: int = Field(32, ge=1, le=_MOST, description="Images of one virtual worker in a step, n.")
     last_batch: LastBatch = Field(
         "drop", description="What becomes of the rest of an epoch that fills no step."
     )
     epochs: int = Field(
-        90, ge=1, description="Length of the run; the learning rate schedule fits itself to it."
+        90, ge=1, le=_MOST, description="Length of the run; the learning rate schedule fits itself to it."
     )
-    steps: int | None = _free(None, "Stop after this many steps; the schedule stays that of --epochs.", ge=1)
+    steps: int | None = _free(
+        None, "Stop after this many steps; the schedule stays that of --epochs.", ge=1, le=_MOST
+    )
     seed: int = Field(0, ge=0, lt=1 << 32, description="Fixes initialisation, order and augmentation.")
 
     # model
@@ -142,7 +211,7 @@ class Recipe(BaseModel):
         "resnet50", description="Any torchvision classification model, or resnet8/14/20/32/44/56/110."
     )
     num_classes: int | None = Field(
-        None, ge=1, description="Outputs of the network [default: the data set's classes]"
+        None, ge=1, le=_MOST_CLASSES, description="Outputs of the network [default: the data set's classes]"
     )
     zero_gamma: bool = Field(
         True, description="Last batch norm of a residual block starts at 0 (section 5.1)."
@@ -156,15 +225,15 @@ class Recipe(BaseModel):
 
     # learning rate
     learning_rate: float = Field(
-        0.1, gt=0, description="Reference learning rate, for a minibatch of 256 images."
+        0.1, gt=0, le=1e6, description="Reference learning rate, for a minibatch of 256 images."
     )
     lr_rule: Rule = Field("linear", description="How the learning rate grows with the minibatch.")
     schedule: Shape = Field("step", description="How it falls after warmup.")
     warmup: Warmup = Field("gradual", description="From the reference to the scaled rate, where kn > 256.")
     warmup_epochs: float = Field(5, ge=0, description="Length of warmup.")
-    drop_epochs: tuple[float, ...] = Field((30, 60, 80), description="Step decay, in epochs of a run of 90.")
+    drop_epochs: Epochs = Field((30.0, 60.0, 80.0), description="Step decay, in epochs of a run of 90.")
     drop_factor: float = Field(0.1, gt=0, le=1, description="Step decay: factor at each drop.")
-    power: float = Field(2.0, gt=0, description="Exponent of the polynomial decay.")
+    power: float = Field(2.0, gt=0, le=1e6, description="Exponent of the polynomial decay.")
 
     # optimizer
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum m.")
@@ -173,30 +242,40 @@ class Recipe(BaseModel):
     momentum_correction: bool = Field(
         True, description="Form 10: rescale the velocity when the rate changes."
     )
-    weight_decay: float = Field(1e-4, ge=0, description="L2 penalty λ; none on batch norm's γ and β.")
+    weight_decay: float = Field(1e-4, ge=0, le=1e6, description="L2 penalty λ; none on batch norm's γ and β.")
 
     # exactness
     reproducible: bool = Field(
         False, description="Bitwise the same run on any number of processes (docs/exactness.md)."
     )
     recompute_bn: int | None = Field(
-        None, ge=1, description="Before evaluations take batch norm's statistics anew from so many images."
+        None,
+        ge=1,
+        le=_MOST,
+        description="Before evaluations take batch norm's statistics anew from so many images.",
     )
 
     # how it is run: none of these touches the mathematics, but see `mathematics`
     threads: int | None = _free(
-        None, "CPU threads of each process [default: cores / processes; 1 with --reproducible]", ge=1
+        None,
+        "CPU threads of each process [default: cores / processes; 1 with --reproducible]",
+        ge=1,
+        le=_MOST_THREADS,
     )
     loader_threads: int | None = _free(
         None,
         "CPU threads of each process that decode and resize images [default: as --threads; cores / processes with "
         "--reproducible]",
         ge=1,
+        le=_MOST_THREADS,
     )
     read_threads: int | None = _free(
-        None, "Threads of each process that read images [default: as many as help, at most 64]", ge=1
+        None,
+        "Threads of each process that read images [default: as many as help, at most 64]",
+        ge=1,
+        le=_MOST_THREADS,
     )
-    prefetch: int = _free(2, "Microbatches kept ready for the network.", ge=1)
+    prefetch: int = _free(2, "Microbatches kept ready for the network.", ge=1, le=1024)
     cache: CacheKind = _free(
         "none", "Decode small data once for all processes of a host: memory, or disk to keep it between runs."
     )
@@ -204,17 +283,19 @@ class Recipe(BaseModel):
     compile: bool = _free(False, "Compile the model with torch.compile.")
     eval_every: Every = _free("1epoch", "Period of evaluation: 500steps, 1epoch, never. Always at the end.")
     log_every: int | None = _free(
-        None, "Steps between metrics [default: 20 times an epoch, at most every 10]", ge=1
+        None, "Steps between metrics [default: 20 times an epoch, at most every 10]", ge=1, le=_MOST
     )
     checkpoint_every: EveryOrMinutes = _free(
         "1epoch", "Period of checkpoints: 500steps, 10min, 1epoch, never. Always at the end."
     )
-    keep_checkpoints: int = _free(3, "Newest checkpoints kept, besides the best.", ge=1)
+    keep_checkpoints: int = _free(3, "Newest checkpoints kept, besides the best.", ge=1, le=_MOST)
     on_nan: OnNan = _free(
         "stop",
         "Loss or weights that are no numbers: end, or go back to a checkpoint and leave that minibatch out.",
     )
-    max_rollbacks: int = _free(3, "With rollback: after so many minibatches left out the run ends.", ge=1)
+    max_rollbacks: int = _free(
+        3, "With rollback: after so many minibatches left out the run ends.", ge=1, le=_MOST
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -223,27 +304,34 @@ class Recipe(BaseModel):
             return {**values, "threads": 1}
         return values
 
+    @field_validator("data")
+    @classmethod
+    def _named(cls, value: str | None) -> str | None:
+        if value == "":
+            raise ValueError("expected the name of data")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _without_negative_zero(cls, value: Any) -> Any:
+        """-0.0 is 0: two spellings of a run are one run."""
+        if isinstance(value, tuple):
+            return tuple(number + 0.0 for number in value)
+        return value + 0.0 if isinstance(value, float) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.momentum_form == 9 and not self.momentum_correction:
-            raise ValueError(
-                "no-momentum-correction with momentum_form 9 has no meaning: form 9 needs no correction; use form 10"
+            raise _conflict(
+                "form 9 needs no correction, so there is none to leave out: use form 10",
+                "momentum_correction",
+                "momentum_form",
             )
         if self.nesterov and not self.momentum:
-            raise ValueError("nesterov needs a momentum above 0: give --momentum 0.9 or --no-nesterov")
-        for name, (low, high), most in (
-            ("crop_scale", self.crop_scale, 1.0),
-            ("crop_ratio", self.crop_ratio, float("inf")),
-        ):
-            if not 0 < low <= high <= most:
-                raise ValueError(
-                    f"{name} {low:g} to {high:g}: expected two increasing numbers above 0, at most {most:g}"
-                )
-        if min(self.std) <= 0:
-            raise ValueError(f"std {self.std}: expected numbers above 0")
-        if list(self.drop_epochs) != sorted(self.drop_epochs) or min(self.drop_epochs, default=0) < 0:
-            raise ValueError(
-                f"drop_epochs {list(self.drop_epochs)}: expected increasing epochs of a run of 90"
+            raise _conflict(
+                "nesterov needs a momentum above 0: give --momentum 0.9 or --no-nesterov",
+                "momentum",
+                "nesterov",
             )
         return self
 
@@ -309,8 +397,7 @@ class Recipe(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def to_yaml(self, leave_out: set[str] | None = None) -> str:
-        values = self.model_dump(mode="json", exclude=leave_out)
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
+        return dump_values(self.model_dump(mode="json", exclude=leave_out))
 
 
 _ROUNDING_FIELDS = {"threads", "channels_last", "compile"}
@@ -321,22 +408,73 @@ FREE_FIELDS = {
 }
 
 
+def _conflict(message: str, *fields: str) -> PydanticCustomError:
+    """Fields that are right by themselves, and wrong together."""
+    return PydanticCustomError("conflict", message, {"fields": fields})
+
+
 def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """A validated recipe; UserError in one line that names the field, what was given and what was expected."""
+    return merged_recipe({source: values})
+
+
+def merged_recipe(layers: Mapping[str, Mapping[str, Any]]) -> Recipe:
+    """The recipe that values from several sources (preset or file < `OPTIONS`) make together, later ones over earlier.
+
+    Every value has to be one, and together they have to make sense. None leaves a field to earlier ones. UserError in
+    one line that names the fields, what was given where, and what was expected.
+    """
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, values in layers.items():
+        check_fields(values, source)
+        said = {name: value for name, value in values.items() if value is not None}
+        merged |= said
+        sources |= dict.fromkeys(said, source)
+    try:
+        return Recipe(**merged)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        fields = sorted(first["ctx"]["fields"], key=lambda name: name not in merged)
+        said_of = (
+            _said(name, merged[name], sources[name])
+            if name in merged
+            else f"{name} = {Recipe.model_fields[name].default!r} by default"
+            for name in fields
+        )
+        raise UserError(f"{' with '.join(said_of)}: {first['msg']}") from None
+
+
+def check_fields(values: Mapping[str, Any], source: str) -> None:
+    """UserError for a name or a value that is wrong whatever the other fields are."""
     for name in values:
         if name not in Recipe.model_fields:
             raise UserError(f"{source}: unknown field {name!r}{nearest(str(name), Recipe.model_fields)}")
     try:
-        return Recipe(**values)
+        Recipe(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        message = first["msg"].removeprefix("Value error, ")
-        message = message[0].lower() + message[1:]
-        where = ".".join(str(part) for part in first["loc"])
-        if where and source == OPTIONS:
-            raise UserError(f"--{where.replace('_', '-')} {first['input']}: {message}") from None
-        given = f"{where} = {first['input']!r}: " if where else ""
-        raise UserError(f"{source}: {given}{message}") from None
+        first = error.errors(include_url=False)[0]
+        if first["loc"]:
+            name = str(first["loc"][0])
+            message = first["msg"].removeprefix("Value error, ")
+            message = _EXPECTED.get(first["type"], message[0].lower() + message[1:])
+            raise UserError(f"{_said(name, values[name], source)}: {message}") from None
+
+
+def _said(name: str, value: Any, source: str) -> str:
+    """`--flip 2` or `mine.yaml: flip = 2`."""
+    if source != OPTIONS:
+        return f"{source}: {name} " + ("is empty" if value is None else f"= {_shortened(repr(value))}")
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    if isinstance(value, tuple):
+        return f"--{option} {','.join(f'{number:g}' for number in value)}"
+    return f"--{option} {_shortened(str(value))}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"
 
 
 def differing_fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -366,31 +504,19 @@ def preset_names() -> list[str]:
 
 
 def load_values(name_or_path: str) -> dict[str, Any]:
-    """The fields a preset or a YAML file sets, not yet merged or validated as a whole."""
+    """The fields a preset or a YAML file sets: each of them is right, though not yet together with others."""
     if name_or_path in preset_names():
-        text, source = (_presets() / f"{name_or_path}.yaml").read_text("utf-8"), name_or_path
+        source, text = name_or_path, (_presets() / f"{name_or_path}.yaml").read_text("utf-8")
     else:
-        path = Path(name_or_path)
-        if not path.is_file():
+        path = Path(name_or_path).expanduser()
+        if not os.path.exists(path):
             raise UserError(
                 f"recipe {name_or_path!r} is neither a preset ({', '.join(preset_names())}) nor a YAML file"
                 f"{nearest(name_or_path, preset_names())}"
             )
-        try:
-            text, source = path.read_text("utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"recipe {path} cannot be read: {error}") from None
-    return _parse(text, source)
-
-
-def _parse(text: str, source: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {source} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {source}: expected `field: value` lines")
-    make_recipe(values, source)
+        source, text = str(path), read_text(path)
+    values = parse_values(text, source)
+    check_fields(values, source)
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +13,22 @@ from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.decoding.decode import refuse_large
 from hvd_lb.data.images import Dataset
 from hvd_lb.data.loading.shared_pixels import check_cache
-from hvd_lb.data.spec import absolute_spec, data_spec
+from hvd_lb.data.spec import absolute_spec, data_spec, is_named
 from hvd_lb.errors import UserError
 from hvd_lb.plan.samples import SamplePlan
-from hvd_lb.recipe import OPTIONS, Recipe, load_values, make_recipe
+from hvd_lb.recipe import OPTIONS, Recipe, check_fields, load_values, merged_recipe, preset_names
 from hvd_lb.schedule import Schedule
 
 _IMAGENET_CLASSES, _IMAGENET_IMAGES = 1000, 1_000_000
 _SMALL_SIDE = 64
+# Fields that only some values of another one read.
+_READ_WITH = {
+    "warmup_epochs": ("warmup", ("gradual", "constant")),
+    "drop_epochs": ("schedule", ("step",)),
+    "drop_factor": ("schedule", ("step",)),
+    "power": ("schedule", ("polynomial",)),
+    "max_bad_images": ("on_bad_image", ("skip",)),
+}
 
 
 @dataclass(frozen=True)
@@ -63,24 +72,24 @@ def resolve(
     val = options.get("val", given.get("val"))
     val_fraction = options.get("val_fraction", given.get("val_fraction"))
     on_bad_image = options.get("on_bad_image", given.get("on_bad_image", "fail"))
-    dataset = open_dataset(
-        spec, val=val, val_fraction=val_fraction, on_progress=on_progress, on_bad_image=on_bad_image
-    )
-    if recipe:
+    try:
+        dataset = open_dataset(
+            spec, val=val, val_fraction=val_fraction, on_progress=on_progress, on_bad_image=on_bad_image
+        )
+    except UserError as error:
+        if options.get("data") or given.get("data") or spec != os.environ.get("HVD_LB_DATA"):
+            raise
+        raise UserError(f"HVD_LB_DATA: {error}") from None
+    if recipe is not None:
         preset, why = recipe, "as asked for"
+        if recipe in preset_names() and os.path.exists(recipe):
+            why = f"the preset; what lies here by that name would be --recipe ./{recipe}"
     else:
         preset, why = choose_preset(spec, dataset)
         given = load_values(preset)
-    values = {
-        "gpus": default_gpus,
-        "num_classes": len(dataset.train.classes),
-        **_without_none(given),
-        **options,
-    }
-    values["data"] = absolute_spec(spec)
-    if val is not None:
-        values["val"] = absolute_spec(val)
-    resolved = make_recipe(values, f"recipe {preset} with your options")
+    here = {"gpus": default_gpus, "num_classes": len(dataset.train.classes)}
+    places = {name: absolute_spec(of) for name, of in (("data", spec), ("val", val)) if of is not None}
+    resolved = _merged(given, preset, {**options, **places}, here)
     if (resolved.num_classes or 0) < len(dataset.train.classes):
         raise UserError(
             f"--num-classes {resolved.num_classes}, but {dataset.name} has {len(dataset.train.classes)} classes: "
@@ -109,8 +118,12 @@ def resolve(
 
 def check_options(options: Mapping[str, Any], recipe: str | None) -> Mapping[str, Any]:
     """The values of the recipe that was named; UserError for what no data set could make right."""
-    make_recipe(options, OPTIONS)
-    given = load_values(recipe) if recipe else {}
+    check_fields(options, OPTIONS)
+    given = load_values(recipe) if recipe is not None else {}
+    if recipe is not None:
+        _merged(given, recipe, options)
+    else:
+        _check_with_presets(options)
     if "model" in {**given, **options}:
         from hvd_lb.training.models import check_model_name
 
@@ -118,11 +131,40 @@ def check_options(options: Mapping[str, Any], recipe: str | None) -> Mapping[str
     return given
 
 
+def _check_with_presets(options: Mapping[str, Any]) -> None:
+    """UserError for options that no preset goes with: which one it will be, the data decide."""
+    errors = []
+    for preset in preset_names():
+        try:
+            _merged(load_values(preset), preset, options)
+        except UserError as error:
+            errors.append(error)
+        else:
+            return
+    raise errors[0]
+
+
+def _merged(
+    given: Mapping[str, Any], source: str, options: Mapping[str, Any], here: Mapping[str, Any] | None = None
+) -> Recipe:
+    """What recipe and options make together; UserError for an option that would change nothing."""
+    recipe = merged_recipe({"this machine": here or {}, source: given, OPTIONS: options})
+    for name in options:
+        other, values = _READ_WITH.get(name, ("", ()))
+        if other and getattr(recipe, other) not in values:
+            option = other.replace("_", "-")
+            raise UserError(
+                f"--{name.replace('_', '-')} has no effect with {option} {getattr(recipe, other)}: leave it out, or "
+                f"give --{option} {' or '.join(values)}"
+            )
+    return recipe
+
+
 def choose_preset(spec: str, dataset: Dataset) -> tuple[str, str]:
     """The preset that fits a data set, and why."""
     if spec in ("digits", "fashion-mnist"):
         return spec, f"made for {spec}"
-    if spec.startswith("synthetic"):
+    if is_named(spec):
         return "goyal-resnet50", "synthetic images stand for ImageNet's"
     classes, images = len(dataset.train.classes), len(dataset.train)
     if classes == _IMAGENET_CLASSES and images >= _IMAGENET_IMAGES:
@@ -170,6 +212,7 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
             f"{len(resolved.dataset.train.classes):,} classes",
         ),
         *(("note", note) for note in resolved.dataset.notes),
+        *_shadowed(recipe.data or ""),
         ("model", f"{recipe.model}, {recipe.image_size}×{recipe.image_size}, {recipe.precision}"),
         (
             "minibatch",
@@ -187,5 +230,8 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
     return rows
 
 
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+def _shadowed(data: str) -> list[tuple[str, str]]:
+    """Which one is taken where a built-in data set and something in the working directory have one name."""
+    if not (is_named(data) and os.path.exists(data)):
+        return []
+    return [("", f"the built-in data set; what lies here by that name would be --data ./{data}")]

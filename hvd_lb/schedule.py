@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from hvd_lb.errors import UserError
+from hvd_lb.errors import UserError, nearest
 
 REFERENCE_BATCH = 256
 REFERENCE_EPOCHS = 90
@@ -48,6 +48,23 @@ class Schedule:
     power: float = 2.0
 
     def __post_init__(self) -> None:
+        """UserError for what is no schedule; a recipe's fields were looked at before."""
+        for name, kind in (("rule", Rule), ("shape", Shape), ("warmup", Warmup)):
+            value, known = getattr(self, name), get_args(kind)
+            if value not in known:
+                raise UserError(
+                    f"{name} {value!r}: expected one of {', '.join(known)}{nearest(str(value), known)}"
+                )
+        numbers = {"learning_rate": self.learning_rate, "drop_factor": self.drop_factor, "power": self.power}
+        numbers |= {name: getattr(self, name) for name in ("global_batch", "steps_per_epoch", "epochs")}
+        for name, number in numbers.items():
+            if not 0 < number < math.inf:
+                raise UserError(f"{name} {number}: expected a finite number above 0")
+        if not 0 <= self.warmup_epochs < math.inf:
+            raise UserError(f"warmup_epochs {self.warmup_epochs}: expected a finite number, 0 or more")
+        drops = list(self.drop_epochs)
+        if drops != sorted(drops) or not all(0 <= epoch <= REFERENCE_EPOCHS for epoch in drops):
+            raise UserError(f"drop_epochs {drops}: expected increasing epochs of a run of {REFERENCE_EPOCHS}")
         if self.warmup_steps and self.warmup_steps >= self.total_steps:
             raise UserError(
                 f"a warmup of {self.warmup_epochs:g} epochs in a run of {self.epochs}: give --warmup-epochs less than "

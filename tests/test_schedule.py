@@ -55,6 +55,35 @@ def test_no_warmup_up_to_256_images(gpus: int) -> None:
     assert paper(gpus)(0) == paper(gpus).peak
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"shape": "cosin"},
+            "shape 'cosin': expected one of step, cosine, polynomial; did you mean 'cosine'",
+        ),
+        ({"rule": "square"}, "rule 'square'"),
+        ({"warmup": "linear"}, "warmup 'linear'"),
+        ({"learning_rate": math.inf}, "learning_rate inf: expected a finite number above 0"),
+        ({"learning_rate": math.nan}, "learning_rate nan"),
+        ({"global_batch": 0}, "global_batch 0"),
+        ({"steps_per_epoch": -1}, "steps_per_epoch -1"),
+        ({"epochs": 0}, "epochs 0"),
+        ({"drop_factor": math.nan}, "drop_factor nan"),
+        ({"power": math.inf}, "power inf"),
+        ({"warmup_epochs": math.nan}, "warmup_epochs nan"),
+        ({"warmup_epochs": -1}, "warmup_epochs -1"),
+        ({"drop_epochs": (30, math.nan)}, "increasing epochs of a run of 90"),
+        ({"drop_epochs": (100, 150)}, "increasing epochs of a run of 90"),
+        ({"drop_epochs": (60, 30)}, "increasing epochs of a run of 90"),
+    ],
+)
+def test_what_is_no_schedule(changes: dict[str, object], told: str) -> None:
+    values = {"learning_rate": 0.1, "global_batch": 256, "steps_per_epoch": 10, "epochs": 90, **changes}
+    with pytest.raises(UserError, match=told):
+        Schedule(**values)  # type: ignore[arg-type]
+
+
 def test_constant_warmup_and_none() -> None:
     constant = paper(256, warmup="constant")
     assert {constant(step) for step in range(780)} == {0.1}
@@ -93,3 +122,15 @@ def test_warmup_longer_than_the_run_is_refused() -> None:
     with pytest.raises(UserError, match="--warmup-epochs less than 5"):
         paper(256, epochs=5)
     paper(8, epochs=5)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "drops"), [(1, (4, 7, 9)), (2, (7, 14, 18)), (3, (10, 20, 27)), (7, (24, 47, 63))]
+)
+def test_a_drop_within_a_step_is_at_the_next_one(epochs: int, drops: tuple[int, ...]) -> None:
+    """10 steps an epoch: thirds and ninths of a run that are no whole steps."""
+    schedule = Schedule(learning_rate=0.1, global_batch=256, steps_per_epoch=10, epochs=epochs)
+    assert schedule.drop_steps == drops
+    for number, step in enumerate(drops):
+        assert schedule(step - 1) == pytest.approx(0.1 / 10**number)
+        assert schedule(step) == pytest.approx(0.1 / 10 ** (number + 1))

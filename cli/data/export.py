@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import rich_click as click
-from rich.console import Console
 
 from hvd_lb.report.text import count
 from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.progress import long_progress
+from hvd_lb_cli.output.terminal import plain_console
 
 
 @click.command("export")
@@ -28,7 +28,7 @@ def export_command(source: str, target: Path, val: str | None, val_fraction: flo
     from hvd_lb.data.prepare.export import export
     from hvd_lb.machine.cpu import usable_cores
 
-    with long_progress(Console()) as on_progress:
+    with long_progress(plain_console()) as on_progress:
         dataset = open_dataset(
             source, val=val, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
         )

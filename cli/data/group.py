@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import rich_click as click
-from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from hvd_lb.data.prepare.imagenet import DEVKIT, ILSVRC2012, TRAIN_TAR, VAL_TAR, prepare_imagenet
 from hvd_lb_cli.lazy import LazyGroup
+from hvd_lb_cli.output.terminal import plain_console
 
 _COMMANDS = {
     "index": "hvd_lb_cli.data.index:index_command",
@@ -40,7 +40,7 @@ def data() -> None:
 )
 def prepare_imagenet_command(source: Path, target: Path, allow_partial: bool) -> None:
     columns = (*Progress.get_default_columns()[:-1], TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=plain_console(stderr=True)) as progress:
         tasks = {label: progress.add_task(f"unpacking {label}", total=None) for label in ("train", "val")}
 
         def show(label: str, done: int, total: int) -> None:

@@ -6,12 +6,12 @@ import time
 from typing import TYPE_CHECKING
 
 import rich_click as click
-from rich.console import Console
 
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count, printable
 from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.progress import long_progress
+from hvd_lb_cli.output.terminal import plain_console
 
 if TYPE_CHECKING:
     from hvd_lb.data.index.index import Index
@@ -45,7 +45,7 @@ def index_command(
         raise UserError(f"{source}: needs no index; expected a folder, a list or shards")
     began = time.monotonic()
     read_labels: list[str] = []
-    with long_progress(Console()) as on_progress:
+    with long_progress(plain_console()) as on_progress:
 
         def show(label: str, done: int, total: int) -> None:
             read_labels[:] = [label]

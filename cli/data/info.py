@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rich_click as click
-from rich.console import Console
 
 from hvd_lb.report.text import count, printable
+from hvd_lb_cli.options.given import refuse_options
 from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.picture_file import PICTURE, write_picture
 from hvd_lb_cli.output.progress import long_progress
+from hvd_lb_cli.output.terminal import plain_console
 
 if TYPE_CHECKING:
     from hvd_lb.data.prepare.survey import Range, Survey
@@ -31,10 +32,21 @@ _BAR = 12
     help="What is on the sheet.",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which images are on the sheet."
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Which images are on the sheet.",
 )
+@click.pass_context
 def info(
-    source: str | None, val: str | None, val_fraction: float | None, sheet: Path | None, split: str, seed: int
+    context: click.Context,
+    source: str | None,
+    val: str | None,
+    val_fraction: float | None,
+    sheet: Path | None,
+    split: str,
+    seed: int,
 ) -> None:
     """Count images and classes of DATA (whatever --data takes), and tell sizes, formats and bytes.
 
@@ -49,8 +61,12 @@ def info(
     from hvd_lb.data.spec import default_data
     from hvd_lb.machine.cpu import usable_cores
 
+    if sheet is None:
+        refuse_options(
+            context, {"split", "seed"}, "says what is on the contact sheet: give --sheet FILE.png as well"
+        )
     spec = source or default_data()
-    with long_progress(Console()) as on_progress:
+    with long_progress(plain_console()) as on_progress:
         dataset = open_dataset(
             spec, val=val, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
         )

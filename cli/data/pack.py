@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
-from rich.console import Console
 
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count
+from hvd_lb_cli.options.given import refuse_options
+from hvd_lb_cli.options.kinds import THREADS
 from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.progress import long_progress
+from hvd_lb_cli.output.terminal import plain_console
 
 _UNITS = {"B": 1, **{f"{unit}B": 1000**n for n, unit in enumerate("kMGT", start=1)}}
 _UNITS |= {f"{unit}iB": 1024**n for n, unit in enumerate("KMGT", start=1)}
@@ -24,7 +26,7 @@ class Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]?i?B)", str(value))
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([kKMGT]?i?B)", str(value), re.ASCII)
         unit = match[2].replace("KB", "kB").replace("kiB", "KiB") if match else ""
         if match is None or unit not in _UNITS or float(match[1]) * _UNITS[unit] < 1:
             self.fail(f"{value!r} is not a size such as 500MB, 1GB or 256MiB", param, ctx)
@@ -43,7 +45,7 @@ class Size(click.ParamType[int]):
 )
 @click.option(
     "--max-side",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 65535),
     metavar="PIXELS",
     help="Shrink images whose longer side is longer than this, and store them as JPEG.",
 )
@@ -57,10 +59,12 @@ class Size(click.ParamType[int]):
 @split_options
 @click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=THREADS,
     help="Images read and encoded at once [default: 4 a core, at most 32]",
 )
+@click.pass_context
 def pack_command(
+    context: click.Context,
     source: str,
     target: Path,
     shard_size: int,
@@ -82,11 +86,17 @@ def pack_command(
     from hvd_lb.data.dataset import open_dataset  # here: --help needs none of it
     from hvd_lb.data.prepare.encode import Encoding
     from hvd_lb.data.prepare.pack import pack
+    from hvd_lb.data.spec import is_named
     from hvd_lb.machine.cpu import usable_cores
 
-    console = Console()
+    console = plain_console()
+    if max_side is None:
+        refuse_options(
+            context, {"quality"}, "is that of images which --max-side shrinks: give --max-side as well"
+        )
     path = Path(source).expanduser()
-    if path.exists() and target.resolve().is_relative_to(path.resolve()):
+    from_path = not is_named(source) and path.exists()
+    if from_path and target.resolve().is_relative_to(path.resolve()):
         raise UserError(f"{target}: lies in {source}; give a folder outside of what is packed")
     with long_progress(console) as on_progress:
         dataset = open_dataset(
@@ -95,7 +105,7 @@ def pack_command(
         packed = pack(
             dataset,
             target,
-            source=str(path.resolve()) if path.exists() else source,
+            source=str(path.resolve()) if from_path else source,
             shard_bytes=shard_size,
             encoding=Encoding(max_side, quality),
             threads=threads or min(32, 4 * usable_cores()),

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
-from rich.console import Console
 
 from hvd_lb.recipe import Recipe
 from hvd_lb_cli.options.recipe import recipe_options
 from hvd_lb_cli.output.picture_file import PICTURE, write_picture
 from hvd_lb_cli.output.progress import long_progress
+from hvd_lb_cli.output.terminal import plain_console
 
 if TYPE_CHECKING:
     from hvd_lb.resolve import Resolved
@@ -66,7 +66,7 @@ def preview(options: dict[str, Any], recipe: str | None, output: Path, images: i
     from hvd_lb.resolve import resolve
 
     on = torch.device(choose_device(device))
-    with long_progress(Console()) as on_progress:
+    with long_progress(plain_console()) as on_progress:
         resolved = resolve(options, recipe=recipe, default_gpus=1, on_progress=on_progress)
     chosen, dataset = resolved.recipe, resolved.dataset
     epochs = min(_EPOCHS, chosen.epochs, len(COLOURS))

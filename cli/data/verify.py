@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import rich_click as click
-from rich.console import Console
 
 from hvd_lb.data.options import MAX_PIXELS, MOST_PIXELS, LoaderKind
 from hvd_lb.report.text import count, printable
+from hvd_lb_cli.options.kinds import THREADS
 from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.progress import long_progress
+from hvd_lb_cli.output.terminal import plain_console
 
 
 @click.command("verify")
@@ -32,7 +33,7 @@ from hvd_lb_cli.output.progress import long_progress
     help="An image of more pixels is not decoded, and so bad.",
 )
 @split_options
-@click.option("--threads", type=click.IntRange(min=1), help="Threads that read and decode [default: cores]")
+@click.option("--threads", type=THREADS, help="Threads that read and decode [default: cores]")
 @click.option(
     "--json", "report", type=click.Path(dir_okay=False, path_type=Path), help="Write what is found as JSON."
 )
@@ -59,7 +60,7 @@ def verify_command(
     from hvd_lb.machine.cpu import usable_cores
     from hvd_lb.report.run_directory import write_json
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     bad: list[dict[str, Any]] = []
     with long_progress(console) as on_progress:
         try:

@@ -3,27 +3,59 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
 import rich_click as click
 
 from hvd_lb.launch.submit.slurm.script import SlurmOptions
+from hvd_lb_cli.options.kinds import THREADS
 
+
+class _Written(click.ParamType[str]):
+    """A word that Slurm can read."""
+
+    def __init__(self, name: str, pattern: str, such_as: str):
+        self.name, self._pattern, self._such_as = name, pattern, such_as
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return self.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch(self._pattern, value, re.ASCII | re.IGNORECASE):
+            self.fail(f"{value!r} is not what Slurm reads, such as {self._such_as}", param, ctx)
+        return str(value)
+
+
+_TIME = _Written(
+    "LIMIT",
+    "[0-9]{1,9}(:[0-9]{1,2}){0,2}|[0-9]{1,5}-[0-9]{1,2}(:[0-9]{1,2}){0,2}|UNLIMITED|INFINITE",
+    "24:00:00 or 2-0",
+)
+_MEMORY = _Written("SIZE", "[0-9]{1,12}([KMGT]B?)?", "480G")
 _option = functools.partial(click.option, panel="Slurm")
 _OPTIONS = (
     _option("--slurm-partition", metavar="NAME", help="Slurm: partition of the job [the site's default]"),
-    _option("--slurm-time", metavar="LIMIT", help="Slurm: time limit, such as 24:00:00 or 2-0 [the site's]"),
+    _option(
+        "--slurm-time",
+        type=_TIME,
+        help="Slurm: time limit, such as 24:00:00 or 2-0 [the site's]",
+    ),
     _option("--slurm-account", metavar="NAME", help="Slurm: account the job is charged to [the user's]"),
     _option("--slurm-qos", metavar="NAME", help="Slurm: quality of service [the site's default]"),
     _option("--slurm-constraint", metavar="FEATURES", help="Slurm: features of the nodes, such as h100&ib"),
     _option(
         "--slurm-cpus-per-task",
-        type=click.IntRange(min=1),
+        type=THREADS,
         metavar="CORES",
         help="Slurm: cores for each process",
     ),
-    _option("--slurm-memory", metavar="SIZE", help="Slurm: memory of each node, such as 480G; 0: all"),
+    _option(
+        "--slurm-memory",
+        type=_MEMORY,
+        help="Slurm: memory of each node, such as 480G; 0: all",
+    ),
     _option(
         "--sbatch",
         multiple=True,

@@ -7,11 +7,13 @@ from typing import Any
 
 import rich_click as click
 
+from hvd_lb_cli.options.kinds import FRACTION
+
 
 def split_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds --val and --val-fraction."""
     fraction = click.option(
-        "--val-fraction", type=float, help="Share held out where there is no val/ folder, as with `train`."
+        "--val-fraction", type=FRACTION, help="Share held out where there is no val/ folder, as with `train`."
     )
     val = click.option(
         "--val",

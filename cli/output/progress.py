@@ -30,6 +30,6 @@ def long_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]
         last = time.monotonic()
         (open_labels.discard if done == total else open_labels.add)(label)
         share = f" ({100 * done // total} %)" if total else ""
-        console.print(f"{label}: {done:,} of {total:,}{share}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"{label}: {done:,} of {total:,}{share}", soft_wrap=True)
 
     yield show

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -13,8 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from hvd_lb.launch.preflight.judge import PreflightReport
-
-_PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
 
 
 def print_rows(console: Console, rows: list[tuple[str, str]]) -> None:
@@ -26,9 +23,9 @@ def print_rows(console: Console, rows: list[tuple[str, str]]) -> None:
         if console.is_terminal:
             table.add_row(topic, sentence)
         else:
-            console.print(f"{topic}: {sentence}", highlight=False, soft_wrap=True)
+            console.print(f"{topic}: {sentence}", soft_wrap=True)
     if console.is_terminal:
-        console.print(table, highlight=False)
+        console.print(table)
 
 
 def print_preflight(console: Console, report: PreflightReport) -> None:
@@ -38,10 +35,10 @@ def print_preflight(console: Console, report: PreflightReport) -> None:
             bad = [finding for finding in findings if finding.state != "ok"]
             for finding in bad:
                 fix = f"; fix: {finding.fix}" if finding.fix else ""
-                console.print(f"wrong   {host}  {finding.name}: {finding.detail}{fix}", **_PLAIN)
+                console.print(f"wrong   {host}  {finding.name}: {finding.detail}{fix}", soft_wrap=True)
             if not bad:
                 console.print(
-                    f"ok      {host}  {', '.join(f'{f.name}: {f.detail}' for f in findings)}", **_PLAIN
+                    f"ok      {host}  {', '.join(f'{f.name}: {f.detail}' for f in findings)}", soft_wrap=True
                 )
         return
     table = Table("host", "", "state", "found", "fix", box=box.SIMPLE_HEAD)
@@ -56,7 +53,12 @@ def print_preflight(console: Console, report: PreflightReport) -> None:
 @contextmanager
 def index_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for `on_progress(label, done, total)`; shown when it is first called, on terminals only."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         tasks: dict[str, int] = {}
 

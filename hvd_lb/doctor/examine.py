@@ -17,6 +17,7 @@ from hvd_lb.doctor.ask import Answer, ProbeError, ask, last_line
 from hvd_lb.doctor.finding import Finding
 from hvd_lb.machine.cache_folder import cache_folder
 from hvd_lb.machine.cpu import usable_cores
+from hvd_lb.machine.limits import available_memory
 
 _LIBRARIES = ("torch", "torchvision", "horovod", "dali", "gpus")
 
@@ -44,7 +45,7 @@ def examine() -> Iterator[Finding]:
     for name, folder in (("disk, here", Path.cwd()), ("disk, cache", cache_folder())):
         yield machine.check_disk(name, folder)
     yield machine.check_cores(usable_cores())
-    yield machine.check_memory(machine.available_memory())
+    yield machine.check_memory(available_memory())
     yield machine.check_shared_memory(Path("/dev/shm"), torch)
 
 

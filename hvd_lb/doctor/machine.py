@@ -53,15 +53,3 @@ def check_shared_memory(folder: Path, torch: Answer, *, least: int = _GIB) -> Fi
     if total < least and not isinstance(torch, ProbeError) and len(torch["devices"]) > 1:
         return Finding("shared memory", "wrong", detail, "docker run --shm-size=8g", required=True)
     return Finding("shared memory", "ok", detail)
-
-
-def available_memory() -> int:
-    """Bytes that can still be taken, by /proc/meminfo and by the limit of the container."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())  # the text "max" means none
-        return min(available, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        return available

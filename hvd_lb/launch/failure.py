@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from collections.abc import Sequence
@@ -46,13 +47,13 @@ class RankFailure:
 
 def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: int) -> RankFailure:
     """What the process said that failed first, else how it ended; `status` is the launcher's."""
-    errors = [json.loads(path.read_text("utf-8")) for path in sorted(logs.glob("error-*.json"))]
+    errors = [error for path in sorted(logs.glob("error-*.json")) if (error := _error(path))]
     # When one process fails Horovod's other processes fail in turn, with an error of Horovod's own.
     own = sorted((e for e in errors if e["kind"] != "HorovodInternalError"), key=lambda error: error["time"])
     if own:
         return _from_error_file(own[0], logs, hosts)
     explained = {error["rank"] for error in errors}
-    text = launcher_log.read_text("utf-8", errors="replace") if launcher_log.exists() else ""
+    text = _text(launcher_log)
     if failed := _NODE_FAILURE.search(text):
         return RankFailure(
             "the node failed", _first_rank(failed["host"], hosts), failed["host"], launcher_log
@@ -77,6 +78,24 @@ def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: 
     host = host_of_rank(hosts, 0)
     log = logs / log_name(0, host) if processes == 1 and not _last_line(text) else launcher_log
     return RankFailure(_how(status, log), 0 if processes == 1 else None, host, log)
+
+
+def _error(path: Path) -> dict[str, Any] | None:
+    """What a rank wrote; None where it cannot be read: its log is there, too."""
+    try:
+        error = json.loads(_text(path))
+    except ValueError:
+        return None
+    whole = isinstance(error, dict) and error.keys() >= {"rank", "kind", "message", "time"}
+    return error if whole else None
+
+
+def _text(path: Path) -> str:
+    """Empty where it cannot be read."""
+    try:
+        return path.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _first_rank(name: str, hosts: Sequence[Host]) -> int | None:
@@ -105,7 +124,7 @@ def _ended(match: re.Match[str], logs: Path, hosts: Sequence[Host], launcher_log
         code = -int(found.get("signal") or _SAID_SIGNALS[found["said"]])
     else:
         code = int(found["code"])
-    if not log.exists():  # it never came so far
+    if not os.path.exists(log):  # it never came so far
         log = launcher_log
     if code == SSH_FAILED:
         return RankFailure(_how_ssh_ended(rank, launcher_log), rank, host, launcher_log)
@@ -115,7 +134,7 @@ def _ended(match: re.Match[str], logs: Path, hosts: Sequence[Host], launcher_log
 def _how_ssh_ended(rank: int, launcher_log: Path) -> str:
     """ssh gives the same exit code for a lost connection, of which it says why, and for a command that was killed."""
     prefix = f"[{rank}]<stderr>:"  # as horovodrun marks lines, in front of what ssh said
-    lines = launcher_log.read_text("utf-8", errors="replace").splitlines()
+    lines = _text(launcher_log).splitlines()
     said = [line.removeprefix(prefix).strip() for line in lines if line.startswith(prefix)]
     if said:
         return f"the ssh connection to it ended: {said[-1]}"
@@ -130,7 +149,7 @@ def _how(code: int, log: Path) -> str:
         if number == signal.SIGKILL:
             message += " (killed by hand, or the machine ran out of memory)"
         return message
-    last = _last_line(log.read_text("utf-8", errors="replace")) if log.exists() else ""
+    last = _last_line(_text(log))
     return f"ended with exit code {code}" + (f"; last said: {last}" if last else "")
 
 

@@ -66,7 +66,13 @@ def lsf_hosts(environment: Mapping[str, str]) -> list[Host] | None:
     fields = environment.get("LSB_MCPU_HOSTS", "").split()
     if "LSB_JOBID" not in environment or not fields:
         return None
-    counts = dict(zip(fields[::2], map(int, fields[1::2]), strict=True))
+    try:
+        counts = dict(zip(fields[::2], map(int, fields[1::2]), strict=True))
+    except ValueError:
+        raise UserError(
+            f"LSB_MCPU_HOSTS is {environment['LSB_MCPU_HOSTS']!r}, expected hosts and counts, such as h1 8 h2 8: "
+            "unset it, or give --launcher local for this machine alone"
+        ) from None
     first, *others = counts
     # jobs that span several hosts are started from a batch host with one core, which takes no processes
     names = others if others and counts[first] == 1 else list(counts)
@@ -111,7 +117,7 @@ def is_this_machine(host: str) -> bool:
 
 def _host(item: str, where: str) -> Host:
     name, colon, slots = item.partition(":")
-    if not _NAME.fullmatch(name) or (colon and not re.fullmatch("[0-9]+", slots, re.ASCII)):
+    if not _NAME.fullmatch(name) or (colon and not re.fullmatch("[0-9]{1,9}", slots, re.ASCII)):
         raise UserError(
             f"{where}: {item!r} is not a host, expected a name or address and its slots, such as h1:8"
             + ("; give the user as `User` in ~/.ssh/config" if "@" in item else "")
@@ -123,7 +129,7 @@ def _hostfile_line(fields: list[str], where: str) -> Host:
     host = _host(fields[0], where)
     for field in fields[1:]:
         key, _, value = field.partition("=")
-        if key in ("slots", "max_slots", "max-slots") and re.fullmatch("[0-9]+", value, re.ASCII):
+        if key in ("slots", "max_slots", "max-slots") and re.fullmatch("[0-9]{1,9}", value, re.ASCII):
             if key == "slots":
                 host = Host(host.name, _slots(value, where))
         else:

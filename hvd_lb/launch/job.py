@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -32,9 +32,9 @@ class Job(BaseModel):
     environment: dict[str, str]
 
     def to_json(self) -> str:
-        """Text in which names of files that are no UTF-8 are kept, which pydantic's own JSON cannot say."""
+        """In ASCII: a path need not be UTF-8, and pydantic's own JSON has to be."""
         return json.dumps(self.model_dump(mode="json"), indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Job:
+    def from_json(cls, text: str) -> Self:
         return cls.model_validate(json.loads(text))

@@ -7,14 +7,16 @@ import json
 import os
 import signal
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
+from hvd_lb.data.files.reading import retried
 from hvd_lb.launch.failure import RankFailure, find_failure
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan
 from hvd_lb.launch.stopping import AT_ONCE
 from hvd_lb.report.run_directory import RunDirectory, replace_text
+from hvd_lb.world.launched import without_job
 
 _PR_SET_PDEATHSIG = 1
 
@@ -23,10 +25,7 @@ class RankProcesses:
     """A started job. What its launcher says goes to RUN/logs/launcher.log; each rank has a log of its own beside it."""
 
     def __init__(self, job: Job, launch: LaunchPlan, run: RunDirectory, lock: int):
-        for old in (*run.logs.glob("error-*.json"), *run.logs.glob("*.log")):
-            old.unlink()
-        for stale in (run.heartbeat, run.stop, run.stopped):
-            stale.unlink(missing_ok=True)
+        run.keep_logs()
         self._run, self._hosts = run, launch.hosts
         self.log = run.logs / "launcher.log"
         self._during = ExitStack()
@@ -42,7 +41,7 @@ class RankProcesses:
                 stderr=subprocess.STDOUT,
                 # A process of its own group: Ctrl-C reaches the launching process alone, which then ends the job.
                 start_new_session=True,
-                env={**os.environ, **job.environment},
+                env={**without_job(os.environ), **job.environment},
                 pass_fds=(lock,),
                 preexec_fn=_die_with_parent,
             )
@@ -63,13 +62,19 @@ class RankProcesses:
 
     def stopped(self) -> dict[str, Any] | None:
         """When the job has ended so, the signal that caused it and the steps that were done."""
-        return json.loads(self._run.stopped.read_text("utf-8")) if self._run.stopped.exists() else None
+
+        def read() -> bytes | None:
+            return self._run.stopped.read_bytes() if self._run.stopped.exists() else None
+
+        text = retried(read, str(self._run.stopped))
+        return json.loads(text) if text else None
 
     def stop(self) -> None:
         """End the job at once: politely, then not."""
         try:
             if self.poll() is None:
-                replace_text(self._run.stop, AT_ONCE)
+                with suppress(OSError):
+                    replace_text(self._run.stop, AT_ONCE)
             for sign, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
                 if self.poll() is not None:
                     return

@@ -13,6 +13,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.exact.reproducible import rounding_differences
 from hvd_lb.recipe import Recipe, differing_fields, make_recipe
 from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.report.summary import ended_after
 from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 
 
@@ -20,12 +21,14 @@ from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore, open_checkpo
 class ResumePoint:
     """Where a run begins: at a checkpoint or at step 0, and what to tell the user about it.
 
-    `damaged` are newer checkpoints, which are set aside before the run goes on.
+    `damaged` are newer checkpoints, which are set aside before the run goes on. `finished` says that there is nothing
+    left to do, and is empty otherwise.
     """
 
     checkpoint: Checkpoint | None
     messages: list[str]
     damaged: tuple[Path, ...] = ()
+    finished: str = ""
 
     @property
     def step(self) -> int:
@@ -49,7 +52,7 @@ def find_resume_point(
 
     A reproducible run that goes on in another rounding `environment` is warned about. A run that is at its end but was
     killed before summary.json was written "goes on" there: what is left is to sum it up.
-    UserError when the directory holds another recipe's run or a finished one, or the checkpoint is damaged or foreign.
+    UserError when the directory holds another recipe's run, or the checkpoint is damaged, or of another run or its end.
     """
     stored = stored_recipe(run)
     if stored and (differing := differing_fields(stored.mathematics(), recipe.mathematics())):
@@ -80,20 +83,25 @@ def find_resume_point(
     if checkpoint:
         if differing := differing_fields(checkpoint.saved.recipe, recipe.mathematics()):
             raise UserError(f"checkpoint {checkpoint.path} is of another recipe: {'; '.join(differing)}")
-        ended_before = not stored or resume != "auto" or run.summary.exists()
-        at_end = checkpoint.step >= total_steps and not checkpoint.saved.evaluation_due
-        if at_end and ended_before:
-            raise UserError(
-                f"{checkpoint.path} is at the end of this run already ({checkpoint.step} of {total_steps} steps): "
-                "choose another --output to train again"
-            )
+        if checkpoint.step >= total_steps and not checkpoint.saved.evaluation_due:
+            finished = _at_its_end(checkpoint.path, checkpoint.step, total_steps)
+            if not stored:
+                raise UserError(finished)
+            if ended_after(run) or checkpoint.step > total_steps:
+                return ResumePoint(checkpoint, [], finished=finished)
         changes = rounding_differences(checkpoint.saved.environment, environment)
         if recipe.reproducible and changes:
             messages.append(
                 f"{checkpoint.path.name} was made with other software or hardware ({'; '.join(changes)}): from here on "
                 "the run is not bitwise the one it would have been there"
             )
+    elif stored and (steps := ended_after(run)) >= total_steps:  # its checkpoints were removed
+        return ResumePoint(None, [], finished=_at_its_end(run.path, steps, total_steps))
     return ResumePoint(checkpoint, messages, tuple(damaged))
+
+
+def _at_its_end(path: Path, steps: int, of: int) -> str:
+    return f"{path} is at the end of this run already ({steps} of {of} steps): choose another --output to train again"
 
 
 def stored_recipe(run: RunDirectory) -> Recipe | None:

@@ -7,14 +7,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
+from hvd_lb.data.files.reading import retried
 from hvd_lb.data.images import fingerprint_note, refuse_other_images
 from hvd_lb.errors import UserError
 from hvd_lb.exact.reproducible import rounding_environment
@@ -22,14 +24,14 @@ from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan, process_environment
 from hvd_lb.launch.processes import RankProcesses
 from hvd_lb.launch.resume import ResumePoint, find_resume_point
-from hvd_lb.launch.stopping import SIGNALS
+from hvd_lb.launch.stopping import heeded_signals
 from hvd_lb.machine.environment import describe_environment
 from hvd_lb.machine.placement import Placement
 from hvd_lb.recipe import Recipe
-from hvd_lb.report.metrics import truncate_metrics
-from hvd_lb.report.progress import RunView, open_display
-from hvd_lb.report.run_directory import RunDirectory, replace_text, write_json
-from hvd_lb.report.summary import summarise
+from hvd_lb.report.metrics import read_metrics, truncate_metrics
+from hvd_lb.report.progress import Display, RunView, open_display
+from hvd_lb.report.run_directory import RunDirectory, replace_bytes, replace_text, write_json
+from hvd_lb.report.summary import FINISHED, STOPPED, summarise
 from hvd_lb.resolve import Resolved
 from hvd_lb.training.checkpoint import CheckpointStore
 
@@ -97,34 +99,55 @@ def run_job(
 ) -> int:
     """Train as resolved, telling `on_ready` when all checks have passed.
 
-    The exit status: 0 at the end, 1 when a rank failed, 128 + signal when interrupted. The first SIGINT or SIGTERM
-    ends the run with a checkpoint after the present step, a second one ends it at once.
+    The exit status: 0 at the end, and for a run that has come to it before; 1 when a rank failed, 128 + signal when
+    interrupted. The first SIGINT, SIGTERM or SIGHUP ends the run with a checkpoint after the present step, a second one
+    ends it at once.
     """
-    recipe = resolved.recipe
-    run = run_directory(output, recipe)
-    resume_point = resume_point_of(run, resolved, placement, resume)
-    lock = run.lock()
-    on_ready()
-    replace_text(run.recipe, recipe.to_yaml())
-    write_json(run.environment, describe_environment(placement, command))
-    run.summary.unlink(missing_ok=True)
-    truncate_metrics(run.metrics, resume_point.step, evaluation_due=resume_point.evaluation_due)
-    truncate_metrics(run.bad_images, resume_point.step, evaluation_due=resume_point.evaluation_due)
+    run = run_directory(output, resolved.recipe)
     store = CheckpointStore(run.checkpoints)
-    for path in resume_point.damaged:
-        store.set_aside(path)
-    store.discard_after(resume_point.step)
-    for message in resume_point.messages:
-        console.print(f"[yellow]warning:[/] {message}", soft_wrap=True, highlight=False)
-    if resume_point.checkpoint:
-        console.print(
-            f"going on from step {resume_point.step} ({resume_point.checkpoint.path.name})", highlight=False
-        )
-    console.print(f"writing to {run.path}", soft_wrap=True, highlight=False)
-    if resume_point.step >= resolved.total_steps and not resume_point.evaluation_due:
-        return _finish(run, resolved, 0.0, console)
+    present = store.newest_first()
+    resume_point = resume_point_of(run, resolved, placement, resume)
+    if resume_point.finished:
+        console.print(resume_point.finished, soft_wrap=True)
+        return 0
+    lock = run.lock()
+    try:
+        if store.newest_first() != present:
+            raise UserError(
+                f"another run has just ended in {run.path}: type the same command again to go on with it"
+            )
+        on_ready()
+        replace_text(run.recipe, resolved.recipe.to_yaml())
+        write_json(run.environment, describe_environment(placement, command))
+        run.summary.unlink(missing_ok=True)
+        for path in (run.metrics, run.bad_images):
+            truncate_metrics(path, resume_point.step, evaluation_due=resume_point.evaluation_due)
+        for path in resume_point.damaged:
+            store.set_aside(path)
+        store.discard_after(resume_point.step)
+        for message in filter(None, (*resume_point.messages, lock.warning)):
+            _warn(console, message)
+        if resume_point.checkpoint:
+            console.print(f"going on from step {resume_point.step} ({resume_point.checkpoint.path.name})")
+        console.print(f"writing to {run.path}", soft_wrap=True)
+        if resume_point.step >= resolved.total_steps and not resume_point.evaluation_due:
+            return _finish(run, resolved, 0.0, console)
+        job = make_job(resolved, placement, launch, run, resume_point)
+        return _watch(job, launch, run, resolved, resume_point, lock.descriptor, console)
+    finally:
+        lock.close()
 
-    job = make_job(resolved, placement, launch, run, resume_point)
+
+def _watch(
+    job: Job,
+    launch: LaunchPlan,
+    run: RunDirectory,
+    resolved: Resolved,
+    resume_point: ResumePoint,
+    lock: int,
+    console: Console,
+) -> int:
+    """Start the ranks, show what they do, and sum up what came of it; the exit status."""
     display = open_display(
         console,
         first_step=resume_point.step,
@@ -136,12 +159,10 @@ def run_job(
         processes = RankProcesses(job, launch, run, lock)
         try:
             with RunView(run, display, resume_point.first_record) as view:
+                asked = False
                 while (status := processes.wait(_LOOK_SECONDS)) is None and len(received) < 2:
-                    if received and not run.stop.exists():
-                        processes.ask_to_stop(received[0])
-                        display.note(
-                            f"{received[0].name}: finishing this step, then a checkpoint; again to end at once"
-                        )
+                    if received and not asked:
+                        asked = _ask_to_stop(processes, received[0], display)
                     view.update()
         finally:
             processes.stop()
@@ -149,64 +170,109 @@ def run_job(
         if stopped or len(received) > 1:
             number = signal.Signals(stopped["signal"] if stopped else received[0])
             where = f"after {stopped['steps']:,} steps, with a checkpoint" if stopped else "at once"
-            _sum_up(run, resolved, f"interrupted by {number.name}", time.monotonic() - began)
+            _sum_up(run, resolved, f"interrupted by {number.name}", time.monotonic() - began, console)
             goes_on = "there" if stopped else "from the last checkpoint"
-            console.print(f"stopped {where}; the same command goes on {goes_on}", highlight=False)
+            console.print(f"stopped {where}; the same command goes on {goes_on}")
             return 128 + number
     if status:
-        failure = processes.failure(status)
+        failure = retried(partial(processes.failure, status), str(run.logs))
         # Told first: where the disk is full, nothing can be summed up.
         print(f"hvd-lb: error: {failure}", file=sys.stderr)
-        _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began)
+        _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began, console)
         return 1
     return _finish(run, resolved, time.monotonic() - began, console)
 
 
-def _finish(run: RunDirectory, resolved: Resolved, seconds: float, console: Console) -> int:
-    """Report, summary (last: it says that all is there) and figures of a run that came to its end; exit status 0."""
-    reason = "stopped at --steps" if resolved.stops_early else "finished"
-    summary, figures = _summary(run, resolved, reason, seconds)
-    from hvd_lb.report.html import write_report  # here: matplotlib would delay every start by a second
+def _ask_to_stop(processes: RankProcesses, number: signal.Signals, display: Display) -> bool:
+    """Whether the ranks can know now; where the disk is full it has to be tried again."""
+    try:
+        processes.ask_to_stop(number)
+    except OSError:
+        return False
+    display.note(f"{number.name}: finishing this step, then a checkpoint; again to end at once")
+    return True
 
-    write_report(run, run.path.name, resolved.plan.steps_per_epoch, figures)
-    _conclude(run, summary)
-    for name, value in figures:
-        console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
-    console.print(f"report: {run.report}", highlight=False, soft_wrap=True)
+
+def _finish(run: RunDirectory, resolved: Resolved, seconds: float, console: Console) -> int:
+    """Summary, then curves and report, of a run that came to its end; the exit status is that of the summary."""
+    reason = STOPPED if resolved.stops_early else FINISHED
+    figures = _sum_up(run, resolved, reason, seconds, console)
+    for name, value in figures or ():
+        console.print(f"{name}: {value}", soft_wrap=True)
+    if figures is None:
+        _warn(console, f"the run is whole, but for {run.summary.name}: the same command makes it")
+        return 1
+    _report(run, resolved, figures, console)
     return 0
 
 
-def _summary(
-    run: RunDirectory, resolved: Resolved, reason: str, seconds: float
-) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    return summarise(
-        run,
-        reason,
-        seconds,
-        total_steps=resolved.total_steps,
-        steps_per_epoch=resolved.plan.steps_per_epoch,
-    )
+def _report(run: RunDirectory, resolved: Resolved, figures: list[tuple[str, str]], console: Console) -> None:
+    """Curves and page. They are a service: an error in making them, of whatever kind, is a warning."""
+    curves: bytes | None = None
+    try:
+        from hvd_lb.report.plots import plot_curves  # here: matplotlib would delay every start by a second
+
+        records = read_metrics(run.metrics)
+        curves = plot_curves(records, resolved.plan.steps_per_epoch, run.path.name)
+        replace_bytes(run.curves, curves)
+    except Exception as error:
+        _warn(console, f"{run.curves.name} could not be made ({_one_line(error)})")
+    try:
+        from hvd_lb.report.html import write_report
+
+        write_report(run, run.path.name, figures, read_metrics(run.metrics), curves)
+    except Exception as error:
+        _warn(console, f"{run.report.name} could not be made ({_one_line(error)})")
+    else:
+        console.print(f"report: {run.report}", soft_wrap=True)
 
 
-def _sum_up(run: RunDirectory, resolved: Resolved, reason: str, seconds: float) -> None:
-    """Write summary.json of a run that did not come to its end."""
-    _conclude(run, _summary(run, resolved, reason, seconds)[0])
+def _sum_up(
+    run: RunDirectory, resolved: Resolved, reason: str, seconds: float, console: Console
+) -> list[tuple[str, str]] | None:
+    """Write summary.json, which says that the run has ended and why; its figures in words.
+
+    None, and a warning, where that cannot be done: what was trained is in the checkpoints.
+    """
+    try:
+        summary, figures = retried(
+            partial(
+                summarise,
+                run,
+                reason,
+                seconds,
+                total_steps=resolved.total_steps,
+                steps_per_epoch=resolved.plan.steps_per_epoch,
+            ),
+            str(run.metrics),
+        )
+        write_json(run.summary, summary)
+    except (OSError, UserError) as error:
+        _warn(console, f"{run.summary.name} could not be written ({_one_line(error)})")
+        return None
+    with suppress(OSError):
+        run.heartbeat.unlink(missing_ok=True)
+    return figures
 
 
-def _conclude(run: RunDirectory, summary: dict[str, Any]) -> None:
-    write_json(run.summary, summary)
-    run.heartbeat.unlink(missing_ok=True)
+def _warn(console: Console, message: str) -> None:
+    console.print(Text.assemble(("warning:", "yellow"), " ", message), soft_wrap=True)
+
+
+def _one_line(error: Exception) -> str:
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 @contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGINT and SIGTERM instead of being ended by them."""
+    """Collects the signals that end a run instead of being ended by them."""
     received: list[signal.Signals] = []
 
     def receive(number: int, _: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
-    before = {sign: signal.signal(sign, receive) for sign in SIGNALS}
+    before = {sign: signal.signal(sign, receive) for sign in heeded_signals()}
     try:
         yield received
     finally:

@@ -11,9 +11,15 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: In the file: end now, without a checkpoint.
 AT_ONCE = "at once"
+
+
+def heeded_signals() -> tuple[signal.Signals, ...]:
+    """The signals that end a run. A terminal that is closed is none under nohup, which ignores it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in _SIGNALS if number is not signal.SIGHUP or not ignored)
 
 
 class StopRequests:
@@ -26,11 +32,11 @@ class StopRequests:
     def __init__(self, file: Path):
         self.watch_file = False
         self._file, self._signal = file, 0
-        for number in SIGNALS:
+        for number in heeded_signals():
             signal.signal(number, self._receive)
 
     def __call__(self) -> int:
-        if self.watch_file and not self._signal and (text := self._text()).isdigit():
+        if self.watch_file and not self._signal and (text := self._text()).isdecimal():
             self._signal = int(text)
         return self._signal
 
@@ -41,6 +47,6 @@ class StopRequests:
 
     def _text(self) -> str:
         try:
-            return self._file.read_text("utf-8")
-        except FileNotFoundError:
+            return self._file.read_bytes().decode("ascii", "replace")
+        except OSError:  # it is not there; or cannot be read just now, and is looked at again
             return ""

@@ -17,8 +17,9 @@ from typing import Any
 from hvd_lb.errors import UserError
 from hvd_lb.recipe import FREE_FIELDS, Recipe, differing_fields, load_values, make_recipe
 from hvd_lb.report.compare_tensors import CheckpointComparison, compare_checkpoints
-from hvd_lb.report.metrics import read_metrics
+from hvd_lb.report.metrics import read_records
 from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.report.text import count
 from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from hvd_lb.training.pointers import followed
 
@@ -102,7 +103,7 @@ def compare_runs(a: Path, b: Path, step: int | None = None) -> Comparison:
             environment = differing_fields(*environments)
         else:
             notes.append("environment.json is absent or damaged: the environments were not compared")
-        records = [_records(run) for run in runs]
+        records = [_records(run, notes) for run in runs]
         metrics = [_compare_metrics(kind, *(found[kind] for found in records)) for kind in KINDS]
     checkpoints = _choose(*sides, step, notes)
     compared = compare_checkpoints(*checkpoints) if checkpoints else None
@@ -142,15 +143,14 @@ def _environment(run: RunDirectory) -> dict[str, Any]:
     }
 
 
-def _records(run: RunDirectory) -> dict[str, dict[int, dict[str, Any]]]:
+def _records(run: RunDirectory, notes: list[str]) -> dict[str, dict[int, dict[str, Any]]]:
     """The records of each kind by step."""
-    try:
-        records = read_metrics(run.metrics)
-        return {kind: {int(r["step"]): r for r in records if r["kind"] == kind} for kind in KINDS}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{run.metrics} is damaged: expected a JSON record with kind and step per line"
-        ) from None
+    records, foreign = read_records(run.metrics)
+    if foreign and not records:
+        raise UserError(f"{run.metrics} is damaged: expected a JSON record with kind and step per line")
+    if foreign:
+        notes.append(f"{run.metrics}: {count(foreign, 'line')} left out, as no whole record")
+    return {kind: {r["step"]: r for r in records if r.get("kind") == kind} for kind in KINDS}
 
 
 def _compare_metrics(

@@ -7,22 +7,26 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from hvd_lb.report.metrics import read_metrics
-from hvd_lb.report.plots import plot_curves
 from hvd_lb.report.run_directory import RunDirectory, replace_text
+from hvd_lb.report.text import figure, printable
 
 
-def write_report(run: RunDirectory, title: str, steps_per_epoch: int, figures: list[tuple[str, str]]) -> None:
-    """Draw curves.png and write report.html from the run directory; `figures` are (name, value with unit)."""
-    records = read_metrics(run.metrics)
-    plot_curves(records, steps_per_epoch, title, run.curves)
-    template = Environment(loader=PackageLoader("hvd_lb.report"), autoescape=True).get_template("report.html")
+def write_report(
+    run: RunDirectory,
+    title: str,
+    figures: list[tuple[str, str]],
+    records: list[dict[str, Any]],
+    curves: bytes | None,
+) -> None:
+    """Write report.html; `figures` are (name, value with unit), `curves` a PNG if there is one."""
+    pages = Environment(loader=PackageLoader("hvd_lb.report"), autoescape=True)
+    pages.filters["figure"] = figure
     content: dict[str, Any] = {
-        "title": title,
+        "title": printable(title),
         "figures": figures,
-        "curves": base64.b64encode(run.curves.read_bytes()).decode(),
-        "evaluations": [record for record in records if record["kind"] == "eval"],
+        "curves": base64.b64encode(curves).decode() if curves else "",
+        "evaluations": [record for record in records if record.get("kind") == "eval"],
         "recipe": run.recipe.read_text("utf-8"),
         "environment": run.environment.read_text("utf-8"),
     }
-    replace_text(run.report, template.render(content))
+    replace_text(run.report, pages.get_template("report.html").render(content))

@@ -1,29 +1,98 @@
-"""metrics.jsonl and TensorBoard: one JSON line per record, appended as it happens (docs/run-directory.md)."""
+"""metrics.jsonl and TensorBoard: one JSON line per record, appended as it happens (docs/run-directory.md).
+
+Nothing here ends a training: what cannot be written is told once and tried again, what cannot be read is left out.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hvd_lb.report.run_directory import RunDirectory, replace_text
+from hvd_lb.report.run_directory import RunDirectory, replace_bytes, replace_text, strict_json
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 _HEARTBEAT_SECONDS = 0.5
+# After an error of TensorBoard's writer, which then has to be made anew.
+_BOARD_SECONDS = 60.0
+# What records hold besides their kind and step: numbers, null where they are not finite.
+_NUMBERS = {
+    "train": ("epoch", "lr", "loss", "images_per_second", "data_wait"),
+    "eval": ("epoch", "top1_error", "top5_error", "loss", "images"),
+    "checkpoint": ("epoch", "stall_seconds"),
+}
+
+
+class JsonLines:
+    """Appends records to a file, as whole lines of strict JSON. Those that it does not take wait for the next time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._waiting = b""
+
+    def add(self, *records: dict[str, Any]) -> None:
+        self._waiting += _lines(records)
+
+    def forget(self, first_step: int) -> None:
+        """The records of steps from there on, which will be added again."""
+        self._waiting = _before(self._waiting, first_step)
+        truncate_metrics(self.path, first_step)
+
+    def write(self, *, sync: bool = False) -> None:
+        """OSError leaves the file with whole lines. It is opened each time: a handle may go stale."""
+        if not self._waiting:
+            return
+        with self.path.open("a+b", buffering=0) as stream:
+            end, done = _end_of_lines(stream), 0
+            try:
+                while done < len(self._waiting):  # a disk takes a part first, and then says that it is full
+                    done += stream.write(self._waiting[done:])
+            except OSError:
+                done = self._waiting.rfind(b"\n", 0, done) + 1
+                with suppress(OSError):
+                    stream.truncate(end + done)
+                raise
+            finally:
+                self._waiting = self._waiting[done:]
+            if sync:
+                os.fsync(stream.fileno())
+
+
+def _end_of_lines(stream: FileIO) -> int:
+    """Where the last whole line ends; what a crash or a full disk left after it is cut off."""
+    size = stream.seek(0, os.SEEK_END)
+    if size:
+        stream.seek(size - 1)
+        if stream.read(1) != b"\n":
+            stream.seek(0)
+            size = stream.readall().rfind(b"\n") + 1
+            stream.truncate(size)
+    return size
 
 
 class RunObserver:
-    """Rank 0's observer: writes what the trainer says into the run directory."""
+    """Rank 0's observer: writes what the trainer says into the run directory.
+
+    What cannot be written, as on a full disk, is told once, in this rank's log and as a record.
+    """
 
     def __init__(self, run: RunDirectory, first_step: int):
-        from torch.utils.tensorboard import SummaryWriter  # here: only rank 0 needs it, and torch
-
         self._run = run
-        self._lines = run.metrics.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step)
-        self._beat = 0.0
+        self._lines, self._bad_images = JsonLines(run.metrics), JsonLines(run.bad_images)
+        self._told: set[Path] = set()
+        self._board: SummaryWriter | None = None
+        self._board_due, self._beat = 0.0, 0.0
+        self._step = first_step
+        with self._told_of(run.tensorboard):
+            self._open_board()
 
     def train(self, record: dict[str, Any]) -> None:
         self._write("train", record)
@@ -39,34 +108,73 @@ class RunObserver:
 
     def rollback(self, record: dict[str, Any]) -> None:
         self._write("rollback", record)
-        truncate_metrics(self._run.bad_images, record["to"])
+        with self._told_of(self._run.bad_images):
+            self._bad_images.forget(record["to"])
 
     def warning(self, record: dict[str, Any]) -> None:
         self._write("warning", record)
 
     def bad_images(self, records: Sequence[dict[str, Any]]) -> None:
-        with self._run.bad_images.open("a", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(record) + "\n" for record in records)
-            lines.flush()
-            os.fsync(lines.fileno())
+        self._bad_images.add(*records)
+        with self._told_of(self._run.bad_images):
+            self._bad_images.write(sync=True)
 
     def microbatch(self, step: int, done: int, of: int) -> None:
         now = time.monotonic()
         if now - self._beat >= _HEARTBEAT_SECONDS:
-            self._beat = now
-            text = json.dumps({"step": step, "microbatch": done, "microbatches": of})
-            replace_text(self._run.heartbeat, text, sync=False)
+            self._beat, self._step = now, step
+            text = strict_json({"step": step, "microbatch": done, "microbatches": of})
+            with self._told_of(self._run.heartbeat):
+                replace_text(self._run.heartbeat, text, sync=False)
 
     def close(self) -> None:
-        self._lines.close()
-        self._board.close()
+        with self._told_of(self._run.bad_images):
+            self._bad_images.write(sync=True)
+        with self._told_of(self._run.tensorboard):
+            if self._board:
+                self._board.close()
+        with self._told_of(self._run.metrics):
+            self._lines.write()
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
-        self._lines.write(json.dumps({"kind": kind, **record}) + "\n")
-        self._lines.flush()
-        for name, value in record.items():
-            if isinstance(value, float):
-                self._board.add_scalar(f"{kind}/{name}", value, record["step"])
+        self._step = record["step"]
+        self._lines.add({"kind": kind, **record})
+        with self._told_of(self._run.tensorboard):
+            self._draw(kind, record)
+        with self._told_of(self._run.metrics):
+            self._lines.write()
+
+    def _draw(self, kind: str, record: dict[str, Any]) -> None:
+        if self._board is None and time.monotonic() >= self._board_due:
+            self._open_board()
+        try:
+            for name, value in record.items():
+                if self._board and isinstance(value, float):
+                    self._board.add_scalar(f"{kind}/{name}", value, record["step"])
+        except OSError:  # raised in its thread, which has ended by it
+            self._board, self._board_due = None, time.monotonic() + _BOARD_SECONDS
+            raise
+
+    def _open_board(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # here: only rank 0 needs it, and torch
+
+        self._board_due = time.monotonic() + _BOARD_SECONDS
+        self._board = SummaryWriter(str(self._run.tensorboard), purge_step=self._step)
+
+    @contextmanager
+    def _told_of(self, path: Path) -> Iterator[None]:
+        """What is in here may fail by the file system; the first time for each path it is told."""
+        try:
+            yield
+        except (OSError, UnicodeError) as error:  # the latter of TensorBoard, whose paths have to be UTF-8
+            if path in self._told:
+                return
+            self._told.add(path)
+            why = getattr(error, "strerror", None) or str(error)
+            message = f"{path.name} cannot be written ({why}): training goes on, and it is tried again"
+            self._lines.add({"kind": "warning", "step": self._step, "message": message})
+            with suppress(OSError):
+                print(f"hvd-lb: warning: {message}", file=sys.stderr, flush=True)
 
 
 class SilentObserver:
@@ -101,39 +209,70 @@ class SilentObserver:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records that count: not those of steps that were taken again after a rollback, nor a line cut short."""
+    """All records that count: not those of steps that were taken again after a rollback, nor lines that are none."""
+    return read_records(path)[0]
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """As `read_metrics`, and how many whole lines are no records."""
+    found, foreign = parse_records(path.read_bytes()) if path.exists() else ([], 0)
     records: list[dict[str, Any]] = []
-    for record in _records(path) if path.exists() else ():
+    for record in found:
         if record.get("kind") == "rollback":
-            records = [old for old in records if old["kind"] == "rollback" or old["step"] < record["to"]]
+            records = [old for old in records if old.get("kind") == "rollback" or old["step"] < record["to"]]
         records.append(record)
-    return records
+    return records, foreign
+
+
+def parse_records(text: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Of whole lines."""
+    lines = text.split(b"\n")[:-1]
+    records = [record for record in map(_record, lines) if record is not None]
+    return records, len(lines) - len(records)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line, parse_constant=lambda _: None)  # NaN, in files of older versions
+    except ValueError:
+        return None
+    if not isinstance(record, dict):
+        return None
+    steps = ("step", "to") if record.get("kind") == "rollback" else ("step",)
+    numbers = _NUMBERS.get(str(record.get("kind")), ())
+    whole = all(isinstance(record.get(name), int) for name in steps) and all(
+        isinstance(record.get(name), int | float | None) for name in numbers
+    )
+    return record if whole else None
 
 
 def truncate_metrics(path: Path, first_step: int, *, evaluation_due: bool = False) -> None:
-    """Remove the records of steps from `first_step` on: the run goes on from there and writes them again.
+    """Remove the records of steps from `first_step` on, which will be written again, and what is no record.
 
     With `evaluation_due` the evaluation after the step before, too.
     """
     if not path.exists():
         return
-
-    def of_evaluation(record: dict[str, Any]) -> bool:
-        return "eval" in (record.get("kind"), record.get("of"))
-
-    kept = [
-        record
-        for record in _records(path)
-        if record["step"] < first_step - (1 if evaluation_due and of_evaluation(record) else 0)
-    ]
-    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    before = path.read_bytes()
+    after = _before(before, first_step, evaluation_due)
+    if after == before:
+        return
+    if before.startswith(after):  # which needs no room
+        os.truncate(path, len(after))
+    else:
+        replace_bytes(path, after)
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.endswith("\n"):
-                yield json.loads(line)
+def _before(text: bytes, first_step: int, evaluation_due: bool = False) -> bytes:
+    def counts(record: dict[str, Any]) -> bool:
+        of_evaluation = "eval" in (record.get("kind"), record.get("of"))
+        return bool(record["step"] < first_step - (evaluation_due and of_evaluation))
+
+    return _lines(filter(counts, parse_records(text)[0]))
+
+
+def _lines(records: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(f"{strict_json(record)}\n".encode("ascii") for record in records)
 
 
 class MetricsFollower:
@@ -144,12 +283,14 @@ class MetricsFollower:
         self._offset = 0
 
     def new_records(self) -> list[dict[str, Any]]:
-        if not self._path.exists() or os.path.getsize(self._path) <= self._offset:
+        """None, while the file cannot be read."""
+        try:
+            with self._path.open("rb") as stream:
+                if stream.seek(0, os.SEEK_END) < self._offset:  # records were taken back
+                    self._offset = 0
+                stream.seek(self._offset)
+                text = stream.read()
+        except OSError:
             return []
-        with self._path.open("rb") as stream:
-            stream.seek(self._offset)
-            text = stream.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        records = (json.loads(line) for line in whole.splitlines())
-        return [record for record in records if record["step"] >= self._first_step]
+        self._offset += text.rfind(b"\n") + 1
+        return [record for record in parse_records(text)[0] if record["step"] >= self._first_step]

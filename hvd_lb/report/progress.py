@@ -14,7 +14,7 @@ from rich.text import Text
 
 from hvd_lb.report.metrics import MetricsFollower
 from hvd_lb.report.run_directory import RunDirectory
-from hvd_lb.report.text import duration, evaluation_line, printable, speed
+from hvd_lb.report.text import duration, evaluation_line, figure, printable, speed
 
 # Piped output: how often a line of metrics may come, and after how long without any a sign of life does.
 _LINE_SECONDS = 10.0
@@ -60,31 +60,33 @@ class RunView:
         self._display.close()
 
     def update(self) -> None:
+        """What cannot be read just now, or is no record of ours, is left out: a display ends no run."""
         for record in self._follower.new_records():
-            if record["kind"] == "train":
+            kind = record.get("kind")
+            if kind == "train":
                 self._display.train(record)
-            elif record["kind"] == "eval":
+            elif kind == "eval":
                 self._display.evaluation(record)
-            elif record["kind"] == "repeat":
-                self._display.note(
-                    f"epoch {record['epoch']} step {record['step']} is taken again: {record['reason']}"
-                )
-            elif record["kind"] == "rollback":
+            elif kind == "repeat":
+                again = f"epoch {record.get('epoch')} step {record['step']} is taken again"
+                self._display.note(f"{again}: {record.get('reason')}")
+            elif kind == "rollback":
                 self._display.note(_rolled_back(record))
-            elif record["kind"] == "warning":
-                self._display.note(f"warning: {record['message']}")
+            elif kind == "warning":
+                self._display.note(f"warning: {record.get('message')}")
         for bad in self._bad_images.new_records():
             if not self._told_of_bad:
                 self._told_of_bad = True
                 self._display.note(
-                    f"epoch {bad['epoch']} step {bad['step']}: {printable(bad['path'])} cannot be decoded "
-                    f"({bad['reason']}) and is skipped; all such cases are in {self._run.bad_images.name}"
+                    f"epoch {bad.get('epoch')} step {bad['step']}: {printable(str(bad.get('path')))} cannot be decoded "
+                    f"({bad.get('reason')}) and is skipped; all such cases are in {self._run.bad_images.name}"
                 )
         try:
-            beat = json.loads(self._run.heartbeat.read_text("utf-8"))
-        except FileNotFoundError:
+            beat = json.loads(self._run.heartbeat.read_bytes())
+            step, done, of = (int(beat[name]) for name in ("step", "microbatch", "microbatches"))
+        except (OSError, ValueError, LookupError, TypeError):
             return
-        self._display.beat(beat["step"], beat["microbatch"], beat["microbatches"])
+        self._display.beat(step, done, max(of, 1))
 
 
 class LiveDisplay:
@@ -93,11 +95,11 @@ class LiveDisplay:
     def __init__(self, console: Console, first_step: int, total_steps: int, steps_per_epoch: int):
         self._steps_per_epoch, self._rate = steps_per_epoch, _Rate(first_step, total_steps)
         self._progress = _TwoLines(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             TaskProgressColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[left]}", markup=False),
             console=console,
         )
         self._task = self._progress.add_task(
@@ -114,7 +116,7 @@ class LiveDisplay:
         self.note(evaluation_line(record))
 
     def note(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False)
+        self._progress.console.print(text)
 
     def beat(self, step: int, microbatch: int, microbatches: int) -> None:
         part = f" ({microbatch}/{microbatches})" if microbatches > 1 else ""
@@ -155,9 +157,8 @@ class PlainDisplay:
     def train(self, record: dict[str, Any]) -> None:
         if self._silent_for(_LINE_SECONDS):
             left = self._rate.left(record["step"] + 1)
-            self._line(
-                f"epoch {record['epoch']} step {record['step']}/{self._total}: {_metrics(record)}{left and ', '}{left}"
-            )
+            where = f"epoch {record.get('epoch')} step {record['step']}/{self._total}"
+            self._line(f"{where}: {_metrics(record)}{left and ', '}{left}")
 
     def evaluation(self, record: dict[str, Any]) -> None:
         self.note(evaluation_line(record))
@@ -177,7 +178,7 @@ class PlainDisplay:
 
     def _line(self, text: str) -> None:
         self._last = time.monotonic()
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
 
 class _Rate:
@@ -200,15 +201,17 @@ class _Rate:
 
 
 def _metrics(record: dict[str, Any]) -> str:
+    waiting = figure(record.get("data_wait"), ".0%").replace("%", " %")
     return (
-        f"loss {record['loss']:.4f}, lr {record['lr']:.4g}, {speed(record['images_per_second'])}, "
-        f"{100 * record['data_wait']:.0f} % waiting for data"
+        f"loss {figure(record.get('loss'), '.4f')}, lr {figure(record.get('lr'), '.4g')}, "
+        f"{speed(record.get('images_per_second'))}, {waiting} waiting for data"
     )
 
 
 def _rolled_back(record: dict[str, Any]) -> str:
-    where = f"epoch {record['epoch']} step {record['step']}"
-    if record["left_out"]:
-        ids = ", ".join(map(str, record["images"][:8])) + (", …" if len(record["images"]) > 8 else "")
+    where = f"epoch {record.get('epoch')} step {record['step']}"
+    if record.get("left_out"):
+        images = list(record.get("images") or ())
+        ids = ", ".join(map(str, images[:8])) + (", …" if len(images) > 8 else "")
         return f"{where} (images {ids}) is left out; going on from step {record['to']}"
     return f"{where}: not finite any more; going back to step {record['to']} to find out which step it is"

@@ -1,19 +1,20 @@
 """The run directory: names of its files, who may write into it, and how files are replaced as a whole.
 
-One launching process holds the directory (an advisory lock that also the launcher of the ranks inherits, so it lasts as
-long as anybody writes). Nothing is created before everything has been checked.
+One launching process holds the directory (`lock`). Nothing is created before everything has been checked.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
+import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hvd_lb.errors import UserError
+from hvd_lb.report.lock import DirectoryLock
 
 
 @dataclass(frozen=True)
@@ -84,37 +85,70 @@ class RunDirectory:
         """Where a rank that fails says why."""
         return self.logs / f"error-{rank:04d}.json"
 
-    def lock(self) -> int:
-        """Hold the directory, creating it; the descriptor of the lock. UserError when it cannot be written or held."""
+    def lock(self) -> DirectoryLock:
+        """Hold the directory, creating it. UserError when it cannot be written, or another run holds it."""
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            return DirectoryLock(self.path, self.logs / "lock.json")
         except OSError as error:
             raise UserError(
                 f"output folder {self.path} cannot be written ({error.strerror}): choose another --output"
             ) from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UserError(
-                f"output folder {self.path} is in use by another run: wait for it, or choose another --output"
-            ) from None
-        return descriptor
+
+    def keep_logs(self) -> None:
+        """Move what an earlier start left in logs/ into logs/attempt-N/, N from 1."""
+        self.stop.unlink(missing_ok=True)
+        left = [path for pattern in _OF_ONE_START for path in sorted(self.logs.glob(pattern))]
+        if not left:
+            return
+        names = (path.name.removeprefix("attempt-") for path in self.logs.glob("attempt-*"))
+        attempt = (
+            self.logs / f"attempt-{max((int(name) for name in names if name.isdecimal()), default=0) + 1}"
+        )
+        attempt.mkdir()
+        for path in left:
+            path.rename(attempt / path.name)
+
+
+# In logs/. Not there: what a scheduler prints, which has the number of its job in its name.
+_OF_ONE_START = ("*.log", "error-*.json", "job.json", "progress.json", "stopped.json")
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """As JSON that everyone can read: numbers that are not finite become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    replace_text(path, json.dumps(content, indent=1) + "\n")
+    replace_text(path, strict_json(content, indent=1) + "\n")
 
 
 def replace_text(path: Path, text: str, *, sync: bool = True, mode: int = 0o666) -> None:
     """Write a file so that readers and crashes see the old content or the new, never a part."""
+    replace_bytes(path, text.encode("utf-8"), sync=sync, mode=mode)
+
+
+def replace_bytes(path: Path, content: bytes, *, sync: bool = True, mode: int = 0o666) -> None:
+    """As `replace_text`. What an error leaves behind takes no room."""
     temporary = path.with_name(f".{path.name}.writing")
     temporary.unlink(missing_ok=True)  # a crash's, which may have another mode
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with open(descriptor, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        if sync:
-            os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            if sync:
+                os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from typing import Any
 
@@ -9,19 +10,32 @@ from hvd_lb.report.metrics import read_metrics
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.report.text import duration, evaluation_line, speed
 
+FINISHED, STOPPED = "finished", "stopped at --steps"
+"""How a run ends that came to its end."""
+
+
+def ended_after(run: RunDirectory) -> int:
+    """The steps of a run that came to its end by what summary.json says; else 0, and it will be made again."""
+    try:
+        summary = json.loads(run.summary.read_bytes())
+        return int(summary["steps"]) if summary["exit_reason"] in (FINISHED, STOPPED) else 0
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
+
 
 def summarise(
     run: RunDirectory, reason: str, seconds: float, *, total_steps: int, steps_per_epoch: int
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """What summary.json says, and its figures in words."""
     records = read_metrics(run.metrics)
-    evaluations = [record for record in records if record["kind"] == "eval"]
-    rates = [record["images_per_second"] for record in records if record["kind"] == "train"]
-    waits = [record["data_wait"] for record in records if record["kind"] == "train"]
-    stalls = [record["stall_seconds"] for record in records if record["kind"] == "checkpoint"]
+    evaluations = [record for record in records if record.get("kind") == "eval"]
+    rates = _numbers(records, "train", "images_per_second")
+    waits = _numbers(records, "train", "data_wait")
+    stalls = _numbers(records, "checkpoint", "stall_seconds")
     bad = read_metrics(run.bad_images)
     last = evaluations[-1] if evaluations else None
-    best = min(evaluations, key=lambda record: record["top1_error"], default=None)
+    errors = [record for record in evaluations if record.get("top1_error") is not None]
+    best = min(errors, key=lambda record: record["top1_error"], default=None)
     steps = max((record["step"] + 1 for record in records), default=0)
     summary: dict[str, Any] = {
         "exit_reason": reason,
@@ -40,10 +54,16 @@ def summarise(
     figures = [("ended", reason), ("steps", f"{steps:,} of {total_steps:,}")]
     if last and best:
         figures.append(("last", evaluation_line(last)))
-        figures.append(("best top-1 error", f"{best['top1_error']:.2f} % (epoch {best['epoch']})"))
+        figures.append(("best top-1 error", f"{best['top1_error']:.2f} % (epoch {best.get('epoch')})"))
     if rates:
         figures.append(("speed", f"{speed(statistics.median(rates))} (median)"))
     if bad:
         figures.append(("bad images", f"another one stood in {len(bad):,} times: {run.bad_images.name}"))
     figures.append(("wall time", duration(seconds)))
     return summary, figures
+
+
+def _numbers(records: list[dict[str, Any]], kind: str, name: str) -> list[float]:
+    """Those of a field that are finite."""
+    of_kind = (record.get(name) for record in records if record.get("kind") == kind)
+    return [value for value in of_kind if value is not None]

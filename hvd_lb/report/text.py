@@ -6,10 +6,19 @@ from typing import Any
 
 
 def evaluation_line(record: dict[str, Any]) -> str:
-    return (
-        f"epoch {record['epoch']} step {record['step']} evaluation: top-1 error {record['top1_error']:.2f} %, "
-        f"top-5 error {record['top5_error']:.2f} %, loss {record['loss']:.4f}, {record['images']:,} images"
+    top1, top5, loss = (
+        figure(record.get(name), form)
+        for name, form in (("top1_error", ".2f"), ("top5_error", ".2f"), ("loss", ".4f"))
     )
+    return (
+        f"epoch {record.get('epoch')} step {record['step']} evaluation: top-1 error {top1} %, "
+        f"top-5 error {top5} %, loss {loss}, {figure(record.get('images'), ',')} images"
+    )
+
+
+def figure(value: float | None, form: str) -> str:
+    """A number of a record in this format; None stands for one that is not finite."""
+    return "nan" if value is None else format(value, form)
 
 
 def printable(text: str) -> str:
@@ -26,8 +35,10 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else ending)
 
 
-def speed(images_per_second: float) -> str:
+def speed(images_per_second: float | None) -> str:
     """With two digits at least."""
+    if images_per_second is None:
+        return "nan images/s"
     digits = f"{images_per_second:,.0f}" if images_per_second >= 10 else f"{images_per_second:.2g}"
     return f"{digits} images/s"
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Protocol
 
+from hvd_lb.world.launched import launched, refuse_worlds_of_one
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-#: Set by horovodrun (Gloo), Open MPI's mpirun, and the PMI launchers of MPICH, Intel and Cray MPI.
-RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 class Handle(Protocol):
@@ -69,20 +68,16 @@ class World(Protocol):
 _current: World | None = None
 
 
-def launched() -> bool:
-    """True in a process that horovodrun (or mpirun) has started."""
-    return any(name in os.environ for name in RANK_VARIABLES)
-
-
 def init() -> World:
     """Joins the job this process was launched into, or makes a world of one; later calls return the same.
 
-    Raises `UserError` when the process was launched by horovodrun and Horovod is missing or does not fit
-    torch.
+    A job is what horovodrun or mpirun has made of several processes. Raises `UserError` where Horovod is missing then
+    or does not fit torch, and where several processes were started that Horovod cannot connect (torchrun).
     """
     global _current
     if _current is None:
-        if launched():
+        refuse_worlds_of_one(os.environ)
+        if launched(os.environ):
             from hvd_lb.world.horovod import HorovodWorld
 
             _current = HorovodWorld()

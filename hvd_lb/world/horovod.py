@@ -3,12 +3,15 @@
 Horovod is imported when a `HorovodWorld` is made, not before: `simulate` works without it.
 """
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_lb.world.build import import_horovod
+from hvd_lb.errors import UserError
+from hvd_lb.world.build import HOW_TO_BUILD, import_horovod
+from hvd_lb.world.launched import launched
 
 
 class HorovodHandle:
@@ -36,6 +39,11 @@ class HorovodWorld:
         self.size: int = self._hvd.size()
         self.local_rank: int = self._hvd.local_rank()
         self.local_size: int = self._hvd.local_size()
+        if (place := launched(os.environ)) and place[1] != self.size:
+            raise UserError(
+                f"{place[1]} processes were started, and Horovod found {self.size}: it was built without MPI, so start "
+                f"them with horovodrun, or {HOW_TO_BUILD} with MPI"
+            )
 
     def allreduce_async(self, tensor: Tensor, name: str) -> HorovodHandle:
         return self._start(tensor, name, self._hvd.Sum)

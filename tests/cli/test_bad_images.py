@@ -187,15 +187,16 @@ def test_a_run_that_failed_goes_on_with_skip(start: Start, data: Path, tmp_path:
         broken_header = path.stat().st_size < 300
         copy.write_bytes((data / "train/ant/0.png" if broken_header else path).read_bytes())
     (good / "val/ant/0.png").write_bytes((good / "val/ant/2.png").read_bytes())
-    more = ("--checkpoint-every", "1steps", "--processes", 2, "--max-bad-images", 0.2)
+    more = ("--checkpoint-every", "1steps", "--processes", 2)
+    skip = ("--on-bad-image", "skip", "--max-bad-images", 0.2)
     _, err = finish(start(*a_run(good, run, *more)), 1)
     assert err.count("\n") == 1
     assert "rank " in err
     assert ", in epoch 0 step " in err
     assert "or --on-bad-image skip" in err
     assert not processes_of(run)
-    finish(start(*a_run(good, run, *more, "--on-bad-image", "skip")))
-    finish(start(*a_run(good, skipping, *more, "--on-bad-image", "skip")))
+    finish(start(*a_run(good, run, *more, *skip)))
+    finish(start(*a_run(good, skipping, *more, *skip)))
     assert_equal_metrics([run, skipping], 0)
     for name in ("checkpoints/last/model.safetensors", "bad_images.jsonl"):
         assert (run / name).read_bytes() == (skipping / name).read_bytes()

@@ -48,6 +48,41 @@ DIGITS = ("train", "--data", "digits", "--device", "cpu")
         (("trian",), "No such command"),
         (("simulate", "--budget", "3 parsecs"), "such as 60s"),
         (("recipes", "goyal"), "goyal-resnet50"),
+        # no finite number, or one of more digits than anything has
+        ((*DIGITS, "--learning-rate", "inf"), "--learning-rate inf: expected a finite number"),
+        ((*DIGITS, "--learning-rate", "1e400"), "--learning-rate inf: expected a finite number"),
+        ((*DIGITS, "--crop-scale", "nan,1"), "--crop-scale nan,1: expected a finite number"),
+        ((*DIGITS, "--crop-scale", "0.5"), "--crop-scale 0.5: expected 2 numbers"),
+        ((*DIGITS, "--drop-epochs", "30,inf"), "--drop-epochs 30,inf: expected a finite number"),
+        ((*DIGITS, "--gpus", 10**30), "--gpus 1000"),
+        ((*DIGITS, "--steps", "9" * 5000), "is not a valid integer"),
+        ((*DIGITS, "--eval-every", "infsteps"), "such as 500steps"),
+        ((*DIGITS, "--cycle-time", "nan"), "not in the range"),
+        ((*DIGITS, "--fusion-threshold", "inf"), "not in the range"),
+        (("train", "--data", f"synthetic:{10**30}", "--device", "cpu"), "below 10⁹"),
+        (("train", "--data", "a" * 5000, "--device", "cpu"), "name too long"),
+        (("train", "--launcher", "slurm", "--data", "digits", "--slurm-memory", "inf"), "such as 480G"),
+        (("train", "--launcher", "slurm", "--data", "digits", "--slurm-time", "nan"), "such as 24:00:00"),
+        (
+            ("train", "--launcher", "slurm", "--data", "digits", "--slurm-cpus-per-task", 10**30),
+            "not in the range",
+        ),
+        (
+            ("train", "--launcher", "kubernetes", "--data", "digits", "--k8s-memory", "inf"),
+            "is not a quantity",
+        ),
+        (("simulate", "--budget", "inf"), "such as 60s"),
+        (("simulate", "--budget", "9" * 400 + "s"), "such as 60s"),
+        (("data", "info", "digits", "--val-fraction", "nan"), "not in the range"),
+        (("data", "pack", "digits", "x", "--shard-size", "9" * 400 + "GB"), "such as 500MB"),
+        (("data", "pack", "digits", "x", "--quality", 3), "give --max-side as well"),
+        (("data", "info", "digits", "--seed", 3), "give --sheet FILE.png as well"),
+        # a variable of the shell that is not set
+        ((*DIGITS, "--recipe", ""), "--recipe is empty"),
+        ((*DIGITS, "--output="), "--output is empty"),
+        (("train", "--data", "", "--device", "cpu"), "--data is empty"),
+        (("compare", "", "b"), "an argument is empty"),
+        ((*DIGITS, "--output", "~nobody-of-that-name/x"), "no such home directory"),
     ],
 )
 def test_one_line(arguments: tuple[object, ...], told: str, hvd_lb: Run, in_empty_folder: Path) -> None:
@@ -88,6 +123,31 @@ def test_a_yaml_file_with_a_misspelt_key(hvd_lb: Run, in_empty_folder: Path) -> 
     said = hvd_lb(*DIGITS, "--recipe", "mine.yaml")
     assert said.status == 2
     assert "unknown field 'learning_rat'; did you mean 'learning_rate'" in said.err
+
+
+def test_a_working_directory_that_is_gone(hvd_lb: Run, in_empty_folder: Path, tmp_path: Path) -> None:
+    in_empty_folder.rmdir()
+    said = hvd_lb(*DIGITS)
+    assert said.status == 2
+    assert said.err == "hvd-lb: error: the working directory is gone: change to one that is there\n"
+
+
+@pytest.mark.parametrize("command", ["train", "simulate"])
+def test_torchrun_does_not_start_commands(command: str, hvd_lb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    said = hvd_lb(command, "--data", "digits", "--device", "cpu")
+    assert said.status == 2
+    assert "torchrun started this as one of 2 processes" in said.err
+
+
+def test_a_rehearsal_of_epochs_says_how_they_are_run(hvd_lb: Run, in_empty_folder: Path) -> None:
+    said = hvd_lb("simulate", "--data", "digits", "--device", "cpu", "--epochs", 45, "--budget", "1s")
+    assert said.status == 0
+    assert "add --run to take all steps" in said.out
+    assert "45 epochs, 1,980 steps" in said.out
+    assert "the whole run" in said.out
+    assert not list(in_empty_folder.iterdir())
 
 
 def test_output_that_cannot_be_used(hvd_lb: Run, in_empty_folder: Path) -> None:

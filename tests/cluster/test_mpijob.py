@@ -101,6 +101,7 @@ def test_the_pods_of_a_manifest_train_and_end_with_the_simulated_weights(tmp_pat
         assert again.returncode == 2, again.stdout + again.stderr  # it has finished
         plain = {"env": {"PATH": path}}
         launcher.run(
-            ["hvd-lb", "simulate", *RECIPE, "--gpus", "4", "--epochs", "1", "--output", simulated], **plain
+            ["hvd-lb", "simulate", *RECIPE, "--gpus", "4", "--epochs", "1", "--run", "--output", simulated],
+            **plain,
         )
         assert "bitwise identical" in launcher.run(["hvd-lb", "compare", run, simulated], **plain).stdout

@@ -49,7 +49,7 @@ def cluster(hosts: list[Host]) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def simulated(hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("simulated") / "run"
-    hosts[0].run([*HVD_LB, "simulate", *RECIPE, "--output", run], timeout=240)
+    hosts[0].run([*HVD_LB, "simulate", *RECIPE, "--run", "--output", run], timeout=240)
     return run
 
 

@@ -53,7 +53,7 @@ def same(host: Host, *runs: Path) -> bool:
 @pytest.fixture(scope="module")
 def undisturbed(hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    hvd_lb(hosts[0], "simulate", *LONG, "--output", run)
+    hvd_lb(hosts[0], "simulate", *LONG, "--run", "--output", run)
     return run
 
 
@@ -66,7 +66,7 @@ def test_six_processes_on_three_hosts_are_bitwise_the_simulated_ones(
     where = ("--hosts", "h1:2,h2:2,h3:2", "--ssh-port", port)
     out, _ = hvd_lb(hosts[0], "train", *recipe, *where, "--output", cluster)
     assert "hosts: h1:2, h2:2, h3:2 (--hosts), by ssh" in out
-    hvd_lb(hosts[0], "simulate", *recipe, "--output", simulated)
+    hvd_lb(hosts[0], "simulate", *recipe, "--run", "--output", simulated)
     assert same(hosts[0], cluster, simulated)
     logs = {path.name for path in (cluster / "logs").glob("rank-*.log")}
     assert logs == {f"rank-{rank:04d}-h{rank // 2 + 1}.log" for rank in range(6)}
@@ -79,7 +79,7 @@ def test_uneven_hosts_from_a_file_and_a_launching_machine_that_takes_no_part(
     recipe = (*DIGITS, "--gpus", 5, "--epochs", 1)
     cluster, simulated = tmp_path / "cluster", tmp_path / "simulated"
     hvd_lb(hosts[0], "train", *recipe, "--hostfile", tmp_path / "hostfile", "--output", cluster)
-    hvd_lb(hosts[0], "simulate", *recipe, "--output", simulated)
+    hvd_lb(hosts[0], "simulate", *recipe, "--run", "--output", simulated)
     assert same(hosts[0], cluster, simulated)
     assert {path.name[10:12] for path in (cluster / "logs").glob("rank-*.log")} == {"h2", "h3"}
 

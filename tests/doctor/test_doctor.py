@@ -16,6 +16,7 @@ from hvd_lb.doctor.ask import ProbeError, ask
 from hvd_lb.doctor.examine import examine
 from hvd_lb.doctor.finding import Finding
 from hvd_lb.doctor.selftest import TrialError, run_process, selftest, try_pixels, weight_difference
+from hvd_lb.machine.limits import available_memory
 from hvd_lb_cli.doctor import doctor
 
 GONE = ProbeError("ModuleNotFoundError: No module named 'it'")
@@ -101,7 +102,7 @@ def test_room_is_measured_where_the_folder_will_be(tmp_path: Path) -> None:
     assert states(full) == [("wrong", True)]
     assert str(planned) in full.detail
     assert machine.check_memory(2**30).state == "wrong"
-    assert machine.check_memory(machine.available_memory(), least=1).state == "ok"
+    assert machine.check_memory(available_memory(), least=1).state == "ok"
     # 64 MB, as in a container, matter between GPUs only
     small = {"least": 2**62}
     assert machine.check_shared_memory(tmp_path, GPU_TORCH, **small).prevents_training

@@ -30,6 +30,8 @@ def test_named_hosts(text: str, hosts: list[Host]) -> None:
         "h1:",
         "h1:0",
         "h1:x",
+        "h1:inf",
+        f"h1:{'9' * 5000}",
         "h1:-1",
         "h1:1:2",
         "h1:2000",
@@ -80,6 +82,9 @@ def test_hosts_of_an_lsf_job() -> None:
     assert lsf_hosts(job) == [Host("g1"), Host("g2")]
     assert lsf_hosts({**job, "LSB_MCPU_HOSTS": "g1 8"}) == [Host("g1")]
     assert lsf_hosts({**job, "LSB_MCPU_HOSTS": "g1 8 g2 8"}) == [Host("g1"), Host("g2")]
+    for text in ("g1", "g1 x", "g1 8 g2"):
+        with pytest.raises(UserError, match=f"LSB_MCPU_HOSTS is '{text}'"):
+            lsf_hosts({**job, "LSB_MCPU_HOSTS": text})
 
 
 def test_hosts_are_filled_in_order_and_the_rest_is_left_out() -> None:

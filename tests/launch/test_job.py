@@ -1,31 +1,25 @@
-"""What ranks are told comes through the file as it was."""
+"""What the ranks are told comes to them as it was."""
 
-from __future__ import annotations
-
-import os
 from pathlib import Path
 
 from hvd_lb.launch.job import Job
-from hvd_lb.recipe import Recipe
+from hvd_lb.recipe import make_recipe
 
 
 def test_a_job_is_read_as_it_was_written() -> None:
-    recipe = Recipe(
-        data=os.fsdecode(b"/data/\xff\xfe"), val="/é", crop_scale=(0.3, 1.0), model="resnet8", num_classes=10
-    )
     job = Job(
-        recipe=recipe,
-        output=Path("/runs/x"),
+        recipe=make_recipe({"data": "/data/\udcff", "crop_scale": (0.1, 1.0), "learning_rate": 0.1 + 0.2}),
+        output=Path("/runs/a\nb [c] \udcff ü"),
         device="cpu",
         processes=2,
         threads=1,
-        checkpoint=Path(os.fsdecode(b"/runs/\xe9/last")),
-        data_fingerprint="a-b-c",
-        starter="local",
-        hosts=[("one", 2)],
-        interfaces={"one": "lo"},
-        environment={"NAME": os.fsdecode(b"\xe9")},
+        checkpoint=Path("/runs/\udcff/checkpoints/last"),
+        data_fingerprint="f",
+        starter="ssh",
+        hosts=[("h1", 2)],
+        interfaces={"h1": "eth0"},
+        environment={"SECRET": "ß\udcff"},
     )
     text = job.to_json()
-    text.encode("utf-8", errors="strict")
+    assert text.isascii()
     assert Job.from_json(text) == job

@@ -1,6 +1,5 @@
 """Whose run a folder holds."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ def test_a_start_killed_while_it_writes_its_recipe_is_no_stranger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunDirectory(tmp_path / "run")
-    os.close(run.lock())
+    run.lock().close()
 
     def killed(*_: Path) -> None:
         raise KeyboardInterrupt

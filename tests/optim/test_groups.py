@@ -1,10 +1,14 @@
 """Parameter groups: no weight decay on batch norm, by module type."""
 
+import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet18
 
 from hvd_lb.optim import SGD, parameter_groups
+from hvd_lb.optim.make import make_optimizer
+from hvd_lb.recipe import Recipe
+from hvd_lb.training.models import build_model
 
 
 class Norm(nn.BatchNorm2d):
@@ -52,3 +56,38 @@ def test_a_model_without_batch_norm_makes_an_empty_group() -> None:
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "undecayed"),
+    [
+        ("resnet18", {"BatchNorm2d"}), ("densenet121", {"BatchNorm2d"}), ("googlenet", {"BatchNorm2d"}),
+        ("efficientnet_b0", {"BatchNorm2d"}), ("mobilenet_v3_small", {"BatchNorm2d"}), ("resnet8", {"BatchNorm2d"}),
+        ("vgg11", set()), ("vgg11_bn", {"BatchNorm2d"}), ("squeezenet1_1", set()),
+        ("vit_b_16", set()), ("swin_t", set()), ("convnext_tiny", set()),
+    ],
+)  # fmt: skip
+def test_of_every_architecture_batch_norm_alone_is_undecayed(name: str, undecayed: set[str]) -> None:
+    """LayerNorm, biases, embeddings of positions and layer scales decay, as the recipe says; none is left out."""
+    with torch.device("meta"):
+        model = build_model(name, 3, seed=0)
+    owner = {id(p): type(m).__name__ for m in model.modules() for p in m.parameters(recurse=False)}
+    decayed, plain = parameter_groups(model, 0.01)
+    assert {owner[id(p)] for p in plain["params"]} == undecayed
+    assert not undecayed & {owner[id(p)] for p in decayed["params"]}
+    assert len(decayed["params"]) + len(plain["params"]) == len(owner)
+    if name in ("vit_b_16", "swin_t"):
+        assert "LayerNorm" in {owner[id(p)] for p in decayed["params"]}
+
+
+def test_without_gradients_a_step_shrinks_what_decays_and_nothing_else() -> None:
+    """By η λ of itself: the recipe's numbers arrive in the optimizer."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.LayerNorm(4), nn.PReLU())
+    for p in model.parameters():
+        nn.init.constant_(p, 2.0)
+        p.grad = torch.zeros_like(p)
+    recipe = Recipe(model="resnet8", weight_decay=0.05, momentum=0.0, nesterov=False)
+    make_optimizer(recipe, model, 0.5).step()
+    for name, p in model.named_parameters():
+        expected = torch.full_like(p, 2.0 if name.startswith("1.") else 2.0 - 0.5 * 0.05 * 2.0)
+        torch.testing.assert_close(p.detach(), expected)

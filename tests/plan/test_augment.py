@@ -72,6 +72,86 @@ def test_distribution_is_torchvisions(width: int, height: int) -> None:
     assert abs(flips(ours).mean() - 0.5) < 0.04
 
 
+@pytest.mark.parametrize(("width", "height"), [(12, 9), (9, 12)])
+def test_every_place_is_as_likely_as_the_others(width: int, height: int) -> None:
+    """From the first column and row to the last: windows of the same size in 40,000 images, by chi squared."""
+    count = 40_000
+    found = RandomWindows(5).windows(2, np.arange(count), np.full(count, width), np.full(count, height))
+    for place, side, full in ((found.x, found.width, width), (found.y, found.height, height)):
+        for chosen in (full - 1, full - 3, full - 5):
+            places = place[side == chosen]
+            counts = np.bincount(places, minlength=full - chosen + 1)
+            expected = len(places) / (full - chosen + 1)
+            assert expected > 300
+            assert len(counts) == full - chosen + 1
+            assert (
+                (counts - expected) ** 2 / expected
+            ).sum() < 25  # at most 5 degrees of freedom, p = 0.0001
+
+
+def test_places_across_and_down_are_independent() -> None:
+    """And of the size: else whole regions would never be seen together."""
+    count = 40_000
+    found = RandomWindows(5).windows(2, np.arange(count), np.full(count, 500), np.full(count, 375))
+    spare_x, spare_y = 500 - found.width, 375 - found.height
+    parts = [
+        (found.x + 0.5) / (spare_x + 1), (found.y + 0.5) / (spare_y + 1), found.width * found.height,
+        flips(found),
+    ]  # fmt: skip
+    correlations = np.corrcoef(np.array(parts, np.float64))
+    off = np.abs(correlations[~np.eye(len(parts), dtype=bool)])
+    assert off.max() < 5 / np.sqrt(count)
+
+
+def test_the_aspect_is_width_over_height_and_even_in_its_logarithm() -> None:
+    """Between 1 and 4 half of the windows are below 2, which is below 2.5 of a plain uniform distribution."""
+    count = 20_000
+    full = np.full(count, 1000)
+    found = RandomWindows(0, (0.05, 0.06), (1.0, 4.0)).windows(0, np.arange(count), full, full)
+    aspect = found.width / found.height
+    assert 0.98 < aspect.min() < 1.02
+    assert 3.9 < aspect.max() < 4.1
+    assert abs((aspect < 2).mean() - 0.5) < 5 * 0.5 / np.sqrt(count) + 0.01  # whole pixels, too
+
+
+def test_ten_tries_before_the_fallback() -> None:
+    """Where one try in four fits, what falls back are 0.75 to the power of ten of the images."""
+    count = 20_000
+    found = RandomWindows(0, (0.5, 1.0), (0.5, 2.0)).windows(
+        0, np.arange(count), np.full(count, 200), np.full(count, 100)
+    )
+    rng = np.random.default_rng(0)
+    area = 200 * 100 * rng.uniform(0.5, 1, (count, 10))
+    aspect = np.exp(rng.uniform(np.log(0.5), np.log(2), (count, 10)))
+    fits = (np.round(np.sqrt(area * aspect)) <= 200) & (np.round(np.sqrt(area / aspect)) <= 100)
+    expected = (~fits.any(axis=1)).mean()
+    assert 0.01 < expected < 0.3
+    fell_back = (found.width == 200) & (found.height == 100)  # of an aspect of 2 the whole image
+    assert abs(fell_back.mean() - expected) < 6 * np.sqrt(expected / count)
+
+
+def test_windows_as_wide_as_the_image_fit() -> None:
+    """10 × 10 in an image of 10 × 100 is anywhere, not only in the middle where what does not fit goes."""
+    count = 2000
+    found = RandomWindows(0, (0.1, 0.1), (1.0, 1.0)).windows(
+        0, np.arange(count), np.full(count, 10), np.full(count, 100)
+    )
+    assert {*found.width.tolist(), *found.height.tolist()} == {10}
+    assert len(set(found.y.tolist())) == 91
+
+
+def test_the_central_fallback_is_torchvisions() -> None:
+    """Where no try fits, as in images of one row or column."""
+    image_sizes = [(1000, 1), (1, 1000), (3000, 20), (20, 3000), (999, 2)]
+    widths, heights = np.array(image_sizes).T
+    ours = RandomWindows(0, (0.9, 1.0)).windows(0, np.arange(len(image_sizes)), widths, heights)
+    for i, (width, height) in enumerate(image_sizes):
+        top, left, h, w = RandomResizedCrop.get_params(
+            torch.empty(3, height, width), [0.9, 1.0], [3 / 4, 4 / 3]
+        )
+        assert (ours.y[i], ours.x[i], ours.height[i], ours.width[i]) == (top, left, h, w)
+
+
 def test_the_evaluation_crop_is_what_resize_256_and_centre_crop_224_show() -> None:
     windows = CentreWindows(224 / 256).windows(np.array([500, 256]), np.array([375, 300]))
     assert windows.width.tolist() == windows.height.tolist() == [328, 224]

@@ -119,3 +119,13 @@ def test_a_minibatch_larger_than_the_data_names_the_largest(
 def test_imagenet_with_256_gpus() -> None:
     plan = SamplePlan(1_281_167, 256, 32, 0)
     assert (plan.steps_per_epoch, plan.dropped_per_epoch) == (156, 3215)
+
+
+def test_a_later_epoch_is_not_the_epoch_of_another_seed() -> None:
+    """(seed, epoch) is a pair: runs with neighbouring seeds share no order at all."""
+    orders = {
+        tuple(SamplePlan(100, 1, 100, seed).image_ids(epoch, 0, 0).tolist())
+        for seed in range(6)
+        for epoch in range(6)
+    }
+    assert len(orders) == 36

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from itertools import count
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from hvd_lb.errors import UserError
-from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
+from hvd_lb.training.checkpoint import BackgroundWriter, CheckpointStore, Snapshot, open_checkpoint
 
 MODEL = {"weight": torch.arange(6.0).reshape(2, 3), "shared": torch.ones(4)[:2]}
 OPTIMIZER = {"state/0/velocity": torch.full((2, 3), 0.5)}
@@ -292,3 +293,32 @@ def test_a_copy_that_followed_links_goes_on(tmp_path: Path) -> None:
     assert open_checkpoint(store.folder / "last").step == 8
     assert open_checkpoint(store.folder / "best").step == 8
     assert {path.name for path in store.folder.iterdir()} == {"step-00000008", "last", "best"}
+
+
+def test_what_is_written_is_what_was_given_whatever_training_does_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next step has changed everything in place before the thread comes to writing."""
+    go_on = threading.Event()
+    write = CheckpointStore.write
+
+    def late(store: CheckpointStore, snapshot: Snapshot) -> Path:
+        assert go_on.wait(60)
+        return write(store, snapshot)
+
+    monkeypatch.setattr(CheckpointStore, "write", late)
+    contiguous, permuted = torch.arange(6.0), torch.arange(24.0).reshape(1, 2, 3, 4)
+    permuted = permuted.to(memory_format=torch.channels_last)
+    parameter = torch.nn.Parameter(torch.ones(3))
+    model = {"contiguous": contiguous, "permuted": permuted, "parameter": parameter}
+    expected = {name: tensor.detach().clone() for name, tensor in model.items()}
+    writer = BackgroundWriter(CheckpointStore(tmp_path))
+    writer.save(1, model, {"velocity": contiguous}, {"next": {}})
+    with torch.no_grad():
+        for tensor in model.values():
+            tensor.add_(100)
+    go_on.set()
+    writer.close()
+    checkpoint = open_checkpoint(tmp_path / "last")
+    assert all(torch.equal(checkpoint.model()[name], tensor) for name, tensor in expected.items())
+    assert torch.equal(checkpoint.optimizer()["velocity"], expected["contiguous"])

@@ -90,6 +90,22 @@ def test_train_on_two_processes_equals_simulate(start: Start, tmp_path: Path) ->
     assert_equal_weights([trained, simulated], 1e-5)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_variables_of_another_job_are_not_inherited(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """As in a shell that mpirun, horovodrun or srun has started."""
+    for launcher in ("HOROVOD", "OMPI_COMM_WORLD", "PMI", "PMIX", "HOROVOD_LOCAL", "HOROVOD_CROSS"):
+        monkeypatch.setenv(f"{launcher}_RANK", "1")
+        monkeypatch.setenv(f"{launcher}_SIZE", "3")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "192.0.2.1")
+    monkeypatch.setenv("HOROVOD_CONTROLLER", "mpi")
+    more = ("--gpus", 2, "--steps", 2, "--log-every", 1, "--launcher", "local", "--processes", processes)
+    finish(start("train", *SMALL, *more, "--output", tmp_path / "run"))
+    assert [record["kind"] for record in records(tmp_path / "run")] == ["train", "train", "eval"]
+
+
 def test_killed_it_goes_on_to_the_same_bits(start: Start, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = start(*a_run(run))
@@ -99,6 +115,8 @@ def test_killed_it_goes_on_to_the_same_bits(start: Start, undisturbed: Path, tmp
 
     out, _ = finish(start(*a_run(run)))
     assert "going on from step" in out
+    kept = {path.name for path in (run / "logs" / "attempt-1").iterdir()}
+    assert {"job.json", "launcher.log", "progress.json", "rank-0000-localhost.log"} <= kept
     assert [record["step"] for record in records(run) if record["kind"] == "train"] == list(range(100))
     assert_equal_metrics([undisturbed, run], 0)
     files = [of / "checkpoints" / "last" / "model.safetensors" for of in (undisturbed, run)]
@@ -211,14 +229,16 @@ def test_a_run_killed_after_its_end_is_summed_up(start: Start, undisturbed: Path
     assert summary(run)["final"] == summary(undisturbed)["final"]
     assert (run / "report.html").exists()
     assert records(run) == before
-    finish(start(*a_run(run)), 2)
+    out, _ = finish(start(*a_run(run)))
+    assert "at the end of this run already" in out
 
 
 def test_a_finished_run_is_left_alone(start: Start, undisturbed: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
-    out, err = finish(start(*a_run(undisturbed)), 2)
-    assert out == ""
-    assert "at the end of this run already" in err
+    out, err = finish(start(*a_run(undisturbed)))
+    assert err == ""
+    assert out.count("\n") == 1
+    assert "at the end of this run already (100 of 100 steps)" in out
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
 
 

@@ -15,8 +15,10 @@ from hvd_lb.world.solo import Solo
 
 @pytest.fixture(autouse=True)
 def plain_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in hvd_lb.world.RANK_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+    for name in ("HOROVOD", "OMPI_COMM_WORLD", "PMI"):
+        monkeypatch.delenv(f"{name}_SIZE", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
     monkeypatch.setattr(hvd_lb.world, "_current", None)
 
 
@@ -51,6 +53,19 @@ def test_solo_imports_nothing_of_horovod() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_world_that_is_smaller_than_what_was_started_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As Horovod without MPI is under mpirun."""
+    one = "\n".join(f"def {name}(): return {value}" for name, value in
+                    {"init": None, "rank": 0, "size": 1, "local_rank": 0, "local_size": 1}.items())  # fmt: skip
+    TestHorovodThatDoesNotFit().place(monkeypatch, tmp_path, one)
+    with pytest.raises(UserError, match="2 processes were started, and Horovod found 1"):
+        hvd_lb.world.init()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "horovod"]:
+        del sys.modules[name]
+
+
 class TestHorovodThatDoesNotFit:
     """Stand-in packages named horovod at the front of the path."""
 
@@ -67,6 +82,7 @@ class TestHorovodThatDoesNotFit:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.syspath_prepend(folder)
         monkeypatch.setenv("HOROVOD_RANK", "0")
+        monkeypatch.setenv("HOROVOD_SIZE", "2")
 
     @pytest.fixture(autouse=True)
     def _forget(self) -> object:
@@ -88,6 +104,7 @@ class TestHorovodThatDoesNotFit:
     @pytest.mark.filterwarnings("ignore:sys.meta_path is empty:ImportWarning")
     def test_that_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOROVOD_RANK", "0")
+        monkeypatch.setenv("HOROVOD_SIZE", "2")
         monkeypatch.setattr(sys, "path", [])
         monkeypatch.setattr(sys, "meta_path", [])
         for name in [name for name in sys.modules if name.partition(".")[0] == "horovod"]:

@@ -7,6 +7,7 @@ image costs less than decoding a JPEG, so a data pipeline measured with it is no
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import numpy as np
@@ -64,11 +65,13 @@ def open_synthetic(count: str) -> Dataset:
     """`synthetic:count`, or the size of ImageNet for an empty `count`."""
     if not count:
         train, val = IMAGENET_TRAIN, IMAGENET_VAL
-    elif count.isascii() and count.isdigit() and int(count) > 0:
+    elif re.fullmatch("[0-9]{1,9}", count, re.ASCII) and int(count):
         train = int(count)
         val = min(IMAGENET_VAL, max(1, train // 25))
     else:
-        raise UserError(f"synthetic:{count}: expected a positive number of images, as in synthetic:10000")
+        raise UserError(
+            f"synthetic:{count}: expected a positive number of images below 10⁹, as in synthetic:10000"
+        )
     return Dataset("synthetic", SyntheticImages(train, "train"), SyntheticImages(val, "val"))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hvd_lb.errors import UserError
+from hvd_lb.machine.limits import available_memory
 
 
 class SharedFile:
@@ -77,7 +78,7 @@ def _allocate(descriptor: int, path: Path, size: int) -> None:
     os.ftruncate(descriptor, 0)
     there = shutil.disk_usage(path.parent).free
     if path.is_relative_to("/dev/shm"):
-        there = min(there, _free_memory())
+        there = min(there, available_memory())
     if size <= there:
         with suppress(OSError):
             os.posix_fallocate(descriptor, 0, size)
@@ -86,14 +87,3 @@ def _allocate(descriptor: int, path: Path, size: int) -> None:
     raise UserError(
         f"{path.parent}: the decoded images need {size:,} bytes and there are {there:,}; leave --cache out"
     )
-
-
-def _free_memory() -> int:
-    """Bytes that are available on this machine, and in this container where it has a limit."""
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(meminfo["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
-    return max(0, free)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 
+from hvd_lb.world.launched import launched
+
 
 def this_rank() -> int:
     """The rank that the launcher gave this process; 0 for one on its own."""
-    for name in ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
+    place = launched(os.environ)
+    return place[0] if place else 0
 
 
 def log_name(rank: int, host: str) -> str:

@@ -56,13 +56,20 @@ def allocation(
     nodes = environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         return None
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks > 1:
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks.isdecimal() and int(tasks) > 1:
         raise UserError(
             f"this is one of {tasks} tasks that srun started, expected one process that starts the others: "
             "run `hvd-lb train` in the batch script or under salloc, without srun"
         )
-    return list(zip(expand_nodes(nodes), slots(device, environ), strict=True))
+    names = expand_nodes(nodes)
+    try:
+        return list(zip(names, slots(device, environ), strict=True))
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"this looks like a Slurm job on {nodes}, but its variables are not whole ({error}): run hvd-lb in the "
+            "job's own shell, or give --launcher local for this machine alone"
+        ) from None
 
 
 def slots(device: Literal["auto", "cpu", "cuda"], environ: Mapping[str, str]) -> list[int]:
@@ -96,7 +103,9 @@ def expand_nodes(nodes: str) -> list[str]:
             "run hvd-lb where Slurm's commands are, not in a container, or give --launcher local"
         ) from None
     except subprocess.CalledProcessError as error:
-        raise UserError(f"scontrol does not expand {nodes!r}: {error.stderr.strip()}") from None
+        raise UserError(
+            f"scontrol does not expand {nodes!r}; give --launcher local for this machine alone: {error.stderr.strip()}"
+        ) from None
     return found.stdout.split()
 
 

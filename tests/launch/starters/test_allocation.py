@@ -65,6 +65,18 @@ def test_one_task_of_several_is_told_so() -> None:
         allocation("auto", {"SLURM_JOB_NODELIST": "h[1-2]", "SLURM_STEP_NUM_TASKS": "16"})
 
 
+@pytest.mark.parametrize(
+    "left", [{}, {"SLURM_JOB_NUM_NODES": "x"}, {"SLURM_JOB_NUM_NODES": "1", "SLURM_TASKS_PER_NODE": "many"}]
+)
+def test_variables_that_are_not_whole_are_told_in_one_line(
+    left: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hvd_lb.launch.starters.allocation.expand_nodes", lambda nodes: [nodes])
+    for tasks in ("1", "x"):
+        with pytest.raises(UserError, match="are not whole.*--launcher local"):
+            allocation("cpu", {"SLURM_JOB_NODELIST": "h1", "SLURM_STEP_NUM_TASKS": tasks, **left})
+
+
 def test_without_scontrol_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="no scontrol on PATH.*not in a container"):

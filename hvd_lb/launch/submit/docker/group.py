@@ -23,7 +23,7 @@ from types import FrameType, TracebackType
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.starters.ssh import Reach
-from hvd_lb.launch.stopping import SIGNALS
+from hvd_lb.launch.stopping import heeded_signals
 from hvd_lb.launch.submit.command import Submission
 from hvd_lb.launch.submit.docker.commands import known_host, remove_command, run_command
 from hvd_lb.launch.submit.docker.handle import DockerContainer, Ended, Started, say
@@ -44,7 +44,7 @@ class Interrupted(Exception):
 class DockerContainers:
     """UserError on entry when a container cannot be started, with a line for each; then none is left.
 
-    SIGINT and SIGTERM are passed on to the command while it runs, and raise Interrupted before.
+    SIGINT, SIGTERM and SIGHUP are passed on to the command while it runs, and raise Interrupted before.
     """
 
     def __init__(self, submission: Submission, hosts: Sequence[str], reach: Reach):
@@ -55,7 +55,7 @@ class DockerContainers:
         self._beat = time.monotonic()
 
     def __enter__(self) -> DockerContainers:
-        self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, self._receive) for number in heeded_signals()}
         try:
             self._start()
         except BaseException:
@@ -154,7 +154,7 @@ class DockerContainers:
 
 @dataclass(frozen=True)
 class Signalled:
-    """This process got SIGINT or SIGTERM."""
+    """This process got SIGINT, SIGTERM or SIGHUP."""
 
     number: int
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from hvd_lb.errors import UserError
@@ -113,12 +114,13 @@ def _show(log: Path, position: int) -> int:
     try:
         with log.open("rb") as file:
             file.seek(position)
-            while block := file.read(1 << 16):
-                sys.stdout.buffer.write(block)
-                sys.stdout.buffer.flush()
-            return file.tell()
-    except FileNotFoundError:
+            text = file.read()
+    except OSError:  # it is not there yet, or cannot be read just now
         return position
+    with suppress(OSError):  # nobody reads it any more
+        sys.stdout.buffer.write(text)
+        sys.stdout.buffer.flush()
+    return position + len(text)
 
 
 def _exit_status(state: Mapping[str, str]) -> int:

@@ -1,0 +1,143 @@
+"""Who may write into a run directory: one launching process, by the best lock that the file system has.
+
+- flock(2): the launcher of the ranks inherits it, so it lasts as long as anybody writes.
+- fcntl(2), where flock is not there (Lustre without it, some FUSE): it ends with the launching process, which takes its
+  ranks along, a few seconds later where they are on other hosts.
+- A file that names its maker, where neither is there (NFS without lockd): it stays after a crash. One of a dead
+  process of this machine is taken over; whether another machine's is still there only a person can know.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hvd_lb.errors import UserError
+
+# What a file system answers that has no such lock; all else is about this one file.
+_NOT_THERE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
+
+
+class DirectoryLock:
+    """Holds `folder` from the start until `close`, or the end of this process; UserError when another run does.
+
+    `descriptor` is to be inherited by whoever writes there, too; `warning` is empty where it is a flock. `maker` is the
+    file that stands for a lock where there is none.
+    """
+
+    def __init__(self, folder: Path, maker: Path):
+        self.warning = ""
+        self._maker: Path | None = None
+        self.descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            if _locked(fcntl.flock, self.descriptor, folder):
+                return
+            if _locked(fcntl.lockf, self.descriptor, folder):
+                self.warning = f"{folder} is locked by fcntl, as its file system has no flock"
+                return
+            _make(maker, folder)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+        self._maker = maker
+        self.warning = (
+            f"the file system of {folder} has no locks; {maker} stands for one, and stays if this process is killed: "
+            "start no second run there from another machine"
+        )
+
+    def close(self) -> None:
+        with suppress(OSError):
+            if self._maker:
+                self._maker.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.close(self.descriptor)
+
+
+def _locked(lock: Callable[[int, int], object], descriptor: int, folder: Path) -> bool:
+    """True: it is held now. False: the file system has no locks of this kind."""
+    try:
+        lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return False
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise _in_use(folder, "another run") from None
+        raise
+    return True
+
+
+def _in_use(folder: Path, whom: str) -> UserError:
+    return UserError(f"output folder {folder} is in use by {whom}: wait for it, or choose another --output")
+
+
+def _make(maker: Path, folder: Path) -> None:
+    """Makes the file that stands for a lock, once a dead process's is out of the way."""
+    while True:
+        try:
+            descriptor = os.open(maker, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            _remove_stale(maker, folder)
+        else:
+            break
+    with open(descriptor, "w", encoding="utf-8") as stream:
+        json.dump(_this_process(), stream)
+
+
+def _remove_stale(maker: Path, folder: Path) -> None:
+    """UserError where the process that made it may be alive."""
+    aside = maker.with_name(f".{maker.name}.{os.getpid()}")
+    try:
+        content = maker.read_bytes()
+        _refuse_living(maker, content, folder)
+        os.rename(maker, aside)
+        if aside.read_bytes() != content:  # somebody was faster, and this is his
+            os.rename(aside, maker)
+            raise _in_use(folder, "another run")
+        aside.unlink()
+    except FileNotFoundError:
+        pass
+
+
+def _refuse_living(maker: Path, content: bytes, folder: Path) -> None:
+    try:
+        made_by = json.loads(content)
+        pid, host = int(made_by["pid"]), str(made_by["host"])
+    except (ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{maker} stands for a lock of {folder}, but is damaged: remove it if no run writes there"
+        ) from None
+    mine = _this_process()
+    if any(made_by.get(name) != mine[name] for name in ("host", "machine")):
+        raise UserError(
+            f"output folder {folder} is in use by process {pid} on host {host}, or was when that host went down: "
+            f"remove {maker} if that process is no more"
+        )
+    if made_by.get("started") == _started(pid) is not None:
+        raise _in_use(folder, f"process {pid}")
+
+
+def _this_process() -> dict[str, Any]:
+    """What tells this process from all others: numbers are used again, and containers count anew."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    return {
+        "host": socket.gethostname(),
+        "machine": f"{boot} {os.readlink('/proc/self/ns/pid')}",
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+    }
+
+
+def _started(pid: int) -> int | None:
+    """When a process was started, in clock ticks since the machine was; None where it is no more."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else int(fields[18])

@@ -1,0 +1,72 @@
+"""By which signals and by which file a run is asked to end."""
+
+import errno
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvd_lb.launch.stopping import StopRequests, heeded_signals
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """As they were."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_closed_terminal_ends_a_run_unless_nohup_ignores_it() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert heeded_signals() == (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert heeded_signals() == (signal.SIGINT, signal.SIGTERM)
+
+
+def test_a_rank_under_nohup_goes_on(tmp_path: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    requested = StopRequests(tmp_path / "stop")
+    signal.raise_signal(signal.SIGHUP)
+    assert requested() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_a_rank(tmp_path: Path, number: int) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    requested = StopRequests(tmp_path / "stop")
+    assert requested() == 0
+    signal.raise_signal(number)
+    assert requested() == number
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", "²".encode(), b"at once", b"1 5"])
+def test_what_is_no_number_asks_for_nothing(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "stop"
+    requested = StopRequests(file)
+    requested.watch_file = True
+    file.write_bytes(content)
+    assert requested() == 0
+    file.write_text("15")
+    assert requested() == 15
+
+
+def test_a_file_that_cannot_be_read_just_now_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "stop"
+    file.write_text("15")
+    requested = StopRequests(file)
+    requested.watch_file = True
+
+    def stale(*_: Any, **__: Any) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_bytes", stale)
+        assert requested() == 0
+    assert requested() == 15

@@ -1,0 +1,263 @@
+"""Records: strict JSON in whole lines, also on a full disk; and readers that cope with what others left."""
+
+import errno
+import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvd_lb.report.metrics import (
+    JsonLines,
+    MetricsFollower,
+    RunObserver,
+    read_metrics,
+    read_records,
+    truncate_metrics,
+)
+from hvd_lb.report.run_directory import RunDirectory
+
+NAN, INF = float("nan"), float("inf")
+TORN = b'{"kind": "train", "step": 3, "lo'
+FOREIGN = [
+    b"\0\0\0\0\n",
+    b"not JSON\n",
+    b"[1]\n",
+    b"3\n",
+    b'{"kind": "train"}\n',
+    b'"\xff"\n',
+    b"\n",
+    TORN + b"\n",
+]
+
+
+def train(step: int, **more: Any) -> dict[str, Any]:
+    return {
+        "epoch": 0,
+        "step": step,
+        "lr": 0.1,
+        "loss": 2.5,
+        "images_per_second": 10.0,
+        "data_wait": 0.0,
+        **more,
+    }
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Every line of a file, read by the letter of the standard."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = path.read_text("ascii")
+    assert not text or text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """Files may grow to this size, as on a disk that is then full: the last write goes in by half."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory(tmp_path)
+    run.logs.mkdir()
+    return run
+
+
+def test_what_is_not_finite_is_null(run: RunDirectory) -> None:
+    observer = RunObserver(run, 0)
+    observer.train(train(0, loss=NAN, lr=INF, deep=[1.0, {"x": -INF}]))
+    observer.close()
+    [record] = lines(run.metrics)
+    assert (record["loss"], record["lr"], record["deep"]) == (None, None, [1.0, {"x": None}])
+    assert read_metrics(run.metrics) == [record]
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_one_line_that_is_no_record_is_left_out(tmp_path: Path, foreign: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = [json.dumps({"kind": "train", **train(step)}).encode() + b"\n" for step in range(3)]
+    path.write_bytes(whole[0] + foreign + whole[1] + whole[2] + TORN)
+    assert [record["step"] for record in read_metrics(path)] == [0, 1, 2]
+    assert read_records(path)[1] == 1
+    assert [record["step"] for record in MetricsFollower(path, 1).new_records()] == [1, 2]
+    truncate_metrics(path, 2)
+    assert path.read_bytes() == whole[0] + whole[1]
+
+
+def test_a_kind_that_is_not_known_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "kind": "later", "why": "x"}\n{"step": 2, "kind": 7}\n')
+    before = path.stat().st_ino
+    truncate_metrics(path, 5)
+    assert path.stat().st_ino == before  # nothing to change
+    truncate_metrics(path, 2)
+    assert path.read_text() == '{"step": 1, "kind": "later", "why": "x"}\n'
+
+
+def test_numbers_of_older_versions_that_are_not_finite(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"kind": "train", **train(0, loss=NAN, lr=INF)}) + "\n")
+    [record] = read_metrics(path)
+    assert record["loss"] is record["lr"] is None
+
+
+def test_a_follower_goes_on_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    follower = MetricsFollower(path, 0)
+    assert follower.new_records() == []
+    path.write_text('{"step": 0}\n{"st')
+    assert follower.new_records() == [{"step": 0}]
+    original = Path.open
+
+    def stale(self: Path, *arguments: Any, **named: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "open", stale)
+    assert follower.new_records() == []
+    monkeypatch.setattr(Path, "open", original)
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    assert follower.new_records() == [{"step": 1}]
+
+
+@pytest.mark.parametrize("size", range(0, 75, 6))
+def test_a_full_disk_tears_no_line_and_loses_none(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written = JsonLines(path)
+    with room(size):
+        for step in range(5):
+            written.add({"step": step})
+            with suppress(OSError):
+                written.write()
+            assert [line["step"] for line in lines(path)] == list(range(min(step + 1, size // 12)))
+        with pytest.raises(OSError, match="File too large") if size < 60 else nullcontext():
+            written.write()
+    written.write(sync=True)
+    assert [line["step"] for line in lines(path)] == [0, 1, 2, 3, 4]
+
+
+def test_what_a_crash_left_of_a_line_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + TORN)
+    written = JsonLines(path)
+    written.add({"step": 1})
+    written.write()
+    assert lines(path) == [{"step": 0}, {"step": 1}]
+
+
+def test_a_full_disk_is_told_once_and_ends_no_training(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    observer = RunObserver(run, 0)
+    full = True
+    original = os.open
+
+    def no_room(path: Any, *more: Any, **named: Any) -> int:
+        if full and str(path).startswith(str(run.path)):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return original(path, *more, **named)
+
+    monkeypatch.setattr(os, "open", no_room)
+    monkeypatch.setattr(JsonLines, "write", fails_while(lambda: full, JsonLines.write))
+    monkeypatch.setattr("hvd_lb.report.metrics._HEARTBEAT_SECONDS", 0.0)
+    for step in range(3):
+        observer.microbatch(step, 1, 2)
+        observer.train(train(step))
+        observer.bad_images([{"step": step, "path": "a.jpg"}])
+    assert not run.metrics.exists()
+    told = capsys.readouterr().err
+    assert told.count("progress.json cannot be written (No space left on device)") == 1
+    assert (
+        told.count("metrics.jsonl cannot be written") == told.count("bad_images.jsonl cannot be written") == 1
+    )
+    full = False
+    observer.microbatch(3, 1, 2)
+    observer.train(train(3))
+    observer.close()
+    assert json.loads(run.heartbeat.read_text())["step"] == 3
+    assert [r["step"] for r in lines(run.metrics) if r["kind"] == "train"] == [0, 1, 2, 3]
+    warnings = [r["message"].split()[0] for r in lines(run.metrics) if r["kind"] == "warning"]
+    assert warnings == ["progress.json", "metrics.jsonl", "bad_images.jsonl"]
+    assert [r["step"] for r in lines(run.bad_images)] == [0, 1, 2]
+
+
+def fails_while(full: Any, original: Any) -> Any:
+    def write(self: JsonLines, **how: Any) -> None:
+        if full():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, **how)
+
+    return write
+
+
+# TensorBoard's thread ends by the error, and Python tells of it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_is_made_anew_after_an_error(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr("hvd_lb.report.metrics._BOARD_SECONDS", 0.0)
+    observer = RunObserver(run, 0)
+    observer.train(train(0))
+    assert observer._board
+    writer = observer._board._get_file_writer().event_writer._async_writer._writer
+    with monkeypatch.context() as broken:
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        broken.setattr(writer, "write", refuse)
+        while observer._board:
+            observer.train(train(1))
+    observer.train(train(2))
+    observer.close()
+    steps = [record["step"] for record in lines(run.metrics) if record["kind"] == "train"]
+    assert steps[0] == 0
+    assert steps[-1] == 2
+    files = sorted(run.tensorboard.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert len(files) == 2
+    board = EventAccumulator(str(files[1])).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [2]
+    [warning] = [record for record in lines(run.metrics) if record["kind"] == "warning"]
+    assert warning["message"].startswith("tensorboard cannot be written (No space left on device)")
+
+
+def test_what_waits_for_room_is_taken_back_with_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "bad_images.jsonl"
+    written, follower = JsonLines(path), MetricsFollower(path, 0)
+    for step in range(4):
+        written.add({"step": step, "path": "a.jpg"})
+        if step < 2:
+            written.write()
+    assert len(follower.new_records()) == 2
+    with room(path.stat().st_size):  # the disk is full
+        written.forget(1)
+    written.add({"step": 1, "path": "again"})
+    written.write()
+    assert [(line["step"], line["path"]) for line in lines(path)] == [(0, "a.jpg"), (1, "again")]
+    assert follower.new_records() == []
+    written.forget(0)
+    assert follower.new_records() == []
+    written.add({"step": 0})
+    written.write()
+    assert follower.new_records() == [{"step": 0}]
+
+
+def test_a_rollback_that_says_not_where_to_is_no_record(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"kind": "train", "step": 3}\n{"kind": "rollback", "step": 3, "to": null}\n{"step": 4}\n'
+    )
+    assert [record["step"] for record in read_metrics(path)] == [3, 4]
+    assert read_records(path)[1] == 1

@@ -1,0 +1,110 @@
+"""What is shown of a run that goes on: a display ends nothing, whatever it reads."""
+
+import errno
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hvd_lb.report.progress import RunView, open_display
+from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb_cli.output.terminal import plain_console
+
+RECORDS = [
+    {
+        "kind": "train",
+        "epoch": 0,
+        "step": 0,
+        "lr": 0.1,
+        "loss": None,
+        "images_per_second": None,
+        "data_wait": None,
+    },
+    {"kind": "train", "step": 1},
+    {"kind": "eval", "step": 1},
+    {"kind": "eval", "step": 1, "epoch": 0, "top1_error": 1, "top5_error": None, "loss": None, "images": 10},
+    {"kind": "repeat", "step": 1},
+    {"kind": "rollback", "step": 1},
+    {"kind": "rollback", "step": 1, "to": 0},
+    {"kind": "rollback", "step": 1, "to": 0, "left_out": True, "images": [1, 2]},
+    {"kind": "warning", "step": 1, "message": "the disk [bold]is[/] full"},
+    {"kind": 3, "step": 1},
+    {"step": 1},
+]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory(tmp_path)
+    run.logs.mkdir()
+    return run
+
+
+def view(run: RunDirectory, console: Console) -> RunView:
+    display = open_display(console, first_step=0, total_steps=4, steps_per_epoch=4)
+    return RunView(run, display, 0)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_null_and_foreign_records_are_shown_or_left_out(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, terminal: bool, encoding: str
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    run.metrics.write_text("\n".join(["not JSON", *map(json.dumps, RECORDS)]) + "\n")
+    run.bad_images.write_text('{"step": 0}\n')
+    run.heartbeat.write_text('{"step": 1, "microbatch": 1, "microbatches": 2}')
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
+    console = plain_console()
+    console.file = shown
+    console._force_terminal = terminal
+    with view(run, console) as watching:
+        watching.update()
+    shown.seek(0)
+    text = shown.read()
+    assert "evaluation: top-1 error 1.00 %, top-5 error nan %, loss nan, 10 images" in text
+    assert "the disk [bold]is[/] full" in text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "{}", '{"step": "x", "microbatch": 1, "microbatches": 2}']
+)
+def test_half_a_sign_of_life(run: RunDirectory, text: str) -> None:
+    run.heartbeat.write_text(text)
+    view(run, Console(file=io.StringIO())).update()
+
+
+def test_a_sign_of_life_of_no_microbatches(run: RunDirectory) -> None:
+    run.heartbeat.write_text('{"step": 1, "microbatch": 0, "microbatches": 0}')
+    view(run, Console(file=io.StringIO(), force_terminal=True)).update()
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "bad_images.jsonl", "progress.json"])
+def test_what_cannot_be_read_just_now_is_left_out(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, number: int, name: str
+) -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, width=200)
+    watching = view(run, console)
+    run.metrics.write_text(json.dumps(RECORDS[3]) + "\n")
+    run.bad_images.write_text('{"step": 0, "path": "a.jpg"}\n')
+    run.heartbeat.write_text('{"step": 1, "microbatch": 1, "microbatches": 2}')
+    with monkeypatch.context() as broken:
+        original = io.open
+
+        def opened(path: Any, *more: Any, **named: Any) -> Any:
+            if os.fspath(path).endswith(name):
+                raise OSError(number, os.strerror(number), os.fspath(path))
+            return original(path, *more, **named)
+
+        broken.setattr(io, "open", opened)
+        watching.update()
+    watching.update()
+    assert "evaluation: top-1 error 1.00 %" in shown.getvalue()
+    assert "a.jpg cannot be decoded" in shown.getvalue()

@@ -1,0 +1,138 @@
+"""From what was typed to a run: recipe and options together, and data by their very names."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from hvd_lb.errors import UserError
+from hvd_lb.resolve import check_options, explain, resolve
+
+DIGITS = {"data": "digits", "gpus": 2}
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HVD_LB_CACHE", str(tmp_path / "cache"))
+
+
+def written(text: str) -> str:
+    Path("mine.yaml").write_text(f"model: resnet8\nimage_size: 8\n{text}\n")
+    return "mine.yaml"
+
+
+@pytest.mark.parametrize(
+    ("file", "options"),
+    [
+        ("nesterov: false", {"momentum": 0.0}),
+        ("momentum: 0.0", {"nesterov": False}),
+        ("momentum_form: 9\nmomentum_correction: false", {"momentum_form": 10}),
+        ("momentum_correction: false\nnesterov: false\nmomentum: 0", {}),
+        ("schedule: cosine", {"schedule": "step", "drop_epochs": (10.0, 20.0)}),
+        ("schedule: step", {"drop_epochs": (10.0, 20.0)}),
+        ("schedule: cosine\ndrop_epochs: [10, 20]\npower: 3", {"power": 3.0, "schedule": "polynomial"}),
+        ("warmup_epochs: 99\nepochs: 3", {"epochs": 200}),
+    ],
+)
+def test_what_is_right_together(file: str, options: dict[str, Any]) -> None:
+    recipe = resolve({**DIGITS, **options}, recipe=written(file), default_gpus=2).recipe
+    assert {name: getattr(recipe, name) for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "told"),
+    [
+        (
+            "momentum: 0",
+            {},
+            "mine.yaml: momentum = 0 with nesterov = True by default: nesterov needs a momentum",
+        ),
+        (
+            "nesterov: true",
+            {"momentum": 0.0},
+            "--momentum 0.0 with mine.yaml: nesterov = True: nesterov needs",
+        ),
+        (
+            "momentum_form: 9",
+            {"momentum_correction": False},
+            "--no-momentum-correction with mine.yaml: momentum_form",
+        ),
+        ("flip: 2", {"flip": 0.5}, "mine.yaml: flip = 2: input should be less than or equal to 1"),
+        ("flip: 0.5", {"flip": 2.0}, "--flip 2.0: input should be"),
+        ("schedule: cosine", {"drop_epochs": (10.0,)}, "--drop-epochs has no effect with schedule cosine"),
+        ("schedule: step", {"power": 3.0}, "--power has no effect with schedule step"),
+        ("warmup: none", {"warmup_epochs": 3.0}, "--warmup-epochs has no effect with warmup none"),
+        ("flip: 0", {"max_bad_images": 0.1}, "--max-bad-images has no effect with on-bad-image fail"),
+    ],
+)
+def test_what_is_wrong_together_is_told_with_where_it_is_from(
+    file: str, options: dict[str, Any], told: str
+) -> None:
+    recipe = written(file)
+    for check in (
+        lambda: check_options(options, recipe),
+        lambda: resolve({**DIGITS, **options}, recipe=recipe, default_gpus=2),
+    ):
+        with pytest.raises(UserError) as error:
+            check()
+        assert told in str(error.value)
+
+
+def test_options_alone_are_refused_where_no_preset_goes_with_them() -> None:
+    with pytest.raises(UserError, match="--momentum 0.0 with nesterov = True by default"):
+        check_options({"momentum": 0.0}, None)
+    with pytest.raises(UserError, match="--power has no effect"):
+        check_options({"power": 2.0}, None)
+    # goyal-resnet50 decays in steps; for digits, with cosine, it is refused as soon as the data are known
+    check_options({"drop_epochs": (10.0,)}, None)
+    with pytest.raises(UserError, match="--drop-epochs has no effect with schedule cosine"):
+        resolve({**DIGITS, "drop_epochs": (10.0,)}, recipe=None, default_gpus=2)
+
+
+def folder(name: str) -> None:
+    for split in ("train", "val"):
+        for label in ("ant", "bee"):
+            path = Path(name, split, label)
+            path.mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (40, 30), (number * 9, 20, 30)).save(path / f"{number}.png")
+
+
+@pytest.mark.parametrize(
+    "name", ["synthetic_faces", "synthetic2", "digits_backup", "fashion-mnist-v2", "images", "goyal-resnet50"]
+)
+def test_a_folder_whose_name_is_like_that_of_a_built_in_set(name: str) -> None:
+    folder(name)
+    resolved = resolve({"data": name, "gpus": 1, "per_gpu_batch": 4}, recipe=None, default_gpus=1)
+    assert (resolved.preset, resolved.recipe.data) == ("small-images", str(Path(name).absolute()))
+
+
+def test_a_folder_with_the_name_of_a_built_in_set() -> None:
+    folder("digits")
+    built_in = resolve({"data": "digits"}, recipe=None, default_gpus=1)
+    assert len(built_in.dataset.train) == 1438
+    assert ("", "the built-in data set; what lies here by that name would be --data ./digits") in explain(
+        built_in
+    )
+    own = resolve({"data": "./digits", "per_gpu_batch": 4}, recipe=None, default_gpus=1)
+    assert len(own.dataset.train) == 8
+    assert own.preset == "small-images"
+    by_name = resolve({"data": "./digits", "per_gpu_batch": 4}, recipe="digits", default_gpus=1)
+    assert by_name.why == "the preset; what lies here by that name would be --recipe ./digits"
+
+
+def test_data_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HVD_LB_DATA", "nowhere")
+    with pytest.raises(UserError, match="^HVD_LB_DATA: nowhere"):
+        resolve({}, recipe=None, default_gpus=1)
+    with pytest.raises(UserError, match="^nowhere"):
+        resolve({"data": "nowhere"}, recipe=None, default_gpus=1)
+
+
+def test_a_cache_that_is_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder("own")
+    monkeypatch.setenv("HVD_LB_CACHE", "/dev/null/cache")
+    with pytest.raises(UserError, match="HVD_LB_CACHE is /dev/null/cache, and /dev/null is no folder"):
+        resolve({"data": "own"}, recipe=None, default_gpus=1)

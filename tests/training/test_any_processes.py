@@ -1,0 +1,83 @@
+"""The trainer on several processes is the trainer on one: threads stand for processes here, tests/whole_runs has real
+ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import Records, largest_difference, small_data, small_recipe
+from together import together
+
+from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
+from hvd_lb.training.models import build_model
+from hvd_lb.training.trainer import Trainer
+from hvd_lb.world import World
+from hvd_lb.world.solo import Solo
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def one_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads share torch's random numbers."""
+    fresh = build_model("resnet8", 5, seed=0)
+    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
+
+
+def run(
+    world: World, folder: Path, steps: int | None = None, resume: bool = False, **changes: Any
+) -> Trainer:
+    recipe = small_recipe(
+        epochs=2,
+        steps=steps,
+        last_batch="keep",
+        eval_every="3steps",
+        checkpoint_every="4steps",
+        log_every=1,
+        **changes,
+    )
+    trainer = Trainer(
+        recipe, small_data(), world, device=torch.device("cpu"), threads=1, observer=Records(),
+        store=CheckpointStore(folder), checkpoint=open_checkpoint(folder / "last") if resume else None,
+    )  # fmt: skip
+    trainer.fit()
+    trainer.state.statistics.publish(trainer.step)
+    return trainer
+
+
+def assert_the_same(found: Trainer, expected: Trainer, first: int = 0) -> None:
+    assert largest_difference(found.model, expected.model) < 1e-11
+    for kind in ("training", "evaluations"):
+        records = [getattr(trainer.observer, kind) for trainer in (found, expected)]
+        wanted = [record for record in records[1] if record["step"] >= first]
+        assert len(records[0]) == len(wanted)
+        for a, b in zip(records[0], wanted, strict=True):
+            for name in a.keys() - {"images_per_second", "data_wait"}:
+                assert a[name] == pytest.approx(b[name], rel=1e-11), (name, a, b)
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [(2, {}), (3, {"recompute_bn": 45}), (4, {"momentum_form": 9}), (3, {"gpus": 3})],
+)
+def test_a_run_in_float_mode(processes: int, changes: dict[str, Any], tmp_path: Path) -> None:
+    """In fp64, to rounding: losses, evaluations, weights and running statistics; the last step of an epoch is short."""
+    alone = run(Solo(), tmp_path / "alone", **changes)
+    found = together(processes, lambda world: run(world, tmp_path / "together", **changes))
+    assert_the_same(found[0], alone)
+    for other in found[1:]:
+        assert largest_difference(other.model, found[0].model) == 0
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 4)])
+def test_a_run_that_goes_on_with_other_processes(before: int, after: int, tmp_path: Path) -> None:
+    """From a checkpoint in mid-epoch: what each process knew alone has been put together."""
+    whole = run(Solo(), tmp_path / "whole")
+    together(before, lambda world: run(world, tmp_path / "parts", steps=7))
+    found = together(after, lambda world: run(world, tmp_path / "parts", resume=True))
+    assert_the_same(found[0], whole, first=7)
