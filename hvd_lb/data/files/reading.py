@@ -85,7 +85,7 @@ def read_file(path: str) -> np.ndarray:
 
 def read_into(descriptor: int, content: np.ndarray, offset: int) -> int:
     """Fill `content`, uint8 (n,), from `offset` on; how many bytes there were. OSError."""
-    rest = memoryview(content)
+    rest = content.data
     while rest:
         count = os.preadv(descriptor, [rest], offset + len(content) - len(rest))
         if not count:

@@ -21,8 +21,8 @@ T = TypeVar("T")
 
 MOST_THREADS = 64
 _MOST_AT_A_TIME = 256
-_PIECE_SECONDS = 0.002
-"""So long a thread works before it hands over what it has: much longer than handing over takes."""
+_PIECE_SECONDS = 0.01
+"""So long a thread works before it hands over what it has, so that handing over does not count."""
 
 _WINDOW_SECONDS = 0.02
 _PAUSE, _LONGEST_PAUSE = 8, 64  # windows
