@@ -101,6 +101,9 @@ def _submission(command: click.Command, options: TrainOptions, target: Target) -
     given = check_options(fields, recipe)
     spec = data_spec(fields, given)
     data = data_folder(spec)
+    val = fields.get("val") or given.get("val")
+    if val is not None and (options.submit.image or target.kind == "submit-kubernetes"):
+        _refuse_unmounted(val, data)
     device_name: DeviceName = "cpu" if options.device == "cpu" else "cuda"
     recipe_file = (
         Path(recipe).expanduser().absolute() if recipe and Path(recipe).expanduser().is_file() else None
@@ -109,8 +112,9 @@ def _submission(command: click.Command, options: TrainOptions, target: Target) -
         (LAUNCH_OPTIONS - FORWARDED) | _options_of_systems(command) | set(SubmitOptions.__dataclass_fields__)
     )
     line = [
-        *forwarded_arguments(sys.argv[1:], command, {*dropped, "device", "data", "output", "recipe"}),
+        *forwarded_arguments(sys.argv[1:], command, {*dropped, "device", "data", "val", "output", "recipe"}),
         *("--data", absolute_spec(spec), "--device", device_name),
+        *(("--val", absolute_spec(val)) if val is not None else ()),
         *(("--recipe", str(recipe_file or recipe)) if recipe else ()),
     ]
     # The same command finds its run again, as in default_output.
@@ -129,6 +133,15 @@ def _submission(command: click.Command, options: TrainOptions, target: Target) -
         container_port=options.submit.container_port,
         environment=named_environment(options.launch.env, os.environ),
     )
+
+
+def _refuse_unmounted(val: str, data: Path | None) -> None:
+    """UserError for validation images that containers, which have the folder of --data only, would not have."""
+    folder = data_folder(val)
+    if folder is None or data is None or not folder.is_relative_to(data):
+        raise UserError(
+            f"--val {val}: containers have only the folder of --data ({data}); give a --val that lies in there"
+        )
 
 
 def submit(command: click.Command, options: TrainOptions, target: Target) -> int:

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from hvd_lb.plan.augment import CentreWindows, RandomWindows
 
 Precision = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
+
+OnNan = Literal["stop", "rollback"]
 
 # The source of fields that were given on the command line.
 OPTIONS = "options"
@@ -89,6 +92,9 @@ class Recipe(BaseModel):
     data: str | None = _free(
         None,
         "digits, fashion-mnist, synthetic[:N], a folder, list or shards: docs/data.md [default: $HVD_LB_DATA or /data]",
+    )
+    val: str | None = _free(
+        None, "Validation images where they are not beside the training images: folder, list or shards."
     )
     val_fraction: float | None = Field(
         None, gt=0, lt=1, description="Share held out where there is no val/ folder."
@@ -204,6 +210,11 @@ class Recipe(BaseModel):
         "1epoch", "Period of checkpoints: 500steps, 10min, 1epoch, never. Always at the end."
     )
     keep_checkpoints: int = _free(3, "Newest checkpoints kept, besides the best.", ge=1)
+    on_nan: OnNan = _free(
+        "stop",
+        "Loss or weights that are no numbers: end, or go back to a checkpoint and leave that minibatch out.",
+    )
+    max_rollbacks: int = _free(3, "With rollback: after so many minibatches left out the run ends.", ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -329,13 +340,25 @@ def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe
 
 
 def differing_fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Fields of two recipes' `mathematics` that differ, as "name: a → b"."""
-    missing = "absent"
+    """Fields of two recipes' `mathematics` that differ, as "name: a → b".
+
+    A field that one of them lacks is of a newer version: it has its default there, as the older version did.
+    """
+
+    def value(of: Mapping[str, Any], name: str) -> Any:
+        return of[name] if name in of else _defaults().get(name, "absent")
+
     return [
-        f"{name}: {a.get(name, missing)} → {b.get(name, missing)}"
+        f"{name}: {value(a, name)} → {value(b, name)}"
         for name in sorted({*a, *b})
-        if a.get(name, missing) != b.get(name, missing)
+        if value(a, name) != value(b, name)
     ]
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """As JSON values."""
+    return Recipe.model_validate({}).model_dump(mode="json")
 
 
 def preset_names() -> list[str]:

@@ -60,10 +60,11 @@ def resolve(
 
     given = check_options(options, recipe)
     spec = data_spec(options, given, fallback_data)
+    val = options.get("val", given.get("val"))
     val_fraction = options.get("val_fraction", given.get("val_fraction"))
     on_bad_image = options.get("on_bad_image", given.get("on_bad_image", "fail"))
     dataset = open_dataset(
-        spec, val_fraction=val_fraction, on_progress=on_progress, on_bad_image=on_bad_image
+        spec, val=val, val_fraction=val_fraction, on_progress=on_progress, on_bad_image=on_bad_image
     )
     if recipe:
         preset, why = recipe, "as asked for"
@@ -77,11 +78,18 @@ def resolve(
         **options,
     }
     values["data"] = absolute_spec(spec)
+    if val is not None:
+        values["val"] = absolute_spec(val)
     resolved = make_recipe(values, f"recipe {preset} with your options")
     if (resolved.num_classes or 0) < len(dataset.train.classes):
         raise UserError(
             f"--num-classes {resolved.num_classes}, but {dataset.name} has {len(dataset.train.classes)} classes: "
             "expected at least as many"
+        )
+    if len(dataset.train.classes) == 1:
+        raise UserError(
+            f"{dataset.name} has one class only ({dataset.train.classes[0]}), so there is nothing to tell apart: "
+            "expected at least two"
         )
     if resolved.on_bad_image == "fail":
         for split in (dataset.train, dataset.val):
@@ -161,6 +169,7 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
             f"{recipe.data}: {plan.images:,} training and {len(resolved.dataset.val):,} validation images, "
             f"{len(resolved.dataset.train.classes):,} classes",
         ),
+        *(("note", note) for note in resolved.dataset.notes),
         ("model", f"{recipe.model}, {recipe.image_size}×{recipe.image_size}, {recipe.precision}"),
         (
             "minibatch",

@@ -8,16 +8,15 @@ import rich_click as click
 from rich.console import Console
 
 from hvd_lb.report.text import count
+from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.progress import long_progress
 
 
 @click.command("export")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="FOLDER", type=click.Path(path_type=Path))
-@click.option(
-    "--val-fraction", type=float, help="Share held out where there is no val/ folder, as with `train`."
-)
-def export_command(source: str, target: Path, val_fraction: float | None) -> None:
+@split_options
+def export_command(source: str, target: Path, val: str | None, val_fraction: float | None) -> None:
     """Write the data set SRC (whatever --data takes) to FOLDER/train and FOLDER/val with a folder for each class.
 
     Files are copied byte for byte; pixels, such as those of fashion-mnist, become PNG.
@@ -31,7 +30,7 @@ def export_command(source: str, target: Path, val_fraction: float | None) -> Non
 
     with long_progress(Console()) as on_progress:
         dataset = open_dataset(
-            source, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
+            source, val=val, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
         )
         folders = export(dataset, target, threads=4 * usable_cores(), on_progress=on_progress)
     click.echo(

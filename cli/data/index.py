@@ -9,7 +9,8 @@ import rich_click as click
 from rich.console import Console
 
 from hvd_lb.errors import UserError
-from hvd_lb.report.text import count
+from hvd_lb.report.text import count, printable
+from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.progress import long_progress
 
 if TYPE_CHECKING:
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Keep the index in .hvd-lb-index beside the data, where all who share them find it.",
 )
-@click.option("--check", is_flag=True, help="Compare size and time of every file with the index.")
-@click.option(
-    "--val-fraction", type=float, help="Share held out where there is no val/ folder, as with `train`."
-)
-def index_command(source: str, beside: bool, check: bool, val_fraction: float | None) -> None:
+@click.option("--check", is_flag=True, help="Look at every file, and at its first bytes, anew.")
+@split_options
+def index_command(
+    source: str, beside: bool, check: bool, val: str | None, val_fraction: float | None
+) -> None:
     """Index DATA, a folder, list or shards: location, size, label, width, height and orientation of every image.
 
     `train` does it on first use. An index that is there is made anew when files came, went or changed their names; with
-    --check also when any file has another size or time.
+    --check also when any file has other first bytes or another size.
 
     \b
     hvd-lb data index /data/imagenet --beside
@@ -50,8 +51,9 @@ def index_command(source: str, beside: bool, check: bool, val_fraction: float | 
             read_labels[:] = [label]
             on_progress(label, done, total)
 
-        indexes = index_splits(
+        indexes, notes = index_splits(
             source,
+            val=val,
             val_fraction=val_fraction,
             on_progress=show,
             check="full" if check else "quick",
@@ -65,6 +67,8 @@ def index_command(source: str, beside: bool, check: bool, val_fraction: float | 
                 f"{split}: {count(index.facts.broken, 'image')} with a broken header, the first: "
                 f"{index.path(position)} ({reason})"
             )
+    for note in notes:
+        click.echo(printable(note))
     folders = sorted({str(index.keep[0].parent) for index in indexes.values() if index.keep})
     seconds = time.monotonic() - began
     state = f"read in {seconds:,.1f} s" if read_labels else f"up to date ({seconds:,.1f} s)"

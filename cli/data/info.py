@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import rich_click as click
 from rich.console import Console
 
-from hvd_lb.report.text import count
+from hvd_lb.report.text import count, printable
+from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.picture_file import PICTURE, write_picture
 from hvd_lb_cli.output.progress import long_progress
 
@@ -20,9 +21,7 @@ _BAR = 12
 
 @click.command("info")
 @click.argument("source", metavar="[DATA]", required=False)
-@click.option(
-    "--val-fraction", type=float, help="Share held out where there is no val/ folder, as with `train`."
-)
+@split_options
 @click.option("--sheet", type=PICTURE, metavar="FILE.png", help="Write a contact sheet.")
 @click.option(
     "--split",
@@ -34,7 +33,9 @@ _BAR = 12
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which images are on the sheet."
 )
-def info(source: str | None, val_fraction: float | None, sheet: Path | None, split: str, seed: int) -> None:
+def info(
+    source: str | None, val: str | None, val_fraction: float | None, sheet: Path | None, split: str, seed: int
+) -> None:
     """Count images and classes of DATA (whatever --data takes), and tell sizes, formats and bytes.
 
     Classes and sizes come from the index; formats, bytes and orientation from the files, of many of them from a random
@@ -50,7 +51,9 @@ def info(source: str | None, val_fraction: float | None, sheet: Path | None, spl
 
     spec = source or default_data()
     with long_progress(Console()) as on_progress:
-        dataset = open_dataset(spec, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip")
+        dataset = open_dataset(
+            spec, val=val, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
+        )
     splits = {"train": dataset.train, "val": dataset.val}
     found = [survey(images, 4 * usable_cores()) for images in splits.values()]
     rows = [(spec, *splits), *zip(_topics(), *map(_figures, found), strict=True)]
@@ -62,6 +65,8 @@ def info(source: str | None, val_fraction: float | None, sheet: Path | None, spl
         for looked, what in ((of.sized, "sizes"), (of.opened, "formats, bytes and orientation")):
             if looked < of.images:
                 click.echo(f"{name}: {what} are those of {looked:,} random images of {of.images:,}")
+    for note in dataset.notes:
+        click.echo(printable(note))
     if sheet is not None:
         from hvd_lb.report.pictures.contact_sheet import contact_sheet
 

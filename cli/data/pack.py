@@ -11,6 +11,7 @@ from rich.console import Console
 
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count
+from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.progress import long_progress
 
 _UNITS = {"B": 1, **{f"{unit}B": 1000**n for n, unit in enumerate("kMGT", start=1)}}
@@ -53,9 +54,7 @@ class Size(click.ParamType[int]):
     show_default=True,
     help="JPEG quality of shrunk images.",
 )
-@click.option(
-    "--val-fraction", type=float, help="Share held out where there is no val/ folder, as with `train`."
-)
+@split_options
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
@@ -67,6 +66,7 @@ def pack_command(
     shard_size: int,
     max_side: int | None,
     quality: int,
+    val: str | None,
     val_fraction: float | None,
     threads: int | None,
 ) -> None:
@@ -90,7 +90,7 @@ def pack_command(
         raise UserError(f"{target}: lies in {source}; give a folder outside of what is packed")
     with long_progress(console) as on_progress:
         dataset = open_dataset(
-            source, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
+            source, val=val, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
         )
         packed = pack(
             dataset,

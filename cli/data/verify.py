@@ -11,6 +11,7 @@ from rich.console import Console
 
 from hvd_lb.data.options import MAX_PIXELS, MOST_PIXELS, LoaderKind
 from hvd_lb.report.text import count, printable
+from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.progress import long_progress
 
 
@@ -30,9 +31,7 @@ from hvd_lb_cli.output.progress import long_progress
     show_default=True,
     help="An image of more pixels is not decoded, and so bad.",
 )
-@click.option(
-    "--val-fraction", type=float, help="Share held out where there is no val/ folder, as with `train`."
-)
+@split_options
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that read and decode [default: cores]")
 @click.option(
     "--json", "report", type=click.Path(dir_okay=False, path_type=Path), help="Write what is found as JSON."
@@ -41,6 +40,7 @@ def verify_command(
     source: str,
     loader: LoaderKind,
     max_pixels: int,
+    val: str | None,
     val_fraction: float | None,
     threads: int | None,
     report: Path | None,
@@ -64,7 +64,7 @@ def verify_command(
     with long_progress(console) as on_progress:
         try:
             dataset = open_dataset(
-                source, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
+                source, val=val, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
             )
         except NoImages as error:
             for path in error.paths:

@@ -18,6 +18,7 @@ _FIXED_SPLITS = {"digits": open_digits, "fashion-mnist": open_fashion_mnist}
 def open_dataset(
     spec: str,
     *,
+    val: str | None = None,
     val_fraction: float | None = None,
     seed: int = 0,
     on_progress: Progress | None = None,
@@ -26,10 +27,10 @@ def open_dataset(
 ) -> Dataset:
     """The data set `spec`: digits | fashion-mnist | synthetic[:N] | PATH.
 
-    `val_fraction` and `seed` divide a source without a validation split; `on_progress(label, done, total)` is told
-    how far the reading of image headers has come. An image with a broken header is a UserError, or, with "skip", an
-    image without a size. Where an index is known to have the fingerprint `expected`, no file is looked at. Raises
-    UserError.
+    `val` names the validation split where it lies elsewhere; `val_fraction` and `seed` divide a source without one;
+    `on_progress(label, done, total)` is told how far the reading of image headers has come. An image with a broken
+    header is a UserError, or, with "skip", an image without a size. Where an index is known to have the fingerprint
+    `expected`, no file is looked at. Raises UserError.
     """
     if spec in _FIXED_SPLITS:
         opened = _FIXED_SPLITS[spec]()
@@ -40,6 +41,7 @@ def open_dataset(
         def open_it(check: Check) -> IndexedDataset:
             return open_path(
                 spec,
+                val=val,
                 val_fraction=val_fraction,
                 seed=seed,
                 on_progress=on_progress,
@@ -53,8 +55,7 @@ def open_dataset(
                 if present.known_fingerprint() == expected:
                     return present
         return open_it("quick")
-    if val_fraction is not None:
-        raise UserError(
-            f"--val-fraction {val_fraction}: {spec} has its own validation set; leave the option out"
-        )
+    if val is not None or val_fraction is not None:
+        given = f"--val-fraction {val_fraction}" if val is None else f"--val {val}"
+        raise UserError(f"{given}: {spec} has its own validation set; leave the option out")
     return opened

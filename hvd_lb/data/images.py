@@ -7,16 +7,21 @@ augmentation); a loader (`hvd_lb.data.loading.open`) then only executes windows.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from hvd_lb.errors import UserError
 
 Progress = Callable[[str, int, int], None]
 """Is told what is being done, how much of it is done, and of how much."""
 
 _CHUNK = 1 << 16
+_HASHED_BYTES = 4_000_000  # of pixels in memory
 
 
 class Images(Protocol):
@@ -53,27 +58,71 @@ class Images(Protocol):
     def name(self, image_id: int) -> str:
         """The path or the like, for messages."""
 
+    def evidence(self, start: int, stop: int) -> tuple[bytes, bytes]:
+        """Of images `start` … `stop` − 1, to be hashed: what is known of their bytes, and of their names and places."""
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named pair of splits with the same classes."""
+    """A named pair of splits with the same classes. `notes` are what a user should know of how they were read."""
 
     name: str
     train: Images
     val: Images
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     def fingerprint(self) -> str:
-        """Hash of what fixes the mathematics: classes, labels and sizes of both splits, in order.
+        """What the data are, in three hashes of both splits, in order: of classes, labels and sizes; of bytes; of names
+        and places.
 
-        The same for every copy of a data set: where it lies and how it is stored play no part.
+        The same for every copy of a data set; the first two also for one that was renamed or packed: `same_images`.
         """
-        digest = hashlib.sha256()
+        kinds, contents, places = (hashlib.sha256() for _ in range(3))
         for split in (self.train, self.val):
-            digest.update("\0".join([str(len(split)), *split.classes, ""]).encode())
+            kinds.update(os.fsencode("\0".join([str(len(split)), *split.classes, ""])))
             for values, dtype in ((split.labels, "<i8"), (split.widths, "<i4"), (split.heights, "<i4")):
                 for start in range(0, len(split), _CHUNK):
-                    digest.update(values[start : start + _CHUNK].astype(dtype).tobytes())
-        return digest.hexdigest()[:16]
+                    kinds.update(values[start : start + _CHUNK].astype(dtype).tobytes())
+            for start in range(0, len(split), _CHUNK):
+                content, place = split.evidence(start, min(start + _CHUNK, len(split)))
+                contents.update(content)
+                places.update(place)
+        return "-".join(of.hexdigest()[:16] for of in (kinds, contents, places))
+
+
+def images_of(fingerprint: str) -> str:
+    """The part of a fingerprint that names and places do not change."""
+    return "-".join(fingerprint.split("-")[:2])
+
+
+def same_images(known: str, present: str) -> bool:
+    """Whether these are fingerprints of the same images in the same order, whatever their names and places.
+
+    Older fingerprints had only the hash of classes, labels and sizes; then no more is compared.
+    """
+    pairs = zip(images_of(known).split("-"), images_of(present).split("-"), strict=False)
+    return all(of == now for of, now in pairs)
+
+
+def refuse_other_images(checkpoint: Path, known: str, present: str, name: str) -> None:
+    """UserError where `known`, the fingerprint in a checkpoint, is of other images than the data set `name` has."""
+    if not same_images(known, present):
+        raise UserError(
+            f"checkpoint {checkpoint} was trained on other data than {name} is now (images, their bytes, labels "
+            "or sizes differ): give the data set it began with, or another --output"
+        )
+
+
+def fingerprint_note(known: str, present: str) -> str:
+    """What a user should know where these are of the same images, but not the same; else nothing."""
+    if known == present:
+        return ""
+    if "-" not in known:
+        return (
+            "was made by an older version, which kept no check of the images' bytes: only that classes, labels and "
+            "sizes are the same is known"
+        )
+    return "was trained on the same images under other names or packed otherwise"
 
 
 class ArrayImages:
@@ -110,3 +159,8 @@ class ArrayImages:
 
     def name(self, image_id: int) -> str:
         return f"{self._title}[{image_id}]"
+
+    def evidence(self, start: int, stop: int) -> tuple[bytes, bytes]:
+        """Of many pixels those of every so manieth image."""
+        every = self._pixels.nbytes // _HASHED_BYTES + 1
+        return self._pixels[start:stop:every].tobytes(), b""

@@ -22,7 +22,7 @@ def describe(job: Job, launch: LaunchPlan, run: RunDirectory) -> str:
     lines = [
         f"mkdir -p {_quoted(run.logs)}",
         f"(umask 077; cat > {_quoted(run.job)}) <<'{_END}'",
-        job.model_dump_json(indent=1),
+        job.to_json(),
         _END,
     ]
     if launch.during:

@@ -5,6 +5,7 @@ It is readable by its owner alone: `environment` may hold secrets, which are kep
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -29,3 +30,11 @@ class Job(BaseModel):
     hosts: list[tuple[str, int]]  #: filled with ranks in this order
     interfaces: dict[str, str]  #: network interface of each host
     environment: dict[str, str]
+
+    def to_json(self) -> str:
+        """Text in which names of files that are no UTF-8 are kept, which pydantic's own JSON cannot say."""
+        return json.dumps(self.model_dump(mode="json"), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        return cls.model_validate(json.loads(text))

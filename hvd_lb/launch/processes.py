@@ -33,7 +33,7 @@ class RankProcesses:
         if launch.during:
             more = self._during.enter_context(launch.during())
             job = job.model_copy(update={"environment": {**job.environment, **more}})
-        replace_text(run.job, job.model_dump_json(indent=1), mode=0o600)
+        replace_text(run.job, job.to_json(), mode=0o600)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 launch.command(run.job),

@@ -31,6 +31,16 @@ class ResumePoint:
     def step(self) -> int:
         return self.checkpoint.step if self.checkpoint else 0
 
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the evaluation of the checkpoint's step is still to come: a stop or a kill was before it."""
+        return self.checkpoint is not None and self.checkpoint.saved.evaluation_due
+
+    @property
+    def first_record(self) -> int:
+        """The step from which on metrics are written anew."""
+        return self.step - 1 if self.evaluation_due else self.step
+
 
 def find_resume_point(
     run: RunDirectory, recipe: Recipe, resume: str, total_steps: int, environment: dict[str, Any]
@@ -71,7 +81,8 @@ def find_resume_point(
         if differing := differing_fields(checkpoint.saved.recipe, recipe.mathematics()):
             raise UserError(f"checkpoint {checkpoint.path} is of another recipe: {'; '.join(differing)}")
         ended_before = not stored or resume != "auto" or run.summary.exists()
-        if checkpoint.step >= total_steps and ended_before:
+        at_end = checkpoint.step >= total_steps and not checkpoint.saved.evaluation_due
+        if at_end and ended_before:
             raise UserError(
                 f"{checkpoint.path} is at the end of this run already ({checkpoint.step} of {total_steps} steps): "
                 "choose another --output to train again"

@@ -8,12 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
+from hvd_lb.data.images import fingerprint_note, refuse_other_images
+from hvd_lb.errors import UserError
 from hvd_lb.exact.reproducible import rounding_environment
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan, process_environment
@@ -35,20 +38,31 @@ _LOOK_SECONDS = 0.2
 
 def default_output(recipe: Recipe, prefix: str = "") -> Path:
     """runs/PREFIX DATA-MODEL-KxN-DIGEST: the same command finds its run again, another one gets another folder."""
-    data = re.sub(r"[:{}*?]+", "-", Path(recipe.data or "data").name)
+    data = re.sub(r"[:{}*?\ud800-\udfff]+", "-", Path(recipe.data or "data").name)
     return (
         Path("runs") / f"{prefix}{data}-{recipe.model}-{recipe.gpus}x{recipe.per_gpu_batch}-{recipe.digest()}"
     )
 
 
 def run_directory(output: Path | None, recipe: Recipe) -> RunDirectory:
-    return RunDirectory((output or default_output(recipe)).expanduser().absolute())
+    """UserError for a name that TensorBoard could not write to."""
+    path = (output or default_output(recipe)).expanduser().absolute()
+    if re.search("[\ud800-\udfff]", str(path)):
+        raise UserError(f"--output {str(path)!r}: is no UTF-8; choose another name")
+    return RunDirectory(path)
 
 
 def resume_point_of(run: RunDirectory, resolved: Resolved, placement: Placement, resume: str) -> ResumePoint:
     """Where a run begins or goes on; reads only. UserError where it cannot."""
     environment = rounding_environment(placement.device)
-    return find_resume_point(run, resolved.recipe, resume, resolved.total_steps, environment)
+    found = find_resume_point(run, resolved.recipe, resume, resolved.total_steps, environment)
+    if found.checkpoint is None:
+        return found
+    known, present = found.checkpoint.saved.data, resolved.dataset.fingerprint()
+    refuse_other_images(found.checkpoint.path, known, present, resolved.dataset.name)
+    note = fingerprint_note(known, present)
+    messages = [*found.messages, *([f"{found.checkpoint.path.name} {note}"] if note else [])]
+    return replace(found, messages=messages)
 
 
 def make_job(
@@ -94,8 +108,8 @@ def run_job(
     replace_text(run.recipe, recipe.to_yaml())
     write_json(run.environment, describe_environment(placement, command))
     run.summary.unlink(missing_ok=True)
-    truncate_metrics(run.metrics, resume_point.step)
-    truncate_metrics(run.bad_images, resume_point.step)
+    truncate_metrics(run.metrics, resume_point.step, evaluation_due=resume_point.evaluation_due)
+    truncate_metrics(run.bad_images, resume_point.step, evaluation_due=resume_point.evaluation_due)
     store = CheckpointStore(run.checkpoints)
     for path in resume_point.damaged:
         store.set_aside(path)
@@ -107,7 +121,7 @@ def run_job(
             f"going on from step {resume_point.step} ({resume_point.checkpoint.path.name})", highlight=False
         )
     console.print(f"writing to {run.path}", soft_wrap=True, highlight=False)
-    if resume_point.step >= resolved.total_steps:
+    if resume_point.step >= resolved.total_steps and not resume_point.evaluation_due:
         return _finish(run, resolved, 0.0, console)
 
     job = make_job(resolved, placement, launch, run, resume_point)
@@ -121,7 +135,7 @@ def run_job(
     with _signals() as received:
         processes = RankProcesses(job, launch, run, lock)
         try:
-            with RunView(run, display, resume_point.step) as view:
+            with RunView(run, display, resume_point.first_record) as view:
                 while (status := processes.wait(_LOOK_SECONDS)) is None and len(received) < 2:
                     if received and not run.stop.exists():
                         processes.ask_to_stop(received[0])

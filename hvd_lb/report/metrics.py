@@ -37,6 +37,13 @@ class RunObserver:
     def repeat(self, record: dict[str, Any]) -> None:
         self._write("repeat", record)
 
+    def rollback(self, record: dict[str, Any]) -> None:
+        self._write("rollback", record)
+        truncate_metrics(self._run.bad_images, record["to"])
+
+    def warning(self, record: dict[str, Any]) -> None:
+        self._write("warning", record)
+
     def bad_images(self, records: Sequence[dict[str, Any]]) -> None:
         with self._run.bad_images.open("a", encoding="utf-8") as lines:
             lines.writelines(json.dumps(record) + "\n" for record in records)
@@ -77,6 +84,12 @@ class SilentObserver:
     def repeat(self, record: dict[str, Any]) -> None:
         pass
 
+    def rollback(self, record: dict[str, Any]) -> None:
+        pass
+
+    def warning(self, record: dict[str, Any]) -> None:
+        pass
+
     def bad_images(self, records: Sequence[dict[str, Any]]) -> None:
         pass
 
@@ -88,15 +101,31 @@ class SilentObserver:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records; a last line that a crash cut short is left out."""
-    return list(_records(path)) if path.exists() else []
+    """All records that count: not those of steps that were taken again after a rollback, nor a line cut short."""
+    records: list[dict[str, Any]] = []
+    for record in _records(path) if path.exists() else ():
+        if record.get("kind") == "rollback":
+            records = [old for old in records if old["kind"] == "rollback" or old["step"] < record["to"]]
+        records.append(record)
+    return records
 
 
-def truncate_metrics(path: Path, first_step: int) -> None:
-    """Remove the records of steps from `first_step` on: the run goes on from there and writes them again."""
+def truncate_metrics(path: Path, first_step: int, *, evaluation_due: bool = False) -> None:
+    """Remove the records of steps from `first_step` on: the run goes on from there and writes them again.
+
+    With `evaluation_due` the evaluation after the step before, too.
+    """
     if not path.exists():
         return
-    kept = [record for record in _records(path) if record["step"] < first_step]
+
+    def of_evaluation(record: dict[str, Any]) -> bool:
+        return "eval" in (record.get("kind"), record.get("of"))
+
+    kept = [
+        record
+        for record in _records(path)
+        if record["step"] < first_step - (1 if evaluation_due and of_evaluation(record) else 0)
+    ]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 

@@ -69,6 +69,10 @@ class RunView:
                 self._display.note(
                     f"epoch {record['epoch']} step {record['step']} is taken again: {record['reason']}"
                 )
+            elif record["kind"] == "rollback":
+                self._display.note(_rolled_back(record))
+            elif record["kind"] == "warning":
+                self._display.note(f"warning: {record['message']}")
         for bad in self._bad_images.new_records():
             if not self._told_of_bad:
                 self._told_of_bad = True
@@ -200,3 +204,11 @@ def _metrics(record: dict[str, Any]) -> str:
         f"loss {record['loss']:.4f}, lr {record['lr']:.4g}, {speed(record['images_per_second'])}, "
         f"{100 * record['data_wait']:.0f} % waiting for data"
     )
+
+
+def _rolled_back(record: dict[str, Any]) -> str:
+    where = f"epoch {record['epoch']} step {record['step']}"
+    if record["left_out"]:
+        ids = ", ".join(map(str, record["images"][:8])) + (", …" if len(record["images"]) > 8 else "")
+        return f"{where} (images {ids}) is left out; going on from step {record['to']}"
+    return f"{where}: not finite any more; going back to step {record['to']} to find out which step it is"

@@ -3,32 +3,38 @@
 The number is that of steps done. A checkpoint is written under a temporary name, synced and renamed, so a name is
 either absent or whole; state.json carries the SHA-256 of the other two files and of itself, so one that was damaged
 later is recognised. Nothing is ever unpickled. While a run goes on a thread writes (`BackgroundWriter`): training waits
-only until the tensors are copied. Only folders of such names are ours; whatever else lies beside them stays.
+only until the tensors are copied, and goes on when a disk is full or slow. A checkpoint comes before its evaluation,
+which is noted down in state.json afterwards. Only folders of such names are ours; whatever else lies beside them stays.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hvd_lb.errors import UserError
 from hvd_lb.training import pointers
-from hvd_lb.training.saved_state import FORMAT, SavedState
+from hvd_lb.training.saved_state import FORMAT, FORMATS, SavedState
 
 _STATE = "state.json"
 _TENSORS = ("model", "optimizer")
+# What a file system without room says.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What a write or a removal that was killed has left.
 _LEFTOVERS = re.compile(r"\.(writing|removing)-(step-\d{8}|last|best)")
 
@@ -94,25 +100,22 @@ class CheckpointStore:
         return self.write(Snapshot(step, _copied(model), _copied(optimizer), dict(state), best))
 
     def write(self, snapshot: Snapshot) -> Path:
-        """`save` for tensors that were copied already."""
+        """`save` for tensors that were copied already. OSError, with nothing of it left, when it cannot be written.
+
+        On a full disk the checkpoints that would be too old afterwards make room first.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
             if _LEFTOVERS.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
         final = self.folder / f"step-{snapshot.step:08d}"
         writing = self.folder / f".writing-{final.name}"
-        writing.mkdir()
-        checksums = {}
-        for name, tensors in zip(_TENSORS, (snapshot.model, snapshot.optimizer), strict=True):
-            file = writing / f"{name}.safetensors"
-            save_file(tensors, file)
-            _sync(file)
-            checksums[name] = _sha256(file)
-        content = {**snapshot.state, "format": FORMAT, "step": snapshot.step, "checksums": checksums}
-        content["checksum"] = _digest(content)
-        (writing / _STATE).write_text(json.dumps(content, indent=1))
-        _sync(writing / _STATE)
-        _sync(writing)
+        try:
+            self._write_files(snapshot, writing)
+        except OSError as error:
+            if error.errno not in _FULL or not self._remove_old(max(1, self._keep - 1)):
+                raise
+            self._write_files(snapshot, writing)
         if final.exists():
             self._remove(final)
         for name in pointers.NAMES if snapshot.best else ("last",):
@@ -120,8 +123,38 @@ class CheckpointStore:
         writing.rename(final)
         pointers.settle(self.folder)
         _sync(self.folder)
-        self._remove_old()
+        self._remove_old(self._keep)
         return final
+
+    def _write_files(self, snapshot: Snapshot, folder: Path) -> None:
+        """The checkpoint in `folder`, all of it on disk, or nothing."""
+        try:
+            folder.mkdir()
+            checksums = {}
+            for name, tensors in zip(_TENSORS, (snapshot.model, snapshot.optimizer), strict=True):
+                file = folder / f"{name}.safetensors"
+                _save_tensors(tensors, file)
+                checksums[name] = _sha256(file)
+            _write_state(folder, {**snapshot.state, "step": snapshot.step, "checksums": checksums})
+            _sync(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def conclude(self, step: int, changes: Mapping[str, Any], *, best: bool) -> None:
+        """Note in the checkpoint of `step`, if it is there, what its evaluation has changed; whether it is the best."""
+        folder = self.folder / f"step-{step:08d}"
+        if not folder.is_dir():
+            return
+        state = json.loads((folder / _STATE).read_text("utf-8"))
+        del state["checksum"]
+        if best:  # a kill from here on leaves an announcement that is settled when the run goes on
+            pointers.announce(self.folder, "best", folder.name)
+        _write_state(folder, {**state, **changes})
+        _sync(folder)
+        pointers.settle(self.folder)
+        _sync(self.folder)
+        self._remove_old(self._keep)
 
     def discard_after(self, step: int) -> None:
         """Remove the checkpoints of more than `step` steps: the run goes on from there and writes them again."""
@@ -159,11 +192,13 @@ class CheckpointStore:
         path.rename(aside)
         return aside
 
-    def _remove_old(self) -> None:
-        best = pointers.followed(self.folder / "best")
-        for path in self.newest_first()[self._keep :]:
-            if path.resolve() != best.resolve():
-                self._remove(path)
+    def _remove_old(self, keep: int) -> bool:
+        """Whether there were more than the newest `keep` and the best."""
+        best = pointers.followed(self.folder / "best").resolve()
+        old = [path for path in self.newest_first()[keep:] if path.resolve() != best]
+        for path in old:
+            self._remove(path)
+        return bool(old)
 
     def _remove(self, path: Path) -> None:
         """Also when this process is killed meanwhile, no part of it is left under its name."""
@@ -176,13 +211,15 @@ class CheckpointStore:
 class BackgroundWriter:
     """Writes checkpoints into a store in a thread of its own, one after the other.
 
-    What a write raises (a full disk) is raised by the next `save` or by `close`.
+    A disk that is full or slow does not stop the training: `warn` is told, and the checkpoints there are stay. Only
+    `close` raises, UserError, when what was to be written last could not be.
     """
 
-    def __init__(self, store: CheckpointStore):
-        self._store = store
-        self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+    def __init__(self, store: CheckpointStore, warn: Callable[[str], None] = lambda message: None):
+        self._store, self._warn = store, warn
+        self._thread = ThreadPoolExecutor(1, "hvd-lb checkpoint")
+        self._writes: list[_Write] = []
+        self._failure: OSError | None = None
 
     def save(
         self,
@@ -192,27 +229,81 @@ class BackgroundWriter:
         state: Mapping[str, Any],
         *,
         best: bool = False,
-    ) -> None:
-        """As `CheckpointStore.save`, but returns when everything is copied; waits for the write before this one."""
-        self.close()
+        wait: bool = True,
+    ) -> bool:
+        """As `CheckpointStore.save`, but returns when everything is copied: True.
+
+        While the one before is still being written, it is waited for, or with `wait=False` this one is left out: False.
+        """
+        if not wait and not all(write.future.done() for write in self._writes):
+            self._warn(f"the checkpoint before is still being written, so that of step {step} is left out")
+            return False
+        self._settle()
         snapshot = Snapshot(step, _copied(model), _copied(optimizer), dict(state), best)
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="hvd-lb checkpoint")
-        self._thread.start()
+        future = self._thread.submit(self._store.write, snapshot)
+        self._writes.append(_Write(future, f"the checkpoint of step {step}", is_checkpoint=True))
+        return True
+
+    def conclude(self, step: int, changes: Mapping[str, Any], *, best: bool) -> None:
+        """`CheckpointStore.conclude`, after what was to be written before."""
+        future = self._thread.submit(partial(self._store.conclude, step, changes, best=best))
+        what = f"the evaluation of step {step} (in its checkpoint)"
+        self._writes.append(_Write(future, what, is_checkpoint=False))
+
+    def flush(self) -> None:
+        """Wait until everything is on disk that can be."""
+        self._settle()
 
     def close(self) -> None:
-        """Wait until everything is on disk."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """`flush`, and the end; UserError when the last checkpoint could not be written."""
+        self._settle()
+        self._thread.shutdown()
         if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+            newest = next((path.name for path in self._store.newest_first()), "none")
+            raise UserError(
+                f"the last checkpoint cannot be written into {self._store.folder} ({self._failure.strerror}; newest "
+                f"there: {newest}): make room or put the disk right, and the same command goes on from there"
+            ) from self._failure
 
-    def _write(self, snapshot: Snapshot) -> None:
-        try:
-            self._store.write(snapshot)
-        except Exception as error:  # raised where somebody can act on it
-            self._failure = error
+    def _settle(self) -> None:
+        while self._writes:
+            write = self._writes.pop(0)
+            failure: OSError | None = None
+            try:
+                write.future.result()
+            except OSError as error:
+                failure = error
+                self._warn(f"{write.what} cannot be written: {error.strerror}; training goes on")
+            if write.is_checkpoint:
+                self._failure = failure
+
+
+@dataclass(frozen=True)
+class _Write:
+    """Something the thread was told to write."""
+
+    future: Future[Any]
+    what: str
+    is_checkpoint: bool
+
+
+def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:  # it hides the operating system's number in its text
+        if match := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(file)) from error
+        raise
+    _sync(file)
+
+
+def _write_state(folder: Path, content: Mapping[str, Any]) -> None:
+    """state.json as a whole, old or new, with its checksum."""
+    content = {**content, "format": FORMAT}
+    writing = folder / f".{_STATE}.writing"
+    writing.write_text(json.dumps({**content, "checksum": _digest(content)}, indent=1), "utf-8")
+    _sync(writing)
+    os.replace(writing, folder / _STATE)
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -257,10 +348,10 @@ def _open(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(
             f"checkpoint {path} is damaged: {_STATE} does not match its checksum; use another checkpoint"
         )
-    if state["format"] != FORMAT:
+    if state["format"] not in FORMATS:
         raise UserError(
-            f"checkpoint {path} has format {state['format']} and this hvd-lb reads format {FORMAT}: go on with the "
-            "version that wrote it, or choose another --output"
+            f"checkpoint {path} has format {state['format']} and this hvd-lb reads formats up to {FORMAT}: go on with "
+            "the version that wrote it, or choose another --output"
         )
     for name in _TENSORS:
         file = path / f"{name}.safetensors"

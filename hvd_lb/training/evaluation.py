@@ -23,9 +23,16 @@ from hvd_lb.data.options import LoaderKind
 from hvd_lb.plan.augment import CentreWindows, Microbatch, Origin, Windows
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.training.bad_images import BadImages
-from hvd_lb.world import World
+from hvd_lb.world import Handle, World
 
 _LEFT_OUT = -1
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: how an evaluation is given up
+    """The run shall end, by the signal `number`; raised on all processes alike."""
+
+    def __init__(self, number: int):
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,16 @@ class Evaluator:
         world: World,
         autocast: AbstractContextManager[None],
         origin: Origin,
+        stop_requested: Callable[[], int] = lambda: 0,
     ) -> Evaluation:
-        """Collective; `forward` is a model in evaluation mode, `origin` says after which step."""
+        """Collective; `forward` is a model in evaluation mode, `origin` says after which step.
+
+        `stop_requested` is asked before each batch: when it gives a signal's number on any process, `Stopped`.
+        """
         own = self.own(world.rank, world.size)
+        # What is asked before a batch is answered before the next; by all processes, so only while all have batches.
+        rounds = len(self.own(0, 1)) // world.size
+        asked: Handle | None = None
         # One row a batch (right, right among five, images, loss), 0 for those of other processes: adding 0 is exact.
         figures = torch.zeros(len(self.own(0, 1)), 4, dtype=torch.float64, device=self.device)
         with (
@@ -98,7 +112,10 @@ class Evaluator:
                 on_stand_ins=self.bad_images.on_stand_ins,
             ) as loader,
         ):
-            for batch, (x, y) in zip(own, loader, strict=True):
+            for done, (batch, (x, y)) in enumerate(zip(own, loader, strict=True)):
+                self._heed(asked)
+                wish = torch.tensor([stop_requested()])
+                asked = world.maximum_async(wish, "hvd_lb.evaluation.stop") if done < rounds else None
                 bad = [of.position for of in self.bad_images.found if of.origin and of.origin.number == batch]
                 if bad:
                     y[bad] = _LEFT_OUT  # a stand-in only fills the batch
@@ -107,8 +124,14 @@ class Evaluator:
                 loss = nn.functional.cross_entropy(logits, y, reduction="sum", ignore_index=_LEFT_OUT)
                 right = torch.stack([ranked[:, 0].sum(), ranked.any(dim=1).sum()])
                 figures[batch, :2], figures[batch, 2], figures[batch, 3] = right, len(y) - len(bad), loss
+        self._heed(asked)
         world.allreduce(figures, "hvd_lb.evaluation")
         left_out = self.bad_images.settle(self.bad_images.count())
         self.bad_images.check(left_out, len(self.images), "validation")
         top1, top5, count, loss_sum = figures.sum(0).tolist()
         return Evaluation(100 * (1 - top1 / count), 100 * (1 - top5 / count), loss_sum / count, int(count))
+
+    def _heed(self, asked: Handle | None) -> None:
+        if asked and (number := int(asked.wait())):
+            self.bad_images.discard()
+            raise Stopped(number)

@@ -48,6 +48,9 @@ class RunState:
         self.loss_images = 0
         self.best_error = math.inf
         self.last_evaluation: Evaluation | None = None
+        self.evaluation_due = False
+        # Steps whose minibatch is left out (--on-nan rollback).
+        self.left_out: set[int] = set()
 
     def step_taken(self, losses: Mapping[int, Tensor], images: int) -> None:
         """A step of `images` images (of all processes) is done; `losses` are sums, by this process's workers."""
@@ -56,9 +59,22 @@ class RunState:
         self.loss_images += images
         self.step += 1
 
+    def give_up_step(self) -> None:
+        """Forget what was gathered for a step that is not finished."""
+        self.statistics.discard()
+        self.optimizer.zero_grad()
+        self.bad_images.discard()
+
+    def finite(self, losses: Tensor) -> bool:
+        """Whether weights, velocities and the `losses` of all workers are numbers; the same on all processes."""
+        optimizer, _ = flatten_state(self.optimizer.state_dict())
+        tensors = [losses, *self.model.state_dict().values(), *optimizer.values()]
+        floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+        return bool(torch.stack([tensor.isfinite().all().to(losses.device) for tensor in floating]).all())
+
     def take_loss(self) -> float:
         """Mean training loss of the images since it was last taken; collective."""
-        loss = self._all_losses().sum().item() / self.loss_images
+        loss = self.all_losses().sum().item() / self.loss_images
         self.losses.zero_()
         self.loss_images = 0
         return loss
@@ -70,10 +86,18 @@ class RunState:
         self.best_error = self.last_evaluation.top1_error
         return True
 
+    def evaluated(self) -> dict[str, Any]:
+        """What an evaluation changes in the checkpoint of its step, as in `saved`."""
+        return {
+            "best_error": self.best_error if math.isfinite(self.best_error) else None,
+            "evaluation": asdict(self.last_evaluation) if self.last_evaluation else None,
+            "evaluation_due": self.evaluation_due,
+        }
+
     def gather(self) -> Tensor:
         """Collective, before `saved`: the statistics into the model of every process; the losses of all, by worker."""
         self.statistics.publish(self.step)
-        return self._all_losses()
+        return self.all_losses()
 
     def saved(
         self,
@@ -95,9 +119,9 @@ class RunState:
             optimizer=skeleton,
             scaler=self.scaler.state_dict(),
             loss_images=self.loss_images,
-            best_error=self.best_error if math.isfinite(self.best_error) else None,
-            evaluation=asdict(self.last_evaluation) if self.last_evaluation else None,
+            **self.evaluated(),
             bad_images=self.bad_images.in_epoch,
+            left_out=sorted(self.left_out),
             batch_norm_exponents=(
                 list(statistics.exponents) if isinstance(statistics, ReproducibleStatistics) else None
             ),
@@ -116,13 +140,18 @@ class RunState:
         if isinstance(self.statistics, ReproducibleStatistics) and state.batch_norm_exponents is not None:
             self.statistics.exponents = state.batch_norm_exponents
         self.step = checkpoint.step
+        self.losses.zero_()
         own = slice(self._workers.start, self._workers.stop)
-        self.losses[own] = tensors[LOSSES][own].to(self.losses.device)
+        if state.loss_sum is None:
+            self.losses[own] = tensors[LOSSES][own].to(self.losses.device)
+        elif own.start == 0:
+            self.losses[0] = state.loss_sum
         self.loss_images = state.loss_images
         self.bad_images.in_epoch = state.bad_images
+        self.evaluation_due, self.left_out = state.evaluation_due, set(state.left_out)
         self.best_error = math.inf if state.best_error is None else state.best_error
         self.last_evaluation = Evaluation(**state.evaluation) if state.evaluation else None
 
-    def _all_losses(self) -> Tensor:
-        """Loss of every virtual worker since the last record; adding zeros is exact."""
+    def all_losses(self) -> Tensor:
+        """Loss of every virtual worker since the last record; collective. Adding zeros is exact."""
         return self._world.allreduce(self.losses.clone(), "hvd_lb.losses")

@@ -2,17 +2,19 @@
 
 A new field gets a default here, so that older checkpoints can still be read; a field that changes its meaning gets a
 new FORMAT. Format 1, before the reproducible mode, had one sum of losses (`loss_sum`) in place of one for each virtual
-worker, and no `environment`; it is not read. Tensors lie beside it: the model's in model.safetensors, in
+worker (`LOSSES`), and no `environment`. Tensors lie beside it: the model's in model.safetensors, in
 optimizer.safetensors those of the optimizer and `LOSSES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 FORMAT = 2
+#: Those that can be read.
+FORMATS = (1, 2)
 
 #: Among the optimizer's tensors: the sum of losses of each virtual worker since the last record, float64 (k,).
 LOSSES = "losses"
@@ -24,13 +26,18 @@ class SavedState:
 
     next: dict[str, int]  #: the step to be taken next: its epoch, and its number in the epoch
     recipe: dict[str, Any]  #: `Recipe.mathematics`
-    data: str  #: fingerprint of the data set
-    environment: dict[str, Any]  #: what the last bits depend on besides: `rounding_environment`
+    data: str  #: fingerprint of the data set: `hvd_lb.data.images.Dataset.fingerprint`
     optimizer: Any  #: the optimizer's state without its tensors: `flatten_state`
     scaler: dict[str, Any]  #: of the loss; empty but in fp16
     loss_images: int  #: images that LOSSES are over
     best_error: float | None  #: smallest top-1 error of a saved evaluation, in per cent
     evaluation: dict[str, Any] | None  #: the last one
+    environment: dict[str, Any] = field(
+        default_factory=dict
+    )  #: what the last bits depend on: `rounding_environment`
+    loss_sum: float | None = None  #: of format 1: all LOSSES in one
+    evaluation_due: bool = False  #: that of this step is still to come: a checkpoint is written before it
+    left_out: list[int] = field(default_factory=list)  #: steps not taken, by --on-nan rollback
     bad_images: int = 0  #: in this epoch so far; absent from checkpoints before --on-bad-image
     batch_norm_exponents: list[int] | None = None  #: of the next sum; in reproducible runs with batch norm
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from hvd_lb.data.decoding.stand_in import sizes
-from hvd_lb.data.images import Dataset
+from hvd_lb.data.images import Dataset, refuse_other_images
 from hvd_lb.data.loading.contract import Loader, Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.errors import UserError
@@ -31,9 +32,9 @@ from hvd_lb.plan.hosting import hosted
 from hvd_lb.recipe import Recipe, differing_fields, period_in_seconds, period_in_steps
 from hvd_lb.training.bad_images import BadImages
 from hvd_lb.training.batchnorm import allow_single_values, running_statistics
-from hvd_lb.training.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore
+from hvd_lb.training.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore, open_checkpoint
 from hvd_lb.training.clock import StepClock, Timer
-from hvd_lb.training.evaluation import Evaluation, Evaluator
+from hvd_lb.training.evaluation import Evaluation, Evaluator, Stopped
 from hvd_lb.training.models import build_model, sum_loss
 from hvd_lb.training.recomputation import Recomputation
 from hvd_lb.training.run_state import RunState
@@ -60,6 +61,12 @@ class Observer(Protocol):
     def repeat(self, record: dict[str, Any]) -> None:
         """A step is taken again, and why."""
 
+    def rollback(self, record: dict[str, Any]) -> None:
+        """The run goes on from step `to`: what was told of steps from there on is told again."""
+
+    def warning(self, record: dict[str, Any]) -> None:
+        """Something a user should know that does not end the run."""
+
     def bad_images(self, records: Sequence[dict[str, Any]]) -> None:
         """Images of a step, or of a pass after it, that could not be decoded, and what was used instead."""
 
@@ -68,7 +75,7 @@ class Observer(Protocol):
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number; going on would waste the machines."""
+    """Loss or weights are no longer numbers; going on would waste the machines."""
 
 
 def _never() -> int:
@@ -100,6 +107,9 @@ class Trainer:
         self.threads, self.observer, self.store = threads, observer, store
         self.stop_requested = stop_requested
         self.stopped_by = 0
+        self.writer: BackgroundWriter | None = None
+        # Steps below are watched one by one: among them is one after which loss or weights are no numbers.
+        self.watched_until = 0
         self.plan = recipe.sample_plan(len(dataset.train))
         self.schedule = recipe.lr_schedule(self.plan.steps_per_epoch)
         self.end = recipe.total_steps(self.plan.steps_per_epoch)
@@ -158,26 +168,47 @@ class Trainer:
         return self.state.step
 
     def fit(self) -> Evaluation | None:
-        """Train up to the end, logging, evaluating and saving on the way; the last evaluation."""
+        """Train up to the end, logging, evaluating and saving on the way; the last evaluation.
+
+        `Diverged` where loss or weights are no numbers, unless `on_nan` leaves the minibatch out.
+        """
         self.model.train()
-        writer = BackgroundWriter(self.store) if self.store and self.world.rank == 0 else None
-        repeated: list[int] = []
+        if self.store and self.world.rank == 0:
+            self.writer = BackgroundWriter(self.store, self._warn)
         try:
-            while self.step < self.end and not self.stopped_by:
-                try:
-                    self._take_steps(writer)
-                except FixedPointOverflow as overflow:
-                    repeated.append(self.step)
-                    if repeated.count(self.step) > _MOST_REPEATS:
-                        raise
-                    self.observer.repeat({**self._position(self.step), "reason": str(overflow)})
-        finally:
-            if writer:
-                writer.close()
+            if self.recipe.on_nan == "rollback" and self.step == 0:
+                self._save()  # to go back to
+            if self.state.evaluation_due:
+                with self.kernels():
+                    self._evaluate(saved=True)
+            self._go_on()
+        except BaseException:
+            if self.writer:
+                with suppress(UserError):  # what has gone wrong first is told
+                    self.writer.close()
+            raise
+        if self.writer:
+            self.writer.close()
         return self.state.last_evaluation
 
-    def _take_steps(self, writer: BackgroundWriter | None) -> None:
-        """Steps from the present one until the end, a stop or an overflow."""
+    def _go_on(self) -> None:
+        """Steps until the end or a stop, some of them again."""
+        repeated: list[int] = []
+        while self.step < self.end and not self.stopped_by:
+            try:
+                self._take_steps()
+            except FixedPointOverflow as overflow:
+                repeated.append(self.step)
+                if repeated.count(self.step) > _MOST_REPEATS:
+                    raise
+                self.observer.repeat({**self._position(self.step), "reason": str(overflow)})
+            except Diverged as diverged:
+                if self.recipe.on_nan == "stop" or self.store is None:
+                    raise
+                self._roll_back(diverged)
+
+    def _take_steps(self) -> None:
+        """Steps from the present one until the end, a stop, an overflow or a loss that is no number."""
         steps_per_epoch = self.plan.steps_per_epoch
         log_every = self.recipe.log_every or max(1, min(10, steps_per_epoch // 20))
         eval_every = period_in_steps(self.recipe.eval_every, steps_per_epoch)
@@ -187,14 +218,24 @@ class Trainer:
             while self.step < self.end and not self.stopped_by:
                 save_now = self.train_step(loader)
                 done = self.step == self.end
+                if self.step <= self.watched_until:
+                    self._check(self.state.all_losses())
                 if self.step % steps_per_epoch % log_every == 0 or done:
                     self._log(clock)
                 with clock.paused():
-                    evaluated = _due(eval_every, self.step, done)
-                    if evaluated:
-                        self._evaluate()
-                    if _due(save_every, self.step, done) or save_now:
-                        self._save(writer, evaluated)
+                    self._keep(
+                        _due(eval_every, self.step, done), _due(save_every, self.step, done) or save_now
+                    )
+
+    def _keep(self, evaluate: bool, save: bool) -> None:
+        """What is due after a step: first the checkpoint, then the evaluation, which a kill or a stop may hit."""
+        self.state.evaluation_due = evaluate
+        if evaluate and self.recomputation.images:
+            self._recompute_statistics()
+        if save:
+            self._save()
+        if evaluate and not self.stopped_by:
+            self._evaluate(saved=save)
 
     def train_step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> bool:
         """One weight update from the step's kn images, of which this process takes its workers' share.
@@ -203,6 +244,10 @@ class Trainer:
         be taken again with new `batches`.
         """
         epoch_step = self.step % self.plan.steps_per_epoch
+        if self.step in self.state.left_out:
+            self.state.bad_images.settle_step(None, first=epoch_step == 0, images=len(self.dataset.train))
+            self.state.step_taken({}, 0)
+            return False
         workers = self._workers_with_images(epoch_step)
         losses: dict[int, torch.Tensor] = {}
         self.state.bad_images.discard()
@@ -249,8 +294,7 @@ class Trainer:
             except FixedPointOverflow as error:
                 overflow = error
         if overflow:
-            self.state.statistics.discard()
-            self.state.optimizer.zero_grad()
+            self.state.give_up_step()
             raise overflow
 
     def _forward(self, images: torch.Tensor, seed: int) -> torch.Tensor:
@@ -262,6 +306,8 @@ class Trainer:
     def microbatches(self) -> Iterator[Microbatch]:
         """What this process's virtual workers see from the present step to the end."""
         for step in range(self.step, self.end):
+            if step in self.state.left_out:
+                continue
             epoch, epoch_step = divmod(step, self.plan.steps_per_epoch)
             draw = partial(self.windows.windows, epoch)
             for worker in self._workers_with_images(epoch_step):
@@ -310,22 +356,72 @@ class Trainer:
 
     def _log(self, clock: StepClock) -> None:
         images = self.state.loss_images
-        loss = self.state.take_loss()
+        loss = self.state.take_loss() if images else None
         seconds, waited = clock.lap()
+        if loss is None:  # its steps were left out
+            return
         if self.world.rank == 0:
-            record = {
-                **self._position(),
-                "lr": self.schedule(self.step - 1),
-                "loss": loss,
-                "images_per_second": images / seconds,
-                "data_wait": waited / seconds,
-            }
-            self.observer.train(record)
-            if not math.isfinite(loss):
+            self.observer.train(
+                {
+                    **self._position(),
+                    "lr": self.schedule(self.step - 1),
+                    "loss": loss,
+                    "images_per_second": images / seconds,
+                    "data_wait": waited / seconds,
+                }
+            )
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss}")
+
+    def _check(self, losses: torch.Tensor) -> None:
+        """Diverged, on all processes, when a number is none; `losses` are those of all workers."""
+        if not self.state.finite(losses):
+            raise self._diverged("the loss or a weight is no finite number")
+
+    def _diverged(self, what: str) -> Diverged:
+        position = self._position()
+        return Diverged(
+            f"{what} after step {position['step']} (epoch {position['epoch']}, learning rate "
+            f"{self.schedule(position['step']):g}): lower --learning-rate, lengthen --warmup-epochs, check the data, "
+            "or leave such minibatches out with --on-nan rollback"
+        )
+
+    def _roll_back(self, diverged: Diverged) -> None:
+        """To the newest checkpoint, from where each step is watched; a culprit found so is left out of the run."""
+        culprit = self.step - 1
+        found, left_out = self.step <= self.watched_until, set(self.state.left_out)
+        if found:
+            if len(left_out) >= self.recipe.max_rollbacks:
                 raise Diverged(
-                    f"the loss is {loss} at step {self.step - 1} (epoch {record['epoch']}, learning rate "
-                    f"{record['lr']:g}): lower --learning-rate, lengthen --warmup-epochs, or check the data"
-                )
+                    f"{diverged} ({len(left_out)} minibatches were left out before: --max-rollbacks)"
+                ) from diverged
+            left_out.add(culprit)
+        else:
+            self.watched_until = self.step
+        if self.writer:
+            self.writer.flush()
+        newest = b""
+        if self.world.rank == 0 and self.store and (checkpoint := self.store.newest_intact()[0]):
+            newest = str(checkpoint.path).encode(errors="surrogateescape")
+        path = self.world.broadcast_bytes(newest, "hvd_lb.rollback").decode(errors="surrogateescape")
+        if not path:
+            raise diverged
+        self.state.give_up_step()
+        self._load(open_checkpoint(Path(path)))
+        self.state.left_out |= left_out
+        record: dict[str, Any] = {**self._position(culprit), "to": self.step, "left_out": found}
+        if found:
+            record["images"] = self._step_images(culprit)
+        self.observer.rollback(record)
+
+    def _step_images(self, step: int) -> list[int]:
+        """All image ids of a step."""
+        epoch, epoch_step = divmod(step, self.plan.steps_per_epoch)
+        ids = [self.plan.image_ids(epoch, epoch_step, worker) for worker in range(self.recipe.gpus)]
+        return [int(image) for of_worker in ids for image in of_worker]
+
+    def _warn(self, message: str) -> None:
+        self.observer.warning({**self._position(), "message": message})
 
     @torch.no_grad()
     def _recompute_statistics(self) -> None:
@@ -347,9 +443,11 @@ class Trainer:
             self.state.statistics.replace(anew.images / full)
             self.state.bad_images.settle(self.state.bad_images.count())
 
-    def _evaluate(self) -> None:
-        if self.recomputation.images:
-            self._recompute_statistics()
+    def _evaluate(self, saved: bool) -> None:
+        """Evaluate, and note it in the step's checkpoint if it is `saved`, else save one when it is the best.
+
+        A stop gives it up: then the checkpoint says that it is still due.
+        """
         self.state.statistics.publish(self.step)
         evaluator = Evaluator(
             images=self.dataset.val,
@@ -368,26 +466,43 @@ class Trainer:
         )
         self.model.eval()
         origin = Origin("eval", **self._position(), number=0)
-        self.state.last_evaluation = evaluator(self.forward, self.world, self.autocast(), origin)
-        self.model.train()
+        try:
+            evaluation = evaluator(self.forward, self.world, self.autocast(), origin, self.stop_requested)
+        except Stopped as stopped:
+            self.stopped_by = stopped.number
+            if not saved:
+                self._save()
+            return
+        finally:
+            self.model.train()
+        self.state.last_evaluation, self.state.evaluation_due = evaluation, False
         if self.world.rank == 0:
-            self.observer.evaluation({**self._position(), **asdict(self.state.last_evaluation)})
+            self.observer.evaluation({**self._position(), **asdict(evaluation)})
+        best = self.state.note_best()
+        if not saved:
+            if best and self.recipe.checkpoint_every != "never":
+                self._save(best=True)
+        elif self.writer:
+            self.writer.conclude(self.step, self.state.evaluated(), best=best)
 
-    def _save(self, writer: BackgroundWriter | None, evaluated: bool) -> None:
-        """Take a checkpoint; it is the best when it was just evaluated and no saved one had fewer errors."""
+    def _save(self, *, best: bool = False) -> None:
+        """Take a checkpoint. Diverged when there is something in it that is no number."""
         if self.store is None:
             return
         began = time.perf_counter()
-        best = evaluated and self.state.note_best()
         losses = self.state.gather()
+        self._check(losses)
         self.save_due.restart()
-        if writer is None:
+        if self.writer is None:
             return
         model, optimizer, state = self.state.saved(
             losses, self.plan.steps_per_epoch, self.recipe.mathematics(), **self._provenance
         )
-        writer.save(self.step, model, optimizer, state.to_json(), best=best)
-        self.observer.checkpoint({**self._position(), "stall_seconds": time.perf_counter() - began})
+        # On a slow disk others may be left out.
+        needed = best or self.state.evaluation_due or self.step == self.end or bool(self.stopped_by)
+        written = self.writer.save(self.step, model, optimizer, state.to_json(), best=best, wait=needed)
+        if written and self.step:
+            self.observer.checkpoint({**self._position(), "stall_seconds": time.perf_counter() - began})
 
     @cached_property
     def _provenance(self) -> dict[str, Any]:
@@ -402,11 +517,7 @@ class Trainer:
         saved = checkpoint.saved
         if differing := differing_fields(saved.recipe, self.recipe.mathematics()):
             raise UserError(f"checkpoint {checkpoint.path} is of another recipe: {'; '.join(differing)}")
-        if saved.data != self._provenance["data"]:
-            raise UserError(
-                f"checkpoint {checkpoint.path} was trained on other data than {self.dataset.name} is now "
-                "(images, labels or sizes differ): give the data set it began with, or another --output"
-            )
+        refuse_other_images(checkpoint.path, saved.data, self._provenance["data"], self.dataset.name)
         self.state.load(checkpoint)
 
 

@@ -29,8 +29,10 @@ def test_it_says_what_it_found_and_where_the_index_is(hvd_lb: Run) -> None:
     assert val.startswith("val: 4 images in 2 classes")
     assert place.startswith("index read in ")
     assert "cache/index/" in place
-    again = hvd_lb("data", "index", "set", "--check").out.splitlines()[-1]
+    again = hvd_lb("data", "index", "set").out.splitlines()[-1]
     assert again.startswith("index up to date")
+    again = hvd_lb("data", "index", "set", "--check").out.splitlines()[-1]
+    assert again.startswith("index read in ")
 
 
 def test_beside_the_data_and_used_from_there(hvd_lb: Run) -> None:

@@ -105,7 +105,7 @@ def test_a_png_with_a_wrong_checksum_is_bad_for_dali_alone(hvd_lb, data: Path) -
 
 
 def test_files_that_are_no_images_are_all_listed(hvd_lb, data: Path) -> None:
-    strangers = [data / "train" / "ant" / "Thumbs.db", data / "train" / "bee" / "notes.txt"]
+    strangers = [data / "train" / "ant" / "list.mat", data / "train" / "bee" / "notes.txt"]
     for path in strangers:
         path.write_bytes(b"text")
     said = hvd_lb("data", "verify", data)

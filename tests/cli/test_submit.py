@@ -76,6 +76,34 @@ def test_a_slurm_script_has_the_users_command_with_paths_that_hold_anywhere(
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
+def test_validation_images_are_named_so_that_they_are_found_there(typed: Run, tmp_path: Path) -> None:
+    command = (
+        "train",
+        "--gpus",
+        16,
+        "--data",
+        "set",
+        "--val",
+        "other/val",
+        "--output",
+        "/runs/a",
+        "--launcher",
+    )
+    script = typed(*command, "slurm").out
+    assert f" --data {tmp_path}/set " in script
+    assert f" --val {tmp_path}/other/val " in script
+    kubernetes = (
+        *command,
+        "kubernetes",
+        "--k8s-volume",
+        f"pvc:data:{tmp_path}",
+        "--k8s-volume",
+        "pvc:runs:/runs",
+    )
+    assert "--val other/val: containers have only the folder of --data" in typed(*kubernetes, status=2).err
+    assert "--val" in typed(*(of if of != "other/val" else "set/valid" for of in kubernetes)).out
+
+
 def test_the_same_command_names_the_same_run(typed: Run) -> None:
     command = ("train", "--gpus", 16, "--data", "digits", "--launcher", "slurm")
     first, again, other = (

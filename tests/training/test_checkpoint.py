@@ -196,7 +196,7 @@ def test_one_of_another_format_is_neither_passed_over_nor_called_damaged(tmp_pat
     state["checksum"] = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     file.write_text(json.dumps(state))
     with pytest.raises(
-        UserError, match="has format 99 and this hvd-lb reads format 2: go on with the version"
+        UserError, match="has format 99 and this hvd-lb reads formats up to 2: go on with the version"
     ):
         store.newest_intact()
 

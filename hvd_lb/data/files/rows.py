@@ -1,13 +1,14 @@
 """The rows of an index: what is known of each image, and how files' headers become rows.
 
-A row is one record of 48 bytes, so that whoever uses an image touches one page of memory, not one for each column.
+A row is one record of 56 bytes, so that whoever uses an image touches one page of memory, not one for each column.
 """
 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from hvd_lb.data.files.header import NO_HEADER, Header, header_or_reason
 from hvd_lb.data.files.journal import Journal
 from hvd_lb.data.files.reading import opened, retried
-from hvd_lb.data.files.section import Section
+from hvd_lb.data.files.section import WINDOW, Section
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.images import Progress
 
@@ -33,6 +34,7 @@ ROW = np.dtype(
         ("name_bytes", "<u2"),
         ("orientation", "u1"),  # EXIF, 1 to 8
         ("kind", "u1"),  # of `hvd_lb.data.files.header.KINDS`
+        ("head", "<u8"),  # `head_sum` of its first bytes
     ]
 )
 
@@ -48,6 +50,15 @@ class Table:
     names: np.ndarray
     shards: list[str]
     first_broken: tuple[int, str] | None
+    remarks: list[str] = field(default_factory=list)  # what a user should know of how the images were found
+
+
+def head_sum(content: bytes | memoryview) -> int:
+    """A checksum of the first bytes of an image file, which are read for its header anyway: to see that it is another.
+
+    Of files of the same length it is equal by chance for one of 2³² pairs.
+    """
+    return zlib.crc32(content[:WINDOW])
 
 
 def measure_files(
@@ -66,7 +77,7 @@ def measure_files(
     rows["label"], rows["shard"] = labels, -1
     rows["name_bytes"] = [len(name) for name in names]
     np.cumsum(rows["name_bytes"][:-1], dtype=np.int64, out=rows["name_at"][1:])
-    measured = rows[["size", "width", "height", "orientation", "kind"]]  # a view
+    measured = rows[["size", "width", "height", "orientation", "kind", "head"]]  # a view
     broken: dict[int, str] = {}
     done = 0
     for start, block in journal.blocks():
@@ -77,10 +88,10 @@ def measure_files(
 
     def measure(position: int) -> int:
         path = os.path.join(root, os.fsdecode(names[position]))
-        size, header = retried(partial(_header, path), path)
+        size, header, head = retried(partial(_header, path), path)
         if isinstance(header, str):
             broken[position], header = header, NO_HEADER
-        measured[position] = (size, *header)
+        measured[position] = (size, *header, head)
         return position
 
     again = np.flatnonzero(
@@ -96,7 +107,9 @@ def measure_files(
     )
 
 
-def _header(path: str) -> tuple[int, Header | str]:
-    """Bytes of a file, and its header or what is wrong with that."""
+def _header(path: str) -> tuple[int, Header | str, int]:
+    """Bytes of a file, its header or what is wrong with that, and `head_sum`."""
     with opened(path) as (descriptor, size):
-        return size, header_or_reason(Section.of_file(descriptor, 0, size))
+        section = Section.of_file(descriptor, 0, size)
+        head = head_sum(section.at(0, WINDOW))
+        return size, header_or_reason(section), head

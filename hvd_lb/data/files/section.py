@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-_WINDOW = 4096
+WINDOW = 4096
+"""Bytes that are read at once."""
 
 
 class Section:
@@ -38,9 +39,9 @@ class Section:
             return b""
         start = position - self._window_at
         if not 0 <= start <= start + count <= len(self._window):
-            if count >= _WINDOW:
+            if count > WINDOW:
                 return self._read(count, position)
-            self._window = self._read(min(_WINDOW, self.length - position), position)
+            self._window = self._read(min(WINDOW, self.length - position), position)
             self._window_at, start = position, 0
         return self._window[start : start + count]
 

@@ -13,11 +13,12 @@ from hvd_lb.data.index.hold_out import divide
 from hvd_lb.data.index.images import IndexedImages
 from hvd_lb.data.index.index import Check, Index, open_index
 from hvd_lb.data.options import OnBadImage
-from hvd_lb.data.sources.find import Sources, find_sources, some
+from hvd_lb.data.sources.find import Sources, find_sources
+from hvd_lb.data.sources.names import some
 from hvd_lb.data.sources.source import Source
 from hvd_lb.errors import UserError
 
-_FINGERPRINT = re.compile("[0-9a-f]{16}")
+_FINGERPRINT = re.compile("[0-9a-f]{16}(-[0-9a-f]{16}){2}")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class IndexedDataset(Dataset):
 def open_path(
     spec: str,
     *,
+    val: str | None = None,
     val_fraction: float | None = None,
     seed: int = 0,
     on_progress: Progress | None = None,
@@ -64,11 +66,13 @@ def open_path(
     check: Check = "quick",
     write_beside: bool = False,
 ) -> IndexedDataset:
-    """The training and validation split of `spec`; with `val_fraction` the second is held out of the first.
+    """The training and validation split of `spec`; the second is `val`, or with `val_fraction` held out of the first.
 
     `check` and `write_beside` as in `open_index`. UserError for what cannot be trained on.
     """
-    sources = find_sources(spec)
+    if val is not None and val_fraction is not None:
+        raise UserError(f"--val {val} and --val-fraction {val_fraction}: give one of them")
+    sources = find_sources(spec, val)
 
     def index(source: Source) -> Index:
         opened = open_index(source, on_progress, on_bad_image, check=check, write_beside=write_beside)
@@ -82,14 +86,13 @@ def open_path(
         return _divided(sources, index, val_fraction, seed)
     if sources.val is None:
         raise UserError(
-            f"{sources.no_val}; expected train/ and val/, or give --val-fraction 0.1 to hold out a tenth of it"
+            f"{sources.no_val}; give --val PATH, or --val-fraction 0.1 to hold out a tenth of the images"
         )
-    if check != "none":
-        sources.agree()
     train = index(sources.train)
-    val = index(sources.val.with_classes(train.classes))
-    _every_class_trained(train)
-    return IndexedDataset(sources.name, IndexedImages(train), IndexedImages(val))
+    _check_classes(train)
+    of_val = index(sources.val.with_classes(train.classes))
+    notes = (*sources.notes, *train.facts.remarks, *of_val.facts.remarks)
+    return IndexedDataset(sources.name, IndexedImages(train), IndexedImages(of_val), notes=notes)
 
 
 def _divided(
@@ -107,12 +110,19 @@ def _divided(
         raise UserError(
             f"{whole.root}: no class has two images, so none can be held out; give a folder with val/"
         )
-    _every_class_trained(parts.train)
-    return IndexedDataset(sources.name, IndexedImages(parts.train), IndexedImages(parts.val))
+    _check_classes(parts.train)
+    notes = (*sources.notes, *whole.facts.remarks)
+    return IndexedDataset(sources.name, IndexedImages(parts.train), IndexedImages(parts.val), notes=notes)
 
 
-def _every_class_trained(index: Index) -> None:
+def _check_classes(index: Index) -> None:
+    """UserError where there is nothing to learn a class from."""
     empty = [name for name, count in zip(index.classes, index.facts.counts, strict=True) if not count]
+    if empty == ["0"] and index.classes[1:2] == ["1"]:
+        raise UserError(
+            f"{index.root}: labels begin at 1, but are counted from 0, so class 0 would have no images; subtract 1, or "
+            " name the classes in classes.txt, one a line, and label by name"
+        )
     if empty:
         raise UserError(f"{index.root}: no images to train on in {some(empty)}; fill or remove these classes")
 
@@ -120,21 +130,24 @@ def _every_class_trained(index: Index) -> None:
 def index_splits(
     spec: str,
     *,
+    val: str | None = None,
     val_fraction: float | None = None,
     on_progress: Progress | None = None,
     check: Check = "quick",
     write_beside: bool = False,
-) -> dict[str, Index]:
-    """By split, the indexes of `spec`, made where they are missing or old, with all that a run would keep beside them.
+) -> tuple[dict[str, Index], tuple[str, ...]]:
+    """By split, the indexes of `spec`, made where they are missing or old, with all that a run would keep beside them,
+    and what a user should know of how the images were found.
 
     Broken headers are kept, and data without a validation split are no error. Options as in `open_path`.
     """
-    sources = find_sources(spec)
+    sources = find_sources(spec, val)
     if val_fraction is None and sources.val is None:
         train = open_index(sources.train, on_progress, "skip", check=check, write_beside=write_beside)
-        return {"train": train}
+        return {"train": train}, (*sources.notes, *train.facts.remarks)
     data = open_path(
         spec,
+        val=val,
         val_fraction=val_fraction,
         on_progress=on_progress,
         on_bad_image="skip",
@@ -142,4 +155,4 @@ def index_splits(
         write_beside=write_beside,
     )
     data.fingerprint()
-    return {"train": data.train.index, "val": data.val.index}
+    return {"train": data.train.index, "val": data.val.index}, data.notes

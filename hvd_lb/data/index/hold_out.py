@@ -70,16 +70,13 @@ def hold_out(index: Index, fraction: float, seed: int) -> np.ndarray:
 
 
 def _hashes(index: Index, key: bytes) -> np.ndarray:
-    """uint64 (N,): keyed hashes of the names, which lie in the order of the rows, one behind the other."""
+    """uint64 (N,): keyed hashes of the names."""
     hashes = np.empty(len(index.rows), "<u8")
     for start in range(0, len(hashes), _CHUNK):
-        rows = index.rows[start : start + _CHUNK]
-        ends = np.cumsum(rows["name_bytes"], dtype=np.int64)
-        begin = int(rows["name_at"][0])
-        names = index.names[begin : begin + int(ends[-1])].tobytes()
-        parts = itertools.pairwise([0, *ends.tolist()])
+        names, lengths = index.names_of(start, start + _CHUNK)
+        parts = itertools.pairwise([0, *np.cumsum(lengths).tolist()])
         digests = (hashlib.blake2b(names[a:b], digest_size=8, key=key).digest() for a, b in parts)
-        hashes[start : start + len(rows)] = np.frombuffer(b"".join(digests), "<u8")
+        hashes[start : start + len(lengths)] = np.frombuffer(b"".join(digests), "<u8")
     return hashes
 
 
@@ -89,7 +86,7 @@ def _part(index: Index, chosen: np.ndarray) -> Index:
     first = index.facts.first_broken
     broken = np.flatnonzero(rows["width"] == 0)
     first_broken = (int(broken[0]), first[1] if first else "") if len(broken) else None
-    table = Table(index.classes, rows, index.names, index.facts.shards, first_broken)
+    table = Table(index.classes, rows, index.names, index.facts.shards, first_broken, index.facts.remarks)
     return replace(index, facts=store.facts_of(table), rows=rows, identity="", keep=())
 
 

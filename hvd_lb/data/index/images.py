@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 
 from hvd_lb.data.files.reading import read_file
+from hvd_lb.data.files.rows import head_sum
 from hvd_lb.data.index.index import Index
 from hvd_lb.data.index.shard_reader import ShardReader
 from hvd_lb.errors import UserError
@@ -43,6 +46,14 @@ class IndexedImages:
     def name(self, image_id: int) -> str:
         return self.index.path(image_id)
 
+    def evidence(self, start: int, stop: int) -> tuple[bytes, bytes]:
+        rows = self.index.rows[start:stop]
+        names, lengths = self.index.names_of(start, stop)
+        shards = b"\0".join(map(os.fsencode, self.index.facts.shards)) if start == 0 else b""
+        contents = (rows[name].tobytes() for name in ("size", "head"))
+        places = (rows["offset"].tobytes(), rows["shard"].tobytes(), lengths.tobytes(), names, shards)
+        return b"".join(contents), b"".join(places)
+
     def _read(self, image_id: int) -> np.ndarray:
         row = self.index.rows[image_id]
         size, shard, offset = int(row["size"]), int(row["shard"]), int(row["offset"])
@@ -52,5 +63,10 @@ class IndexedImages:
             raise UserError(
                 f"{self.name(image_id)}: has {len(content)} bytes now, but had {size} when it was indexed; leave "
                 "files in use alone, and let `hvd-lb data index --check` find changes before"
+            )
+        if head_sum(content.data) != row["head"]:
+            raise UserError(
+                f"{self.name(image_id)}: is another file than when it was indexed, with other bytes; give "
+                "`hvd-lb data index --check`, and leave files in use alone"
             )
         return content

@@ -26,7 +26,7 @@ from hvd_lb.data.sources.source import Listing, Source
 from hvd_lb.errors import UserError
 
 Check = Literal["none", "quick", "full"]
-"""Whether an index that is there is compared with nothing, with what its source watches, or with every file."""
+"""Whether an index that is there is compared with nothing, with what its source watches, or with one made anew."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,17 @@ class Index:
         start = int(row["name_at"])
         return self.names[start : start + int(row["name_bytes"])].tobytes()
 
+    def names_of(self, start: int, stop: int) -> tuple[bytes, np.ndarray]:
+        """The names of rows `start` … `stop` − 1, one behind the other, and the bytes that each has."""
+        rows = self.rows[start:stop]
+        lengths = rows["name_bytes"].astype(np.int64)
+        ends = np.cumsum(lengths)
+        shift = rows["name_at"] - (ends - lengths)
+        if (shift == shift[:1]).all():  # so they lie
+            begin = int(shift[0]) if len(shift) else 0
+            return self.names[begin : begin + int(lengths.sum())].tobytes(), lengths
+        return self.names[np.repeat(shift, lengths) + np.arange(int(lengths.sum()))].tobytes(), lengths
+
     def path(self, position: int) -> str:
         """For messages, and to open it where it is a file of its own."""
         shard = int(self.rows[position]["shard"])
@@ -101,17 +112,17 @@ def open_index(
     homes = store.homes(source, write_beside)
     index, listing = _present(source, homes, check)
     if index is None:
-        index = _make(
-            source, homes, "full" if check == "full" else "quick", listing, on_progress or _no_progress
-        )
+        index = _make(source, homes, listing, on_progress or _no_progress)
     if on_bad_image == "fail":
         _refuse_broken(index)
     return index
 
 
 def _present(source: Source, homes: list[Path], check: Check) -> tuple[Index | None, Listing | None]:
-    """The newest index that the check, which may be a cheap full one, lets pass; a listing if one was needed."""
+    """The newest index that the check lets pass, if one can; a listing if one was needed."""
     listing: Listing | None = None
+    if check == "full":
+        return None, None
     for folder in (folder for home in homes for folder in store.newest(home)):
         index = _load(folder, source)
         if index is None:
@@ -119,11 +130,13 @@ def _present(source: Source, homes: list[Path], check: Check) -> tuple[Index | N
         if check == "none":
             return index, None
         # Whoever repairs a broken file changes no place.
-        full = check == "full" or index.facts.images <= source.cheap or index.facts.broken
-        if not full and store.unchanged(folder, source.root):
+        each = index.facts.images <= source.cheap or index.facts.broken
+        if not each and store.unchanged(folder, source.root):
             return index, None
         listing = listing or source.listing()
-        if folder.name == store.folder_name(listing.stamp):
+        # Files of one length and time may have changed places: to look at all of them anew is as cheap as the listing.
+        moved = each and store.changed(folder, source.root)
+        if folder.name == store.folder_name(listing.stamp) and not moved:
             with suppress(OSError):  # so that the next look at what is watched is enough
                 store.write_watched(folder, listing.watched)
             store.renew(folder)
@@ -131,9 +144,7 @@ def _present(source: Source, homes: list[Path], check: Check) -> tuple[Index | N
     return None, listing
 
 
-def _make(
-    source: Source, homes: list[Path], check: Check, listing: Listing | None, report: Progress
-) -> Index:
+def _make(source: Source, homes: list[Path], listing: Listing | None, report: Progress) -> Index:
     """In the first home that can be written."""
     for home in homes:
         with ExitStack() as held:
@@ -142,7 +153,7 @@ def _make(
             except OSError:
                 continue
             if waited:  # for another process, which may have made it
-                index, listing = _present(source, homes, check)
+                index, listing = _present(source, homes, "quick")
                 if index is not None:
                     return index
             return _make_in(home, source, listing or source.listing(), report)
@@ -152,9 +163,19 @@ def _make(
 
 def _make_in(home: Path, source: Source, listing: Listing, report: Progress) -> Index:
     folder = home / store.folder_name(listing.stamp)
-    with Journal(store.journal(folder)) as journal:
+    present = _load(folder, source)
+    # Where there is one, all is looked at anew: what an interrupted process has left may be as old.
+    with Journal(None if present else store.journal(folder)) as journal:
         table = listing.build(report, journal)
     facts = store.facts_of(table)
+    if present:
+        if _equal(present.rows, table.rows) and _equal(present.names, table.names):
+            with suppress(OSError):
+                store.write_watched(folder, listing.watched)
+            store.renew(folder)
+            return present  # others may be reading it
+        with suppress(OSError):
+            store.set_aside(folder)
 
     def fill(made: Path) -> None:
         store.save_rows(made, table.rows, facts)
@@ -167,6 +188,10 @@ def _make_in(home: Path, source: Source, listing: Listing, report: Progress) -> 
         return _unsaved(source, table)
     store.discard_others(folder)
     return _load(folder, source) or _unsaved(source, table)
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    return len(one) == len(other) and bool((one == other).all())
 
 
 def _unsaved(source: Source, table: Table) -> Index:
@@ -183,7 +208,8 @@ def _load(folder: Path, source: Source) -> Index | None:
     if len(rows) and int(rows[-1]["name_at"]) + int(rows[-1]["name_bytes"]) > len(names):
         return None
     spare = store.cached(source) / folder.name
-    return Index(source.root, facts, rows, names, folder.name, tuple(dict.fromkeys([folder, spare])))
+    identity = f"{folder.name}-{facts.sum:08x}"
+    return Index(source.root, facts, rows, names, identity, tuple(dict.fromkeys([folder, spare])))
 
 
 def _no_progress(label: str, done: int, total: int) -> None:

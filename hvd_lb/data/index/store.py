@@ -12,10 +12,12 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -32,7 +34,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.machine.cache_folder import cache_folder
 
 BESIDE = ".hvd-lb-index"
-_FORMAT = 3
+_FORMAT = 4
 _FOLDER = re.compile(rf"[0-9a-f]{{32}}-{_FORMAT}")
 _ANY_FORMAT = re.compile(r"[0-9a-f]{32}-\d+")
 
@@ -57,6 +59,9 @@ class Facts:
     broken: int
     first_broken: tuple[int, str] | None
     shards: list[str]
+    remarks: list[str]
+    #: Checksum of rows and names: an index that was made anew may have the same stamp.
+    sum: int
 
 
 def beside(source: Source) -> Path:
@@ -114,6 +119,15 @@ def unchanged(folder: Path, root: Path) -> bool:
         return False
 
 
+def changed(folder: Path, root: Path) -> bool:
+    """Whether something that was known to be at rest is no longer as it was."""
+    try:
+        known = [tuple(of) for of in json.loads((folder / "places.json").read_text("ascii"))]
+        return any(in_threads(lambda of: of[1] != 0 and file_state(root, of[0]) != of, known))
+    except (OSError, ValueError, TypeError, LookupError):
+        return True
+
+
 def write_watched(folder: Path, watched: list[FileState]) -> None:
     """OSError where that is not allowed."""
     with tempfile.NamedTemporaryFile("w", dir=folder, encoding="ascii", delete=False) as file:
@@ -135,7 +149,18 @@ def facts_of(table: Table) -> Facts:
         broken=kinds[0],
         first_broken=table.first_broken,
         shards=table.shards,
+        remarks=table.remarks,
+        sum=zlib.crc32(_bytes(table.names), zlib.crc32(_bytes(rows))),
     )
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).view(np.uint8).data
+
+
+def set_aside(folder: Path) -> None:
+    """Keep an outdated index whose name is wanted, as it may be mapped, until nobody can be using it. OSError."""
+    folder.rename(folder.with_name(folder_name(secrets.token_hex(16))))
 
 
 def save(folder: Path, fill: Callable[[Path], None], whole: Callable[[Path], object]) -> None:

@@ -82,6 +82,9 @@ class CachedImages:
     def name(self, image_id: int) -> str:
         return self._images.name(image_id)
 
+    def evidence(self, start: int, stop: int) -> tuple[bytes, bytes]:
+        return self._images.evidence(start, stop)
+
     def read(self, ids: np.ndarray) -> list[np.ndarray]:
         """BadImage, a UserError, for the first that cannot be decoded."""
         return [self.decoded(int(image_id)) for image_id in ids]
@@ -139,7 +142,7 @@ def cached(dataset: Dataset, kind: Literal["memory", "disk"], run: str) -> tuple
         path, np.concatenate([train.widths, val.widths]), np.concatenate([train.heights, val.heights])
     )
     parts = CachedImages(train, pixels, 0), CachedImages(val, pixels, len(train))
-    return Dataset(dataset.name, *parts), pixels.file
+    return Dataset(dataset.name, *parts, notes=dataset.notes), pixels.file
 
 
 def _on_disk(dataset: Dataset) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hvd_lb.data.images import Dataset, Images, Progress
+from hvd_lb.data.images import Dataset, Images, Progress, images_of
 from hvd_lb.data.prepare.encode import EncodedImage, Encoding, encoded_in_order
 from hvd_lb.data.prepare.pack_folder import PackFolder
 from hvd_lb.data.prepare.shard_writer import Shard, ShardWriter, sample_bytes
@@ -80,7 +80,7 @@ def pack(
     if shard_bytes < 1 or threads < 1:
         raise ValueError(f"shard_bytes={shard_bytes}, threads={threads}: expected positive numbers")
     encoding = encoding or Encoding()
-    made_from = {"data": dataset.fingerprint(), "shard_size": shard_bytes, **encoding.parameters()}
+    made_from = {"data": images_of(dataset.fingerprint()), "shard_size": shard_bytes, **encoding.parameters()}
     folder = PackFolder(target, made_from, source)
     job = _PackOptions(
         folder, encoding, shard_bytes, threads, on_progress or (lambda label, done, total: None)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hvd_lb.data.images import same_images
 from hvd_lb.data.options import UNFINISHED
 from hvd_lb.data.prepare.shard_writer import Shard
 from hvd_lb.data.sources.shards import MANIFEST
@@ -147,7 +148,7 @@ class PackFolder:
         differing = [
             f"{name.replace('_', '-')} {_told(there.get(name))}, not {_told(given.get(name))}"
             for name in sorted({*given, *there})
-            if given.get(name) != there.get(name)
+            if given.get(name) != there.get(name) and not (name == "data" and _same_data(there, given))
         ]
         if differing:
             raise UserError(
@@ -172,6 +173,11 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _same_data(there: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Also where an older version began."""
+    return same_images(str(there.get("data")), str(given.get("data")))
 
 
 def _told(value: object) -> str:

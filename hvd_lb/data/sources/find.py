@@ -1,33 +1,36 @@
-"""What a path named by `--data` is: class folders, lists or shards, with or without a validation split."""
+"""What a path named by `--data` or `--val` is: class folders, lists or shards, with or without a validation split."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
-from hvd_lb.data.sources.folders import FolderSource, class_folders
+from hvd_lb.data.sources.folders import FolderSource, Inside, look_into
 from hvd_lb.data.sources.lists import SUFFIXES, ListSource
 from hvd_lb.data.sources.shards import divided, is_pattern, named_shards, shards_in, sibling
 from hvd_lb.data.sources.source import Source
+from hvd_lb.data.sources.splits import Split, find_partners, find_splits, renamed, split_of
 from hvd_lb.errors import UserError
 
-_NAMED = 3  # how many classes a message names
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
+# Kaggle's download of ImageNet: images in one of these, classes of the validation images in a file further up.
+_KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
+_KAGGLE_LABELS = "LOC_val_solution.csv"
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The splits of a data set. `no_val` says what a user can do where there is none.
+    """The splits of a data set. `no_val` says what is missing where there is no validation split.
 
-    `agree` looks, before any image is opened, whether both have the same classes.
+    `notes` say what was taken as what, where that is not plain from its name.
     """
 
     name: str
     train: Source
     val: Source | None
     no_val: str
-    agree: Callable[[], None] = lambda: None
+    notes: tuple[str, ...] = ()
 
 
 def folder_of(spec: str) -> Path:
@@ -38,26 +41,42 @@ def folder_of(spec: str) -> Path:
     return path.parent if path.suffix.lower() in SUFFIXES and not path.is_dir() else path
 
 
-def find_sources(spec: str) -> Sources:
-    """UserError for what is none, or has one split only where that cannot be meant."""
+def find_sources(spec: str, val: str | None = None) -> Sources:
+    """Those of `--data spec`, with `--val val`. UserError for what is none, or has one split only where that cannot be
+    meant.
+    """
+    if val is None:
+        return _find(spec)
+    images, found = _validation(val), _find(spec, alone=True)
+    train = found.train
+    if isinstance(train, FolderSource) and isinstance(images, FolderSource):
+        _refuse_same(train.root, images.root)
+        train, images = replace(train, others=(images.root,)), replace(images, others=(train.root,))
+    return replace(found, train=train, val=images, notes=())
+
+
+def _find(spec: str, alone: bool = False) -> Sources:
+    """As `find_sources`; `alone`: the validation split comes from elsewhere."""
     path = Path(spec).expanduser()
     if spec.endswith(_COMPRESSED):
         raise UserError(f"{spec}: compressed shards have no offsets to read at; decompress them to .tar")
     if is_pattern(spec):
         shards = named_shards(spec)
         no_val = f"{spec}: no validation shards beside it (val instead of train in the name)"
-        return Sources(shards.root.resolve().name, shards, sibling(shards), no_val)
-    if path.suffix.lower() in SUFFIXES and not path.is_dir():
-        return _lists(path.parent, path)
+        return Sources(shards.root.resolve().name, shards, None if alone else sibling(shards), no_val)
+    if _is_list(path):
+        return _lists(path.parent, path, alone)
     if path.is_file():
         raise UserError(
             f"{path}: expected a folder of images, a list (.csv, .tsv) or shards (.tar), not a file of another kind"
         )
-    inside = class_folders(path)
-    if "train" in inside or "val" in inside:
-        return _folders(path, inside)
-    if lists := [path / f"train{suffix}" for suffix in SUFFIXES if (path / f"train{suffix}").is_file()]:
-        return _lists(path, lists[0])
+    path = next((path / inner for inner in _KAGGLE if (path / inner / "train").is_dir()), path)
+    inside = look_into(path)
+    if splits := _split_folders(path, inside):
+        return _folders(path, splits, alone)
+    lists = [entry.name for entry in sorted(path.iterdir()) if _is_list(entry)]
+    if lists := [name for name in lists if split_of(Path(name).stem) == "train"]:
+        return _lists(path, path / lists[0], alone)
     shards_by_split = shards_in(path)
     if train := shards_by_split.get("train"):
         return Sources(path.resolve().name, train, shards_by_split.get("val"), f"{path}: has no val-….tar")
@@ -65,43 +84,113 @@ def find_sources(spec: str) -> Sources:
         raise UserError(f"{path}: has shards val-….tar, but no train-….tar")
     if not any(entry for entry in path.iterdir()):
         raise UserError(f"{path}: is empty; expected train/ and val/ with a folder of images for each class")
-    return Sources(path.resolve().name, FolderSource(path, path, "all"), None, f"{path}: has no val/")
+    return Sources(path.resolve().name, FolderSource(path, path, "all"), None, _no_val(path, inside))
 
 
-def _folders(path: Path, inside: list[str]) -> Sources:
-    if "train" not in inside:
+def _is_list(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.is_dir()
+
+
+def _split_folders(path: Path, inside: Inside) -> dict[Split, str]:
+    """The names of the folders of splits; none where a folder of such a name is a class, as `train` among vehicles."""
+    named = [name for name in inside.folders if split_of(name)]
+    if len(named) < len(inside.folders):
+        named = [name for name in named if look_into(path / name).folders]
+    return find_splits(named, path)
+
+
+def _folders(path: Path, splits: dict[Split, str], alone: bool) -> Sources:
+    if "train" not in splits:
+        other = next(iter(splits.values()))
         raise UserError(
-            f"{path}: has no train/; expected train/ and val/, or give --val-fraction 0.1 to hold out a tenth of one "
-            "folder of class folders"
+            f"{path}: has {other}/, but no train/; expected both. If {other}/ is all there is, give --data "
+            f"{quote(str(path / other))} --val-fraction 0.1, which holds out a tenth of it"
         )
-    train, val = (FolderSource(path / split, path, split) for split in ("train", "val"))
-    found = val if "val" in inside else None
-    return Sources(path.resolve().name, train, found, f"{path}: has no val/", lambda: _same_classes(path))
+    name = path.parents[2].resolve().name if _is_kaggle(path) else path.resolve().name
+    train = FolderSource(path / splits["train"], path, splits["train"])
+    found = None if alone else splits.get("val") or splits.get("test")
+    if found is not None and "val" not in splits and not look_into(path / found).folders:
+        found = None  # the images of a competition, whose classes nobody tells
+    if found is None:
+        return Sources(name, train, None, f"{path}: has no val/")
+    root = path / found
+    _refuse_same(train.root, root)
+    inside = look_into(root)
+    if inside.images and not inside.folders:
+        return Sources(name, train, _unsorted(path, root, inside), "")
+    val = FolderSource(root, path, found, others=(train.root,))
+    notes: tuple[str, ...] = ()
+    if (train.root.name, found) != ("train", "val"):
+        notes = (f"{train.root.name}/ is trained on, {found}/ is the validation split",)
+    return Sources(name, replace(train, others=(root,)), val, "", notes)
 
 
-def _lists(folder: Path, train: Path) -> Sources:
+def _is_kaggle(path: Path) -> bool:
+    return path.resolve().match("ILSVRC/Data/CLS-LOC")
+
+
+def _unsorted(path: Path, root: Path, inside: Inside) -> Source:
+    """Validation images without class folders: their classes are in Kaggle's list, or unknown."""
+    for folder in path.resolve().parents[:3]:
+        if (folder / _KAGGLE_LABELS).is_file():
+            return ListSource(folder / _KAGGLE_LABELS, images=root)
+    kaggle = f", or copy {_KAGGLE_LABELS} of the same download to beside ILSVRC/" if _is_kaggle(path) else ""
+    raise UserError(
+        f"{root}: its images ({inside.images[0]}) lie in no class folders; sort them into folders called as those "
+        f"of the training images, name them with their labels in a list and give --val LIST.csv{kaggle}"
+    )
+
+
+def _lists(folder: Path, train: Path, alone: bool) -> Sources:
     if not train.is_file():
         raise UserError(f"{train}: no such file")
-    name = train.name.replace("train", "val", 1)
-    val = folder / name
-    found = ListSource(val) if val != train and val.is_file() else None
-    no_val = f"{train}: no {name if val != train else 'val.csv'} beside it"
-    return Sources(folder.resolve().name, ListSource(train), found, no_val)
+    expected = renamed(train.name, "val") or f"val{train.suffix}"
+    lists = [] if alone else [entry.name for entry in folder.iterdir() if _is_list(entry)]
+    found = find_partners(train.name, lists, folder)
+    name = found.get("val") or found.get("test")
+    val = ListSource(folder / name) if name else None
+    notes = (
+        () if name in (None, expected) else (f"{train.name} is trained on, {name} is the validation split",)
+    )
+    return Sources(folder.resolve().name, ListSource(train), val, f"{train}: no {expected} beside it", notes)
 
 
-def _same_classes(folder: Path) -> None:
-    train, val = (set(class_folders(folder / split)) for split in ("train", "val"))
-    if train != val:
-        parts = [
-            f"only in {split}: {some(sorted(names))}"
-            for split, names in (("train", train - val), ("val", val - train))
-            if names
-        ]
+def _validation(spec: str) -> Source:
+    """What `--val spec` names."""
+    path = Path(spec).expanduser()
+    if is_pattern(spec):
+        return named_shards(spec)
+    if _is_list(path):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        return ListSource(path)
+    inside = look_into(path)
+    splits = _split_folders(path, inside)
+    if splits:
+        name = splits.get("val") or splits.get("test") or splits["train"]
         raise UserError(
-            f"{folder}: train/ and val/ have different classes ({'; '.join(parts)}); they must be the same"
+            f"--val {spec}: has splits of its own; name the one that is meant, such as --val {quote(str(path / name))}"
+        )
+    shards = {} if inside.folders else shards_in(path)
+    if shards:
+        return shards.get("val") or shards["train"]
+    return FolderSource(path, path, "as-val")
+
+
+def _refuse_same(train: Path, val: Path) -> None:
+    if train.resolve() == val.resolve():
+        raise UserError(
+            f"{val}: is the folder that is trained on ({train}), so nothing would be validated; give another, or "
+            "--val-fraction 0.1 to hold out a tenth of it"
         )
 
 
-def some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+def _no_val(path: Path, inside: Inside) -> str:
+    """With what is meant where the folder above, or one in it, has both splits."""
+    above = path.resolve().parent
+    own, others = split_of(path.resolve().name), {split_of(name) for name in look_into(above).folders}
+    if own == "train" and others & {"val", "test"}:
+        return f"{path}: is one split only; give --data {quote(str(above))}, which has both"
+    if inside.folders and "train" in _split_folders(first := path / inside.folders[0], look_into(first)):
+        return f"{path}: has no images of its own; give --data {quote(str(first))}, which has splits"
+    return f"{path}: has no val/"

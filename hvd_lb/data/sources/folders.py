@@ -1,26 +1,33 @@
 """A source of images: a folder of class folders.
 
 Listing looks at names, sizes and times only. Folders are listed in the order of torchvision's ImageFolder: classes are
-the sorted names of the folders; hidden names (leading dot) are ignored everywhere, files beside the class folders too.
-Every other file inside a class folder, at any depth, has to be an image, told by its extension; links are followed.
+the sorted names of the folders; hidden names (leading dot) and what systems leave (`is_ignored`) are ignored
+everywhere, files beside the class folders too. Every other file inside a class folder, at any depth, has to be an
+image, told by its extension.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
-from hvd_lb.data.files.kinds import EXTENSIONS, GIF
+from hvd_lb.data.files.kinds import EXTENSIONS, GIF, is_ignored
 from hvd_lb.data.files.rows import measure_files
 from hvd_lb.data.files.threads import in_threads
-from hvd_lb.data.sources.source import FileState, Listing, file_state
+from hvd_lb.data.options import UNFINISHED
+from hvd_lb.data.sources.class_folder import ClassFolder, Folder
+from hvd_lb.data.sources.names import look_alike, same_composed, some
+from hvd_lb.data.sources.source import Listing, file_state
+from hvd_lb.data.sources.splits import split_of
 from hvd_lb.errors import UserError
+
+_OURS = {".hvd-lb-index", UNFINISHED}
 
 
 class NoImages(UserError):
@@ -33,110 +40,162 @@ class NoImages(UserError):
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A folder of class folders."""
+    """A folder of class folders. `others` are the folders of other splits, into which no link may lead.
+
+    `classes` are those of the training split where this is the other one: it need not have a folder for each.
+    """
 
     root: Path
     home: Path
     name: str
     cheap: int = 20_000
+    classes: tuple[str, ...] | None = None
+    others: tuple[Path, ...] = ()
 
     def with_classes(self, classes: list[str]) -> FolderSource:
-        """Its own folders say what its classes are."""
-        return self
+        return replace(self, classes=tuple(classes))
 
     def listing(self) -> Listing:
-        _check_folder(self.root)
-        before = file_state(self.root, ".")  # before its contents, so that no change falls between
-        classes = class_folders(self.root)
-        found = [of for each in in_threads(partial(_list_class, self.root), classes) for of in each]
-        strangers = [path for folder in found for path in folder.strangers]
-        if strangers:
-            more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
-            kind = GIF if strangers[0].lower().endswith(".gif") else "no image file"
-            raise NoImages(
-                f"{self.root / strangers[0]}{more}: {kind} ({' '.join(EXTENSIONS)}); "
-                "move what is no image out of the class folders",
-                [str(self.root / path) for path in strangers],
+        before = file_state(self.root, ".") if self.root.is_dir() else None  # before its contents are read
+        inside = look_into(self.root)
+        self._check_names(inside)
+        classes = list(self.classes or inside.folders)
+        real = os.path.realpath(self.root)
+        others = tuple(other for other in map(os.path.realpath, self.others) if other != real)
+        found = [
+            folder
+            for folders in in_threads(
+                lambda name: ClassFolder(self.root, name, others).folders(), inside.folders
+            )
+            for folder in folders
+        ]
+        _refuse_strangers(self.root, found)
+        _refuse_other_level(self.root, found)
+        if self.classes is None and len(inside.folders) == 1:
+            raise UserError(
+                f"{self.root}: has one class folder only ({inside.folders[0]}), so there is nothing to tell apart; "
+                "expected the folder that holds a folder for each class"
             )
         stamp = hashlib.sha256()
+        for name in classes:
+            stamp.update(b"\0" + os.fsencode(name) + b"\0")
         names: list[bytes] = []
-        counts = np.zeros(len(classes), np.int64)
-        position = dict(zip(classes, range(len(classes)), strict=True))
-        for class_name in classes:
-            stamp.update(b"\0" + os.fsencode(class_name) + b"\0")
+        counts: dict[str, int] = dict.fromkeys(inside.folders, 0)
         for folder in found:
-            for name, size, changed in folder.images:
-                names.append(name)
-                stamp.update(b"%s\0%d\0%d\0" % (name, size, changed))
-            counts[position[folder.label]] += len(folder.images)
-        labels = np.repeat(np.arange(len(classes)), counts)
-        watched = [before, *(folder.state for folder in found)]
+            names += folder.names
+            counts[folder.label] += len(folder.names)
+        few = len(names) <= self.cheap
+        for folder in found:
+            stamp.update(b"\0".join(folder.names) + b"\0" + folder.states[:, : 3 if few else 2].tobytes())
+        number = {name: position for position, name in enumerate(classes)}
+        labels = np.repeat(np.array([number[name] for name in counts], np.int64), list(counts.values()))
+        remarks = self._remarks(inside, found)
+        watched = [*([before] if before else []), *(folder.state for folder in found)]
         return Listing(
             stamp.hexdigest()[:32],
             watched,
-            lambda report, journal: measure_files(self.root, classes, names, labels, report, journal),
+            lambda report, journal: replace(
+                measure_files(self.root, classes, names, labels, report, journal), remarks=remarks
+            ),
         )
+
+    def _check_names(self, inside: Inside) -> None:
+        """UserError for class folders that the training split has not, or that cannot be told from each other."""
+        if twins := same_composed(inside.folders):
+            raise UserError(f"{self.root}: has two classes of one name{look_alike(twins[0], [twins[1]])}")
+        if not inside.folders and inside.images:
+            raise UserError(
+                f"{self.root}: holds images ({inside.images[0]}), but no class folders; give the folder above it, "
+                "sort them into a folder for each class, or name images and labels in a list (docs/data.md)"
+            )
+        if self.classes is None:
+            return
+        known = set(self.classes)
+        if strangers := [name for name in inside.folders if name not in known]:
+            hints = (look_alike(name, self.classes) for name in strangers)
+            raise UserError(
+                f"{self.root}: has classes that are not among the {len(known)} of the training images, such as "
+                f"{self.classes[0]!r}: {some(strangers)}{next(filter(None, hints), '')}"
+            )
+
+    def _remarks(self, inside: Inside, found: Sequence[Folder]) -> list[str]:
+        ignored = [
+            *(of for of in inside.ignored if of not in _OURS),
+            *(path for folder in found for path in folder.ignored),
+        ]
+        remarks = []
+        if ignored:
+            remarks.append(f"hidden or made by systems, and ignored: {len(ignored):,}, such as {ignored[0]}")
+        if inside.images:
+            remarks.append(
+                f"images beside the class folders, which are not used: {len(inside.images):,}, such as "
+                f"{inside.images[0]}"
+            )
+        if self.classes and (missing := sorted(set(self.classes) - set(inside.folders))):
+            remarks.append(
+                f"classes without a folder: {len(missing):,} of {len(self.classes):,} ({some(missing)})"
+            )
+        return [f"{self.root.name}: {remark}" for remark in remarks]
 
 
 @dataclass(frozen=True)
-class _Folder:
-    """Its images as (name relative to the root, size, time of change), sorted; `strangers` are no images."""
+class Inside:
+    """Sorted names of what lies in a folder: folders, images, and what is ignored (hidden or made by systems)."""
 
-    label: str
-    state: FileState
-    images: list[tuple[bytes, int, int]]
-    strangers: list[str]
+    folders: list[str]
+    images: list[str]
+    ignored: list[str]
 
 
-def _check_folder(root: Path) -> None:
+def look_into(root: Path) -> Inside:
+    """UserError when it is missing or no folder."""
     if not root.exists():
         raise UserError(f"{root}: no such folder")
     if not root.is_dir():
         raise UserError(f"{root}: expected a folder of images, not a file")
-
-
-def class_folders(root: Path) -> list[str]:
-    """Sorted names of the folders in `root`. UserError when it is missing or no folder."""
-    _check_folder(root)
+    folders, images, ignored = [], [], []
     try:
         with os.scandir(root) as entries:
-            return sorted(
-                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
-            )
-    except OSError as error:
-        raise UserError(f"{root}: cannot be listed ({error.strerror})") from error
-
-
-def _list_class(root: Path, name: str) -> list[_Folder]:
-    folders = sorted(_walk(root, name, name, frozenset()), key=lambda found: found[0])
-    return [folder for _, folder in folders]
-
-
-def _walk(
-    root: Path, relative: str, label: str, above: frozenset[tuple[int, int]]
-) -> Iterator[tuple[str, _Folder]]:
-    """(relative path, what it holds) of a folder and all below, in any order; no link upwards is followed."""
-    try:
-        own = file_state(root, relative)
-        here = os.stat(root / relative)
-        identity = (here.st_dev, here.st_ino)
-        if identity in above:
-            return
-        folders, images, strangers = [], [], []
-        with os.scandir(root / relative) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
+                if is_ignored(entry.name):
+                    ignored.append(entry.name)
+                elif entry.is_dir():
                     folders.append(entry.name)
                 elif entry.name.lower().endswith(EXTENSIONS):
-                    stat = entry.stat()
-                    images.append((entry.name, stat.st_size, stat.st_mtime_ns))
-                else:
-                    strangers.append(f"{relative}/{entry.name}")
-        named = [(os.fsencode(f"{relative}/{name}"), size, changed) for name, size, changed in sorted(images)]
-        yield relative, _Folder(label, own, named, sorted(strangers))
-        for name in folders:
-            yield from _walk(root, f"{relative}/{name}", label, above | {identity})
+                    images.append(entry.name)
     except OSError as error:
-        raise UserError(f"{error.filename or root / relative}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{root}: cannot be listed ({error.strerror})") from error
+    return Inside(sorted(folders), sorted(images), sorted(ignored))
+
+
+def _refuse_strangers(root: Path, found: Sequence[Folder]) -> None:
+    strangers = [path for folder in found for path in folder.strangers]
+    if strangers:
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        kind = GIF if strangers[0].lower().endswith(".gif") else "no image file"
+        raise NoImages(
+            f"{root / strangers[0]}{more}: {kind} ({' '.join(EXTENSIONS)}); move what is no image out of the class "
+            "folders, or, where that cannot be, name images and labels in a list (docs/data.md)",
+            [str(root / path) for path in strangers],
+        )
+
+
+def _refuse_other_level(root: Path, found: Sequence[Folder]) -> None:
+    """UserError for a class folder without images of its own in which there are folders that look like classes."""
+    direct = {folder.label for folder in found if folder.names and folder.relative == folder.label}
+    below: dict[str, dict[str, None]] = {}
+    for folder in found:
+        if folder.names and folder.label not in direct:
+            below.setdefault(folder.label, {})[folder.relative.split("/")[1]] = None
+    for label, folders in below.items():
+        splits = [name for name in folders if split_of(name)]
+        if len(folders) > 1 or splits:
+            inside = f"{root / label} holds no images, only folders ({some(list(folders))})"
+            if splits:
+                raise UserError(
+                    f"{inside}: these are no classes but splits; give --data {quote(str(root / label))}"
+                )
+            raise UserError(
+                f"{inside}: which are the classes? Give --data {quote(str(root / label))} if they are in there; "
+                f"else move them to {root}, a folder for each class, or name images and labels in a list (docs/data.md)"
+            )

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from hvd_lb.data.sources.names import look_alike, same_composed
 from hvd_lb.errors import UserError
 
 CLASSES_FILES = ("classes.json", "classes.txt")
 _MOST_CLASSES = 1_000_000
+_WHOLE = re.compile(r"\+?([0-9]+)(?:\.0*)?")
+_LIKE_NUMBER = re.compile(
+    r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]?(?:nan|inf)", re.IGNORECASE
+)
 
 
 class UnknownLabel(ValueError):
-    """`label` is none of the classes; the message says so."""
+    """`label` cannot be a class; the message says why."""
 
-    def __init__(self, label: str, expected: str) -> None:
-        super().__init__(f"label {label!r} is no class; expected {expected}")
+    def __init__(self, label: str, why: str) -> None:
+        super().__init__(f"label {label!r} {why}")
         self.label = label
 
 
@@ -37,25 +43,47 @@ class Classes:
             known |= {str(position): position for position in range(len(self.names))}
         numbers = np.zeros(len(labels), np.int64)
         for position, label in enumerate(labels):
-            number = known.get(_plain(label))
+            number = known.get(label, known.get(_plain(label)))
             if number is None:
-                where = "classes file" if self.from_file else "training split"
-                raise UnknownLabel(
-                    label, f"one of the {len(self.names)} of the {where}, such as {self.names[0]!r}"
-                )
+                raise UnknownLabel(label, self._why_unknown(label, labels))
             numbers[position] = number
         return numbers
 
+    def _why_unknown(self, label: str, labels: Sequence[str]) -> str:
+        where = "classes file" if self.from_file else "training split"
+        why = f"is no class; expected one of the {len(self.names)} of the {where}, such as {self.names[0]!r}"
+        given = {_plain(of) for of in labels}
+        if self.from_file and _plain(label) == str(len(self.names)) and "0" not in given:
+            return f"{why}; do the labels begin at 1? Classes are counted from 0"
+        return why + look_alike(label, self.names)
+
 
 def find_classes(labels: Iterable[str]) -> Classes:
-    """Of a training split without a file of classes: all numbers up to the largest, or all names, sorted."""
-    distinct = {_plain(label) for label in labels}
-    if not all(_is_number(label) for label in distinct):
-        return Classes(sorted(distinct), False)
-    largest = max(distinct, key=lambda label: (len(label), label), default="")
+    """Of a training split without a file of classes: all numbers up to the largest, or all names, sorted.
+
+    UnknownLabel for the first that is no whole number from 0 on where others are, or the reverse: what was meant cannot
+    be told, and names are sorted as text, 10 before 2.
+    """
+    distinct = dict.fromkeys(labels)
+    numbers = {_plain(label) for label in distinct if _is_number(_plain(label))}
+    others = [label for label in distinct if not _is_number(_plain(label))]
+    odd = next((label for label in others if numbers or _LIKE_NUMBER.fullmatch(label)), None)
+    if odd is not None:
+        given = f"others are numbers, such as {min(numbers)!r}" if numbers else "it looks like a number"
+        raise UnknownLabel(
+            odd,
+            f"is no whole number from 0 on, but {given}; leave it out if it stands for no class, or name all classes "
+            "in classes.txt, one a line",
+        )
+    if others:
+        if twins := same_composed(others):
+            raise UnknownLabel(twins[1], f"is not {twins[0]!r}{look_alike(twins[1], [twins[0]])}")
+        return Classes(sorted(others), False)
+    largest = max(numbers, key=lambda label: (len(label), label), default="")
     if len(largest) > 9 or int(largest or 0) >= _MOST_CLASSES:
-        raise UnknownLabel(largest, f"numbers below {_MOST_CLASSES}, or names")
-    return Classes([str(number) for number in range(int(largest) + 1)] if distinct else [], False)
+        written = next(label for label in distinct if _plain(label) == largest)
+        raise UnknownLabel(written, f"is no class; expected numbers below {_MOST_CLASSES}, or names")
+    return Classes([str(number) for number in range(int(largest) + 1)] if numbers else [], False)
 
 
 def read_classes(folder: Path) -> Classes | None:
@@ -64,8 +92,8 @@ def read_classes(folder: Path) -> Classes | None:
     if path is None:
         return None
     try:
-        text = path.read_text("utf-8", errors="surrogateescape")
-        names = json.loads(text)["classes"] if path.suffix == ".json" else text.splitlines()
+        text = path.read_text("utf-8-sig", errors="surrogateescape")
+        names = json.loads(text)["classes"] if path.suffix == ".json" else text.rstrip("\n").split("\n")
         if (
             not isinstance(names, list)
             or not names
@@ -85,5 +113,6 @@ def _is_number(label: str) -> bool:
 
 
 def _plain(label: str) -> str:
-    """Without the leading zeros of numbers."""
-    return (label.lstrip("0") or "0") if _is_number(label) else label
+    """Of whole numbers without leading zeros, and without a fraction of zeros, which spreadsheets and pandas add."""
+    match = _WHOLE.fullmatch(label)
+    return (match[1].lstrip("0") or "0") if match else label

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISREG
@@ -15,12 +15,17 @@ from hvd_lb.data.files.kinds import EXTENSIONS, GIF
 from hvd_lb.data.files.rows import measure_files
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.sources.labels import Classes, UnknownLabel, find_classes, read_classes
-from hvd_lb.data.sources.source import Listing, file_state, stamped
+from hvd_lb.data.sources.names import look_alike
+from hvd_lb.data.sources.source import Listing, file_state, stamped, state_of
 from hvd_lb.errors import UserError
 
 SUFFIXES = {".csv": ",", ".tsv": "\t"}
 _PATHS = ("path", "file", "filename", "file_name", "image")
 _LABELS = ("label", "class", "target")
+_SOLUTION = [
+    "imageid",
+    "predictionstring",
+]  # of Kaggle's ImageNet: n01440764 1 2 3 4, the class and its boxes
 _CHUNK = 256
 
 
@@ -35,19 +40,23 @@ class Entry:
 
 @dataclass(frozen=True)
 class ListSource:
-    """The images of a list; `classes` are those of the training split where this is the other one."""
+    """The images of a list, by their paths relative to the folder `images`, else to that of the list.
+
+    `classes` are those of the training split where this is the other one.
+    """
 
     path: Path
     classes: Classes | None = None
     cheap: int = 20_000
+    images: Path | None = None
 
     @property
     def root(self) -> Path:
-        return self.path.parent
+        return self.images or self.path.parent
 
     @property
     def home(self) -> Path:
-        return self.path.parent
+        return self.root.parent if self.images else self.root
 
     @property
     def name(self) -> str:
@@ -58,23 +67,43 @@ class ListSource:
 
     def listing(self) -> Listing:
         try:
-            own = file_state(self.root, self.path.name)
+            own = file_state(self.root, os.path.relpath(self.path, self.root))
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
         entries = list(read_list(self.path))
         classes, labels = self._numbered(entries)
+        remarks = self._remarks(entries)
         names = [os.fsencode(entry.path) for entry in entries]
         chunks = [entries[start : start + _CHUNK] for start in range(0, len(entries), _CHUNK)]
-        stats = [stat for found in in_threads(self._stats, chunks) for stat in found]
+        few = len(entries) <= self.cheap
+        states = [np.array(found, np.int64) for found in in_threads(self._states, chunks)]
         folders = sorted({os.path.dirname(entry.path) or "." for entry in entries})
         watched = [own, *(file_state(self.root, folder) for folder in folders)]
-        each = zip(names, labels.tolist(), stats, strict=True)
-        stamp = stamped([*classes, "", *(b"%s\0%d\0%s" % of for of in each)])
+        known = (state[:, : 3 if few else 2].tobytes() for state in states)
+        stamp = stamped([*classes, "", *names, labels.tobytes(), *known])
         return Listing(
             stamp,
             watched,
-            lambda report, journal: measure_files(self.root, classes, names, labels, report, journal),
+            lambda report, journal: replace(
+                measure_files(self.root, classes, names, labels, report, journal), remarks=remarks
+            ),
         )
+
+    def _remarks(self, entries: Sequence[Entry]) -> list[str]:
+        """UserError for a file that is named with two labels."""
+        first: dict[str, Entry] = {}
+        repeated = 0
+        for entry in entries:
+            other = first.setdefault(os.path.normpath(entry.path), entry)
+            if other.label != entry.label:
+                raise UserError(
+                    f"{self.path}, line {entry.line}: {entry.path!r} is {entry.label!r}, but {other.label!r} "
+                    f"in line {other.line}; leave one out"
+                )
+            repeated += other is not entry
+        if not repeated:
+            return []
+        return [f"{self.path.name}: lines that repeat others, whose images count again: {repeated:,}"]
 
     def _numbered(self, entries: Sequence[Entry]) -> tuple[list[str], np.ndarray]:
         """Classes, and labels int64 (N,)."""
@@ -89,9 +118,9 @@ class ListSource:
             raise UserError(f"{self.path}, line {first_lines[error.label]}: {error}") from error
         return classes.names, np.array([numbers[entry.label] for entry in entries], np.int64)
 
-    def _stats(self, entries: Sequence[Entry]) -> list[bytes]:
-        """Size and time of the files, for the stamp."""
-        stats = []
+    def _states(self, entries: Sequence[Entry]) -> list[tuple[int, int, int]]:
+        """Of the files."""
+        states = []
         for entry in entries:
             try:
                 stat = os.stat(os.path.join(self.root, entry.path))
@@ -99,11 +128,21 @@ class ListSource:
                 reason = getattr(error, "strerror", None) or error
                 raise UserError(
                     f"{self.path}, line {entry.line}: {entry.path!r} cannot be read ({reason})"
+                    f"{self._hint(entry.path)}"
                 ) from error
             if not S_ISREG(stat.st_mode):
                 raise UserError(f"{self.path}, line {entry.line}: {entry.path!r} is no file")
-            stats.append(b"%d\0%d" % (stat.st_size, stat.st_mtime_ns))
-        return stats
+            states.append(state_of(stat))
+        return states
+
+    def _hint(self, path: str) -> str:
+        """ "; …": why a file may not be where it is said to be."""
+        folder, name = os.path.split(os.path.join(self.root, path))
+        if "\\" in path:
+            return "; expected / between folders"
+        if path != path.strip():
+            return "; the name has a space at its end"
+        return look_alike(name, os.listdir(folder)) if os.path.isdir(folder) else ""
 
 
 def read_list(path: Path) -> Iterator[Entry]:
@@ -112,8 +151,8 @@ def read_list(path: Path) -> Iterator[Entry]:
     try:
         # Paths need not be text: what is not keeps its bytes.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            records = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
-            columns, line = None, 1
+            records = csv.reader(_text(path, file), delimiter=delimiter, skipinitialspace=True, strict=True)
+            columns, line, solution = None, 1, False
             while True:
                 try:
                     record = next(records)
@@ -122,17 +161,29 @@ def read_list(path: Path) -> Iterator[Entry]:
                 except csv.Error as error:
                     raise UserError(f"{path}, line {line}: {error}") from error
                 at, line = line, records.line_num + 1
-                if not any(record):
+                if not any(field.strip() for field in record):
                     continue
                 if columns is None:
-                    columns = _header(path, record)
+                    solution = [name.strip().lower() for name in record] == _SOLUTION
+                    columns = (0, 1) if solution else _header(path, record)
                     if columns is not None:
                         width = len(record)
                         continue
                     columns, width = (0, 1), 2
+                if solution and len(record) == width:
+                    record = [f"{record[0]}.JPEG", record[1].partition(" ")[0]]
                 yield _entry(path, record, columns, width, at)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _text(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        if "\0" in line:
+            raise UserError(
+                f"{path}: is no UTF-8 text (UTF-16, as Excel's Unicode text?); save it as CSV in UTF-8"
+            )
+        yield line
 
 
 def _header(path: Path, record: list[str]) -> tuple[int, int] | None:

@@ -71,6 +71,13 @@ def file_state(root: Path, relative: str) -> FileState:
     return relative, stat.st_mtime_ns if settled else 0, -1 if S_ISDIR(stat.st_mode) else stat.st_size
 
 
+def state_of(stat: os.stat_result) -> tuple[int, int, int]:
+    """Size and time of a file, and when the system last touched it. The last belongs into a stamp where files are few
+    and soon read anew: what overwrites a file can keep its size and set its time, as `cp -p` and `rsync -t` do.
+    """
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
 def stamped(parts: Iterable[str | bytes]) -> str:
     """32 hexadecimal digits that change with any of the parts."""
     digest = hashlib.sha256()

@@ -14,8 +14,8 @@ import numpy as np
 from hvd_lb.data.files.header import NO_HEADER, header_or_reason
 from hvd_lb.data.files.kinds import EXTENSIONS, GIF
 from hvd_lb.data.files.reading import retried
-from hvd_lb.data.files.rows import ROW
-from hvd_lb.data.files.section import Section
+from hvd_lb.data.files.rows import ROW, head_sum
+from hvd_lb.data.files.section import WINDOW, Section
 from hvd_lb.errors import UserError
 
 _BLOCK = 512
@@ -85,11 +85,13 @@ def _scanned(path: Path, descriptor: int, section: Section, samples: dict[str, _
         label = labels.setdefault(_label(path, key, section, sample), len(labels))
         name = os.fsencode(sample.image.name)
         start, size = sample.image.start, sample.image.size
-        header = header_or_reason(Section.of_file(descriptor, start, size))
+        image = Section.of_file(descriptor, start, size)
+        head = head_sum(image.at(0, WINDOW))
+        header = header_or_reason(image)
         if isinstance(header, str):
             first_broken = first_broken or (len(rows), header)
             header = NO_HEADER
-        rows.append((label, size, start, at, header.width, header.height, 0, len(name), *header[2:]))
+        rows.append((label, size, start, at, header.width, header.height, 0, len(name), *header[2:], head))
         names.append(name)
         at += len(name)
     return Scan(np.array(rows, ROW), b"".join(names), list(labels), first_broken)

@@ -39,14 +39,15 @@ def train(job: Job, world: World, stop_requested: StopRequests) -> None:
     recipe = job.recipe
     dataset = open_dataset(
         recipe.data or "",
+        val=recipe.val,
         val_fraction=recipe.val_fraction,
         on_bad_image=recipe.on_bad_image,
         expected=job.data_fingerprint,
     )
     if dataset.fingerprint() != job.data_fingerprint:
         raise UserError(
-            f"{recipe.data} on this host is not the data set that the run was planned with (other names, sizes or "
-            "labels of images): copy it again"
+            f"{recipe.data} on this host is not the data set that the run was planned with (other names, "
+            "places, bytes, sizes or labels of images): copy it again"
         )
     first_step = checkpoint.step if checkpoint else 0
     observer = RunObserver(directory, first_step) if world.rank == 0 else SilentObserver()
@@ -65,7 +66,7 @@ def train(job: Job, world: World, stop_requested: StopRequests) -> None:
             stop_requested=stop_requested,
         )
         trainer.fit()
-        if world.rank == 0 and trainer.step < trainer.end:
+        if world.rank == 0 and (trainer.step < trainer.end or trainer.state.evaluation_due):
             write_json(directory.stopped, {"signal": trainer.stopped_by, "steps": trainer.step})
     finally:
         observer.close()
@@ -81,7 +82,7 @@ def _device(job: Job, world: World) -> torch.device:
 
 def main(job_file: str, rank: int, host: str) -> None:
     """`rank` and `host` are those that the launcher gave this process."""
-    job = Job.model_validate_json(Path(job_file).read_text("utf-8"))
+    job = Job.from_json(Path(job_file).read_text("utf-8"))
     stop_requested = StopRequests(RunDirectory(job.output).stop)
     try:
         world = worlds.init()

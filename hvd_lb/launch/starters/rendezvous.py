@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
-from horovod.runner.http import http_server
-from horovod.runner.util.network import find_port
+# Horovod is imported where it is used: runs on one process need none.
 
 
 def bind_rendezvous(address: str) -> None:
     """Let every server that this process starts from now on listen on `address` only."""
+    from horovod.runner.http import http_server
+    from horovod.runner.util.network import find_port
 
     def bound(server_factory):  # type: ignore[no-untyped-def]
         # Horovod calls it with ("", port): the empty name means all interfaces.
@@ -29,6 +29,9 @@ def rendezvous(address: str, hosts: Sequence[tuple[str, int]], processes: int) -
 
     Each process has to be told its rank besides, as HOROVOD_RANK and so on.
     """
+    from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
+    from horovod.runner.http import http_server
+
     bind_rendezvous(address)
     server = http_server.RendezvousServer()
     port = server.start()

@@ -256,7 +256,7 @@ def test_what_changed_just_now_is_looked_at_again(folder: Path) -> None:
 
 def test_an_index_beside_the_data_is_found_wherever_they_are(folder: Path, tmp_path: Path) -> None:
     old(folder)
-    made = open_index(folder, write_beside=True)
+    made = open_index(folder, cheap=0, write_beside=True)
     assert made.keep[0].is_relative_to(folder / ".hvd-lb-index")
     assert not cached()
     folder.rename(tmp_path / "elsewhere")

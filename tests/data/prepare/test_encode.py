@@ -40,14 +40,13 @@ def test_pixels_become_png(shape: tuple[int, ...]) -> None:
         assert (np.asarray(opened(file.content)) == pixels[i]).all()
 
 
-def test_only_what_is_larger_is_shrunk(tmp_path: Path) -> None:
-    folder = tmp_path / "set" / "train" / "ant"
-    folder.mkdir(parents=True)
+def test_only_what_is_larger_is_shrunk(make_dataset: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "set", 1) / "train" / "aardvark"
+    folder.mkdir()
     for name, size in (("a", (100, 60)), ("b", (101, 60)), ("c", (60, 300)), ("d", (500, 1))):
         photo(*size).save(folder / f"{name}.png")
-    (tmp_path / "set" / "val").symlink_to("train")
     images = open_dataset(str(tmp_path / "set")).train
-    kept, *shrunk = encoded_in_order(images, 0, Encoding(max_side=100, quality=95), 2)
+    kept, *shrunk = list(encoded_in_order(images, 0, Encoding(max_side=100, quality=95), 2))[:4]
     assert kept.content == (folder / "a.png").read_bytes()
     assert [file.ending for file in shrunk] == [".jpg"] * 3
     assert [opened(file.content).size for file in shrunk] == [(100, 59), (20, 100), (100, 1)]

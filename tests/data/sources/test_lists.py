@@ -109,6 +109,15 @@ MISTAKES = {
     "name;kind\n": r"train.csv, line 1: expected `path,label`, not 'name;kind'",
     "a.png,99999999999\n": "train.csv, line 1: label '99999999999' is no class",
     "": "holds no images",
+    "a.png,0\nb c.png,-1\nsub/d.png,1\n": "train.csv, line 2: label '-1' is no whole number from 0 on",
+    'a.png,0\nb c.png,"the cat"\n': "train.csv, line 2: label 'the cat' is no whole number from 0 on",
+    "a.png,1\nb c.png,2\n": "labels begin at 1, but are counted from 0",
+    "a.png,x\nb c.png,y\na.png,y\n": "train.csv, line 3: 'a.png' is 'y', but 'x' in line 1; leave one out",
+    "a.png,x\n./sub/../a.png,y\n": "train.csv, line 2: './sub/../a.png' is 'y', but 'x' in line 1",
+    "a.png,x\nsub\\d.png,y\n": "train.csv, line 2: .*cannot be read .*; expected / between folders",
+    "path,label\na.png ,x\n": "train.csv, line 2: 'a.png ': no image file",
+    "A.png,x\n": "train.csv, line 1: 'A.png' cannot be read .*; 'A.png' and 'a.png' differ in upper and lower case",
+    "e\u0301 漢.png,x\n": r"train.csv, line 1: .* cannot be read .*another Unicode form \(NFC and NFD",
 }
 
 
@@ -119,6 +128,58 @@ def test_mistakes_name_the_line(content: str, folder: Path) -> None:
     with pytest.raises(UserError, match=MISTAKES[content]) as raised:
         open_dataset(str(folder))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "path,label\na.png,0\nb c.png,1\n",
+        "\ufeffpath,label\r\na.png,0\r\n\r\nb c.png,1\r\n",
+        "\n \n\ufeff"[:3] + "path,label\na.png,0\n  \n,\nb c.png,1",
+        "a.png,0\rb c.png,1\r",
+        '"a.png","0"\n"b c.png","1"\n',
+        "a.png, 0\n b c.png, 1 \n",
+        "a.png,0.0\nb c.png,1.0\n",
+        "a.png,000\nb c.png,001\n",
+        "PATH,x,LABEL\na.png,,0\nb c.png,,1\n",
+    ],
+)
+def test_lists_however_they_were_saved(content: str, folder: Path) -> None:
+    for split in ("train", "val"):
+        (folder / f"{split}.csv").write_bytes(content.encode())
+    data = open_dataset(str(folder))
+    assert data.train.classes == ["0", "1"]
+    assert data.train.labels.tolist() == data.val.labels.tolist() == [0, 1]
+    assert [os.path.relpath(data.train.name(i), folder) for i in range(2)] == ["a.png", "b c.png"]
+
+
+def test_numbers_keep_their_order_beyond_ten(folder: Path) -> None:
+    records = [[name, str(label)] for label, name in enumerate([*PICTURES, *PICTURES])]
+    for number in range(len(PICTURES), len(records)):
+        records[number][0] = f"{number}.png"
+        photo(20, 30).save(folder / records[number][0])
+    for split in ("train", "val"):
+        write(folder / f"{split}.csv", records[::-1])
+    data = open_dataset(str(folder))
+    assert data.train.classes == [str(label) for label in range(14)]
+    assert data.train.labels.tolist() == list(range(14))[::-1]
+
+
+def test_lines_that_repeat_others_are_said(folder: Path) -> None:
+    for split in ("train", "val"):
+        write(folder / f"{split}.csv", [["a.png", "x"], ["b c.png", "y"], ["a.png", "x"], ["./a.png", "x"]])
+    data = open_dataset(str(folder))
+    assert len(data.train) == 4
+    assert data.notes == tuple(
+        f"{split}.csv: lines that repeat others, whose images count again: 2" for split in ("train", "val")
+    )
+
+
+def test_other_encodings_are_told(folder: Path) -> None:
+    (folder / "train.csv").write_text("a.png,x\n", encoding="utf-16")
+    (folder / "val.csv").write_text("a.png,x\n")
+    with pytest.raises(UserError, match="train.csv: is no UTF-8 text .*save it as CSV in UTF-8"):
+        open_dataset(str(folder))
 
 
 def test_what_is_missing_is_said(folder: Path) -> None:

@@ -37,6 +37,14 @@ def cluster(**changes: object) -> Cluster:
     return Cluster(**{**values, **changes})  # type: ignore[arg-type]
 
 
+def test_planning_needs_no_horovod() -> None:
+    """A run on one process has none."""
+    modules = "session, hvd_lb.launch.target, hvd_lb.launch.starters.local, hvd_lb.launch.starters.ssh"
+    program = f"import sys; sys.modules['horovod'] = None; import hvd_lb.launch.{modules}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_one_process_here_is_a_plain_one() -> None:
     launch = local(1, {"A": "b"})
     assert launch.command(JOB) == RANK

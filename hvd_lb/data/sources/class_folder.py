@@ -1,0 +1,116 @@
+"""What a class folder holds: its images at any depth, and where its links lead.
+
+A link may lead to images that lie elsewhere. One that leads into another class, into another split, or to a folder
+that holds any of these, would bring images in that are something else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISREG
+
+import numpy as np
+
+from hvd_lb.data.files.kinds import EXTENSIONS, is_ignored
+from hvd_lb.data.sources.source import FileState, file_state, state_of
+from hvd_lb.errors import UserError
+
+
+@dataclass(frozen=True)
+class Folder:
+    """`relative` to the root; sorted names of images, relative to the root, and their `file_states`, int64 (N, 3).
+
+    `strangers` are no images, `ignored` are hidden or made by systems.
+    """
+
+    label: str
+    relative: str
+    state: FileState
+    names: list[bytes]
+    states: np.ndarray
+    strangers: list[str]
+    ignored: list[str]
+
+
+@dataclass(frozen=True)
+class ClassFolder:
+    """The folder `label` in `root`; `others` are the folders of other splits. Real paths are without links."""
+
+    root: Path
+    label: str
+    others: tuple[str, ...] = ()
+
+    def folders(self) -> list[Folder]:
+        """It and all folders below, by their path. UserError for what cannot be listed and for links that mislead."""
+        own = os.path.realpath(self.root / self.label)
+        if os.path.islink(self.root / self.label):
+            self._refuse_misleading(self.label, own, os.path.realpath(self.root))
+        return sorted(self._walk(self.label, own, own, frozenset()), key=lambda folder: folder.relative)
+
+    def _walk(self, relative: str, real: str, own: str, above: frozenset[str]) -> Iterator[Folder]:
+        try:
+            state = file_state(self.root, relative)
+            folders, images, strangers, ignored = [], [], [], []
+            with os.scandir(self.root / relative) as entries:
+                for entry in entries:
+                    path = f"{relative}/{entry.name}"
+                    if is_ignored(entry.name):
+                        ignored.append(path)
+                    elif entry.is_dir():
+                        folders.append((path, entry.is_symlink()))
+                    elif entry.name.lower().endswith(EXTENSIONS):
+                        stat = entry.stat()
+                        if not S_ISREG(stat.st_mode):
+                            raise UserError(
+                                f"{self.root / path}: is no file, though it is called like an image"
+                            )
+                        if entry.is_symlink():
+                            self._refuse_other_split(path, _target(entry.path, real))
+                        images.append((entry.name, state_of(stat)))
+                    else:
+                        strangers.append(path)
+            images.sort()
+            names = [os.fsencode(f"{relative}/{name}") for name, _ in images]
+            states = np.array([state for _, state in images], np.int64).reshape(-1, 3)
+            yield Folder(self.label, relative, state, names, states, sorted(strangers), sorted(ignored))
+            for path, linked in folders:
+                inside = os.path.realpath(self.root / path) if linked else f"{real}/{os.path.basename(path)}"
+                if linked:
+                    if _within(inside, own) or inside in above:  # its images are listed already
+                        continue
+                    self._refuse_misleading(path, inside, real)
+                    if _within(inside, os.path.realpath(self.root)):
+                        raise UserError(f"{self.root / path}: leads into another class; remove the link")
+                yield from self._walk(path, inside, own, above | {real})
+        except OSError as error:
+            where = error.filename or self.root / relative
+            raise UserError(f"{where}: cannot be read ({error.strerror})") from error
+
+    def _refuse_misleading(self, path: str, target: str, real: str) -> None:
+        """UserError for a link, in a folder that is really `real`, to a folder that holds more than one class."""
+        root = os.path.realpath(self.root)
+        if any(_within(place, target) for place in (real, root)):
+            raise UserError(
+                f"{self.root / path}: leads to a folder above it, and so to other classes; remove the link"
+            )
+        self._refuse_other_split(path, target)
+
+    def _refuse_other_split(self, path: str, target: str) -> None:
+        for other in self.others:
+            if _within(target, other) or _within(other, target):
+                raise UserError(
+                    f"{self.root / path}: leads to images of {os.path.basename(other)}/, so that the same would train "
+                    "and validate; remove the link"
+                )
+
+
+def _target(path: str, real: str) -> str:
+    """Where a link to a file leads, in a folder that is really `real`; links on the way are left as they are."""
+    return os.path.normpath(os.path.join(real, os.readlink(path)))
+
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
