@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hvd_lb.data.sources.find import folder_of
+from hvd_lb.data.sources.find import folder_of, refuse_remote
 from hvd_lb.errors import UserError
 
 CHOICES = (
@@ -31,8 +31,11 @@ def default_data() -> str:
 
 
 def absolute_spec(spec: str) -> str:
-    """The same data, named so that it is found from any working directory."""
-    return spec if is_named(spec) else str(Path(spec).expanduser().resolve())
+    """The same data, named so that it is found from any working directory. UserError for an address."""
+    if is_named(spec):
+        return spec
+    refuse_remote(spec)
+    return str(Path(spec).expanduser().resolve())
 
 
 def data_folder(spec: str) -> Path | None:

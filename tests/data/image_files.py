@@ -46,7 +46,7 @@ def as_pil_converts_it(content: bytes) -> np.ndarray:
 
 def files() -> dict[str, bytes]:
     """By kind; the pixels of all are those of `as_pil_converts_it`."""
-    return {**_png(), **_jpeg(), **_webp(), **_bmp(), **_tiff(), **_pnm()}
+    return {**_png(), **_jpeg(), **_webp(), **_bmp(), **_tiff(), **_pnm(), **_avif()}
 
 
 def deep_grey_files() -> dict[str, bytes]:
@@ -59,27 +59,65 @@ def deep_grey_files() -> dict[str, bytes]:
             GREY_LEVELS.astype(">u2").tobytes(),
             _chunk(b"tRNS", GREY_LEVELS[:1, :1].astype(">u2").tobytes()),
         ),
-        "TIFF, 16-bit grey": _save(Image.fromarray(GREY_LEVELS), "TIFF"),
-        "TIFF, 16-bit grey, LZW": _save(Image.fromarray(GREY_LEVELS), "TIFF", compression="tiff_lzw"),
+        "TIFF, 16-bit grey": save(Image.fromarray(GREY_LEVELS), "TIFF"),
+        "TIFF, 16-bit grey, LZW": save(Image.fromarray(GREY_LEVELS), "TIFF", compression="tiff_lzw"),
         "PPM, 16-bit grey": b"P5 %d %d 65535\n" % SIZE + GREY_LEVELS.astype(">u2").tobytes(),
     }
 
 
 def turned_files(turn: int) -> dict[str, tuple[bytes, bytes]]:
     """By kind: a file whose EXIF orientation is `turn`, and the same without it."""
-    exif = Image.Exif()
-    exif[274] = turn
-    kinds = [("JPEG", {}), ("PNG", {}), ("WEBP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})]
+    kinds = [
+        ("JPEG", {}),
+        ("PNG", {}),
+        ("WEBP", {}),
+        ("AVIF", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ]
     return {
-        f"{kind} {options}": (_save(_COLOUR, kind, exif=exif, **options), _save(_COLOUR, kind, **options))
+        f"{kind} {options}": (
+            save(_COLOUR, kind, exif=_exif(turn), **options),
+            save(_COLOUR, kind, **options),
+        )
         for kind, options in kinds
     }
 
 
-def _save(image: Image.Image, kind: str, **options: object) -> bytes:
+def save(image: Image.Image, kind: str, **options: object) -> bytes:
     file = io.BytesIO()
     image.copy().save(file, kind, **options)  # what one format leaves in an image can disturb the next
     return file.getvalue()
+
+
+def with_chunk(png: bytes, kind: bytes, data: bytes, before: bytes = b"IDAT") -> bytes:
+    """A PNG file with one chunk more, right checksum and all."""
+    if before not in png:
+        before = b"IDAT"
+    at = (png.index(before) if before == b"IDAT" else png.rindex(before)) - 4
+    return png[:at] + _chunk(kind, data) + png[at:]
+
+
+def chunks_of(png: bytes) -> list[tuple[bytes, bytes]]:
+    found, at = [], 8
+    while at + 8 <= len(png):
+        length = int.from_bytes(png[at : at + 4], "big")
+        found.append((png[at + 4 : at + 8], png[at + 8 : at + 8 + length]))
+        at += 12 + length
+    return found
+
+
+def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)
+
+
+def with_segments(jpeg: bytes, segments: list[tuple[int, bytes]]) -> bytes:
+    """A JPEG file with segments more, by marker, behind its first one."""
+    at = 4 + int.from_bytes(jpeg[4:6], "big")
+    made = b"".join(
+        bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data for marker, data in segments
+    )
+    return jpeg[:at] + made + jpeg[at:]
 
 
 def _frames() -> dict[str, object]:
@@ -107,7 +145,7 @@ def _png() -> dict[str, bytes]:
         "several frames": (_COLOUR, _frames()),
     }
     return {
-        **{f"PNG, {kind}": _save(image, "PNG", **options) for kind, (image, options) in saved.items()},
+        **{f"PNG, {kind}": save(image, "PNG", **options) for kind, (image, options) in saved.items()},
         "PNG, 4-bit grey": _png_file(4, 0, (np.asarray(_GREY)[:, ::2] & 0xF0).tobytes()),
         "PNG, interlaced": _interlaced(np.asarray(_COLOUR)),
         "PNG, gamma": _png_file(
@@ -117,8 +155,8 @@ def _png() -> dict[str, bytes]:
         "PNG, 16-bit colour": _png_file(16, 2, deep[..., :3].tobytes()),
         "PNG, 16-bit colour, one transparent": _png_file(16, 2, deep[..., :3].tobytes(), clear),
         "PNG, 16-bit colour and alpha": _png_file(16, 6, deep.tobytes()),
-        "PNG, more bytes after it": _save(_COLOUR, "PNG") + bytes(50),
-        "PNG without its end": _save(_COLOUR, "PNG")[:-12],
+        "PNG, more bytes after it": save(_COLOUR, "PNG") + bytes(50),
+        "PNG without its end": save(_COLOUR, "PNG")[:-12],
     }
 
 
@@ -136,17 +174,17 @@ def _jpeg() -> dict[str, bytes]:
         "CMYK": (_COLOUR.convert("CMYK"), {}),
         "progressive CMYK": (_COLOUR.convert("CMYK"), {"progressive": True}),
     }
-    cmyk = _save(_COLOUR.convert("CMYK"), "JPEG", subsampling="4:4:4")
+    cmyk = save(_COLOUR.convert("CMYK"), "JPEG", subsampling="4:4:4")
     adobe = cmyk.index(b"\xff\xee\x00\x0eAdobe")
     transform = adobe + 15
     return {
-        **{f"JPEG, {kind}": _save(image, "JPEG", **options) for kind, (image, options) in saved.items()},
+        **{f"JPEG, {kind}": save(image, "JPEG", **options) for kind, (image, options) in saved.items()},
         "JPEG, YCCK": cmyk[:transform] + b"\x02" + cmyk[transform + 1 :],
         "JPEG, CMYK without Adobe's marker": cmyk[:adobe] + cmyk[adobe + 16 :],
-        "JPEG, RGB by Adobe's marker": _with_adobe(_save(_COLOUR, "JPEG", subsampling="4:4:4"), 0),
-        "JPEG, YCbCr by Adobe's marker": _with_adobe(_save(_COLOUR, "JPEG"), 1),
-        "JPEG, more bytes after it": _save(_COLOUR, "JPEG") + bytes(50),
-        "JPEG, several pictures": _save(_COLOUR, "MPO", **_frames()),
+        "JPEG, RGB by Adobe's marker": _with_adobe(save(_COLOUR, "JPEG", subsampling="4:4:4"), 0),
+        "JPEG, YCbCr by Adobe's marker": _with_adobe(save(_COLOUR, "JPEG"), 1),
+        "JPEG, more bytes after it": save(_COLOUR, "JPEG") + bytes(50),
+        "JPEG, several pictures": save(_COLOUR, "MPO", **_frames()),
     }
 
 
@@ -160,7 +198,26 @@ def _webp() -> dict[str, bytes]:
         "colour profile": (_COLOUR, {"icc_profile": _PROFILE}),
         "animated": (_COLOUR_ALPHA, _frames()),
     }
-    return {f"WebP, {kind}": _save(image, "WEBP", **options) for kind, (image, options) in saved.items()}
+    return {f"WebP, {kind}": save(image, "WEBP", **options) for kind, (image, options) in saved.items()}
+
+
+def _avif() -> dict[str, bytes]:
+    saved = {
+        "4:2:0": (_COLOUR, {}),
+        "4:4:4": (_COLOUR, {"subsampling": "4:4:4", "range": "limited"}),
+        "grey": (_GREY, {}),
+        "with alpha": (_COLOUR_ALPHA, {}),
+        "premultiplied alpha": (_COLOUR_ALPHA, {"alpha_premultiplied": True}),
+        "colour profile and EXIF": (_COLOUR, {"icc_profile": _PROFILE, "exif": _exif(1)}),
+        "several frames": (_COLOUR, _frames()),
+    }
+    return {f"AVIF, {kind}": save(image, "AVIF", **options) for kind, (image, options) in saved.items()}
+
+
+def _exif(turn: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[274], exif[305] = turn, "software"
+    return exif
 
 
 def _bmp() -> dict[str, bytes]:
@@ -169,7 +226,7 @@ def _bmp() -> dict[str, bytes]:
     rows = (red << 10 | green << 5 | blue).astype("<u2").tobytes()
     header = struct.pack("<IiiHHIIiiII", 40, *SIZE, 1, 16, 0, len(rows), 0, 0, 0, 0)
     return {
-        **{f"BMP, {kind}": _save(image, "BMP") for kind, image in saved.items()},
+        **{f"BMP, {kind}": save(image, "BMP") for kind, image in saved.items()},
         "BMP, 16-bit": b"BM" + struct.pack("<IHHI", 54 + len(rows), 0, 0, 54) + header + rows,
     }
 
@@ -191,14 +248,14 @@ def _tiff() -> dict[str, bytes]:
         "floating point": (_GREY.convert("F"), {}),
         "several pages": (_COLOUR, _frames()),
     }
-    return {f"TIFF, {kind}": _save(image, "TIFF", **options) for kind, (image, options) in saved.items()}
+    return {f"TIFF, {kind}": save(image, "TIFF", **options) for kind, (image, options) in saved.items()}
 
 
 def _pnm() -> dict[str, bytes]:
     return {
-        "PPM": _save(_COLOUR, "PPM"),
-        "PPM, grey": _save(_GREY, "PPM"),
-        "PPM, 1-bit": _save(_BITS, "PPM"),
+        "PPM": save(_COLOUR, "PPM"),
+        "PPM, grey": save(_GREY, "PPM"),
+        "PPM, 1-bit": save(_BITS, "PPM"),
         "PPM, levels to 100": b"P6 %d %d 100\n" % SIZE + (np.asarray(_COLOUR) // 3).tobytes(),
         "PPM, 16-bit": b"P6 %d %d 65535\n" % SIZE + _DEEP[..., :3].astype(">u2").tobytes(),
     }

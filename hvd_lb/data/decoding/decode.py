@@ -6,8 +6,9 @@ import io
 import warnings
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import AvifImagePlugin, ExifTags, Image
 
+from hvd_lb.data.decoding.essential import essential
 from hvd_lb.data.files.header import BrokenHeader, read_header
 from hvd_lb.data.files.section import Section
 from hvd_lb.data.images import Images
@@ -17,6 +18,10 @@ from hvd_lb.errors import UserError
 # Of what is bounded here anyway, by `max_pixels`.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a loader has its own
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "PPM")
+"""PIL's names of what is decoded."""
 # PIL turns TIFF images, and only those, by their orientation; this turns them back.
 _TURN_BACK = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -73,11 +78,12 @@ def refuse_large(images: Images, max_pixels: int) -> None:
 def decode_image(images: Images, image_id: int, content: np.ndarray) -> np.ndarray:
     """An image file's bytes to uint8 (height, width, 3). BadImage when broken, UserError when not as indexed.
 
-    Nothing is decoded before the header's size has been found to be that of the index.
+    This decides for both loaders whether an image is broken. Nothing is decoded before the header's size has been found
+    to be that of the index.
     """
     name = images.name(image_id)
     try:
-        with Image.open(io.BytesIO(content.tobytes())) as image:
+        with Image.open(io.BytesIO(essential(content.data)), formats=FORMATS) as image:
             size = _checked_size(name, image)
             if size != (images.widths[image_id], images.heights[image_id]):
                 raise _changed(images, image_id, size)

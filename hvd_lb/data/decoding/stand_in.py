@@ -2,7 +2,7 @@
 
 The stand-in for image i is the first of i + 1, i + 2, … (modulo N) that can be decoded, with its own label and its own
 window in that epoch: a function of the plan, whichever process finds it. Whether an image can be decoded is a matter
-of its bytes, its window and the loader, and of nothing else.
+of its bytes and of PIL, for every loader (`decode`), and of nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hvd_lb.data.decoding.decode import BadImage
+from hvd_lb.data.decoding.decode import BadImage, decode_image
 from hvd_lb.data.images import Images
 from hvd_lb.errors import UserError
 from hvd_lb.plan.augment import Microbatch, Origin
@@ -61,19 +61,12 @@ class RawBatch:
 
 
 class Repair(Protocol):
-    """Makes a batch without bad images of one in which those at some positions are bad.
+    """Makes a batch without bad images of one in which those at some positions are bad."""
 
-    `trial` tries an image, a batch of one that could be read, and says what is wrong with it.
-    """
-
-    def __call__(
-        self, batch: RawBatch, bad: dict[int, BadImage], trial: Callable[[RawBatch], BadImage | None]
-    ) -> RawBatch: ...
+    def __call__(self, batch: RawBatch, bad: dict[int, BadImage]) -> RawBatch: ...
 
 
-def refuse(
-    batch: RawBatch, bad: dict[int, BadImage], trial: Callable[[RawBatch], BadImage | None]
-) -> RawBatch:
+def refuse(batch: RawBatch, bad: dict[int, BadImage]) -> RawBatch:
     """A `Repair` that ends the run with the path, the reason and the step of the first bad image."""
     first = bad[min(bad)]
     if batch.microbatch.origin is None:
@@ -91,16 +84,14 @@ class Substitute:
     images: Images
     read: Callable[[np.ndarray], list[Content]]
 
-    def __call__(
-        self, batch: RawBatch, bad: dict[int, BadImage], trial: Callable[[RawBatch], BadImage | None]
-    ) -> RawBatch:
+    def __call__(self, batch: RawBatch, bad: dict[int, BadImage]) -> RawBatch:
         microbatch = batch.microbatch
         ids, data = microbatch.image_ids.copy(), list(batch.data)
         windows = microbatch.windows
         found = list(batch.stand_ins)
         for position, why in sorted(bad.items()):
             image = int(ids[position])
-            stand_in = self._first_good(image, why, microbatch, trial)
+            stand_in = self._first_good(image, why, microbatch)
             ids[position], data[position] = stand_in.microbatch.image_ids[0], stand_in.data[0]
             windows = windows.replaced(position, stand_in.microbatch.windows)
             chosen = int(ids[position])
@@ -119,14 +110,22 @@ class Substitute:
         repaired = Microbatch(ids, windows, microbatch.origin, microbatch.draw)
         return RawBatch(repaired, data, tuple(found))
 
-    def _first_good(
-        self, image: int, why: BadImage, microbatch: Microbatch, trial: Callable[[RawBatch], BadImage | None]
-    ) -> RawBatch:
+    def _first_good(self, image: int, why: BadImage, microbatch: Microbatch) -> RawBatch:
         for one in self._candidates(image, microbatch):
-            if not one.bad() and trial(one) is None:
+            if self._decodes(one):
                 return one
         tries = min(MOST_TRIES, len(self.images) - 1)
         raise UserError(f"{why}: none of the {tries} images after it can be decoded either")
+
+    def _decodes(self, one: RawBatch) -> bool:
+        (content,) = one.data
+        if isinstance(content, BadImage) or not self.images.encoded:
+            return not isinstance(content, BadImage)
+        try:
+            decode_image(self.images, int(one.microbatch.image_ids[0]), content)
+        except BadImage:
+            return False
+        return True
 
     def _candidates(self, image: int, microbatch: Microbatch) -> Iterator[RawBatch]:
         if microbatch.draw is None:

@@ -1,7 +1,7 @@
 """Width, height and EXIF orientation from an image file's header, without decoding.
 
-JPEG, PNG and WebP, what data sets consist of, are read here: a few positional reads, nothing allocated by what a header
-claims. Other kinds, and JPEG files with an unusual beginning, are opened by PIL, which reads no more than the file has.
+JPEG, PNG, WebP and AVIF, what data sets consist of, are read here: a few positional reads, nothing allocated by what a
+header claims. Other kinds, and JPEG files that begin unusually, are opened by PIL, which reads no more than they have.
 """
 
 from __future__ import annotations
@@ -13,12 +13,21 @@ from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image
 
+from hvd_lb.data.files.avif import avif_size, brands
+from hvd_lb.data.files.kinds import GIF, HEIC, JPEG_2000, JPEG_XL
 from hvd_lb.data.files.section import Section
 
-KINDS = ("broken", "JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
+KINDS = ("broken", "JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 """Names of `Header.kind`; the first is for files whose header cannot be read."""
 
-_BY_PIL = {"JPEG": 1, "MPO": 1, "PNG": 2, "BMP": 4, "DIB": 4, "TIFF": 5, "PPM": 6}
+_BY_PIL = {"JPEG": 1, "MPO": 1, "PNG": 2, "BMP": 4, "DIB": 4, "TIFF": 5, "PPM": 6, "AVIF": 7}
+_NOT_READ = {
+    b"GIF8": GIF,
+    b"\0\0\0\x0cjP  ": JPEG_2000,
+    b"\xff\x4f\xff\x51": JPEG_2000,
+    b"\0\0\0\x0cJXL ": JPEG_XL,
+    b"\xff\x0a": JPEG_XL,
+}
 _MOST_PARTS = 1000  # segments or chunks before the image data; a file with more is left to PIL or to decoding
 _MOST_SIDE = (1 << 31) - 1
 _START_OF_IMAGE_DATA, _EXIF = 0xDA, 0xE1
@@ -65,10 +74,12 @@ def read_header(section: Section) -> Header:
         found = _png(section)
     elif head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         found = _webp(section, head)
-    elif head[:6] in (b"GIF87a", b"GIF89a"):
-        raise BrokenHeader("GIF is not read: convert it to PNG")
+    elif head[4:8] == b"ftyp":
+        found = _avif(section)
     elif not head:
         raise BrokenHeader("the file is empty")
+    elif other := next((why for magic, why in _NOT_READ.items() if head.startswith(magic)), None):
+        raise BrokenHeader(other)
     found = found or _by_pil(section)
     if not (0 < found.width <= _MOST_SIDE and 0 < found.height <= _MOST_SIDE):
         raise BrokenHeader(f"its header says {found.width} x {found.height} pixels")
@@ -110,13 +121,13 @@ def _png(section: Section) -> Header:
     for _ in range(_MOST_PARTS):
         chunk = section.at(position, 8)
         length, kind = int.from_bytes(chunk[:4]), chunk[4:]
-        if len(chunk) < 8 or kind == b"IDAT":
+        if len(chunk) < 8:
+            raise BrokenHeader("it is a PNG file without image data")
+        if kind == b"IDAT":
             break
         if kind == b"eXIf":
             orientation = _orientation(section.at(position + 8, length))
         position += 12 + length
-    if len(chunk) < 8 or kind != b"IDAT":
-        raise BrokenHeader("it is a PNG file without image data")
     return Header(width, height, orientation, 2)
 
 
@@ -147,6 +158,13 @@ def _webp_orientation(section: Section) -> int:
     return 1
 
 
+def _avif(section: Section) -> Header | None:
+    if not brands(section) & {b"avif", b"avis"}:
+        raise BrokenHeader(HEIC)
+    found = avif_size(section)
+    return Header(*found, _BY_PIL["AVIF"]) if found else None
+
+
 def _orientation(tiff: bytes) -> int:
     """From the first directory of EXIF data; 1 where it says nothing or is damaged."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
@@ -169,10 +187,11 @@ def _by_pil(section: Section) -> Header:
     section.seek(0)
     try:
         # PNG and WebP are judged above; WebP's decoder would read the whole file.
-        with Image.open(section, formats=["JPEG", "BMP", "DIB", "TIFF", "PPM"]) as image:  # type: ignore[arg-type]
+        with Image.open(section, formats=["JPEG", "BMP", "DIB", "TIFF", "PPM", "AVIF"]) as image:  # type: ignore[arg-type]
             width, height = image.size
             tiff = image.format == "TIFF"
-            orientation = _valid(image.getexif().get(_ORIENTATION, 1)) if tiff else 1
+            noted = tiff or image.format == "AVIF"
+            orientation = _valid(image.getexif().get(_ORIENTATION, 1)) if noted else 1
             if tiff and orientation >= _FIRST_ON_ITS_SIDE:  # PIL turns these, and only these
                 width, height = height, width
             return Header(width, height, orientation, _BY_PIL[image.format or ""])

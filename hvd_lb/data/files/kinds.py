@@ -1,7 +1,28 @@
-"""The kinds of image files that are read, told by their extension; names that lie beside images and mean nothing."""
+"""Kinds of image files: those that are read, by their extension, and known ones that are not; names without meaning."""
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+from __future__ import annotations
+
+import os
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm")
 GIF = "GIF is not read: convert it to PNG"
+HEIC = "HEIC is not read: convert it to JPEG, PNG or AVIF"
+JPEG_2000 = "JPEG 2000 is not read: convert it to PNG or JPEG"
+JPEG_XL = "JPEG XL is not read: convert it to PNG, or back to JPEG with djxl"
+_OTHERS = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), HEIC),
+    **dict.fromkeys((".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), JPEG_2000),
+    **dict.fromkeys(
+        (".jpe", ".jfif"), "is not read under this name: JPEG files have to end in .jpg or .jpeg"
+    ),
+    ".gif": GIF,
+    ".jxl": JPEG_XL,
+    ".avifs": "AVIF sequences are not read: convert their frames to PNG",
+    ".svg": "SVG is not read: draw it as PNG",
+    ".psd": "PSD is not read: convert it to PNG",
+}
+NOT_READ = tuple(_OTHERS)
+"""Endings of other image files."""
 
 _OF_SYSTEMS = {
     "__macosx",
@@ -16,6 +37,11 @@ _OF_SYSTEMS = {
     "#snapshot",
     "lost+found",
 }
+
+
+def why_not_read(name: str) -> str:
+    """What to say of a file whose name does not end in one of EXTENSIONS."""
+    return _OTHERS.get(os.path.splitext(name)[1].lower(), "no image file")
 
 
 def is_ignored(name: str) -> bool:

@@ -10,11 +10,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from stat import S_ISDIR, S_ISREG
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
+from hvd_lb.data.files import opening
 from hvd_lb.errors import UserError
 
 T = TypeVar("T")
@@ -61,34 +62,13 @@ def file_error(error: Exception) -> bool:
 @contextmanager
 def opened(path: str) -> Iterator[tuple[int, int]]:
     """A descriptor of a file and its bytes. OSError; UserError for what is no file: a pipe would be waited for."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    descriptor = opening.open_file(path)
     try:
-        stat = os.fstat(descriptor)
-        if not S_ISREG(stat.st_mode):
-            kind = "a folder" if S_ISDIR(stat.st_mode) else "a pipe or a device"
-            raise UserError(f"{path}: is {kind}, not a file; move it out of the data")
-        yield descriptor, stat.st_size
+        yield descriptor, os.fstat(descriptor).st_size
     finally:
         os.close(descriptor)
 
 
 def read_file(path: str) -> np.ndarray:
     """uint8 (bytes,): all of a file. UserError when it cannot be read after some tries."""
-
-    def read() -> np.ndarray:
-        with opened(path) as (descriptor, size):
-            content = np.empty(size, np.uint8)
-            return content[: read_into(descriptor, content, 0)]
-
-    return retried(read, path)
-
-
-def read_into(descriptor: int, content: np.ndarray, offset: int) -> int:
-    """Fill `content`, uint8 (n,), from `offset` on; how many bytes there were. OSError."""
-    rest = content.data
-    while rest:
-        count = os.preadv(descriptor, [rest], offset + len(content) - len(rest))
-        if not count:
-            break
-        rest = rest[count:]
-    return len(content) - len(rest)
+    return retried(partial(opening.read_file, path), path)

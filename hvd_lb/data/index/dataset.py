@@ -14,6 +14,7 @@ from hvd_lb.data.index.images import IndexedImages
 from hvd_lb.data.index.index import Check, Index, open_index
 from hvd_lb.data.options import OnBadImage
 from hvd_lb.data.sources.find import Sources, find_sources
+from hvd_lb.data.sources.folders import FolderSource
 from hvd_lb.data.sources.names import some
 from hvd_lb.data.sources.source import Source
 from hvd_lb.errors import UserError
@@ -89,7 +90,7 @@ def open_path(
             f"{sources.no_val}; give --val PATH, or --val-fraction 0.1 to hold out a tenth of the images"
         )
     train = index(sources.train)
-    _check_classes(train)
+    _check_classes(train, sources.train)
     of_val = index(sources.val.with_classes(train.classes))
     notes = (*sources.notes, *train.facts.remarks, *of_val.facts.remarks)
     return IndexedDataset(sources.name, IndexedImages(train), IndexedImages(of_val), notes=notes)
@@ -110,13 +111,13 @@ def _divided(
         raise UserError(
             f"{whole.root}: no class has two images, so none can be held out; give a folder with val/"
         )
-    _check_classes(parts.train)
+    _check_classes(parts.train, sources.train)
     notes = (*sources.notes, *whole.facts.remarks)
     return IndexedDataset(sources.name, IndexedImages(parts.train), IndexedImages(parts.val), notes=notes)
 
 
-def _check_classes(index: Index) -> None:
-    """UserError where there is nothing to learn a class from."""
+def _check_classes(index: Index, source: Source) -> None:
+    """UserError where there is nothing to learn a class from, or, of folders, one class only: a wrong level."""
     empty = [name for name, count in zip(index.classes, index.facts.counts, strict=True) if not count]
     if empty == ["0"] and index.classes[1:2] == ["1"]:
         raise UserError(
@@ -125,6 +126,11 @@ def _check_classes(index: Index) -> None:
         )
     if empty:
         raise UserError(f"{index.root}: no images to train on in {some(empty)}; fill or remove these classes")
+    if isinstance(source, FolderSource) and len(index.classes) == 1:
+        raise UserError(
+            f"{index.root}: has one class folder only ({index.classes[0]}), so there is nothing to tell apart; "
+            "expected the folder that holds a folder for each class"
+        )
 
 
 def index_splits(

@@ -5,8 +5,9 @@ One iteration of the pipeline is one microbatch: on GPUs the share decoded by ha
 so the pixels of a microbatch would else depend on its neighbours. None of DALI's own randomness, shuffling or
 sharding is used.
 
-One image that DALI cannot decode costs it the batches under way and the pipeline. DALI does not always tell which one
-it was, so the images of the batch are decoded one by one, with their windows; then a new pipeline starts over with it.
+One image that DALI refuses costs it the batches under way and the pipeline. DALI does not always tell which one it was,
+so the images of the batch are decoded one by one, with their windows, in a pipeline that is kept for that. What it
+refuses is what PIL makes of it, pixels or a bad image; then a new pipeline starts over with the batch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,9 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
-from hvd_lb.data.decoding.decode import BadImage, decode_image
-from hvd_lb.data.decoding.stand_in import RawBatch, Repair
+from hvd_lb.data.decoding.decode import BadImage
+from hvd_lb.data.decoding.plain import as_pixels
+from hvd_lb.data.decoding.stand_in import Content, RawBatch, Repair
 from hvd_lb.data.images import Images
 from hvd_lb.data.loading.contract import Decode, Decoded, Preprocessing
 from hvd_lb.data.loading.resize import Finisher
@@ -81,11 +84,9 @@ def _outputs(
     threads: int,
     stream: torch.cuda.Stream | None,
 ) -> Outputs:
-    def trial(one: RawBatch) -> BadImage | None:
-        return _trial(images, one, preprocessing, device)
-
-    feed = _Feed(batches, lambda batch, bad: repair(batch, bad, trial))
+    feed = _Feed(batches, repair)
     pipeline = _pipeline(feed, images.encoded, preprocessing, batch_size, device, threads)
+    single = _Single(images, preprocessing, device)
     while True:
         try:
             output = pipeline.run(stream)[0]
@@ -94,7 +95,18 @@ def _outputs(
         except RuntimeError as error:
             if not feed.in_flight:  # the pipeline itself could not be made
                 raise
-            feed.in_flight[0] = repair(*_blame(images, feed.in_flight[0], trial, error), trial)
+            # On GPUs it may be a later batch than the one that was waited for.
+            for position, batch in enumerate(feed.in_flight):
+                if (without := single.without_refused(batch)) is not batch:
+                    bad = without.bad()
+                    feed.in_flight[position] = repair(without, bad) if bad else without
+                    break
+            else:
+                first = feed.in_flight[0].microbatch
+                name = images.name(int(first.image_ids[0]))
+                raise UserError(
+                    f"DALI failed on {name} and the {len(first) - 1} after it: {_cause(error)}"
+                ) from error
             feed.rewind()
             pipeline = _pipeline(feed, images.encoded, preprocessing, batch_size, device, threads)
             continue
@@ -103,12 +115,14 @@ def _outputs(
         raise feed.failure
 
 
+Inputs = tuple[list[np.ndarray], np.ndarray, np.ndarray]
+"""Image files (or pixels), where their windows begin (b, 2) and how large these are (b, 2): x, y; width, height."""
+
+
 class _Feed:
     """Gives the pipeline its inputs; what the reading raises waits until the batches before it are out."""
 
-    def __init__(
-        self, batches: Iterator[RawBatch], repair: Callable[[RawBatch, dict[int, BadImage]], RawBatch]
-    ) -> None:
+    def __init__(self, batches: Iterator[RawBatch], repair: Repair) -> None:
         self._batches, self._repair = batches, repair
         self._again: deque[RawBatch] = deque()
         self.in_flight: deque[RawBatch] = deque()
@@ -119,14 +133,10 @@ class _Feed:
         self._again.extendleft(reversed(self.in_flight))
         self.in_flight.clear()
 
-    def __call__(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    def __call__(self) -> Inputs:
         batch = self._again.popleft() if self._again else self._next()
         self.in_flight.append(batch)
-        windows = batch.microbatch.windows
-        anchor = np.stack([windows.x, windows.y], axis=1)
-        shape = np.stack([windows.width, windows.height], axis=1)
-        data = [content for content in batch.data if not isinstance(content, BadImage)]
-        return data, anchor, shape
+        return _inputs(batch)
 
     def _next(self) -> RawBatch:
         if self.failure is not None:
@@ -142,20 +152,28 @@ class _Feed:
             raise StopIteration from error
 
 
+def _inputs(batch: RawBatch) -> Inputs:
+    windows = batch.microbatch.windows
+    anchor = np.stack([windows.x, windows.y], axis=1)
+    shape = np.stack([windows.width, windows.height], axis=1)
+    return [content for content in batch.data if not isinstance(content, BadImage)], anchor, shape
+
+
 def _pipeline(
-    feed: _Feed,
+    feed: Callable[[], Inputs],
     encoded: bool,
     preprocessing: Preprocessing,
     batch_size: int,
     device: torch.device,
     threads: int,
+    ahead: int = _PREFETCH,
 ) -> Pipeline:
     on_gpu = device.type == "cuda"
     pipeline = Pipeline(
         batch_size,
         threads,
         device.index if on_gpu else None,
-        prefetch_queue_depth=_PREFETCH,
+        prefetch_queue_depth=ahead,
         exec_dynamic=True,
     )
     absolute: dict[str, Any] = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "WH"}
@@ -196,45 +214,45 @@ def _finished(windows: Any, preprocessing: Preprocessing) -> Any:
     )
 
 
-def _blame(
-    images: Images, batch: RawBatch, trial: Callable[[RawBatch], BadImage | None], error: RuntimeError
-) -> tuple[RawBatch, dict[int, BadImage]]:
-    """The batch and which of its images fail alone, too. UserError where none does."""
-    tried = ((position, trial(batch.single(position))) for position in range(len(batch.data)))
-    bad = {position: found for position, found in tried if found is not None}
-    if not bad:
-        first = images.name(int(batch.microbatch.image_ids[0]))
-        raise UserError(
-            f"DALI failed on {first} and the {len(batch.data) - 1} after it: {_cause(error)}"
-        ) from error
-    return batch, bad
+class _Single:
+    """Finds the images that DALI refuses, one by one, in a pipeline that is made anew only after such a one."""
 
+    def __init__(self, images: Images, preprocessing: Preprocessing, device: torch.device) -> None:
+        self._images, self._preprocessing, self._device = images, preprocessing, device
+        self._one: RawBatch
+        self._pipeline: Pipeline | None = None
 
-def _trial(
-    images: Images, one: RawBatch, preprocessing: Preprocessing, device: torch.device
-) -> BadImage | None:
-    """What is wrong with the one image of this batch. UserError where it is the machine that failed."""
-    alone = _Feed(iter([one]), lambda batch, bad: batch)
-    try:
-        _pipeline(alone, images.encoded, preprocessing, 1, device, 1).run()
-    except RuntimeError as error:
-        cause = _cause(error)
-        if not images.encoded or re.search("alloc|memory|CUDA", cause):
-            name = images.name(int(one.microbatch.image_ids[0]))
-            raise UserError(f"DALI failed on {name}: {cause}") from error
-        return _reason(images, one, cause)
-    return None
+    def without_refused(self, batch: RawBatch) -> RawBatch:
+        """The batch with what PIL makes of the images that are refused; itself where there are none."""
+        data = [self._content(batch.single(position)) for position in range(len(batch.data))]
+        same = all(found is given for found, given in zip(data, batch.data, strict=True))
+        return batch if same else replace(batch, data=data)
 
-
-def _reason(images: Images, one: RawBatch, cause: str) -> BadImage:
-    """Why DALI cannot decode an image: in PIL's words where PIL cannot either, as DALI's are less clear."""
-    image_id, (content,) = int(one.microbatch.image_ids[0]), one.data
-    if not isinstance(content, BadImage):
+    def _content(self, one: RawBatch) -> Content:
+        image_id, (content,) = int(one.microbatch.image_ids[0]), one.data
+        cause = self._refusal(one)
+        if not cause or isinstance(content, BadImage):
+            return content
+        pixels_already = not self._images.encoded or content[:2].tobytes() == b"P6"
+        if pixels_already or re.search("alloc|memory|CUDA", cause):
+            raise UserError(f"DALI failed on {self._images.name(image_id)}: {cause}")
         try:
-            decode_image(images, image_id, content)
+            return as_pixels(self._images, image_id, content)
         except BadImage as bad:
             return bad
-    return BadImage(images.name(image_id), f"by DALI, though PIL can: {cause}")
+
+    def _refusal(self, one: RawBatch) -> str:
+        """Why an image is refused, or nothing."""
+        self._one = one
+        self._pipeline = self._pipeline or _pipeline(
+            lambda: _inputs(self._one), self._images.encoded, self._preprocessing, 1, self._device, 1, ahead=1
+        )
+        try:
+            self._pipeline.run()
+        except RuntimeError as error:
+            self._pipeline = None
+            return _cause(error)
+        return ""
 
 
 def _cause(error: RuntimeError) -> str:

@@ -29,10 +29,6 @@ def torchvision_decoder(
     """Decodes and resizes on the CPU with `threads` threads; for a GPU the microbatch is normalised there."""
 
     def decode(images: Images, batches: Iterator[RawBatch], repair: Repair) -> Iterator[Decoded]:
-        def trial(one: RawBatch) -> BadImage | None:
-            window = _window(images, one, 0)
-            return window if isinstance(window, BadImage) else None
-
         def cut(batch: RawBatch) -> list[np.ndarray | BadImage]:
             decode_in = pool.map if images.encoded else map
             return list(decode_in(partial(_window, images, batch), range(len(batch.data))))
@@ -46,7 +42,7 @@ def torchvision_decoder(
             for batch in batches:
                 crops = cut(batch)
                 if bad := {position: of for position, of in enumerate(crops) if isinstance(of, BadImage)}:
-                    batch = repair(batch, bad, trial)
+                    batch = repair(batch, bad)
                     crops = cut(batch)
                 whole = [of for of in crops if not isinstance(of, BadImage)]
                 x = finish(whole, batch.microbatch.windows)

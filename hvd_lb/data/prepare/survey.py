@@ -12,8 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
+from hvd_lb.data.decoding.decode import FORMATS
+from hvd_lb.data.decoding.essential import essential
+from hvd_lb.data.files.header import read_header
+from hvd_lb.data.files.section import Section
 from hvd_lb.data.images import Images
 from hvd_lb.errors import UserError
 
@@ -104,9 +108,9 @@ def _look(images: Images, image_id: int) -> tuple[str, int, int]:
     if not images.encoded:
         return "pixels", 1, data.nbytes
     try:
-        with Image.open(io.BytesIO(data.tobytes())) as image:
-            turn = image.getexif().get(ExifTags.Base.Orientation, 1)
-            return f"{image.format} {image.mode}", turn if turn in range(1, 9) else 1, data.nbytes
+        turn = read_header(Section.of_bytes(data.data)).orientation
+        with Image.open(io.BytesIO(essential(data.data)), formats=FORMATS) as image:
+            return f"{image.format} {image.mode}", turn, data.nbytes
     except UserError:
         raise
     except Exception:  # what PIL raises for broken files is not limited to a few types

@@ -149,9 +149,7 @@ class _Fill:
 
     images: Images
 
-    def __call__(
-        self, batch: RawBatch, bad: dict[int, BadImage], trial: Callable[[RawBatch], BadImage | None]
-    ) -> RawBatch:
+    def __call__(self, batch: RawBatch, bad: dict[int, BadImage]) -> RawBatch:
         windows, data, found = batch.microbatch.windows, list(batch.data), list(batch.stand_ins)
         for position, why in bad.items():
             image = int(batch.microbatch.image_ids[position])

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
 from hvd_lb.data.sources.folders import FolderSource, Inside, look_into
 from hvd_lb.data.sources.lists import SUFFIXES, ListSource
-from hvd_lb.data.sources.shards import divided, is_pattern, named_shards, shards_in, sibling
+from hvd_lb.data.sources.shards import (
+    COMPRESSED,
+    divided,
+    is_pattern,
+    named_shards,
+    refused_compressed,
+    shards_in,
+    sibling,
+)
 from hvd_lb.data.sources.source import Source
 from hvd_lb.data.sources.splits import Split, find_partners, find_splits, renamed, split_of
 from hvd_lb.errors import UserError
 
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
+_REMOTE = re.compile(r"[a-z][a-z0-9+.-]+:/|pipe:", re.IGNORECASE)
 # Kaggle's download of ImageNet: images in one of these, classes of the validation images in a file further up.
 _KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 _KAGGLE_LABELS = "LOC_val_solution.csv"
@@ -31,6 +41,21 @@ class Sources:
     val: Source | None
     no_val: str
     notes: tuple[str, ...] = ()
+
+
+def refuse_remote(spec: str) -> None:
+    """UserError for what is an address, or a command whose output WebDataset would read."""
+    found = _REMOTE.match(spec)
+    if found is None or os.path.lexists(spec):
+        return
+    if spec.startswith("file:"):
+        raise UserError(
+            f"{spec}: expected a path, not an address; give {spec.removeprefix('file:').removeprefix('//')}"
+        )
+    raise UserError(
+        f"{spec}: is read from no server; copy it to a disk or a shared file system (aws s3 sync, gcloud storage "
+        "rsync, wget, rclone), or mount it (Mountpoint for S3, gcsfuse, rclone mount), and give that path"
+    )
 
 
 def folder_of(spec: str) -> Path:
@@ -57,9 +82,10 @@ def find_sources(spec: str, val: str | None = None) -> Sources:
 
 def _find(spec: str, alone: bool = False) -> Sources:
     """As `find_sources`; `alone`: the validation split comes from elsewhere."""
+    refuse_remote(spec)
     path = Path(spec).expanduser()
-    if spec.endswith(_COMPRESSED):
-        raise UserError(f"{spec}: compressed shards have no offsets to read at; decompress them to .tar")
+    if spec.endswith(COMPRESSED) and not path.is_dir():
+        raise refused_compressed(spec)
     if is_pattern(spec):
         shards = named_shards(spec)
         no_val = f"{spec}: no validation shards beside it (val instead of train in the name)"
@@ -157,6 +183,7 @@ def _lists(folder: Path, train: Path, alone: bool) -> Sources:
 
 def _validation(spec: str) -> Source:
     """What `--val spec` names."""
+    refuse_remote(spec)
     path = Path(spec).expanduser()
     if is_pattern(spec):
         return named_shards(spec)

@@ -17,7 +17,7 @@ from shlex import quote
 
 import numpy as np
 
-from hvd_lb.data.files.kinds import EXTENSIONS, GIF, is_ignored
+from hvd_lb.data.files.kinds import EXTENSIONS, is_ignored, why_not_read
 from hvd_lb.data.files.rows import Names, measure_files
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.options import UNFINISHED
@@ -77,11 +77,6 @@ class FolderSource:
         names = Names.joined(parts())
         _refuse_strangers(self.root, found)
         _refuse_other_level(self.root, found)
-        if self.classes is None and len(inside.folders) == 1:
-            raise UserError(
-                f"{self.root}: has one class folder only ({inside.folders[0]}), so there is nothing to tell apart; "
-                "expected the folder that holds a folder for each class"
-            )
         stamp = hashlib.sha256()
         for name in classes:
             stamp.update(b"\0" + os.fsencode(name) + b"\0")
@@ -177,7 +172,7 @@ def _refuse_strangers(root: Path, found: Sequence[Folder]) -> None:
     strangers = [path for folder in found for path in folder.strangers]
     if strangers:
         more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
-        kind = GIF if strangers[0].lower().endswith(".gif") else "no image file"
+        kind = why_not_read(strangers[0])
         raise NoImages(
             f"{root / strangers[0]}{more}: {kind} ({' '.join(EXTENSIONS)}); move what is no image out of the class "
             "folders, or, where that cannot be, name images and labels in a list (docs/data.md)",

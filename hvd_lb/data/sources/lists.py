@@ -13,7 +13,7 @@ from stat import S_ISREG
 
 import numpy as np
 
-from hvd_lb.data.files.kinds import EXTENSIONS, GIF
+from hvd_lb.data.files.kinds import EXTENSIONS, why_not_read
 from hvd_lb.data.files.rows import Names, measure_files
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.sources.labels import Classes, UnknownLabel, find_classes, read_classes
@@ -240,6 +240,6 @@ def _entry(path: Path, record: list[str], columns: tuple[int, int], width: int, 
     if not entry.path or not entry.label:
         raise UserError(f"{where}: no {'label' if entry.path else 'path'}")
     if not entry.path.lower().endswith(EXTENSIONS):
-        reason = GIF if entry.path.lower().endswith(".gif") else "no image file"
+        reason = why_not_read(entry.path)
         raise UserError(f"{where}: {entry.path!r}: {reason} ({' '.join(EXTENSIONS)})")
     return entry

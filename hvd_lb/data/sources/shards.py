@@ -25,9 +25,11 @@ from hvd_lb.data.sources.tar_scan import Scan, scan_shard
 from hvd_lb.errors import UserError
 
 MANIFEST = "manifest.json"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.lz4")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_SHARDS = 1_000_000
 _NUMBERED = re.compile(r"(?P<prefix>(?:.*[-_.])?(?P<split>train|val|validation)[-_.]?)(?P<number>\d+)\.tar")
+_DIGITS = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,9 @@ def named_shards(spec: str) -> ShardSource:
     root, pattern = divided(spec)
     names = _expanded(pattern)
     if any(mark in pattern for mark in "*?"):
-        present = sorted(os.listdir(root)) if root.is_dir() else []
+        present = [name for name in os.listdir(root) if not name.startswith(".")] if root.is_dir() else []
         names = [name for pattern in names for name in fnmatch.filter(present, pattern)]
+    names = sorted(dict.fromkeys(names), key=by_number)
     missing = [name for name in names if not (root / name).is_file()]
     if missing or not names:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -130,8 +133,10 @@ def sibling(source: ShardSource) -> ShardSource | None:
     if not train:
         return None
     for word in ("val", "validation"):
-        of = re.compile(r"\d+".join(map(re.escape, re.split(r"\{\d+\.\.\d+\}|\*", f"{before}{word}{after}"))))
-        names = sorted(name for name in os.listdir(source.root) if of.fullmatch(name))
+        of = re.compile(
+            r"\d+".join(map(re.escape, re.split(r"(?:\{\d+\.\.\d+\}|[*?])+", f"{before}{word}{after}")))
+        )
+        names = sorted(filter(of.fullmatch, os.listdir(source.root)), key=by_number)
         if names:
             return ShardSource(source.root, f"{before}{word}{after}", tuple(names))
     return None
@@ -145,7 +150,7 @@ def shards_in(folder: Path) -> dict[str, ShardSource]:
     missing = sorted(set(_manifest(folder)) - names)
     found: dict[str, list[str]] = {}
     numbers: dict[str, list[tuple[int, str]]] = {}
-    for name in sorted(names):
+    for name in sorted(names, key=by_number):
         if match := _NUMBERED.fullmatch(name):
             found.setdefault("train" if match["split"] == "train" else "val", []).append(name)
             numbers.setdefault(match["prefix"], []).append((int(match["number"]), name))
@@ -154,12 +159,29 @@ def shards_in(folder: Path) -> dict[str, ShardSource]:
             if following > number + 1:
                 width = len(name) - len(prefix) - len(".tar")
                 missing.append(f"{prefix}{number + 1:0{width}}.tar")
+    if not found and (packed := sorted(name for name in names if _packed(name))):
+        raise refused_compressed(folder / packed[0])
     if missing:
         raise UserError(
             f"{folder}: has no {missing[0]}; copy it, or name the shards to use, such as "
             f"--data '{folder}/train-{{0000..0146}}.tar' or '{folder}/train-*.tar'"
         )
     return {split: ShardSource(folder, f"{split}-shards", tuple(names)) for split, names in found.items()}
+
+
+def by_number(name: str) -> tuple[list[str | int], str]:
+    """The order of shards: numbers in their names count as numbers, so 9 comes before 10, written 09 or 9."""
+    parts = _DIGITS.split(name)
+    return [int(part) if position % 2 else part for position, part in enumerate(parts)], name
+
+
+def _packed(name: str) -> bool:
+    ending = next((ending for ending in COMPRESSED if name.endswith(ending)), "")
+    return bool(ending and _NUMBERED.fullmatch(name.removesuffix(ending) + ".tar"))
+
+
+def refused_compressed(path: Path | str) -> UserError:
+    return UserError(f"{path}: compressed shards have no offsets to read at; decompress them to .tar")
 
 
 def divided(spec: str) -> tuple[Path, str]:
@@ -176,7 +198,8 @@ def _expanded(pattern: str) -> list[str]:
             raise UserError(
                 f"{{{first}..{last}}}: expected an increasing range of at most {_MOST_SHARDS} shards"
             )
-        width = len(first) if len(first) == len(last) or first.startswith("0") else 0
+        padded = any(number.startswith("0") and number != "0" for number in (first, last))  # as bash has it
+        width = max(len(first), len(last)) if padded else 0
         choices.append([f"{number:0{width}}" for number in range(int(first), int(last) + 1)])
     texts = pieces[::3]
     return [

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from hvd_lb.data.files.header import NO_HEADER, header_or_reason
-from hvd_lb.data.files.kinds import EXTENSIONS, GIF
+from hvd_lb.data.files.kinds import EXTENSIONS, NOT_READ, why_not_read
+from hvd_lb.data.files.opening import open_file
 from hvd_lb.data.files.reading import retried
 from hvd_lb.data.files.rows import ROW, head_sum
 from hvd_lb.data.files.section import WINDOW, Section
 from hvd_lb.errors import UserError
 
+T = TypeVar("T")
+
 _BLOCK = 512
+_MOST_PADDING = 1 << 20  # tar fills its last record, of 10,240 bytes by default, with zeros
 _LONGEST_LABEL, _LONGEST_JSON = 1 << 12, 1 << 20
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd", b"\x04\x22": "lz4"}
 _LINKED = "is a link: pack what it points to (tar --dereference --hard-dereference)"
+_NUMBER = re.compile(r"(-?)0*([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,15 @@ class _Member(NamedTuple):
 
 @dataclass
 class _Sample:
-    image: _Member | None = None
+    """Members that share the name before their last dot."""
+
+    images: list[_Member] = field(default_factory=list)
     labels: dict[str, _Member] = field(default_factory=dict)  # by ending
+    wrong: str = ""  # the first member that cannot be used, and why
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.images and self.labels)
 
 
 def scan_shard(path: Path) -> Scan:
@@ -65,7 +79,7 @@ def scan_shard(path: Path) -> Scan:
 
 
 def _scan(path: Path) -> Scan:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_file(path)
     try:
         section = Section.of_file(descriptor, 0, os.fstat(descriptor).st_size)
         samples = _samples(path, section)
@@ -80,93 +94,173 @@ def _scanned(path: Path, descriptor: int, section: Section, samples: dict[str, _
     labels: dict[str, int] = {}
     at, first_broken = 0, None
     for key, sample in samples.items():
-        if sample.image is None:
-            raise UserError(f"{path}: {key!r} has a label, but no image ({' '.join(EXTENSIONS)})")
         label = labels.setdefault(_label(path, key, section, sample), len(labels))
-        name = os.fsencode(sample.image.name)
-        start, size = sample.image.start, sample.image.size
-        image = Section.of_file(descriptor, start, size)
-        head = head_sum(image.at(0, WINDOW))
-        header = header_or_reason(image)
+        (image,) = sample.images
+        name = os.fsencode(image.name)
+        content = Section.of_file(descriptor, image.start, image.size)
+        head = head_sum(content.at(0, WINDOW))
+        header = header_or_reason(content)
         if isinstance(header, str):
             first_broken = first_broken or (len(rows), header)
             header = NO_HEADER
-        rows.append((label, size, start, at, header.width, header.height, 0, len(name), *header[2:], head))
+        sides = header.width, header.height
+        rows.append((label, image.size, image.start, at, *sides, 0, len(name), *header[2:], head))
         names.append(name)
         at += len(name)
     return Scan(np.array(rows, ROW), b"".join(names), list(labels), first_broken)
 
 
 def _samples(path: Path, section: Section) -> dict[str, _Sample]:
-    """By key, in the order of the images."""
+    """By key, in the order of the images; each has one image and a label. UserError."""
     _refuse_compressed(path, section)
     samples: dict[str, _Sample] = {}
+    for member in _members(path, section):
+        _sort_in(samples, member)
+    own = {key: sample for key, sample in samples.items() if not _is_part(path, samples, key)}
+    for key, sample in own.items():
+        if len(sample.images) > 1:
+            first, second = sample.images[:2]
+            raise UserError(f"{path}: {key!r} has two images, {first.name!r} and {second.name!r}")
+        if sample.wrong:
+            raise UserError(f"{path}: {sample.wrong}")
+        if not sample.images:
+            raise UserError(f"{path}: {key!r} has a label, but no image ({' '.join(EXTENSIONS)})")
+    return dict(sorted(own.items(), key=lambda of: of[1].images[0].start))
+
+
+def _is_part(path: Path, samples: dict[str, _Sample], key: str) -> bool:
+    """Whether the members of `key` are further ones of another sample, as `x.seg.png` is beside `x.jpg` and `x.cls`.
+
+    WebDataset takes names up to their first dot for one sample. So does this where that is one; else the last dot ends
+    its name, as in `photo.2019.jpg` and `photo.2019.cls`. UserError where both could be meant.
+    """
+    folder, slash, base = key.rpartition("/")
+    parts = base.split(".")
+    for count in range(1, len(parts)):
+        shorter = f"{folder}{slash}{'.'.join(parts[:count])}"
+        if shorter in samples and samples[shorter].whole:
+            if samples[key].whole:
+                raise UserError(
+                    f"{path}: {key!r} has an image and a label, but would belong to {shorter!r} (names are read up to "
+                    "their first dot); write another character for the dot"
+                )
+            return True
+    return False
+
+
+def _members(path: Path, section: Section) -> Iterator[tarfile.TarInfo]:
+    """Those of a tar file, or of several that were joined (`cat a.tar b.tar`). UserError for what is no tar file."""
+    while True:
+        archive: Any = _guarded(path, section, lambda: tarfile.TarFile(fileobj=section))  # type: ignore[arg-type]
+        while (member := _guarded(path, section, archive.next)) is not None:
+            archive.members.clear()  # it would keep all
+            yield member
+        end = section.at(archive.offset, _BLOCK)
+        if len(end) < _BLOCK:
+            raise UserError(f"{path}: ends without the mark of its end, so it was cut short; copy it again")
+        if any(end):
+            raise UserError(
+                f"{path}: has no tar header at byte {archive.offset}, where one has to be; copy it again"
+            )
+        padding = section.at(archive.offset, _MOST_PADDING)
+        if following := padding.lstrip(b"\0"):
+            section.seek(archive.offset + len(padding) - len(following))
+        elif archive.offset + len(padding) < section.length:
+            raise UserError(
+                f"{path}: has nothing but zeros from byte {archive.offset} on, so a part is missing; copy it again"
+            )
+        else:
+            return
+
+
+def _guarded(path: Path, section: Section, read: Callable[[], T]) -> T:
     try:
-        with tarfile.open(fileobj=section, mode="r:") as archive:  # type: ignore[call-overload]
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # it would keep all
-                _sort_in(path, samples, member)
-            end = section.at(archive.offset, _BLOCK)
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        return read()
+    except Exception as error:  # what tarfile raises for broken files is not limited to a few types
         if section.failure is not None:
             raise section.failure from None
         raise UserError(f"{path}: no whole tar file ({error}); copy it again") from error
-    if len(end) < _BLOCK:
-        raise UserError(f"{path}: ends without the mark of its end, so it was cut short; copy it again")
-    if any(end):
-        raise UserError(
-            f"{path}: has no tar header at byte {archive.offset}, where one has to be; copy it again"
-        )
-    return dict(sorted(samples.items(), key=lambda of: of[1].image.start if of[1].image else -1))
 
 
-def _sort_in(path: Path, samples: dict[str, _Sample], member: tarfile.TarInfo) -> None:
-    folder, slash, base = member.name.rpartition("/")
-    stem, dot, ending = base.partition(".")
-    if not stem or not dot:  # hidden, or of no kind
+def _sort_in(samples: dict[str, _Sample], member: tarfile.TarInfo) -> None:
+    key, dot, ending = member.name.rpartition(".")
+    kind = ending.lower()
+    base = key.rpartition("/")[2]
+    if not base or base.startswith(".") or not dot or "/" in ending:  # hidden, or of no kind
         return
-    key, kind = f"{folder}{slash}{stem}", ending.lower()
-    image = f".{kind}" in EXTENSIONS
-    if not image and kind not in ("cls", "json", "gif"):
+    image, label, other = f".{kind}" in EXTENSIONS, kind in ("cls", "json"), f".{kind}" in NOT_READ
+    if not (image or label or other) or member.isdir():
         return
-    if not member.isreg() or member.issparse():
-        if member.isdir():
-            return
-        raise UserError(
-            f"{path}: {member.name!r} {_LINKED if not member.issparse() else 'is stored sparsely'}"
-        )
-    if kind == "gif":
-        raise UserError(f"{path}: {member.name!r}: {GIF}")
     found = _Member(member.name, member.offset_data, member.size)
     sample = samples.setdefault(key, _Sample())
-    if image:
-        if sample.image is not None:
-            raise UserError(f"{path}: {key!r} has two images, {sample.image.name!r} and {member.name!r}")
-        sample.image = found
+    if wrong := _why_not(member):
+        sample.wrong = sample.wrong or f"{member.name!r} {wrong}"
+    elif other:
+        sample.wrong = sample.wrong or f"{member.name!r}: {why_not_read(member.name)}"
+    elif image:
+        sample.images.append(found)
     elif sample.labels.setdefault(kind, found) is not found:
-        raise UserError(f"{path}: {member.name!r} is there twice")
+        sample.wrong = sample.wrong or f"{member.name!r} is there twice"
+
+
+def _why_not(member: tarfile.TarInfo) -> str:
+    if member.issparse():
+        return "is stored sparsely: pack it without --sparse"
+    if member.islnk() or member.issym():
+        return _LINKED
+    return "" if member.isreg() else "is no file, but a pipe or a device: leave it out"
 
 
 def _label(path: Path, key: str, section: Section, sample: _Sample) -> str:
+    """That of KEY.cls, else `label`, else `cls` in KEY.json. UserError for none, or for two that differ.
+
+    A number and a name can both be right: which of them counts is the order above.
+    """
+    given: dict[str, str] = {}
     if cls := sample.labels.get("cls"):
-        if cls.size <= _LONGEST_LABEL:
-            content = section.at(cls.start, cls.size)
-            if label := content.decode("utf-8", "surrogateescape").strip():
-                return label
-        raise UserError(f"{path}: {cls.name!r} is no label; expected a number or the name of a class")
-    member = sample.labels.get("json")
-    if member is None:
+        content = section.at(cls.start, cls.size) if cls.size <= _LONGEST_LABEL else b""
+        if not (text := content.decode("utf-8", "surrogateescape").strip()):
+            raise UserError(f"{path}: {cls.name!r} is no label; expected a number or the name of a class")
+        given[repr(cls.name)] = text
+    if member := sample.labels.get("json"):
+        try:
+            values = _object(section, member)
+        except (ValueError, RecursionError) as error:
+            if not given:
+                raise UserError(f"{path}: {member.name!r} is no JSON object ({error})") from error
+            values = {}
+        for name in ("label", "cls"):
+            value = values.get(name)
+            if isinstance(value, int | str) and not isinstance(value, bool) and value != "":
+                given[f"`{name}` in {member.name!r}"] = str(value)
+        if not given:
+            raise UserError(
+                f"{path}: {member.name!r} has no label; expected a number or a name as `label` or `cls`"
+            )
+    if not given:
         raise UserError(f"{path}: {key!r} has no label; expected {key}.cls or {key}.json")
-    try:
-        values = json.loads(section.at(member.start, min(member.size, _LONGEST_JSON)))
-        label = values.get("label", values.get("cls"))
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: {member.name!r} is no JSON object ({error})") from error
-    if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
-        raise UserError(
-            f"{path}: {member.name!r} has no label; expected a number or a name as `label` or `cls`"
-        )
-    return str(label)
+    (first, label), *others = given.items()
+    for where, other in others:
+        if _contradict(label, other):
+            raise UserError(
+                f"{path}: {first} says {label!r}, but {where} says {other!r}; leave one of them out"
+            )
+    return label
+
+
+def _object(section: Section, member: _Member) -> dict[str, Any]:
+    """ValueError, RecursionError for what is none."""
+    values = json.loads(section.at(member.start, min(member.size, _LONGEST_JSON)))
+    if not isinstance(values, dict):
+        raise ValueError(f"but {type(values).__name__}")
+    return values
+
+
+def _contradict(label: str, other: str) -> bool:
+    number, another = (_NUMBER.fullmatch(text) for text in (label, other))
+    if number and another:
+        return number.groups() != another.groups()
+    return label != other and not number and not another
 
 
 def _refuse_compressed(path: Path, section: Section) -> None:

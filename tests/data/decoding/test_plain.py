@@ -43,8 +43,9 @@ DECODED_BY_PIL = {
     "JPEG, YCCK",
     "JPEG, CMYK without Adobe's marker",
     "JPEG, more bytes after it",
+    "JPEG, several pictures",
     "WebP, animated",
-    *(kind for kind in FILES if kind.startswith(("BMP", "TIFF", "PPM", "PGM", "PBM"))),
+    *(kind for kind in FILES if kind.startswith(("AVIF", "BMP", "TIFF", "PPM", "PGM", "PBM"))),
 }
 SIDE = 13
 CUTS = [(0, 0, False), (27, 17, True), (17, 11, False), (3, 16, True)]
@@ -105,7 +106,7 @@ def test_nothing_warns_of_alpha_that_is_dropped(kind: str) -> None:
     load(kind, blobs([content]), [one_window([0], 0, 0, 8, False)], as_levels(8))
 
 
-@pytest.mark.parametrize("codec", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("codec", ["JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "PPM"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (1, 50), (50, 1)])
 def test_sides_of_one_pixel(size: tuple[int, int], codec: str, make_photo, encode) -> None:
     picture = encode(make_photo(50, 50).crop((0, 0, *size)), codec)
@@ -193,7 +194,7 @@ def test_a_plan_over_every_kind_of_file_without_resizing(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("antialias", [False, True])
 def test_a_plan_over_photographs_with_resizing(antialias: bool, tmp_path: Path, make_photo, encode) -> None:
-    codecs = ["JPEG", "PNG", "WEBP", "TIFF"]
+    codecs = ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"]
     images = write_splits(
         tmp_path,
         {
@@ -244,7 +245,7 @@ def test_a_file_cut_short_is_an_error_also_when_its_window_is_whole(kind, codec,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("codec", ["JPEG", "PNG", "WEBP", "BMP"])
+@pytest.mark.parametrize("codec", ["JPEG", "PNG", "WEBP", "AVIF", "BMP"])
 def test_an_image_that_has_grown_is_an_error(kind: str, codec: str, make_photo, encode) -> None:
     content = encode(make_photo(60, 50), codec).tobytes()
     with pytest.raises(UserError, match="blob 0: is 60 x 50 pixels now, but was 20 x 20"):

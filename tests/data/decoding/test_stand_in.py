@@ -172,15 +172,25 @@ def test_no_memory_is_no_bad_image(kind: str, monkeypatch: pytest.MonkeyPatch) -
         skip(kind, images, [batch(images, (4,))])
 
 
-def test_what_only_dali_cannot_decode_is_bad_for_dali_alone() -> None:
-    """A PNG whose checksum is wrong, which PIL does not look at. So the loader is part of a run's mathematics."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_png_with_a_wrong_checksum_is_bad_for_both_loaders(kind: str) -> None:
+    """PIL does not look at those of image data, DALI at those of text."""
     content = good_file("PNG", 4)
-    checksum = content.index(b"IEND") - 8
-    wrong = content[:checksum] + bytes(4) + content[checksum + 4 :]
-    images = make_images({4: wrong})
-    (told,) = skip("dali", images, [batch(images, (4, 1))])[1]
-    assert told.reason.startswith("by DALI, though PIL can: ")
-    assert skip("torchvision", images, [batch(images, (4, 1))])[1] == []
+    for chunk in (b"IHDR", b"IDAT", b"IEND"):
+        at = content.index(chunk)
+        length = int.from_bytes(content[at - 4 : at], "big")
+        wrong = bytearray(content)
+        wrong[at + 4 + length] ^= 1
+        images = make_images({4: bytes(wrong)})
+        if chunk == b"IHDR":
+            images.widths[4] = images.heights[4] = 0
+        (told,) = skip(kind, images, [batch(images, (4, 1))])[1]
+        assert (told.image, told.stand_in) == (4, 5)
+        assert (
+            "PNG header is damaged" in told.reason
+            if chunk == b"IHDR"
+            else repr(chunk.decode()) in told.reason
+        )
 
 
 CRASH = """if True:

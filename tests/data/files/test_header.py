@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import random
 import resource
 import struct
 import zlib
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import SIZE, TURNS, deep_grey_files, files, turned_files
+from image_files import SIZE, TURNS, deep_grey_files, files, turned_files, with_chunk
 from PIL import Image
 
+from hvd_lb.data.files.avif import avif_size
 from hvd_lb.data.files.header import KINDS, BrokenHeader, Header, read_header
 from hvd_lb.data.files.section import Section
 
@@ -158,3 +160,60 @@ def test_a_section_reads_like_a_file(tmp_path: Path) -> None:
                        lambda f: f.seek(-4, 2), lambda f: f.read(99), lambda f: f.tell(), lambda f: f.seek(500),
                        lambda f: f.read(1)):  # fmt: skip
             assert action(section) == action(file)
+
+
+def test_avif_is_measured_without_pil_except_for_sequences() -> None:
+    for kind, content in FILES.items():
+        if kind.startswith("AVIF"):
+            found = avif_size(Section.of_bytes(content))
+            assert found == (None if kind == "AVIF, several frames" else (*SIZE, 1))
+
+
+@pytest.mark.slow
+def test_damaged_avif_has_the_size_that_pil_says_if_any() -> None:
+    draw = random.Random(0)
+    stills = [FILES[kind] for kind in FILES if kind.startswith("AVIF") and "frames" not in kind]
+    stills += [turned_files(turn)["AVIF {}"][0] for turn in TURNS]
+    compared = 0
+    for _ in range(2000):
+        content = bytearray(draw.choice(stills))
+        for _ in range(draw.randint(1, 3)):
+            content[draw.randrange(400)] = draw.choice([0, 1, 255, draw.randrange(256)])
+        found = avif_size(Section.of_bytes(bytes(content)))
+        said = None
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=["AVIF"]) as image:
+            said = (*image.size, image.getexif().get(274, 1))
+        if found and said:
+            assert found == said
+            compared += 1
+    assert compared > 300
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"GIF89a" + bytes(40), "GIF is not read: convert it to PNG"),
+        (
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40),
+            "HEIC is not read: convert it to JPEG, PNG or AVIF",
+        ),
+        (
+            b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(40),
+            "HEIC is not read: convert it to JPEG, PNG or AVIF",
+        ),
+        (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40), "JPEG 2000 is not read: convert it to PNG or JPEG"),
+        (b"\xff\x4f\xff\x51" + bytes(40), "JPEG 2000 is not read: convert it to PNG or JPEG"),
+        (b"\xff\x0a" + bytes(40), "JPEG XL is not read: convert it to PNG, or back to JPEG with djxl"),
+        (
+            b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40),
+            "JPEG XL is not read: convert it to PNG, or back to JPEG with djxl",
+        ),
+    ],
+)
+def test_what_is_not_read_has_its_name(content: bytes, reason: str) -> None:
+    assert header_or_reason(content) == reason
+
+
+def test_a_png_with_thousands_of_chunks_before_its_data_has_a_size() -> None:
+    content = FILES["PNG, colour"]
+    assert header(content[:33] + with_chunk(content, b"tEXt", b"x")[33:46] * 2000 + content[33:])[:2] == SIZE

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,6 +51,76 @@ def test_files_are_closed_with_the_last_reference(folder: Path) -> None:
     assert open_files(folder) == 1
     del shards
     assert open_files(folder) == 0
+
+
+@pytest.fixture
+def limit() -> Iterator[Callable[[int], None]]:
+    """Sets how many files this process may have open, until the end of the test."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda files: resource.setrlimit(resource.RLIMIT_NOFILE, (files, before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def many(folder: Path, count: int) -> list[str]:
+    names = [f"{number}.tar" for number in range(count)]
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(b"%05d" % number)
+    return names
+
+
+def test_all_shards_stay_open(tmp_path: Path, limit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also more than the soft limit would allow, and others keep what they had."""
+    limit(300)
+    names = many(tmp_path, 350)
+    train, val = (ShardReader(tmp_path, names) for _ in range(2))
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 300 + 2 * 350
+    for shard in range(350):
+        for reader in (train, val):
+            assert reader.read(shard, 0, 5).tobytes() == b"%05d" % shard
+    assert open_files(tmp_path) == 700
+    monkeypatch.setattr(os, "open", None)  # no file is opened again
+    order = np.random.default_rng(0).permutation(350).tolist()
+    assert [int(train.read(shard, 0, 5).tobytes()) for shard in order] == order
+    del train
+    assert open_files(tmp_path) == 350
+
+
+def test_a_limit_that_suffices_or_cannot_be_raised_stays(tmp_path: Path, limit, monkeypatch) -> None:
+    names = many(tmp_path, 300)
+    limit(1000)
+    ShardReader(tmp_path, names)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 1000
+    limit(400)
+
+    def refuse(which: int, limits: tuple[int, int]) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(resource, "setrlimit", refuse)
+        reader = ShardReader(tmp_path, names)
+    for shard in range(300):
+        reader.read(shard, 0, 5)
+    assert open_files(tmp_path) == (400 - 256) // 2
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files_close_some(code: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = ShardReader(folder, [f"{shard}.tar" for shard in range(SHARDS)])
+    original, most = os.open, 6
+
+    def limited(path: str, *arguments: object, **options: object) -> int:
+        if str(path).endswith(".tar") and open_files(folder) >= most:
+            raise OSError(code, os.strerror(code), path)
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", limited)
+    for shard in [*range(SHARDS), *range(SHARDS)]:
+        expected = np.random.default_rng(shard).bytes(SIZE)[5:50]
+        assert reader.read(shard, 5, 45).tobytes() == expected
+    assert 1 <= open_files(folder) <= most
+    most = 0
+    with pytest.raises(UserError, match="cannot be read"):
+        [reader.read(shard, 0, 5) for shard in range(SHARDS)]
 
 
 def test_a_shard_that_was_cut_or_removed_is_named(folder: Path) -> None:

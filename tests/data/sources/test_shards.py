@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
+import random
 import shutil
+import socket
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,8 @@ from tars import Member, png, samples, write_tar
 
 from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.images import Images, same_images
+from hvd_lb.data.sources.shards import named_shards
+from hvd_lb.data.spec import absolute_spec
 from hvd_lb.errors import UserError
 
 Make = Callable[..., Path]
@@ -195,6 +200,84 @@ def two_kinds(folder: Path) -> None:
     write_tar(third(folder), [*samples("a", b"x"), ("a.jpg", png())])
 
 
+def two_images_in_joined_files(folder: Path) -> None:
+    other = write_tar(folder.parent / "other.tar", samples("bc", b"x"))
+    write_tar(third(folder), samples("ab", b"x"))
+    third(folder).write_bytes(third(folder).read_bytes() + other.read_bytes())
+
+
+def garbage_after_the_end(folder: Path) -> None:
+    third(folder).write_bytes(third(folder).read_bytes() + b"more" * 300)
+
+
+def zeros_instead_of_the_end(folder: Path) -> None:
+    content = third(folder).read_bytes()[:3000]
+    third(folder).write_bytes(content[:1536] + bytes(2_000_000))
+
+
+def dots_and_both_readings(folder: Path) -> None:
+    write_tar(third(folder), [*samples(["photo", "photo.2019"], b"x")])
+
+
+def dots_and_no_label(folder: Path) -> None:
+    write_tar(third(folder), [*samples("a", b"x"), ("photo.2019.png", png())])
+
+
+def dots_in_the_ending_of_an_image(folder: Path) -> None:
+    write_tar(third(folder), [*samples("a", b"x"), ("b.input.png", png()), ("b.cls", b"x")])
+
+
+def two_files_disagree(folder: Path) -> None:
+    write_tar(third(folder), [*samples("a", b"3"), ("a.json", b'{"label": 4}')])
+
+
+def names_in_two_files_disagree(folder: Path) -> None:
+    write_tar(third(folder), [*samples("a", b"ant"), ("a.json", b'{"cls": "bee"}')])
+
+
+def one_json_disagrees_with_itself(folder: Path) -> None:
+    write_tar(third(folder), [("a.png", png()), ("a.json", b'{"cls": 1, "label": 2}')])
+
+
+def heic(folder: Path) -> None:
+    write_tar(third(folder), [("a.HEIC", b"ftyp"), ("a.cls", b"x")])
+
+
+def other_member(kind: bytes) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        with tarfile.open(third(folder), "w") as archive:
+            for name, content in samples("b", b"x"):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+            info = tarfile.TarInfo("a.png")
+            info.type, info.linkname = kind, "b.png"
+            archive.addfile(info)
+
+    return write
+
+
+symbolic_link = other_member(tarfile.SYMTYPE)
+device = other_member(tarfile.CHRTYPE)
+pipe_inside = other_member(tarfile.FIFOTYPE)
+
+
+def pipe_for_a_shard(folder: Path) -> None:
+    third(folder).unlink()
+    os.mkfifo(third(folder))
+
+
+def socket_for_a_shard(folder: Path) -> None:
+    third(folder).unlink()
+    here = os.getcwd()
+    os.chdir(folder)  # its path may be too long for a socket's name
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(third(folder).name)
+    finally:
+        os.chdir(here)
+
+
 def empty_label(folder: Path) -> None:
     write_tar(third(folder), samples("a", b" \n"))
 
@@ -250,6 +333,21 @@ MISTAKES = {
     twice: "train-000002.tar: 'a' has two images",
     two_labels: "train-000002.tar: 'a.cls' is there twice",
     two_kinds: "train-000002.tar: 'a' has two images, 'a.png' and 'a.jpg'",
+    two_images_in_joined_files: "train-000002.tar: 'b' has two images, 'b.png' and 'b.png'",
+    garbage_after_the_end: r"train-000002.tar: has no tar header at byte \d+",
+    zeros_instead_of_the_end: r"train-000002.tar: has nothing but zeros from byte \d+ on, .*copy it again",
+    dots_and_both_readings: "train-000002.tar: 'photo.2019' has an image and a label, but would belong to 'photo'",
+    dots_and_no_label: "train-000002.tar: 'photo.2019' has no label; expected photo.2019.cls",
+    dots_in_the_ending_of_an_image: "train-000002.tar: 'b' has a label, but no image",
+    two_files_disagree: "train-000002.tar: 'a.cls' says '3', but `label` in 'a.json' says '4'; leave one",
+    names_in_two_files_disagree: "'a.cls' says 'ant', but `cls` in 'a.json' says 'bee'",
+    one_json_disagrees_with_itself: "`label` in 'a.json' says '2', but `cls` in 'a.json' says '1'",
+    heic: "train-000002.tar: 'a.HEIC': HEIC is not read: convert it to JPEG, PNG or AVIF",
+    symbolic_link: "train-000002.tar: 'a.png' is a link: pack what it points to",
+    device: "train-000002.tar: 'a.png' is no file, but a pipe or a device",
+    pipe_inside: "train-000002.tar: 'a.png' is no file, but a pipe or a device",
+    pipe_for_a_shard: "train-000002.tar: is no file, but a pipe",
+    socket_for_a_shard: "train-000002.tar: is no file, but a pipe",
     empty_label: "train-000002.tar: 'a.cls' is no label",
     no_json: "train-000002.tar: 'a.json' is no JSON object",
     json_without_label: "train-000002.tar: 'a.json' has no label",
@@ -268,6 +366,152 @@ def test_mistakes_name_shard_and_key_in_one_line(mistake: Callable[[Path], None]
     with pytest.raises(UserError, match=MISTAKES[mistake]) as raised:
         open_dataset(str(shards))
     assert "\n" not in str(raised.value)
+    assert "no whole tar file" not in str(raised.value) or "no whole" in MISTAKES[mistake]
+
+
+def names_of(images: Images) -> list[str]:
+    return [images.name(number).rpartition(": ")[2] for number in range(len(images))]
+
+
+def test_names_with_dots(tmp_path: Path) -> None:
+    """By the first dot where that makes a sample, as WebDataset reads them, else by the last."""
+    members = [
+        *samples(["a", "photo.2019", "photo.2020", "x.y.z", "v1.0/b"], b"1"),
+        ("c.seg.png", png(9)), ("c.png", png(2, 30)), ("c.cls", b"0"), ("c.seg.txt", b"text"), ("c.2.gif", b"GIF89a"),
+        ("x.y.z.seg.png", png(9)), ("x.y.z.meta.json", b"{}"), ("c.1.jpg", b""), ("c.1.png", b""),
+    ]  # fmt: skip
+    write_tar(tmp_path / "train-0.tar", members)
+    write_tar(tmp_path / "val-0.tar", samples("a", b"1"))
+    train = open_dataset(str(tmp_path)).train
+    assert names_of(train) == [
+        "a.png", "photo.2019.png", "photo.2020.png", "x.y.z.png", "v1.0/b.png", "c.png"
+    ]  # fmt: skip
+    assert train.labels.tolist() == [1, 1, 1, 1, 1, 0]
+    assert train.widths.tolist() == [20, 21, 22, 23, 24, 30]
+
+
+@pytest.mark.parametrize("zeros", [0, 512, 200_000])
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_joined_tar_files_are_read_whole(zeros: int, kind: int, tmp_path: Path) -> None:
+    parts = [
+        write_tar(tmp_path / f"parts/{part}.tar", samples([f"{part}{'n' * 90}", f"{part}2"], b"x"), kind)
+        for part in range(3)
+    ]
+    write_tar(tmp_path / "parts/none.tar", [], kind)
+    parts.insert(1, tmp_path / "parts/none.tar")
+    folder = tmp_path / "set"
+    write_tar(folder / "val-0.tar", samples("a", b"x"))
+    (folder / "train-0.tar").write_bytes(bytes(zeros).join(part.read_bytes() for part in parts))
+    train = open_dataset(str(folder)).train
+    assert names_of(train) == [f"{part}{name}.png" for part in range(3) for name in ("n" * 90, "2")]
+    contents = train.read(np.arange(6))
+    assert [content.tobytes() for content in contents] == [png(0, 20), png(1, 21)] * 3
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "label"),
+    [
+        (b"2", {"label": 2, "cls": "002"}, 2),
+        (None, {"label": 1, "cls": "ant"}, 1),
+        (None, {"cls": 2, "label": None}, 2),
+        (None, {"cls": 1, "url": "x"}, 1),
+        (b"2", {"label": "ant"}, 2),
+        (b"2", [], 2),
+        (b"2", {}, 2),
+    ],
+)
+def test_which_label_counts(cls: bytes | None, values: object, label: int, tmp_path: Path) -> None:
+    """KEY.cls, then `label`, then `cls`; two numbers, or two names, have to be the same."""
+    own = [("z.cls", cls)] if cls else []
+    members = [("z.png", png()), *own, ("z.json", json.dumps(values).encode())]
+    write_tar(
+        tmp_path / "train-0.tar", [*samples("a", b"0"), *samples("b", b"1"), *samples("c", b"2"), *members]
+    )
+    write_tar(tmp_path / "val-0.tar", samples("a", b"1"))
+    train = open_dataset(str(tmp_path)).train
+    assert train.classes == ["0", "1", "2"]
+    assert train.labels.tolist() == [0, 1, 2, label]
+
+
+def test_shards_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for shard in random.Random(0).sample(range(8, 12), 4):
+        write_tar(tmp_path / f"train-{shard}.tar", samples([f"of-{shard}"], b"0"))
+        write_tar(tmp_path / f"val-{shard}.tar", samples([f"of-{shard}"], b"0"))
+    for spec in (
+        tmp_path,
+        *(tmp_path / f"train-{pattern}.tar" for pattern in ("{8..11}", "*", "{8..9}*", "?*")),
+    ):
+        data = open_dataset(str(spec))
+        assert names_of(data.train) == [
+            f"of-{n}.png" for n in ((8, 9) if "9" in spec.name else (8, 9, 10, 11))
+        ]
+        assert names_of(data.val) == [f"of-{n}.png" for n in (8, 9, 10, 11)]
+    assert len(named_shards(str(tmp_path / "train-*{0..1}*.tar")).shards) == 2  # 10 and 11, each once
+
+
+@pytest.mark.parametrize(
+    ("range_", "names"),
+    [
+        ("{8..11}", ["8", "9", "10", "11"]),
+        ("{08..11}", ["08", "09", "10", "11"]),
+        ("{8..011}", ["008", "009", "010", "011"]),
+        ("{0..10..}", None),
+        ("{0..2}", ["0", "1", "2"]),
+        ("{000..002}", ["000", "001", "002"]),
+        ("{9..9}", ["9"]),
+        ("{1..2}-{09..10}", ["1-09", "1-10", "2-09", "2-10"]),
+    ],
+)
+def test_ranges_are_those_of_a_shell(range_: str, names: list[str] | None, tmp_path: Path) -> None:
+    for name in names or ["0"]:
+        write_tar(tmp_path / f"train-{name}.tar", samples([f"of-{name}"], b"0"))
+    write_tar(tmp_path / "val-0.tar", samples("a", b"0"))
+    if names is None:
+        with pytest.raises(UserError, match="no such file"):
+            named_shards(str(tmp_path / f"train-{range_}.tar"))
+    else:
+        assert named_shards(str(tmp_path / f"train-{range_}.tar")).shards == tuple(
+            f"train-{name}.tar" for name in names
+        )
+
+
+def test_a_shard_without_a_member_is_one_without_images(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-0.tar", samples("ab", b"0"))
+    write_tar(tmp_path / "train-1.tar", [])
+    write_tar(tmp_path / "train-2.tar", samples("c", b"0"))
+    write_tar(tmp_path / "val-0.tar", samples("a", b"0"))
+    assert names_of(open_dataset(str(tmp_path)).train) == ["a.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://bucket/train-{0000..0146}.tar",
+        "gs://bucket/set",
+        "https://host/train.csv",
+        "HTTP://host/train-0.tar",
+        "hf://datasets/x",
+        "pipe:aws s3 cp s3://b/x.tar -",
+    ],
+)
+def test_addresses_are_not_read_yet(address: str) -> None:
+    for read in (open_dataset, absolute_spec):
+        with pytest.raises(UserError, match="is read from no server; copy it") as raised:
+            read(address)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match="give /data/x"):
+        open_dataset("file:///data/x")
+
+
+@pytest.mark.parametrize("ending", [".tar.gz", ".tgz", ".tar.zst", ".tar.xz"])
+def test_a_folder_of_compressed_shards(ending: str, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / f"{split}-0000{ending}").write_bytes(b"x")
+    for spec in (tmp_path, tmp_path / f"train-0000{ending}", tmp_path / f"train-{{0000..0003}}{ending}"):
+        with pytest.raises(
+            UserError, match=f"train-.*{ending}: compressed shards have no offsets .*decompress"
+        ):
+            open_dataset(str(spec))
 
 
 @pytest.mark.parametrize(
