@@ -7,11 +7,13 @@ of these. Here the rest is left out, unread. What both look at, one rule decides
 
 from __future__ import annotations
 
+import struct
 import zlib
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 
 _PNG_PIXELS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
+_CHUNK, _NUMBER = struct.Struct(">I4s"), struct.Struct(">I")
 _START_OF_SCAN, _JFIF, _ADOBE = 0xDA, 0xE0, 0xEE
 _TABLES = {*range(0xC0, 0xD0), 0xDB, 0xDC, 0xDD}
 _NOTES = {*range(0xE0, 0xF0), 0xFE}
@@ -27,21 +29,21 @@ def essential(content: memoryview) -> bytes | memoryview:
 
 
 def _png(content: memoryview) -> bytes | memoryview:
-    kept: list[bytes | memoryview] = [PNG]
-    start, kind = len(PNG), b""
+    kept: list[memoryview] = []
+    begin, start, kind = 0, len(PNG), b""
     while start + 12 <= len(content) and kind != b"IEND":
-        kind = content[start + 4 : start + 8].tobytes()
-        stop = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        length, kind = _CHUNK.unpack_from(content, start)
+        stop = start + 12 + length
         if stop > len(content):
             break
-        if zlib.crc32(content[start + 4 : stop - 4]) != int.from_bytes(content[stop - 4 : stop], "big"):
+        if zlib.crc32(content[start + 4 : stop - 4]) != _NUMBER.unpack_from(content, stop - 4)[0]:
             raise ValueError(f"wrong checksum of {kind.decode('latin-1')!r}, so it was damaged")
-        if kind in _PNG_PIXELS:
-            kept.append(content[start:stop])
+        if kind not in _PNG_PIXELS:
+            kept.append(content[begin:start])
+            begin = stop
         start = stop
-    if kind != b"IEND":
-        kept.append(content[start:])  # of this PIL says that it was cut short
-    return content if sum(map(len, kept)) == len(content) else b"".join(kept)
+    end = start if kind == b"IEND" else len(content)  # of a file that was cut short PIL says so
+    return b"".join([*kept, content[begin:end]]) if kept or end < len(content) else content
 
 
 def _jpeg(content: memoryview) -> bytes | memoryview:

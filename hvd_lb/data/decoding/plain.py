@@ -96,10 +96,10 @@ def _one_scan(content: np.ndarray, start: int) -> bool:
 def _png_size(data: memoryview) -> tuple[int, int] | None:
     position, kind = len(PNG), b""
     while position + 12 <= len(data) and kind != b"IEND":
-        kind = data[position + 4 : position + 8].tobytes()
+        length, kind = struct.unpack_from(">I4s", data, position)
         if (kind == b"IHDR") != (position == len(PNG)):
             return None
-        position += 12 + int.from_bytes(data[position : position + 4], "big")
+        position += 12 + length
     if position != len(data) or data[8:12] != b"\0\0\0\r":
         return None
     width, height, bits, colour = struct.unpack_from(">IIBB", data, 16)

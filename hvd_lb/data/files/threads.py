@@ -20,9 +20,9 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 MOST_THREADS = 64
-_MOST_AT_A_TIME = 256
-_PIECE_SECONDS = 0.002
-"""So long a thread works before it hands over what it has: much longer than handing over takes."""
+_MOST_AT_A_TIME, _MOST_AHEAD = 256, 4096
+_PIECE_SECONDS = 0.01
+"""So long a thread works before it hands over what it has, so that handing over does not count."""
 
 _WINDOW_SECONDS = 0.02
 _PAUSE, _LONGEST_PAUSE = 8, 64  # windows
@@ -152,7 +152,7 @@ class InOrder(Generic[S, T]):
         *,
         threads: int | None = None,
         start: int = 1,
-        room: Callable[[int, int], bool] = lambda ahead, held: ahead < MOST_THREADS * _MOST_AT_A_TIME,
+        room: Callable[[int, int], bool] = lambda ahead, held: ahead < _MOST_AHEAD,
         weigh: Callable[[T], int] = lambda result: 0,
     ) -> None:
         self._work, self._items, self._name = work, iter(items), name

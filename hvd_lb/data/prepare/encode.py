@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,10 +15,12 @@ import numpy as np
 from PIL import Image
 
 from hvd_lb.data.decoding.decode import BadImage, decode_image
+from hvd_lb.data.files.threads import InOrder
 from hvd_lb.data.images import Images
 
 _QUALITIES = range(1, 101)
-_AHEAD = 4
+_AHEAD = 4  # images a thread, and more while all that is ahead is small
+_MOST_AHEAD, _AHEAD_BYTES = 1024, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,18 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def encoded_in_order(images: Images, first: int, encoding: Encoding, threads: int) -> Generator[EncodedImage]:
-    """The files of all images from `first` on; `threads` threads read and encode some ahead of the consumer."""
-    pool = ThreadPoolExecutor(threads, "hvd-lb encode")
-    ahead: deque[Future[EncodedImage]] = deque()
+    """The files of all images from `first` on, read and encoded ahead of the consumer by `threads` threads, or more
+    where they wait for a file system.
+    """
+    work: InOrder[int, EncodedImage] = InOrder(
+        lambda ids: (encoding(images, image_id) for image_id in ids),
+        range(first, len(images)),
+        "hvd-lb encode",
+        start=threads,
+        room=lambda ahead, held: ahead < _AHEAD * threads or (ahead < _MOST_AHEAD and held < _AHEAD_BYTES),
+        weigh=lambda image: len(image.content),
+    )
     try:
-        for image_id in range(first, len(images)):
-            ahead.append(pool.submit(encoding, images, image_id))
-            if len(ahead) > _AHEAD * threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        yield from work
     finally:
-        pool.shutdown(cancel_futures=True)
+        work.close()

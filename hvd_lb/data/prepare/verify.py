@@ -6,10 +6,10 @@ whole by what decodes it in a run, and one that fails ends nothing.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -73,32 +73,52 @@ def _parts(images: Images) -> Iterator[np.ndarray]:
 
 def _read(images: Images, prepare: Prepare, max_pixels: int, image_id: int) -> Content:
     """As a loader does, but what cannot be read, or was changed, is a bad image among others."""
-    try:
+
+    def read() -> np.ndarray:
         (content,) = images.read(np.array([image_id]))
-        if images.encoded:
-            check_header(images, image_id, content, max_pixels)
-            content = prepare(images, image_id, content)
+        if not images.encoded:
+            return content
+        check_header(images, image_id, content, max_pixels)
+        return prepare(images, image_id, content)
+
+    return _or_bad(images, image_id, read)
+
+
+def _or_bad(images: Images, image_id: int, make: Callable[[], np.ndarray]) -> Content:
+    try:
+        return make()
     except BadImage as bad:
         return bad
     except UserError as error:
         name = images.name(image_id)
         return BadImage(name, str(error).removeprefix(f"{name}: "))
-    return content
+
+
+def _read_ahead(images: Images, prepare: Prepare, threads: int, max_pixels: int) -> RawBatches:
+    whole = (_whole(images, ids) for ids in _parts(images))
+
+    def read(ids: np.ndarray) -> Iterator[Content]:
+        return (_read(images, prepare, max_pixels, image_id) for image_id in ids.tolist())
+
+    return RawBatches(read, whole, _MOST_IMAGES, start=threads)
 
 
 def _by_pil(images: Images, threads: int, max_pixels: int) -> Iterator[Part]:
-    def examine(ids: np.ndarray) -> Part:
-        contents = ((i, _read(images, decode_image, max_pixels, i)) for i in ids.tolist())
-        return ids, [Failure(i, images.name(i), of.reason) for i, of in contents if isinstance(of, BadImage)]
+    def reason(image_id: int, content: Content) -> str | None:
+        if images.encoded and not isinstance(content, BadImage):
+            content = _or_bad(images, image_id, partial(decode_image, images, image_id, content))
+        return content.reason if isinstance(content, BadImage) else None
 
-    with ThreadPoolExecutor(threads, "hvd-lb verify") as pool:
-        under_way: deque[Future[Part]] = deque()
-        for ids in _parts(images):
-            under_way.append(pool.submit(examine, ids))
-            if len(under_way) > 2 * threads:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+    batches = _read_ahead(images, lambda _, image_id, content: content, threads, max_pixels)
+    try:
+        with ThreadPoolExecutor(threads, "hvd-lb verify") as pool:
+            for batch in batches:
+                ids = batch.microbatch.image_ids
+                reasons = pool.map(reason, ids.tolist(), batch.data)
+                found = zip(ids.tolist(), reasons, strict=True)
+                yield ids, [Failure(i, images.name(i), why) for i, why in found if why is not None]
+    finally:
+        batches.close()
 
 
 def _by_dali(images: Images, threads: int, max_pixels: int) -> Iterator[Part]:
@@ -107,11 +127,7 @@ def _by_dali(images: Images, threads: int, max_pixels: int) -> Iterator[Part]:
 
     from hvd_lb.data.loading.dali import dali_decoder
 
-    def read(ids: np.ndarray) -> Iterator[Content]:
-        return (_read(images, as_plain, max_pixels, i) for i in ids.tolist())
-
-    whole = (_whole(images, ids) for ids in _parts(images))
-    batches = RawBatches(read, whole, _MOST_IMAGES, start=threads)
+    batches = _read_ahead(images, as_plain, threads, max_pixels)
     told: list[StandIn] = []
     decode = dali_decoder(_TINY, _MOST_IMAGES, torch.device("cpu"), threads)
     with ThreadedLoader(images, batches, decode, _Fill(images), told.extend) as loader:

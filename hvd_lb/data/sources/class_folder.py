@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
-import numpy as np
-
 from hvd_lb.data.files.kinds import EXTENSIONS, is_ignored
-from hvd_lb.data.sources.source import FileState, file_state, state_of
+from hvd_lb.data.files.rows import Names
+from hvd_lb.data.sources.source import FileState, States, file_state, state_of
 from hvd_lb.errors import UserError
 
 
 @dataclass(frozen=True)
 class Folder:
-    """`relative` to the root; sorted names of images, relative to the root, and their `file_states`, int64 (N, 3).
+    """`relative` to the root; the number of images, their sorted names, relative to the root, and states.
 
     `strangers` are no images, `ignored` are hidden or made by systems.
     """
@@ -29,8 +28,9 @@ class Folder:
     label: str
     relative: str
     state: FileState
-    names: list[bytes]
-    states: np.ndarray
+    images: int
+    names: Names
+    states: States
     strangers: list[str]
     ignored: list[str]
 
@@ -73,9 +73,13 @@ class ClassFolder:
                     else:
                         strangers.append(path)
             images.sort()
-            names = [os.fsencode(f"{relative}/{name}") for name, _ in images]
-            states = np.array([state for _, state in images], np.int64).reshape(-1, 3)
-            yield Folder(self.label, relative, state, names, states, sorted(strangers), sorted(ignored))
+            names = Names.of(os.fsencode(f"{relative}/{name}") for name, _ in images)
+            states = States()
+            for _, of_image in images:
+                states.add(of_image)
+            yield Folder(
+                self.label, relative, state, len(images), names, states, sorted(strangers), sorted(ignored)
+            )
             for path, linked in folders:
                 inside = os.path.realpath(self.root / path) if linked else f"{real}/{os.path.basename(path)}"
                 if linked:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -18,16 +18,18 @@ from shlex import quote
 import numpy as np
 
 from hvd_lb.data.files.kinds import EXTENSIONS, is_ignored, why_not_read
-from hvd_lb.data.files.rows import measure_files
+from hvd_lb.data.files.rows import Names, measure_files
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.options import UNFINISHED
 from hvd_lb.data.sources.class_folder import ClassFolder, Folder
 from hvd_lb.data.sources.names import look_alike, same_composed, some
-from hvd_lb.data.sources.source import Listing, file_state
+from hvd_lb.data.sources.source import Listing, file_state, stamped
 from hvd_lb.data.sources.splits import split_of
 from hvd_lb.errors import UserError
 
 _OURS = {".hvd-lb-index", UNFINISHED}
+
+_NO_NAMES = Names.of(())
 
 
 class NoImages(UserError):
@@ -62,26 +64,29 @@ class FolderSource:
         classes = list(self.classes or inside.folders)
         real = os.path.realpath(self.root)
         others = tuple(other for other in map(os.path.realpath, self.others) if other != real)
-        found = [
-            folder
+        found: list[Folder] = []
+
+        def parts() -> Iterator[Names]:
             for folders in in_threads(
                 lambda name: ClassFolder(self.root, name, others).folders(), inside.folders
-            )
-            for folder in folders
-        ]
+            ):
+                for folder in folders:
+                    found.append(replace(folder, names=_NO_NAMES))
+                    yield folder.names
+
+        names = Names.joined(parts())
         _refuse_strangers(self.root, found)
         _refuse_other_level(self.root, found)
         stamp = hashlib.sha256()
         for name in classes:
             stamp.update(b"\0" + os.fsencode(name) + b"\0")
-        names: list[bytes] = []
         counts: dict[str, int] = dict.fromkeys(inside.folders, 0)
         for folder in found:
-            names += folder.names
-            counts[folder.label] += len(folder.names)
+            counts[folder.label] += folder.images
         few = len(names) <= self.cheap
+        stamp.update(stamped([names.content, names.ends]).encode())
         for folder in found:
-            stamp.update(b"\0".join(folder.names) + b"\0" + folder.states[:, : 3 if few else 2].tobytes())
+            stamp.update(folder.states.digest(few))
         number = {name: position for position, name in enumerate(classes)}
         labels = np.repeat(np.array([number[name] for name in counts], np.int64), list(counts.values()))
         remarks = self._remarks(inside, found)
@@ -177,10 +182,10 @@ def _refuse_strangers(root: Path, found: Sequence[Folder]) -> None:
 
 def _refuse_other_level(root: Path, found: Sequence[Folder]) -> None:
     """UserError for a class folder without images of its own in which there are folders that look like classes."""
-    direct = {folder.label for folder in found if folder.names and folder.relative == folder.label}
+    direct = {folder.label for folder in found if folder.images and folder.relative == folder.label}
     below: dict[str, dict[str, None]] = {}
     for folder in found:
-        if folder.names and folder.label not in direct:
+        if folder.images and folder.label not in direct:
             below.setdefault(folder.label, {})[folder.relative.split("/")[1]] = None
     for label, folders in below.items():
         splits = [name for name in folders if split_of(name)]

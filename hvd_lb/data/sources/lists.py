@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from stat import S_ISREG
 
 import numpy as np
 
 from hvd_lb.data.files.kinds import EXTENSIONS, why_not_read
-from hvd_lb.data.files.rows import measure_files
+from hvd_lb.data.files.rows import Names, measure_files
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.sources.labels import Classes, UnknownLabel, find_classes, read_classes
 from hvd_lb.data.sources.names import look_alike
-from hvd_lb.data.sources.source import Listing, file_state, stamped, state_of
+from hvd_lb.data.sources.source import Listing, States, file_state, stamped, state_of
 from hvd_lb.errors import UserError
 
 SUFFIXES = {".csv": ",", ".tsv": "\t"}
@@ -26,7 +28,6 @@ _SOLUTION = [
     "imageid",
     "predictionstring",
 ]  # of Kaggle's ImageNet: n01440764 1 2 3 4, the class and its boxes
-_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,17 @@ class ListSource:
             own = file_state(self.root, os.path.relpath(self.path, self.root))
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
-        entries = list(read_list(self.path))
+        entries = _Entries.of(read_list(self.path))
+        names = entries.names
         classes, labels = self._numbered(entries)
         remarks = self._remarks(entries)
-        names = [os.fsencode(entry.path) for entry in entries]
-        chunks = [entries[start : start + _CHUNK] for start in range(0, len(entries), _CHUNK)]
-        few = len(entries) <= self.cheap
-        states = [np.array(found, np.int64) for found in in_threads(self._states, chunks)]
-        folders = sorted({os.path.dirname(entry.path) or "." for entry in entries})
+        states = States()
+        for state in in_threads(partial(self._state, entries), range(len(names))):
+            states.add(state)
+        folders = sorted({os.path.dirname(os.fsdecode(name)) or "." for name in names})
         watched = [own, *(file_state(self.root, folder) for folder in folders)]
-        known = (state[:, : 3 if few else 2].tobytes() for state in states)
-        stamp = stamped([*classes, "", *names, labels.tobytes(), *known])
+        known = states.digest(len(names) <= self.cheap)
+        stamp = stamped([*classes, "", names.content, names.ends, labels, known])
         return Listing(
             stamp,
             watched,
@@ -89,51 +90,44 @@ class ListSource:
             ),
         )
 
-    def _remarks(self, entries: Sequence[Entry]) -> list[str]:
+    def _remarks(self, entries: _Entries) -> list[str]:
         """UserError for a file that is named with two labels."""
-        first: dict[str, Entry] = {}
         repeated = 0
-        for entry in entries:
-            other = first.setdefault(os.path.normpath(entry.path), entry)
-            if other.label != entry.label:
+        for first, again in entries.repeated():
+            one, other = entries[first], entries[again]
+            if one.label != other.label:
                 raise UserError(
-                    f"{self.path}, line {entry.line}: {entry.path!r} is {entry.label!r}, but {other.label!r} "
-                    f"in line {other.line}; leave one out"
+                    f"{self.path}, line {other.line}: {other.path!r} is {other.label!r}, but {one.label!r} "
+                    f"in line {one.line}; leave one out"
                 )
-            repeated += other is not entry
+            repeated += 1
         if not repeated:
             return []
         return [f"{self.path.name}: lines that repeat others, whose images count again: {repeated:,}"]
 
-    def _numbered(self, entries: Sequence[Entry]) -> tuple[list[str], np.ndarray]:
+    def _numbered(self, entries: _Entries) -> tuple[list[str], np.ndarray]:
         """Classes, and labels int64 (N,)."""
-        first_lines: dict[str, int] = {}
-        for entry in entries:
-            first_lines.setdefault(entry.label, entry.line)
-        distinct = list(first_lines)
+        distinct = entries.distinct
         try:
             classes = read_classes(self.root) or self.classes or find_classes(distinct)
-            numbers = dict(zip(distinct, classes.numbers(distinct).tolist(), strict=True))
+            numbers = classes.numbers(distinct)
         except UnknownLabel as error:
-            raise UserError(f"{self.path}, line {first_lines[error.label]}: {error}") from error
-        return classes.names, np.array([numbers[entry.label] for entry in entries], np.int64)
+            line = int(entries.lines[np.argmax(entries.codes == distinct.index(error.label))])
+            raise UserError(f"{self.path}, line {line}: {error}") from error
+        return classes.names, numbers.astype(np.int64)[entries.codes]
 
-    def _states(self, entries: Sequence[Entry]) -> list[tuple[int, int, int]]:
-        """Of the files."""
-        states = []
-        for entry in entries:
-            try:
-                stat = os.stat(os.path.join(self.root, entry.path))
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise UserError(
-                    f"{self.path}, line {entry.line}: {entry.path!r} cannot be read ({reason})"
-                    f"{self._hint(entry.path)}"
-                ) from error
-            if not S_ISREG(stat.st_mode):
-                raise UserError(f"{self.path}, line {entry.line}: {entry.path!r} is no file")
-            states.append(state_of(stat))
-        return states
+    def _state(self, entries: _Entries, position: int) -> tuple[int, int, int]:
+        """Of a file."""
+        path = os.fsdecode(entries.names[position])
+        where = f"{self.path}, line {entries.lines[position]}: {path!r}"
+        try:
+            stat = os.stat(os.path.join(self.root, path))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{where} cannot be read ({reason}){self._hint(path)}") from error
+        if not S_ISREG(stat.st_mode):
+            raise UserError(f"{where} is no file")
+        return state_of(stat)
 
     def _hint(self, path: str) -> str:
         """ "; …": why a file may not be where it is said to be."""
@@ -143,6 +137,42 @@ class ListSource:
         if path != path.strip():
             return "; the name has a space at its end"
         return look_alike(name, os.listdir(folder)) if os.path.isdir(folder) else ""
+
+
+class _Entries:
+    """All records of a list, as arrays: `codes`, int32 (N,), are positions in `distinct`, the labels."""
+
+    def __init__(self, names: Names, distinct: list[str], codes: np.ndarray, lines: np.ndarray) -> None:
+        self.names, self.distinct, self.codes, self.lines = names, distinct, codes, lines
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> _Entries:
+        codes, lines, known = array("i"), array("i"), dict[str, int]()
+
+        def names() -> Iterator[bytes]:
+            for entry in entries:
+                codes.append(known.setdefault(entry.label, len(known)))
+                lines.append(entry.line)
+                yield os.fsencode(entry.path)
+
+        found = Names.of(names())
+        return cls(found, list(known), np.frombuffer(codes, np.int32), np.frombuffer(lines, np.int32))
+
+    def __getitem__(self, position: int) -> Entry:
+        label = self.distinct[self.codes[position]]
+        return Entry(os.fsdecode(self.names[position]), label, int(self.lines[position]))
+
+    def repeated(self) -> Iterator[tuple[int, int]]:
+        """Positions of the same file: its first, and one after that, in the order of these."""
+        sums = np.fromiter((hash(os.path.normpath(name)) for name in self.names), np.int64, len(self.names))
+        ordered = np.sort(sums)
+        doubled = ordered[1:][ordered[1:] == ordered[:-1]]
+        suspects = np.flatnonzero(np.isin(sums, doubled)) if len(doubled) else doubled
+        first: dict[bytes, int] = {}
+        for position in suspects.tolist():
+            before = first.setdefault(os.path.normpath(self.names[position]), position)
+            if before != position:
+                yield before, position
 
 
 def read_list(path: Path) -> Iterator[Entry]:

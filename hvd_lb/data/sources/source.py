@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR
 from typing import Protocol
+
+import numpy as np
 
 from hvd_lb.data.files.journal import Journal
 from hvd_lb.data.files.rows import Table
@@ -22,6 +25,7 @@ FileState = tuple[str, int, int]
 """A file or folder relative to the root, its time of change (ns; 0: not settled) and size (bytes; -1 for a folder)."""
 
 _UNSETTLED_NS = 2_000_000_000
+_STATE = struct.Struct("<qqq")
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,32 @@ def state_of(stat: os.stat_result) -> tuple[int, int, int]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def stamped(parts: Iterable[str | bytes]) -> str:
+class States:
+    """A digest of the `state_of` files, in their order, with and without when the system last touched them."""
+
+    def __init__(self) -> None:
+        self._all, self._lasting = hashlib.sha256(), hashlib.sha256()
+
+    def add(self, state: tuple[int, int, int]) -> None:
+        self._all.update(_STATE.pack(*state))
+        self._lasting.update(_STATE.pack(*state[:2], 0))
+
+    def digest(self, few: bool) -> bytes:
+        return (self._all if few else self._lasting).digest()
+
+
+def stamped(parts: Iterable[str | bytes | bytearray | np.ndarray]) -> str:
     """32 hexadecimal digits that change with any of the parts."""
     digest = hashlib.sha256()
     for part in parts:
-        encoded = part if isinstance(part, bytes) else os.fsencode(part)
-        digest.update(b"%d\0%s\0" % (len(encoded), encoded))
+        encoded = memoryview(
+            os.fsencode(part)
+            if isinstance(part, str)
+            else part.data
+            if isinstance(part, np.ndarray)
+            else part
+        )
+        digest.update(b"%d\0" % encoded.nbytes)
+        digest.update(encoded)
+        digest.update(b"\0")
     return digest.hexdigest()[:32]

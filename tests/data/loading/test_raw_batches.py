@@ -126,7 +126,7 @@ def test_bytes_bound_what_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None
 
     def large(image_id: int) -> np.ndarray:
         read.append(image_id)
-        time.sleep(0.003)
+        time.sleep(0.012)  # so that a thread takes one at a time
         return np.zeros(1_000_000, np.uint8)
 
     batches = RawBatches(each(large), microbatches([2] * 200), 2, threads=4)
@@ -151,15 +151,15 @@ def test_seconds_bound_what_is_read_ahead() -> None:
 
     def small(image_id: int) -> np.ndarray:
         read.append(image_id)
-        time.sleep(0.002)  # so that a thread takes one at a time
+        time.sleep(0.002)  # so that a thread takes five at a time
         return number(image_id)
 
     batches = RawBatches(each(small), microbatches([1] * 10_000), 1, threads=8)
-    assert MOST_THREADS <= settled(lambda: len(read)) <= MOST_THREADS + 8
+    assert MOST_THREADS <= settled(lambda: len(read)) <= MOST_THREADS + 5
     for _ in range(300):
         next(batches)
     assert settled(lambda: len(read)) + 8 >= 300 + 2 * 300
-    assert len(read) <= 300 + raw_batches.AHEAD_SECONDS * 300 / raw_batches._WINDOW_SECONDS + 8
+    assert len(read) <= 300 + raw_batches.AHEAD_SECONDS * 300 / raw_batches._WINDOW_SECONDS + 8 * 5
     batches.close()
 
 
