@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from broken import good_file, with_size
+from image_files import with_chunk
 from loader_cases import CPU, KINDS, BlobImages, as_levels
 
 from hvd_lb.data.decoding.stand_in import MOST_TRIES, StandIn, sizes
@@ -175,8 +176,8 @@ def test_no_memory_is_no_bad_image(kind: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_png_with_a_wrong_checksum_is_bad_for_both_loaders(kind: str) -> None:
     """PIL does not look at those of image data, DALI at those of text."""
-    content = good_file("PNG", 4)
-    for chunk in (b"IHDR", b"IDAT", b"IEND"):
+    content = with_chunk(good_file("PNG", 4), b"tEXt", b"text")
+    for chunk in (b"IHDR", b"tEXt", b"IDAT", b"IEND"):
         at = content.index(chunk)
         length = int.from_bytes(content[at - 4 : at], "big")
         wrong = bytearray(content)
