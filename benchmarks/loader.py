@@ -39,7 +39,7 @@ from hvd_lb.plan.augment import Microbatch, RandomWindows
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 64
-# More than any side has ready when its turn comes.
+# More than any side has decoded when its turn comes; what it has read is read anew while these are taken.
 AHEAD = 10
 
 Batches = Iterator[object]
