@@ -67,7 +67,7 @@ def test_one_folder_of_classes_needs_no_split(hvd_lb: Run) -> None:
     [
         (("digits",), "digits: needs no index"),
         (("nowhere",), "nowhere: no such folder"),
-        (("set/train", "--val-fraction", "2"), "--val-fraction 2.0: expected a number between 0 and 1"),
+        (("set/train", "--val-fraction", "2"), "'--val-fraction': 2.0 is not in the range"),
     ],
 )
 def test_mistakes(arguments: tuple[str, ...], told: str, hvd_lb: Run) -> None:

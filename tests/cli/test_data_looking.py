@@ -94,7 +94,10 @@ def test_preview_shows_the_first_images_of_the_run(hvd_lb: Run, monkeypatch: pyt
         (("preview", "--data", "nowhere"), "nowhere"),
         (("preview", "--data", "digits", "--output", "p.gif"), "does not end in .png"),
         (("preview", "--data", "digits", "--images", 0), "--images"),
-        (("preview", "--data", "digits", "--crop-scale", "2,3"), "crop_scale 2 to 3"),
+        (
+            ("preview", "--data", "digits", "--crop-scale", "2,3"),
+            "--crop-scale 2,3: expected two increasing numbers",
+        ),
         (("preview", "--data", "digits", "--recipe", "digitz"), "did you mean 'digits'"),
     ],
 )

@@ -306,7 +306,7 @@ def test_bad_input(tmp_path: Path) -> None:
     refused(tmp_path, "is neither a run nor a checkpoint")
     refused(run / "recipe.yaml", "is neither a run nor a checkpoint")
     broken_files = (
-        ("recipe.yaml", "seed: [", "is not YAML"),
+        ("recipe.yaml", "seed: [", "line 1, column 8: expected the node content"),
         ("recipe.yaml", "sed: 1\n", "unknown field 'sed'"),
         ("metrics.jsonl", '{"kind": "train"}\n', "is damaged"),
         ("metrics.jsonl", "not JSON\n", "is damaged"),

@@ -87,7 +87,8 @@ def test_a_contact_sheet_shows_what_cannot_be_decoded(
     for split in ("train", "val"):
         (tmp_path / split / "ant").mkdir(parents=True)
         Image.new("RGB", (30, 20), (250, 0, 0)).save(tmp_path / split / "ant" / "1.png")
-    (tmp_path / "train" / "ant" / "2.png").write_bytes(b"no image")
+        (tmp_path / split / "bee").mkdir()
+        (tmp_path / split / "bee" / "2.png").write_bytes(b"no image")
     images = open_dataset(str(tmp_path), on_bad_image="skip").train
     sheet = contact_sheet(images, "title")
     assert drawn(sheet, (250, 0, 0)) == 120 * 80

@@ -47,7 +47,7 @@ def evaluate(images: ArrayImages, table: torch.Tensor, batch_size: int, world: W
         return table[x[:, 0, 0, 0].round().long()]
 
     evaluator = Evaluator(
-        images, CentreWindows(1.0), LEVELS, batch_size, "torchvision", 1, 2, CPU, torch.float64,
+        images, CentreWindows(1.0), LEVELS, batch_size, "torchvision", 1, None, 2, CPU, torch.float64,
         torch.contiguous_format, 1000, BadImages(world, False, 0.0, lambda records: None),
     )  # fmt: skip
     return evaluator(forward, world, nullcontext(), Origin("eval", 0, 0, 0))

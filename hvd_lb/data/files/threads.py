@@ -170,7 +170,7 @@ class InOrder(Generic[S, T]):
         self._waiting = self._ended = self._closed = False
         self._alive = 0
         self._threads: list[threading.Thread] = []
-        self._results = self._take()
+        self._results: Iterator[T] = self._take()
         self._grow()
 
     def __iter__(self) -> Iterator[T]:
@@ -190,6 +190,8 @@ class InOrder(Generic[S, T]):
             self._items.close()
         with self._lock:
             self._pieces.clear()
+        # Without these circles all that is held here goes with the last reference to it.
+        self._results, self._room = iter(()), lambda ahead, held: False
 
     def _take(self) -> Iterator[T]:
         while True:

@@ -53,7 +53,7 @@ class RawBatches(Iterator[RawBatch]):
             room=self._room,
             weigh=lambda content: _OVERHEAD + getattr(content, "nbytes", 0),
         )
-        self._batches = self._joined()
+        self._batches: Iterator[RawBatch] = self._joined()
 
     def __next__(self) -> RawBatch:
         return next(self._batches)
@@ -61,6 +61,7 @@ class RawBatches(Iterator[RawBatch]):
     def close(self) -> None:
         """Ends the threads; see `InOrder`."""
         self._contents.close()
+        self._batches = iter(())  # it held this object
 
     def _ids(self, microbatches: Iterable[Microbatch]) -> Iterator[int]:
         for microbatch in microbatches:

@@ -2,13 +2,15 @@
 
 One file holds a mark and the pixels of every image, at places that follow from the index. Whoever decodes an image
 first writes its pixels and then its mark, their checksum, which every process checks when it meets the image first:
-what a killed writer left unfinished is decoded again. No lock is needed, as all write the same.
+what a killed writer left unfinished is decoded again. Processes need no lock, as all write the same; the threads of one
+wait for each other, as the next microbatches may hold the same image.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ from hvd_lb.machine.cache_folder import cache_folder
 MEMORY = Path("/dev/shm")
 _PATTERN = "hvd-lb-*.pixels"
 _MARK_BYTES = 8
+_LOCKS = 256
 _SET = 1 << 32  # so that no checksum is the mark of what was never written
 
 
@@ -42,6 +45,11 @@ class SharedPixels:
         self._marks = self.file.content[:marks].view(np.uint64)
         self._content = self.file.content[marks:]
         self._checked = np.zeros(len(widths), bool)
+        self._locks = [threading.Lock() for _ in range(_LOCKS)]
+
+    def alone(self, number: int) -> threading.Lock:
+        """Held by the thread of this process that looks for an image, and decodes it if it is not there."""
+        return self._locks[number % _LOCKS]
 
     def get(self, number: int) -> np.ndarray | None:
         """uint8 (height, width, 3), mapped and not to be written; None for what is not there, or not whole."""
@@ -92,13 +100,16 @@ class CachedImages:
     def decoded(self, image_id: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """uint8 (height, width, 3). BadImage, which is not kept, each time; UserError as `decode_image`."""
         number = self._first + image_id
-        found = self._pixels.get(number)
-        content = np.empty(0, np.uint8) if found is not None else self._images.read(np.array([image_id]))[0]
-        check_header(self._images, image_id, content, max_pixels)
-        if found is None:
-            found = decode_image(self._images, image_id, content)
-            self._pixels.put(number, found)
-        return found
+        with self._pixels.alone(number):
+            found = self._pixels.get(number)
+            content = (
+                np.empty(0, np.uint8) if found is not None else self._images.read(np.array([image_id]))[0]
+            )
+            check_header(self._images, image_id, content, max_pixels)
+            if found is None:
+                found = decode_image(self._images, image_id, content)
+                self._pixels.put(number, found)
+            return found
 
 
 def check_cache(kind: CacheKind, dataset: Dataset) -> None:

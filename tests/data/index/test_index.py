@@ -129,11 +129,8 @@ def test_a_damaged_cache_is_made_again(damage: str, folder: Path) -> None:
     assert open_index(folder).widths.tolist() == expected
 
 
-def test_it_works_without_a_place_for_the_cache(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("HVD_LB_CACHE", str(tmp_path / "file"))
+def test_it_works_without_a_place_for_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HVD_LB_CACHE", "/proc/nothing-can-be-made-here")
     assert len(open_index(folder).labels) == 305
 
 

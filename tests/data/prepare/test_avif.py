@@ -26,15 +26,16 @@ BROKEN = "broken.avif"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three images in train/ant, and one whose image data were cut out; one in val/ant."""
+    """Three images in train/ant, and in train/bee one whose image data were cut out; one in val/ant."""
     for split, count in (("train", 3), ("val", 1)):
         (tmp_path / "set" / split / "ant").mkdir(parents=True)
         for number in range(count):
             content = save(photo(60 + number, 50, number), "AVIF")
             (tmp_path / "set" / split / "ant" / f"{number}.AVIF").write_bytes(content)
+    (tmp_path / "set/train/bee").mkdir()
     content = save(photo(70, 50), "AVIF")
     start = content.index(b"mdat") + 4
-    (tmp_path / "set/train/ant" / BROKEN).write_bytes(content[:start] + bytes(len(content) - start))
+    (tmp_path / "set/train/bee" / BROKEN).write_bytes(content[:start] + bytes(len(content) - start))
     return tmp_path / "set"
 
 
@@ -64,7 +65,7 @@ def test_avif_is_known_everywhere(folder: Path, tmp_path: Path) -> None:
 
 
 def test_other_files_of_that_kind_are_named(folder: Path) -> None:
-    (folder / "train/ant" / BROKEN).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40))
+    (folder / "train/bee" / BROKEN).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40))
     with pytest.raises(
         UserError, match=f"{BROKEN}: cannot be decoded .HEIC is not read: convert it to JPEG, PNG or"
     ):
