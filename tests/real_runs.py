@@ -46,7 +46,7 @@ def processes_of(run: Path) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            command = (folder / "cmdline").read_text()
+            command = (folder / "cmdline").read_text(errors="surrogateescape")
         except OSError:
             continue
         if state != "Z":

@@ -47,11 +47,7 @@ def default_output(recipe: Recipe, prefix: str = "") -> Path:
 
 
 def run_directory(output: Path | None, recipe: Recipe) -> RunDirectory:
-    """UserError for a name that TensorBoard could not write to."""
-    path = (output or default_output(recipe)).expanduser().absolute()
-    if re.search("[\ud800-\udfff]", str(path)):
-        raise UserError(f"--output {str(path)!r}: is no UTF-8; choose another name")
-    return RunDirectory(path)
+    return RunDirectory((output or default_output(recipe)).expanduser().absolute())
 
 
 def resume_point_of(run: RunDirectory, resolved: Resolved, placement: Placement, resume: str) -> ResumePoint:
