@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from hvd_lb.data.spec import absolute_spec
 from hvd_lb.errors import UserError
 from hvd_lb.resolve import check_options, explain, resolve
 
@@ -136,3 +137,12 @@ def test_a_cache_that_is_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HVD_LB_CACHE", "/dev/null/cache")
     with pytest.raises(UserError, match="HVD_LB_CACHE is /dev/null/cache, and /dev/null is no folder"):
         resolve({"data": "own"}, recipe=None, default_gpus=1)
+
+
+def test_a_link_is_told_as_it_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other hosts it may lead elsewhere."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "data").symlink_to("scratch")
+    monkeypatch.chdir(tmp_path)
+    assert absolute_spec("data") == absolute_spec("./data/") == str(tmp_path / "data")
+    assert absolute_spec("digits") == "digits"

@@ -31,11 +31,14 @@ def default_data() -> str:
 
 
 def absolute_spec(spec: str) -> str:
-    """The same data, named so that it is found from any working directory. UserError for an address."""
+    """The same data, named so that it is found from any working directory. UserError for an address.
+
+    Links stay as they are: on other hosts they may lead elsewhere.
+    """
     if is_named(spec):
         return spec
     refuse_remote(spec)
-    return str(Path(spec).expanduser().resolve())
+    return str(Path(spec).expanduser().absolute())
 
 
 def data_folder(spec: str) -> Path | None:

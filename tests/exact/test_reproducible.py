@@ -71,3 +71,12 @@ def test_going_on_elsewhere_is_warned_about(reproducible: bool, tmp_path: Path) 
         assert "not bitwise" in message
     else:
         assert resume_point.messages == []
+
+
+def test_a_machine_without_the_gpus_of_a_run_can_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A login node, an MPIJob's launcher: which GPU the ranks will have is not known there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    there = rounding_environment("cuda")
+    assert there["device"] is None
+    assert rounding_differences({**there, "device": "NVIDIA H100"}, there) == []
+    assert rounding_differences(there, {**there, "device": "NVIDIA H100"}) == ["device: None → NVIDIA H100"]
