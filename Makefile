@@ -28,7 +28,7 @@ quick: $(STAMP)  ## run the unit tests, those of less than a second each, on all
 	@$(BIN)/python -m pytest -q -n auto -m "not slow and not cluster and not gpu" --durations=5 --durations-min=0.5 $(ARGS)
 
 test: $(STAMP)  ## run all tests but those of test-cluster
-	@$(BIN)/python -m pytest -m "not cluster" $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not cluster" $(ARGS)
 
 test-cluster: cluster-packages $(STAMP)  ## run real hosts, Slurm and Docker on this machine and test on them (root)
 	@wheel=$$(docker/build-horovod.sh $(BIN)/python)

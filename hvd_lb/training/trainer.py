@@ -43,6 +43,9 @@ from hvd_lb.world import World
 # A step whose gradients or statistics overflow is taken again; the second time their scales are right.
 _MOST_REPEATS = 3
 
+# No gradient that is a number needs its loss scaled down so far (fp16).
+_SMALLEST_SCALE = 2.0**-16
+
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -376,6 +379,11 @@ class Trainer:
             )
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
+        if self.state.scaler.is_enabled() and self.state.scaler.get_scale() < _SMALLEST_SCALE:
+            raise UserError(
+                f"--precision fp16: the gradients overflow in every step up to step {self.step - 1}, however far the "
+                "loss is scaled down, so none of these steps was taken: give --precision bf16 or fp32"
+            )
 
     def _check(self, losses: torch.Tensor) -> None:
         """Diverged, on all processes, when a number is none; `losses` are those of all workers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from test_trainer import make_trainer, run_steps, small_data, small_recipe
 from together import together
 
+from hvd_lb.errors import UserError
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import SilentObserver
@@ -162,3 +164,13 @@ def test_all_processes_skip_a_step_that_overflows_on_one(
     for before, after, backoff in together(3, run):
         assert equal(before, after)
         assert backoff == 0.5
+
+
+@pytest.mark.slow
+def test_gradients_that_overflow_for_ever_end_the_run() -> None:
+    """The loss is a number all the while; without that the run would go to its end with the weights it began with."""
+    trainer = make_trainer(half(log_every=2))
+    next(trainer.model.parameters()).register_hook(lambda grad: grad * math.inf)
+    trainer.state.scaler.update(2.0**-13)
+    with pytest.raises(UserError, match="in every step up to step 3, .*: give --precision bf16 or fp32"):
+        trainer.fit()
