@@ -106,9 +106,7 @@ class CheckpointStore:
         On a full disk the checkpoints that would be too old afterwards make room first.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.iterdir():
-            if _LEFTOVERS.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+        self._remove_leftovers()
         final = self.folder / f"step-{snapshot.step:08d}"
         writing = self.folder / f".writing-{final.name}"
         try:
@@ -178,6 +176,7 @@ class CheckpointStore:
         for path in self.newest_first():
             if int(path.name.removeprefix("step-")) > step:
                 self._remove(path)
+        self._remove_leftovers()
         pointers.settle(self.folder)
         pointers.drop_dangling(self.folder)
 
@@ -208,6 +207,11 @@ class CheckpointStore:
             aside = path.with_name(f"damaged-{path.name}-{number}")
         path.rename(aside)
         return aside
+
+    def _remove_leftovers(self) -> None:
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if _LEFTOVERS.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _remove_old(self, keep: int) -> bool:
         """Whether there were more than the newest `keep` and the best."""
