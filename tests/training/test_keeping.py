@@ -365,6 +365,28 @@ def test_a_slow_disk_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.name for path in store.newest_first()] == ["step-00000003", "step-00000001"]
 
 
+def test_on_a_slow_disk_only_what_nothing_depends_on_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is evaluated may be the best, and the last step and that of a stop are the end."""
+    waited: dict[int, bool] = {}
+    save = BackgroundWriter.save
+
+    def noted(self: BackgroundWriter, step: int, *arguments: Any, wait: bool, **named: Any) -> bool:
+        waited[step] = wait
+        return save(self, step, *arguments, wait=wait, **named)
+
+    monkeypatch.setattr(BackgroundWriter, "save", noted)
+    recipe = periodic().model_copy(update={"checkpoint_every": "1steps"})
+    trainer = make_trainer(recipe, store=CheckpointStore(tmp_path))
+    trainer.stop_requested = lambda: 15 * (trainer.step == 9)
+    trainer.fit()
+    assert {step for step, wait in waited.items() if wait} == {4, 8, 10}
+    resumed(trainer).fit()
+    assert {step for step, wait in waited.items() if wait} == {4, 8, 10, 12}
+    assert len(waited) == 12
+
+
 def test_an_evaluation_of_a_checkpoint_that_is_not_there_is_nothing(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     store.save(1, WEIGHTS, WEIGHTS, {})
