@@ -113,7 +113,12 @@ def stored_recipe(run: RunDirectory) -> Recipe | None:
             values = None
         if not isinstance(values, dict):
             raise UserError(f"{run.recipe} is damaged: restore it or choose another --output")
-        return make_recipe(values, str(run.recipe))
+        try:
+            return make_recipe(values, str(run.recipe))
+        except UserError as error:  # of a newer version, or changed by hand
+            raise UserError(
+                f"{error}; go on with the version that wrote it, restore it or choose another --output"
+            ) from None
     if run.path.exists():
         if not run.path.is_dir():
             raise UserError(f"output {run.path} is a file, expected a folder: choose another --output")

@@ -116,11 +116,12 @@ def run_job(
         replace_text(run.recipe, resolved.recipe.to_yaml())
         write_json(run.environment, describe_environment(placement, command))
         run.summary.unlink(missing_ok=True)
-        for path in (run.metrics, run.bad_images):
-            truncate_metrics(path, resume_point.step, evaluation_due=resume_point.evaluation_due)
         for path in resume_point.damaged:
             store.set_aside(path)
+        # First: while they are there, a start that is killed here goes on from them, and needs all records before.
         store.discard_after(resume_point.step)
+        for path in (run.metrics, run.bad_images):
+            truncate_metrics(path, resume_point.step, evaluation_due=resume_point.evaluation_due)
         for message in filter(None, (*resume_point.messages, lock.warning)):
             _warn(console, message)
         if resume_point.checkpoint:

@@ -266,9 +266,15 @@ def truncate_metrics(path: Path, first_step: int, *, evaluation_due: bool = Fals
 def _before(text: bytes, first_step: int, evaluation_due: bool = False) -> bytes:
     def counts(record: dict[str, Any]) -> bool:
         of_evaluation = "eval" in (record.get("kind"), record.get("of"))
-        return bool(record["step"] < first_step - (evaluation_due and of_evaluation))
+        return _begins(record) < first_step - (evaluation_due and of_evaluation)
 
     return _lines(filter(counts, parse_records(text)[0]))
+
+
+def _begins(record: dict[str, Any]) -> int:
+    """The first step that a record tells of: a rollback, whichever step was left out, of that which it goes on from."""
+    step: int = record["to" if record.get("kind") == "rollback" else "step"]
+    return step
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> bytes:
@@ -293,4 +299,4 @@ class MetricsFollower:
         except OSError:
             return []
         self._offset += text.rfind(b"\n") + 1
-        return [record for record in parse_records(text)[0] if record["step"] >= self._first_step]
+        return [record for record in parse_records(text)[0] if _begins(record) >= self._first_step]

@@ -13,6 +13,9 @@ from hvd_lb.report.text import duration, evaluation_line, speed
 FINISHED, STOPPED = "finished", "stopped at --steps"
 """How a run ends that came to its end."""
 
+# Others tell of steps that were given up.
+_OF_STEPS_DONE = ("train", "eval", "checkpoint")
+
 
 def ended_after(run: RunDirectory) -> int:
     """The steps of a run that came to its end by what summary.json says; else 0, and it will be made again."""
@@ -36,7 +39,8 @@ def summarise(
     last = evaluations[-1] if evaluations else None
     errors = [record for record in evaluations if record.get("top1_error") is not None]
     best = min(errors, key=lambda record: record["top1_error"], default=None)
-    steps = max((record["step"] + 1 for record in records), default=0)
+    done = [record["step"] + 1 for record in records if record.get("kind") in _OF_STEPS_DONE]
+    steps = max(done, default=0)
     summary: dict[str, Any] = {
         "exit_reason": reason,
         "steps": steps,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -105,9 +106,7 @@ class CheckpointStore:
         On a full disk the checkpoints that would be too old afterwards make room first.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.iterdir():
-            if _LEFTOVERS.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+        self._remove_leftovers()
         final = self.folder / f"step-{snapshot.step:08d}"
         writing = self.folder / f".writing-{final.name}"
         try:
@@ -141,11 +140,14 @@ class CheckpointStore:
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
-    def conclude(self, step: int, changes: Mapping[str, Any], *, best: bool) -> None:
-        """Note in the checkpoint of `step`, if it is there, what its evaluation has changed; whether it is the best."""
+    def conclude(self, step: int, changes: Mapping[str, Any], *, best: bool) -> bool:
+        """Note in the checkpoint of `step` what its evaluation has changed; whether it is the best.
+
+        False when there is no such checkpoint.
+        """
         folder = self.folder / f"step-{step:08d}"
         if not folder.is_dir():
-            return
+            return False
         state = json.loads((folder / _STATE).read_text("utf-8"))
         del state["checksum"]
         if best:  # a kill from here on leaves an announcement that is settled when the run goes on
@@ -155,12 +157,26 @@ class CheckpointStore:
         pointers.settle(self.folder)
         _sync(self.folder)
         self._remove_old(self._keep)
+        return True
+
+    def best_error(self) -> float | None:
+        """Top-1 error of the checkpoint that `best` leads to, infinite where there is none; None if it is not known."""
+        path = pointers.followed(self.folder / "best")
+        if not path.is_dir():
+            return math.inf
+        try:
+            state = _open_state(path)
+        except (UserError, OSError):
+            return None
+        evaluation = state.get("evaluation")
+        return evaluation["top1_error"] if evaluation and not state.get("evaluation_due") else None
 
     def discard_after(self, step: int) -> None:
         """Remove the checkpoints of more than `step` steps: the run goes on from there and writes them again."""
         for path in self.newest_first():
             if int(path.name.removeprefix("step-")) > step:
                 self._remove(path)
+        self._remove_leftovers()
         pointers.settle(self.folder)
         pointers.drop_dangling(self.folder)
 
@@ -192,6 +208,11 @@ class CheckpointStore:
         path.rename(aside)
         return aside
 
+    def _remove_leftovers(self) -> None:
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if _LEFTOVERS.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
     def _remove_old(self, keep: int) -> bool:
         """Whether there were more than the newest `keep` and the best."""
         best = pointers.followed(self.folder / "best").resolve()
@@ -220,6 +241,7 @@ class BackgroundWriter:
         self._thread = ThreadPoolExecutor(1, "hvd-lb checkpoint")
         self._writes: list[_Write] = []
         self._failure: OSError | None = None
+        self._best_is_lost = False
 
     def save(
         self,
@@ -241,14 +263,21 @@ class BackgroundWriter:
         self._settle()
         snapshot = Snapshot(step, _copied(model), _copied(optimizer), dict(state), best)
         future = self._thread.submit(self._store.write, snapshot)
-        self._writes.append(_Write(future, f"the checkpoint of step {step}", is_checkpoint=True))
+        self._writes.append(_Write(future, f"the checkpoint of step {step}", is_checkpoint=True, best=best))
         return True
 
     def conclude(self, step: int, changes: Mapping[str, Any], *, best: bool) -> None:
         """`CheckpointStore.conclude`, after what was to be written before."""
         future = self._thread.submit(partial(self._store.conclude, step, changes, best=best))
         what = f"the evaluation of step {step} (in its checkpoint)"
-        self._writes.append(_Write(future, what, is_checkpoint=False))
+        self._writes.append(_Write(future, what, is_checkpoint=False, best=best))
+
+    def best_after_loss(self) -> float | None:
+        """When the best could not be written since this was last asked: `CheckpointStore.best_error`."""
+        if not self._best_is_lost:
+            return None
+        self._best_is_lost = False
+        return self._store.best_error()
 
     def flush(self) -> None:
         """Wait until everything is on disk that can be."""
@@ -270,9 +299,10 @@ class BackgroundWriter:
             write = self._writes.pop(0)
             failure: OSError | None = None
             try:
-                write.future.result()
+                self._best_is_lost |= not write.future.result() and write.best
             except OSError as error:
                 failure = error
+                self._best_is_lost |= write.best and write.is_checkpoint
                 self._warn(f"{write.what} cannot be written: {error.strerror}; training goes on")
             if write.is_checkpoint:
                 self._failure = failure
@@ -285,6 +315,7 @@ class _Write:
     future: Future[Any]
     what: str
     is_checkpoint: bool
+    best: bool
 
 
 def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
@@ -333,6 +364,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _open(path: Path) -> Checkpoint:
+    state = _open_state(path)
+    for name in _TENSORS:
+        file = path / f"{name}.safetensors"
+        if not file.is_file() or _sha256(file) != state["checksums"][name]:
+            raise DamagedCheckpoint(
+                f"checkpoint {path} is damaged: {file.name} is truncated or changed; use another checkpoint"
+            )
+    return Checkpoint(path.resolve(), state)
+
+
+def _open_state(path: Path) -> dict[str, Any]:
     state_file = path / _STATE
     if not state_file.is_file():
         raise DamagedCheckpoint(
@@ -353,13 +395,7 @@ def _open(path: Path) -> Checkpoint:
             f"checkpoint {path} has format {state['format']} and this hvd-lb reads formats up to {FORMAT}: go on with "
             "the version that wrote it, or choose another --output"
         )
-    for name in _TENSORS:
-        file = path / f"{name}.safetensors"
-        if not file.is_file() or _sha256(file) != state["checksums"][name]:
-            raise DamagedCheckpoint(
-                f"checkpoint {path} is damaged: {file.name} is truncated or changed; use another checkpoint"
-            )
-    return Checkpoint(path.resolve(), state)
+    return state
 
 
 def _digest(content: Mapping[str, Any]) -> str:

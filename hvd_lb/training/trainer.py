@@ -161,8 +161,12 @@ class Trainer:
             bad_images=BadImages.of(recipe, world, observer.bad_images),
             device=device,
         )
+        # Whether the store has what this run begins with.
+        self.kept = bool(store and checkpoint and checkpoint.path.parent == store.folder.resolve())
         if checkpoint:
             self._load(checkpoint)
+            if store and not self.kept:
+                self.state.best_error = math.inf  # the best of another run is not here
         self.save_due = Timer(period_in_seconds(recipe.checkpoint_every) if world.rank == 0 else math.inf)
 
     @property
@@ -179,8 +183,8 @@ class Trainer:
         if self.store and self.world.rank == 0:
             self.writer = BackgroundWriter(self.store, self._warn)
         try:
-            if self.recipe.on_nan == "rollback" and self.step == 0:
-                self._save()  # to go back to
+            if not self.kept and (self.recipe.on_nan == "rollback" or self.state.evaluation_due):
+                self._save()  # to go back to, and to note the evaluation in
             if self.state.evaluation_due:
                 with self.kernels():
                     self._evaluate(saved=True)
@@ -222,7 +226,7 @@ class Trainer:
                 save_now = self.train_step(loader)
                 done = self.step == self.end
                 if self.step <= self.watched_until:
-                    self._check(self.state.all_losses())
+                    self._check(self.state.gather())
                 if self.step % steps_per_epoch % log_every == 0 or done:
                     self._log(clock)
                 with clock.paused():
@@ -399,6 +403,8 @@ class Trainer:
         culprit = self.step - 1
         found, left_out = self.step <= self.watched_until, set(self.state.left_out)
         if found:
+            if culprit in left_out:  # then it is not the minibatch
+                raise diverged
             if len(left_out) >= self.recipe.max_rollbacks:
                 raise Diverged(
                     f"{diverged} ({len(left_out)} minibatches were left out before: --max-rollbacks)"
@@ -486,12 +492,22 @@ class Trainer:
         self.state.last_evaluation, self.state.evaluation_due = evaluation, False
         if self.world.rank == 0:
             self.observer.evaluation({**self._position(), **asdict(evaluation)})
+        if self.writer and not saved:
+            self.writer.flush()  # whether the best one could be written
+        self._forget_lost_best()
         best = self.state.note_best()
         if not saved:
             if best and self.recipe.checkpoint_every != "never":
                 self._save(best=True)
         elif self.writer:
             self.writer.conclude(self.step, self.state.evaluated(), best=best)
+
+    def _forget_lost_best(self) -> None:
+        """Where the best could not be written, the best is what `best` leads to; collective, as only rank 0 knows."""
+        if self.writer and (kept := self.writer.best_after_loss()) is not None:
+            self.state.best_error = kept
+        error = torch.tensor([self.state.best_error], dtype=torch.float64)
+        self.state.best_error = self.world.broadcast(error, "hvd_lb.best").item()
 
     def _save(self, *, best: bool = False) -> None:
         """Take a checkpoint. Diverged when there is something in it that is no number."""

@@ -28,3 +28,21 @@ def test_a_start_killed_while_it_writes_its_recipe_is_no_stranger(
     (run.path / "notes.txt").touch()
     with pytest.raises(UserError, match="holds something that is not a run"):
         stored_recipe(run)
+
+
+@pytest.mark.parametrize("line", ["later: 1", "flip: 2.0", "momentum: 0.0"])
+def test_a_recipe_that_this_version_cannot_read_is_left_alone(line: str, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.recipe.write_text(f"data: digits\n{line}\n")
+    with pytest.raises(
+        UserError, match=r"recipe.yaml: .*; go on with the version that wrote it, restore it or"
+    ):
+        stored_recipe(run)
+
+
+def test_a_recipe_of_an_older_version_has_the_defaults_of_what_is_new(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.recipe.write_text("data: digits\nmodel: resnet8\nval_fraction: null\n")
+    found = stored_recipe(run)
+    assert found is not None
+    assert (found.model, found.on_nan, found.max_rollbacks) == ("resnet8", "stop", 3)

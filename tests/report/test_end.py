@@ -48,6 +48,16 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
+def test_steps_that_were_given_up_are_not_done(run: RunDirectory) -> None:
+    given_up = [
+        {"kind": "rollback", "step": 9, "to": 2},
+        {"kind": "repeat", "step": 2},
+        {"kind": "warning", "step": 9, "message": "x"},
+    ]
+    run.metrics.write_text("".join(f"{strict_json(record)}\n" for record in (train(1), train(8), *given_up)))
+    assert summarise(run, "interrupted", 1.0, total_steps=20, steps_per_epoch=2)[0]["steps"] == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("records", CASES.values(), ids=CASES.keys())
 def test_any_records_can_be_summed_up_and_drawn(run: RunDirectory, records: list[dict[str, Any]]) -> None:

@@ -107,6 +107,21 @@ def test_a_kind_that_is_not_known_is_kept(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1, "kind": "later", "why": "x"}\n'
 
 
+def test_a_rollback_counts_for_a_run_that_goes_on_after_it(tmp_path: Path) -> None:
+    """It voids what was told of steps 2 and 3 before, and says what was left out, though that was step 3."""
+    path = tmp_path / "metrics.jsonl"
+    rollback = {"kind": "rollback", "epoch": 0, "step": 3, "to": 2, "left_out": True, "images": [1]}
+    told = [{"kind": "train", **train(step, loss=1.0)} for step in range(4)]
+    again = [{"kind": "train", **train(step, loss=2.0)} for step in (2, 4)]
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in (*told, rollback, *again)))
+    truncate_metrics(path, 3)
+    assert read_metrics(path) == [*told[:2], rollback, again[0]]
+    assert MetricsFollower(path, 3).new_records() == []
+    assert rollback in MetricsFollower(path, 2).new_records()
+    truncate_metrics(path, 2)
+    assert read_metrics(path) == told[:2]
+
+
 def test_numbers_of_older_versions_that_are_not_finite(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"kind": "train", **train(0, loss=NAN, lr=INF)}) + "\n")

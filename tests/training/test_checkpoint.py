@@ -9,6 +9,8 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -122,8 +124,8 @@ def test_going_on_from_an_older_checkpoint_discards_the_later_ones(tmp_path: Pat
     assert [path.name for path in store.newest_first()] == ["step-00000045", "step-00000044"]
 
 
-def killed_in_a_write(store: CheckpointStore, step: int, operation: int) -> bool:
-    """Save the best checkpoint so far in a process that SIGKILL ends before its file operation of this number."""
+def killed_in(write: Callable[[], object], operation: int) -> bool:
+    """Whether SIGKILL ended a process that writes, before its file operation of this number."""
     operations: list[str] = []
 
     def hook(event: str, _: tuple[object, ...]) -> None:
@@ -132,11 +134,11 @@ def killed_in_a_write(store: CheckpointStore, step: int, operation: int) -> bool
             if len(operations) > operation:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def write() -> None:
+    def watched() -> None:
         sys.addaudithook(hook)
-        save(store, step, best=step)
+        write()
 
-    process = multiprocessing.get_context("fork").Process(target=write)
+    process = multiprocessing.get_context("fork").Process(target=watched)
     process.start()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
@@ -150,7 +152,7 @@ def test_killed_at_any_operation_the_next_run_finds_everything(tmp_path: Path) -
     for operation in count():
         store = CheckpointStore(tmp_path / f"{operation}", keep=1)
         save(store, 1, 2, best=1)
-        killed = killed_in_a_write(store, 3, operation)
+        killed = killed_in(partial(save, store, 3, best=3), operation)
         last, best = store.folder / "last", store.folder / "best"
         for path in (*store.newest_first(), last, best):
             open_checkpoint(path)
@@ -167,6 +169,32 @@ def test_killed_at_any_operation_the_next_run_finds_everything(tmp_path: Path) -
         if not killed:
             break
     assert newest == {2, 3}
+
+
+@pytest.mark.slow
+def test_killed_at_any_operation_an_evaluation_is_noted_or_still_due(tmp_path: Path) -> None:
+    due = set()
+    for operation in count():
+        store = CheckpointStore(tmp_path / f"{operation}", keep=1)
+        save(store, 1, best=1)
+        store.save(2, {}, {}, {"evaluation_due": True})
+        conclude = partial(store.conclude, 2, {"evaluation_due": False}, best=True)
+        killed = killed_in(conclude, operation)
+        for path in (*store.newest_first(), store.folder / "last", store.folder / "best"):
+            open_checkpoint(path)
+        found, problems = store.newest_intact()
+        assert found is not None
+        assert (found.step, problems) == (2, {})
+        store.discard_after(2)
+        assert not [path.name for path in store.folder.iterdir() if path.name.startswith(".")]
+        assert open_checkpoint(store.folder / "last").step == 2
+        due.add(found.state["evaluation_due"])
+        if found.state["evaluation_due"]:
+            assert conclude()
+        assert open_checkpoint(store.folder / "best").state["step"] == 2
+        if not killed:
+            break
+    assert due == {True, False}
 
 
 @pytest.mark.parametrize("ending", ["bak", "keep", "tar", "2", ""])

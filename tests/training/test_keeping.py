@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hvd_lb.errors import UserError
-from hvd_lb.training.checkpoint import BackgroundWriter, CheckpointStore, open_checkpoint
+from hvd_lb.training.checkpoint import BackgroundWriter, CheckpointStore, Snapshot, open_checkpoint
 from hvd_lb.training.evaluation import Evaluation, Evaluator
 from hvd_lb.training.trainer import Diverged, Trainer
 from tests.training.test_trainer import Records, make_trainer, small_recipe
@@ -208,6 +208,98 @@ def test_not_more_minibatches_are_left_out_than_allowed(tmp_path: Path) -> None:
     assert trainer.state.left_out == {1, 2}
 
 
+def test_statistics_that_are_no_numbers_name_their_step(tmp_path: Path) -> None:
+    """A variance may overflow where loss and weights do not."""
+    trainer = make_trainer(periodic(on_nan="rollback"), store=CheckpointStore(tmp_path))
+    update = trainer.state.statistics.step
+
+    def overflowing(active_workers: int) -> None:
+        update(active_workers)
+        if trainer.step == 5:
+            trainer.state.statistics._share[1][0] = math.inf
+
+    trainer.state.statistics.step = overflowing  # type: ignore[method-assign]
+    trainer.fit()
+    assert trainer.state.left_out == {5}
+    assert len(records(trainer).rollbacks) == 2
+
+
+def test_what_stays_no_number_without_its_minibatch_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(periodic(on_nan="rollback"), store=CheckpointStore(tmp_path))
+    plain = Trainer._keep
+
+    def keep(self: Trainer, *arguments: Any) -> None:
+        if self.step == 6:
+            raise Diverged("what is recomputed is no number")
+        plain(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_keep", keep)
+    with pytest.raises(Diverged, match="what is recomputed"):
+        trainer.fit()
+    assert len(records(trainer).rollbacks) == 2
+
+
+def test_a_run_from_another_folders_checkpoint_has_one_to_go_back_to(tmp_path: Path) -> None:
+    begun = make_trainer(periodic(on_nan="rollback", steps=4), store=CheckpointStore(tmp_path / "a"))
+    begun.fit()
+    trainer = make_trainer(
+        periodic(on_nan="rollback"),
+        store=CheckpointStore(tmp_path / "b"),
+        checkpoint=open_checkpoint(tmp_path / "a" / "last"),
+    )
+    spoil(trainer, 5)
+    trainer.fit()
+    assert trainer.state.left_out == {5}
+
+
+def test_an_evaluation_that_was_due_elsewhere_is_noted_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the best is that of this folder."""
+    monkeypatch.setattr(Evaluator, "__call__", lambda *_: Evaluation(40.0, 0.0, 1.0, 37))
+    begun = make_trainer(periodic(steps=12), store=CheckpointStore(tmp_path / "a"))
+    begun.stop_requested = lambda: 15 * (begun.step == 11)
+    begun.fit()
+    due = open_checkpoint(tmp_path / "a" / "last")
+    assert (due.step, due.saved.evaluation_due, due.saved.best_error) == (12, True, 40)
+    make_trainer(periodic(), store=CheckpointStore(tmp_path / "b"), checkpoint=due).fit()
+    for name in ("last", "best"):
+        found = open_checkpoint(tmp_path / "b" / name)
+        assert (found.step, found.saved.evaluation_due) == (12, False)
+
+
+@pytest.mark.parametrize("checkpoint_every", ["1epoch", "10min"])
+@pytest.mark.parametrize(
+    ("errors", "lost", "best"),
+    [((10, 50, 40), [1], 12), ((50, 10, 40), [2], 12), ((20, 10, 40), [2], 4), ((10, 50, 60), [1], 8)],
+)
+def test_where_the_best_was_lost_the_best_that_is_there_counts(
+    errors: tuple[float, ...],
+    lost: list[int],
+    best: int,
+    checkpoint_every: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = make_trainer(
+        periodic().model_copy(update={"checkpoint_every": checkpoint_every}), store=CheckpointStore(tmp_path)
+    )
+    given = dict(zip((4, 8, 12), errors, strict=True))
+    monkeypatch.setattr(Evaluator, "__call__", lambda *_: Evaluation(given[trainer.step], 0.0, 1.0, 37))
+    write = CheckpointStore.write
+
+    def full(self: CheckpointStore, snapshot: Snapshot) -> Path:
+        if snapshot.step // 4 in lost:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, snapshot)
+
+    monkeypatch.setattr(CheckpointStore, "write", full)
+    trainer.fit()
+    assert open_checkpoint(tmp_path / "best").step == best
+
+
 def fail_on(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> None:
     """Writing the tensors of the n-th file fails for want of room."""
     from hvd_lb.training import checkpoint
@@ -271,6 +363,28 @@ def test_a_slow_disk_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.Mo
     assert writer.save(3, WEIGHTS, WEIGHTS, {}, wait=True)
     writer.close()
     assert [path.name for path in store.newest_first()] == ["step-00000003", "step-00000001"]
+
+
+def test_on_a_slow_disk_only_what_nothing_depends_on_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is evaluated may be the best, and the last step and that of a stop are the end."""
+    waited: dict[int, bool] = {}
+    save = BackgroundWriter.save
+
+    def noted(self: BackgroundWriter, step: int, *arguments: Any, wait: bool, **named: Any) -> bool:
+        waited[step] = wait
+        return save(self, step, *arguments, wait=wait, **named)
+
+    monkeypatch.setattr(BackgroundWriter, "save", noted)
+    recipe = periodic().model_copy(update={"checkpoint_every": "1steps"})
+    trainer = make_trainer(recipe, store=CheckpointStore(tmp_path))
+    trainer.stop_requested = lambda: 15 * (trainer.step == 9)
+    trainer.fit()
+    assert {step for step, wait in waited.items() if wait} == {4, 8, 10}
+    resumed(trainer).fit()
+    assert {step for step, wait in waited.items() if wait} == {4, 8, 10, 12}
+    assert len(waited) == 12
 
 
 def test_an_evaluation_of_a_checkpoint_that_is_not_there_is_nothing(tmp_path: Path) -> None:
