@@ -186,8 +186,7 @@ def _unsorted(path: Path, root: Path, inside: Inside) -> Source:
 
 
 def _lists(folder: Path, train: Path, alone: bool) -> Sources:
-    if not train.is_file():
-        raise UserError(f"{train}: no such file")
+    _refuse_no_file(train)
     expected = renamed(train.name, "val") or f"val{train.suffix}"
     lists = [] if alone else [entry.name for entry in folder.iterdir() if _is_list(entry)]
     found = find_partners(train.name, lists, folder)
@@ -199,6 +198,13 @@ def _lists(folder: Path, train: Path, alone: bool) -> Sources:
     return Sources(folder.resolve().name, ListSource(train), val, f"{train}: no {expected} beside it", notes)
 
 
+def _refuse_no_file(path: Path) -> None:
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(
+            f"{path}: {'is no file, but a pipe or the like' if path.exists() else 'no such file'}"
+        )
+
+
 def _validation(spec: str) -> Source:
     """What `--val spec` names."""
     refuse_remote(spec)
@@ -206,8 +212,7 @@ def _validation(spec: str) -> Source:
     if is_pattern(spec):
         return named_shards(spec)
     if _is_list(path):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
+        _refuse_no_file(path)
         return ListSource(path)
     inside = look_into(path)
     splits = _split_folders(path, inside)

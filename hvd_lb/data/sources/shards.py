@@ -122,7 +122,7 @@ def named_shards(spec: str) -> ShardSource:
         present = [name for name in os.listdir(root) if not name.startswith(".")] if root.is_dir() else []
         names = [name for pattern in names for name in fnmatch.filter(present, pattern)]
     names = sorted(dict.fromkeys(names), key=by_number)
-    missing = [name for name in names if not (root / name).is_file()]
+    missing = [name for name in names if not (root / name).exists()]
     if missing or not names:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -88,6 +89,14 @@ def test_shards_that_are_not_found_by_name_are_said(tmp_path: Path) -> None:
         UserError, match="none is called train-NUMBER.tar; name them, such as --data .*/00000.tar"
     ):
         open_dataset(str(tmp_path / "train"))
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train-0.tar"])
+def test_a_pipe_is_no_list_and_no_shard(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    for val in (None, str(tmp_path / name)):
+        with pytest.raises(UserError, match=f"{name}: is no file, but a pipe"):
+            open_dataset(str(tmp_path / name), val=val, val_fraction=None if val else 0.5)
 
 
 def test_what_cannot_be_looked_at_is_said(tmp_path: Path) -> None:
