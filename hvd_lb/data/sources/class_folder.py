@@ -43,7 +43,7 @@ class ClassFolder:
     label: str
     others: tuple[str, ...] = ()
     _real: dict[str, str] = field(default_factory=dict, compare=False)
-    """Of the folders that links to files lead to: for each link it would take some looks at the file system."""
+    """Of the root and the folders that links to files lead to: for each link it would take some looks at the files."""
 
     def folders(self) -> list[Folder]:
         """It and all folders below, by their path. UserError for what cannot be listed and for links that mislead."""
@@ -101,9 +101,12 @@ class ClassFolder:
     def _target(self, path: str, real: str) -> str:
         """Where a link to a file leads, in a folder that is really `real`; a link that it leads to is not followed."""
         folder, name = os.path.split(os.path.join(real, os.readlink(path)))
+        return os.path.join(self._resolved(folder), name)
+
+    def _resolved(self, folder: str) -> str:
         if folder not in self._real:
             self._real[folder] = os.path.realpath(folder)
-        return os.path.join(self._real[folder], name)
+        return self._real[folder]
 
     def _refuse_misleading(self, path: str, target: str, real: str) -> None:
         """UserError for a link, in a folder that is really `real`, to a folder that holds more than one class."""
@@ -116,7 +119,7 @@ class ClassFolder:
 
     def _refuse_other_class(self, path: str, target: str) -> None:
         """A class may be a link into the root only where that leads to no class, but to a hidden folder."""
-        root = os.path.realpath(self.root)
+        root = self._resolved(os.fspath(self.root))
         if _within(target, root) and not is_ignored(os.path.relpath(target, root).split("/")[0]):
             raise UserError(f"{self.root / path}: leads into another class; remove the link")
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.sources.class_folder import ClassFolder
 from hvd_lb.errors import UserError
 
 Make = Callable[..., Path]
@@ -98,6 +99,21 @@ def test_links_are_seen_through_the_folders_on_their_way(folder: Path, tmp_path:
     (folder / "train" / "ant" / "v.png").symlink_to(tmp_path / "data" / "val" / "ant" / "0.png")
     with pytest.raises(UserError, match="train/ant/v.png: leads to images of val/"):
         open_dataset(str(folder))
+
+
+def test_where_links_lead_is_looked_up_once_a_folder(
+    tmp_path: Path, make_classes: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_classes(tmp_path / "pool", {"all": 30})
+    (tmp_path / "set" / "ant").mkdir(parents=True)
+    for path in (tmp_path / "pool" / "all").iterdir():
+        (tmp_path / "set" / "ant" / path.name).symlink_to(f"../../pool/all/{path.name}")
+    looked: list[str] = []
+    real = os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: looked.append(path) or real(path))
+    (found,) = ClassFolder(tmp_path / "set", "ant", ("/elsewhere",)).folders()
+    assert found.images == 30
+    assert len(looked) == 3  # the class, the pool and the root
 
 
 def test_classes_may_be_links_to_what_is_hidden_beside_them(folder: Path) -> None:
