@@ -17,6 +17,7 @@ from hvd_lb.doctor.finding import Finding
 from hvd_lb.doctor.selftest import selftest
 from hvd_lb.launch.options import LaunchOptions
 from hvd_lb_cli.options.given import refuse_options
+from hvd_lb_cli.options.kinds import Target
 from hvd_lb_cli.options.launch import SSH_OPTIONS, host_options
 from hvd_lb_cli.output.terminal import plain_console
 
@@ -36,9 +37,7 @@ _COLOURS = {"ok": "green", "missing": "yellow", "wrong": "red"}
 @click.option(
     "--image", metavar="NAME", help="With --hosts: for a run in containers; looks for Docker instead."
 )
-@click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("runs"), help="With --hosts: where to."
-)
+@click.option("--output", type=Target(), default=Path("runs"), help="With --hosts: where to.")
 @click.pass_context
 def doctor(
     context: click.Context,

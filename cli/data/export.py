@@ -7,6 +7,7 @@ from pathlib import Path
 import rich_click as click
 
 from hvd_lb.report.text import count
+from hvd_lb_cli.options.kinds import Target
 from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.progress import long_progress
 from hvd_lb_cli.output.terminal import plain_console
@@ -14,7 +15,7 @@ from hvd_lb_cli.output.terminal import plain_console
 
 @click.command("export")
 @click.argument("source", metavar="SRC")
-@click.argument("target", metavar="FOLDER", type=click.Path(path_type=Path))
+@click.argument("target", metavar="FOLDER", type=Target())
 @split_options
 def export_command(source: str, target: Path, val: str | None, val_fraction: float | None) -> None:
     """Write the data set SRC (whatever --data takes) to FOLDER/train and FOLDER/val with a folder for each class.

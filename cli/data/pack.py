@@ -11,7 +11,7 @@ import rich_click as click
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count
 from hvd_lb_cli.options.given import refuse_options
-from hvd_lb_cli.options.kinds import THREADS
+from hvd_lb_cli.options.kinds import THREADS, Target
 from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.progress import long_progress
 from hvd_lb_cli.output.terminal import plain_console
@@ -35,7 +35,7 @@ class Size(click.ParamType[int]):
 
 @click.command("pack")
 @click.argument("source", metavar="SRC")
-@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.argument("target", metavar="DST", type=Target())
 @click.option(
     "--shard-size",
     type=Size(),

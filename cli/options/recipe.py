@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import rich_click as click
 from pydantic.fields import FieldInfo
 
 from hvd_lb.recipe import Recipe
+from hvd_lb_cli.options.kinds import Target
 
 _HIDDEN = {"description"}
 _NOT_GIVEN = None
@@ -83,7 +83,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             _run_option(
                 "--output",
-                type=click.Path(path_type=Path),
+                type=Target(),
                 help="Run directory [default: runs/ and a name made from the recipe]",
             ),
             _run_option(

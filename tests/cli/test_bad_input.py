@@ -20,6 +20,9 @@ DIGITS = ("train", "--data", "digits", "--device", "cpu")
     ("arguments", "told"),
     [
         ((*DIGITS, "--gpus", 256), "use at most 44 GPUs"),
+        ((*DIGITS, "--output", "s3://bucket/run"), "s3://bucket/run is an address"),
+        (("data", "pack", "digits", "gs://bucket/digits"), "gs://bucket/digits is an address"),
+        (("data", "export", "digits", "https://host/digits"), "https://host/digits is an address"),
         ((*DIGITS, "--gpus", 0), "--gpus 0"),
         ((*DIGITS, "--gpus", -2), "--gpus -2"),
         ((*DIGITS, "--gpus", "two"), "'two' is not a valid integer"),

@@ -50,7 +50,7 @@ class IndexedDataset(Dataset):
         return None
 
     def _memos(self) -> list[Path]:
-        name = f"fingerprint-{self.val.index.identity}"
+        name = f"fingerprint-{self.train.index.facts.sum:08x}-{self.val.index.identity}"
         return [
             folder / name for folder in self.train.index.keep if self.val.index.identity and folder.is_dir()
         ]
@@ -122,7 +122,7 @@ def _check_classes(index: Index, source: Source) -> None:
     if empty == ["0"] and index.classes[1:2] == ["1"]:
         raise UserError(
             f"{index.root}: labels begin at 1, but are counted from 0, so class 0 would have no images; subtract 1, or "
-            " name the classes in classes.txt, one a line, and label by name"
+            "name the classes in classes.txt, one a line, and label by name"
         )
     if empty:
         raise UserError(f"{index.root}: no images to train on in {some(empty)}; fill or remove these classes")

@@ -29,7 +29,8 @@ class Divided:
 
 def divide(index: Index, fraction: float, seed: int) -> Divided:
     """The index without and with the images that `hold_out` chooses: computed once, then mapped."""
-    name = f"held-out-{fraction!r}-{seed}"
+    # An index made anew can have the same folder in the cache, though not in its own.
+    name = f"held-out-{fraction!r}-{seed}-{index.facts.sum:08x}"
     folders = [folder / name for folder in index.keep]
     for folder in folders:
         if found := _load(index, folder):

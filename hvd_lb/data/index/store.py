@@ -130,9 +130,10 @@ def changed(folder: Path, root: Path) -> bool:
 
 def write_watched(folder: Path, watched: list[FileState]) -> None:
     """OSError where that is not allowed."""
-    with tempfile.NamedTemporaryFile("w", dir=folder, encoding="ascii", delete=False) as file:
-        json.dump(watched, file)
-    os.replace(file.name, folder / "places.json")
+    # Not by tempfile, whose files other users, who may share the index, cannot read.
+    made = folder / f"places-{secrets.token_hex(8)}.json"
+    made.write_text(json.dumps(watched), "ascii")
+    os.replace(made, folder / "places.json")
 
 
 def facts_of(table: Table) -> Facts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
 
@@ -42,12 +42,15 @@ class ClassFolder:
     root: Path
     label: str
     others: tuple[str, ...] = ()
+    _real: dict[str, str] = field(default_factory=dict, compare=False)
+    """Of the root and the folders that links to files lead to: for each link it would take some looks at the files."""
 
     def folders(self) -> list[Folder]:
         """It and all folders below, by their path. UserError for what cannot be listed and for links that mislead."""
         own = os.path.realpath(self.root / self.label)
         if os.path.islink(self.root / self.label):
             self._refuse_misleading(self.label, own, os.path.realpath(self.root))
+            self._refuse_other_class(self.label, own)
         return sorted(self._walk(self.label, own, own, frozenset()), key=lambda folder: folder.relative)
 
     def _walk(self, relative: str, real: str, own: str, above: frozenset[str]) -> Iterator[Folder]:
@@ -68,7 +71,10 @@ class ClassFolder:
                                 f"{self.root / path}: is no file, though it is called like an image"
                             )
                         if entry.is_symlink():
-                            self._refuse_other_split(path, _target(entry.path, real))
+                            target = self._target(entry.path, real)
+                            self._refuse_other_split(path, target)
+                            if not _within(target, own):
+                                self._refuse_other_class(path, target)
                         images.append((entry.name, state_of(stat)))
                     else:
                         strangers.append(path)
@@ -86,12 +92,21 @@ class ClassFolder:
                     if _within(inside, own) or inside in above:  # its images are listed already
                         continue
                     self._refuse_misleading(path, inside, real)
-                    if _within(inside, os.path.realpath(self.root)):
-                        raise UserError(f"{self.root / path}: leads into another class; remove the link")
+                    self._refuse_other_class(path, inside)
                 yield from self._walk(path, inside, own, above | {real})
         except OSError as error:
             where = error.filename or self.root / relative
             raise UserError(f"{where}: cannot be read ({error.strerror})") from error
+
+    def _target(self, path: str, real: str) -> str:
+        """Where a link to a file leads, in a folder that is really `real`; a link that it leads to is not followed."""
+        folder, name = os.path.split(os.path.join(real, os.readlink(path)))
+        return os.path.join(self._resolved(folder), name)
+
+    def _resolved(self, folder: str) -> str:
+        if folder not in self._real:
+            self._real[folder] = os.path.realpath(folder)
+        return self._real[folder]
 
     def _refuse_misleading(self, path: str, target: str, real: str) -> None:
         """UserError for a link, in a folder that is really `real`, to a folder that holds more than one class."""
@@ -102,6 +117,12 @@ class ClassFolder:
             )
         self._refuse_other_split(path, target)
 
+    def _refuse_other_class(self, path: str, target: str) -> None:
+        """A class may be a link into the root only where that leads to no class, but to a hidden folder."""
+        root = self._resolved(os.fspath(self.root))
+        if _within(target, root) and not is_ignored(os.path.relpath(target, root).split("/")[0]):
+            raise UserError(f"{self.root / path}: leads into another class; remove the link")
+
     def _refuse_other_split(self, path: str, target: str) -> None:
         for other in self.others:
             if _within(target, other) or _within(other, target):
@@ -109,11 +130,6 @@ class ClassFolder:
                     f"{self.root / path}: leads to images of {os.path.basename(other)}/, so that the same would train "
                     "and validate; remove the link"
                 )
-
-
-def _target(path: str, real: str) -> str:
-    """Where a link to a file leads, in a folder that is really `real`; links on the way are left as they are."""
-    return os.path.normpath(os.path.join(real, os.readlink(path)))
 
 
 def _within(path: str, folder: str) -> bool:

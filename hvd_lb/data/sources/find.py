@@ -18,6 +18,7 @@ from hvd_lb.data.sources.shards import (
     refused_compressed,
     shards_in,
     sibling,
+    tar_files,
 )
 from hvd_lb.data.sources.source import Source
 from hvd_lb.data.sources.splits import Split, find_partners, find_splits, renamed, split_of
@@ -70,6 +71,13 @@ def find_sources(spec: str, val: str | None = None) -> Sources:
     """Those of `--data spec`, with `--val val`. UserError for what is none, or has one split only where that cannot be
     meant.
     """
+    try:
+        return _sources(spec, val)
+    except OSError as error:
+        raise UserError(f"{error.filename or spec}: cannot be read ({error.strerror})") from error
+
+
+def _sources(spec: str, val: str | None) -> Sources:
     if val is None:
         return _find(spec)
     images, found = _validation(val), _find(spec, alone=True)
@@ -110,6 +118,11 @@ def _find(spec: str, alone: bool = False) -> Sources:
         raise UserError(f"{path}: has shards val-….tar, but no train-….tar")
     if not any(entry for entry in path.iterdir()):
         raise UserError(f"{path}: is empty; expected train/ and val/ with a folder of images for each class")
+    if not inside.folders and (tars := tar_files(path)):
+        raise UserError(
+            f"{path}: has tar files, but none is called train-NUMBER.tar; name them, such as --data "
+            f"{quote(str(path / tars[0]))}, and those of the validation images with --val"
+        )
     return Sources(path.resolve().name, FolderSource(path, path, "all"), None, _no_val(path, inside))
 
 
@@ -120,8 +133,8 @@ def _is_list(path: Path) -> bool:
 def _split_folders(path: Path, inside: Inside) -> dict[Split, str]:
     """The names of the folders of splits; none where a folder of such a name is a class, as `train` among vehicles."""
     named = [name for name in inside.folders if split_of(name)]
-    if len(named) < len(inside.folders):
-        named = [name for name in named if look_into(path / name).folders]
+    if len(named) < len(inside.folders) and not any(look_into(path / name).folders for name in named):
+        return {}
     return find_splits(named, path)
 
 
@@ -134,6 +147,11 @@ def _folders(path: Path, splits: dict[Split, str], alone: bool) -> Sources:
         )
     name = path.parents[2].resolve().name if _is_kaggle(path) else path.resolve().name
     train = FolderSource(path / splits["train"], path, splits["train"])
+    if not look_into(train.root).folders and tar_files(train.root):
+        raise UserError(
+            f"{train.root}: holds shards, not class folders; name them: --data {quote(str(train.root / '*.tar'))}, "
+            "and those of the validation images with --val"
+        )
     found = None if alone else splits.get("val") or splits.get("test")
     if found is not None and "val" not in splits and not look_into(path / found).folders:
         found = None  # the images of a competition, whose classes nobody tells
@@ -168,8 +186,7 @@ def _unsorted(path: Path, root: Path, inside: Inside) -> Source:
 
 
 def _lists(folder: Path, train: Path, alone: bool) -> Sources:
-    if not train.is_file():
-        raise UserError(f"{train}: no such file")
+    _refuse_no_file(train)
     expected = renamed(train.name, "val") or f"val{train.suffix}"
     lists = [] if alone else [entry.name for entry in folder.iterdir() if _is_list(entry)]
     found = find_partners(train.name, lists, folder)
@@ -181,6 +198,13 @@ def _lists(folder: Path, train: Path, alone: bool) -> Sources:
     return Sources(folder.resolve().name, ListSource(train), val, f"{train}: no {expected} beside it", notes)
 
 
+def _refuse_no_file(path: Path) -> None:
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(
+            f"{path}: {'is no file, but a pipe or the like' if path.exists() else 'no such file'}"
+        )
+
+
 def _validation(spec: str) -> Source:
     """What `--val spec` names."""
     refuse_remote(spec)
@@ -188,8 +212,7 @@ def _validation(spec: str) -> Source:
     if is_pattern(spec):
         return named_shards(spec)
     if _is_list(path):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
+        _refuse_no_file(path)
         return ListSource(path)
     inside = look_into(path)
     splits = _split_folders(path, inside)

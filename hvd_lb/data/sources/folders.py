@@ -101,6 +101,12 @@ class FolderSource:
 
     def _check_names(self, inside: Inside) -> None:
         """UserError for class folders that the training split has not, or that cannot be told from each other."""
+        if inside.dead:
+            link = self.root / inside.dead[0]
+            raise UserError(
+                f"{link}: leads to nothing ({os.readlink(link)}), so a class may be missing; bring back what it leads "
+                "to, or remove the link"
+            )
         if twins := same_composed(inside.folders):
             raise UserError(f"{self.root}: has two classes of one name{look_alike(twins[0], [twins[1]])}")
         if not inside.folders and inside.images:
@@ -140,11 +146,14 @@ class FolderSource:
 
 @dataclass(frozen=True)
 class Inside:
-    """Sorted names of what lies in a folder: folders, images, and what is ignored (hidden or made by systems)."""
+    """Sorted names of what lies in a folder: folders, images, what is ignored (hidden or made by systems), and links
+    without an extension that lead nowhere.
+    """
 
     folders: list[str]
     images: list[str]
     ignored: list[str]
+    dead: list[str]
 
 
 def look_into(root: Path) -> Inside:
@@ -153,7 +162,7 @@ def look_into(root: Path) -> Inside:
         raise UserError(f"{root}: no such folder")
     if not root.is_dir():
         raise UserError(f"{root}: expected a folder of images, not a file")
-    folders, images, ignored = [], [], []
+    folders, images, ignored, dead = [], [], [], []
     try:
         with os.scandir(root) as entries:
             for entry in entries:
@@ -163,9 +172,11 @@ def look_into(root: Path) -> Inside:
                     folders.append(entry.name)
                 elif entry.name.lower().endswith(EXTENSIONS):
                     images.append(entry.name)
+                elif entry.is_symlink() and "." not in entry.name and not os.path.exists(entry.path):
+                    dead.append(entry.name)
     except OSError as error:
         raise UserError(f"{root}: cannot be listed ({error.strerror})") from error
-    return Inside(sorted(folders), sorted(images), sorted(ignored))
+    return Inside(sorted(folders), sorted(images), sorted(ignored), sorted(dead))
 
 
 def _refuse_strangers(root: Path, found: Sequence[Folder]) -> None:

@@ -93,7 +93,7 @@ class ListSource:
     def _remarks(self, entries: _Entries) -> list[str]:
         """UserError for a file that is named with two labels."""
         repeated = 0
-        for first, again in entries.repeated():
+        for first, again in entries.repeated(self.root):
             one, other = entries[first], entries[again]
             if one.label != other.label:
                 raise UserError(
@@ -162,15 +162,22 @@ class _Entries:
         label = self.distinct[self.codes[position]]
         return Entry(os.fsdecode(self.names[position]), label, int(self.lines[position]))
 
-    def repeated(self) -> Iterator[tuple[int, int]]:
-        """Positions of the same file: its first, and one after that, in the order of these."""
-        sums = np.fromiter((hash(os.path.normpath(name)) for name in self.names), np.int64, len(self.names))
+    def repeated(self, root: Path) -> Iterator[tuple[int, int]]:
+        """Positions of the same file, however its path is written: its first, and one after that, in the order of
+        these.
+        """
+        above = os.fsencode(os.path.abspath(root))
+
+        def path(name: bytes) -> bytes:
+            return os.path.normpath(os.path.join(above, name))
+
+        sums = np.fromiter((hash(path(name)) for name in self.names), np.int64, len(self.names))
         ordered = np.sort(sums)
         doubled = ordered[1:][ordered[1:] == ordered[:-1]]
         suspects = np.flatnonzero(np.isin(sums, doubled)) if len(doubled) else doubled
         first: dict[bytes, int] = {}
         for position in suspects.tolist():
-            before = first.setdefault(os.path.normpath(self.names[position]), position)
+            before = first.setdefault(path(self.names[position]), position)
             if before != position:
                 yield before, position
 

@@ -21,6 +21,7 @@ from hvd_lb.data.images import Progress
 from hvd_lb.data.options import UNFINISHED
 from hvd_lb.data.sources.labels import Classes, UnknownLabel, find_classes, read_classes
 from hvd_lb.data.sources.source import Listing, file_state, stamped
+from hvd_lb.data.sources.splits import Split, renamed, split_of
 from hvd_lb.data.sources.tar_scan import Scan, scan_shard
 from hvd_lb.errors import UserError
 
@@ -28,7 +29,10 @@ MANIFEST = "manifest.json"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.lz4")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_SHARDS = 1_000_000
-_NUMBERED = re.compile(r"(?P<prefix>(?:.*[-_.])?(?P<split>train|val|validation)[-_.]?)(?P<number>\d+)\.tar")
+_NUMBERED = re.compile(
+    r"(?P<prefix>(?:.*[-_.])?(?P<split>train|training|val|valid|validation)[-_.]?)(?P<number>\d+)\.tar",
+    re.IGNORECASE,
+)
 _DIGITS = re.compile(r"(\d+)")
 
 
@@ -118,7 +122,7 @@ def named_shards(spec: str) -> ShardSource:
         present = [name for name in os.listdir(root) if not name.startswith(".")] if root.is_dir() else []
         names = [name for pattern in names for name in fnmatch.filter(present, pattern)]
     names = sorted(dict.fromkeys(names), key=by_number)
-    missing = [name for name in names if not (root / name).is_file()]
+    missing = [name for name in names if not (root / name).exists()]
     if missing or not names:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
@@ -128,38 +132,40 @@ def named_shards(spec: str) -> ShardSource:
 
 
 def sibling(source: ShardSource) -> ShardSource | None:
-    """The validation shards beside training shards: `val` or `validation` in place of the last `train` of the name."""
-    before, train, after = source.name.rpartition("train")
-    if not train:
-        return None
-    for word in ("val", "validation"):
-        of = re.compile(
-            r"\d+".join(map(re.escape, re.split(r"(?:\{\d+\.\.\d+\}|[*?])+", f"{before}{word}{after}")))
-        )
+    """The validation shards beside training shards: `val` or the like in place of the last `train` of the name.
+
+    Not those of tests, which often have no labels.
+    """
+    for word in ("val", "valid", "validation"):
+        wanted = renamed(source.name, word)
+        if wanted is None:
+            return None
+        pieces = re.split(r"(?:\{\d+\.\.\d+\}|[*?])+", wanted)
+        of = re.compile(r"\d+".join(map(re.escape, pieces)), re.IGNORECASE)
         names = sorted(filter(of.fullmatch, os.listdir(source.root)), key=by_number)
         if names:
-            return ShardSource(source.root, f"{before}{word}{after}", tuple(names))
+            return ShardSource(source.root, wanted, tuple(names))
     return None
 
 
-def shards_in(folder: Path) -> dict[str, ShardSource]:
-    """By split, "train" and "val": the numbered shards of a folder. UserError where one is missing."""
+def shards_in(folder: Path) -> dict[Split, ShardSource]:
+    """By split the numbered shards of a folder. UserError where one is missing, or compressed."""
     names = set(os.listdir(folder))
     if UNFINISHED in names:
         raise UserError(f"{folder}: is not finished; give the command that makes it again")
     missing = sorted(set(_manifest(folder)) - names)
-    found: dict[str, list[str]] = {}
+    found: dict[Split, list[str]] = {}
     numbers: dict[str, list[tuple[int, str]]] = {}
     for name in sorted(names, key=by_number):
-        if match := _NUMBERED.fullmatch(name):
-            found.setdefault("train" if match["split"] == "train" else "val", []).append(name)
+        if (match := _NUMBERED.fullmatch(name)) and (split := split_of(match["split"])):
+            found.setdefault(split, []).append(name)
             numbers.setdefault(match["prefix"], []).append((int(match["number"]), name))
     for prefix, present in numbers.items():
         for (number, name), (following, _) in itertools.pairwise(sorted(present)):
             if following > number + 1:
                 width = len(name) - len(prefix) - len(".tar")
                 missing.append(f"{prefix}{number + 1:0{width}}.tar")
-    if not found and (packed := sorted(name for name in names if _packed(name))):
+    if packed := sorted(name for name in names if _unpacked(name) and _unpacked(name) not in names):
         raise refused_compressed(folder / packed[0])
     if missing:
         raise UserError(
@@ -169,15 +175,22 @@ def shards_in(folder: Path) -> dict[str, ShardSource]:
     return {split: ShardSource(folder, f"{split}-shards", tuple(names)) for split, names in found.items()}
 
 
+def tar_files(folder: Path) -> list[str]:
+    """However they are called."""
+    return sorted(name for name in os.listdir(folder) if is_pattern(name) and not name.startswith("."))
+
+
 def by_number(name: str) -> tuple[list[str | int], str]:
     """The order of shards: numbers in their names count as numbers, so 9 comes before 10, written 09 or 9."""
     parts = _DIGITS.split(name)
     return [int(part) if position % 2 else part for position, part in enumerate(parts)], name
 
 
-def _packed(name: str) -> bool:
-    ending = next((ending for ending in COMPRESSED if name.endswith(ending)), "")
-    return bool(ending and _NUMBERED.fullmatch(name.removesuffix(ending) + ".tar"))
+def _unpacked(name: str) -> str:
+    """What a compressed shard would be called without compression; nothing for other names."""
+    ending = next((ending for ending in COMPRESSED if name.endswith(ending)), None)
+    plain = f"{name.removesuffix(ending)}.tar" if ending else ""
+    return plain if _NUMBERED.fullmatch(plain) else ""
 
 
 def refused_compressed(path: Path | str) -> UserError:

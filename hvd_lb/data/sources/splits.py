@@ -48,7 +48,7 @@ def find_partners(name: str, names: Iterable[str], where: Path) -> dict[Split, s
     return _unique(((other, split(other)) for other in sorted(names) if other != name), where)
 
 
-def renamed(name: str, split: Split) -> str | None:
+def renamed(name: str, split: str) -> str | None:
     """`name` with `split` in place of its last `train`; None where it has none."""
     mark = _mark(name)
     return mark and name[: mark.start()] + split + name[mark.end() :]

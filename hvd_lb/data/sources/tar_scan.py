@@ -28,7 +28,8 @@ _MOST_PADDING = 1 << 20  # tar fills its last record, of 10,240 bytes by default
 _LONGEST_LABEL, _LONGEST_JSON = 1 << 12, 1 << 20
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd", b"\x04\x22": "lz4"}
 _LINKED = "is a link: pack what it points to (tar --dereference --hard-dereference)"
-_NUMBER = re.compile(r"(-?)0*([0-9]+)")
+_NUMBER = re.compile(r"(-?)0*([0-9]+)(?:\.0*)?")
+_LONGEST_NAME = (1 << 16) - 1  # bytes, in a row
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def _scanned(path: Path, descriptor: int, section: Section, samples: dict[str, _
         label = labels.setdefault(_label(path, key, section, sample), len(labels))
         (image,) = sample.images
         name = os.fsencode(image.name)
+        if len(name) > _LONGEST_NAME:
+            raise UserError(f"{path}: {image.name[:80]!r}… has a name of {len(name)} bytes; rename it")
         content = Section.of_file(descriptor, image.start, image.size)
         head = head_sum(content.at(0, WINDOW))
         header = header_or_reason(content)
@@ -219,7 +222,7 @@ def _label(path: Path, key: str, section: Section, sample: _Sample) -> str:
     given: dict[str, str] = {}
     if cls := sample.labels.get("cls"):
         content = section.at(cls.start, cls.size) if cls.size <= _LONGEST_LABEL else b""
-        if not (text := content.decode("utf-8", "surrogateescape").strip()):
+        if not (text := content.decode("utf-8-sig", "surrogateescape").strip()):
             raise UserError(f"{path}: {cls.name!r} is no label; expected a number or the name of a class")
         given[repr(cls.name)] = text
     if member := sample.labels.get("json"):
@@ -231,7 +234,7 @@ def _label(path: Path, key: str, section: Section, sample: _Sample) -> str:
             values = {}
         for name in ("label", "cls"):
             value = values.get(name)
-            if isinstance(value, int | str) and not isinstance(value, bool) and value != "":
+            if isinstance(value, int | float | str) and not isinstance(value, bool) and value != "":
                 given[f"`{name}` in {member.name!r}"] = str(value)
         if not given:
             raise UserError(

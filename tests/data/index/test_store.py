@@ -12,6 +12,7 @@ import pytest
 
 from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.index import store
+from hvd_lb.data.index.dataset import index_splits
 from hvd_lb.data.index.index import Index, open_index
 from hvd_lb.data.sources.folders import FolderSource
 
@@ -137,3 +138,12 @@ def test_who_is_slower_leaves_the_index_of_who_was_faster_alone(tmp_path: Path, 
     (folder / "val-rows.npy").write_bytes(b"damaged")
     store.save(folder, lambda made: (made / "new").touch(), lambda there: store.load_rows(there, "val-"))
     assert [path.name for path in folder.iterdir()] == ["new"]
+
+
+def test_an_index_beside_the_data_is_for_everybody(tmp_path: Path, make_dataset: Make) -> None:
+    index_splits(str(make_dataset(tmp_path / "set")), write_beside=True)
+    before = os.umask(0)
+    os.umask(before)
+    files = [path for path in (tmp_path / "set" / ".hvd-lb-index").rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"rows.npy", "names.npy", "facts.json", "places.json"}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~before}

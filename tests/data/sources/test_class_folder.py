@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.sources.class_folder import ClassFolder
 from hvd_lb.errors import UserError
 
 Make = Callable[..., Path]
@@ -77,6 +78,8 @@ MISLEADING = {
     "train/ant/v": ("../../val", "leads to images of val/"),
     "train/ant/v.png": ("../../val/ant/0.png", "leads to images of val/"),
     "train/dog": ("../val/ant", "leads to images of val/"),
+    "train/wasp": ("bee", "leads into another class"),
+    "train/ant/b.png": ("../bee/0.png", "leads into another class"),
     "val/ant/train": ("../../train/ant", "leads to images of train/"),
     "val/ant/t.png": ("../../train/ant/0.png", "leads to images of train/"),
 }
@@ -88,6 +91,46 @@ def test_links_that_bring_in_other_images_are_refused(link: str, folder: Path) -
     (folder / link).parent.mkdir(exist_ok=True)
     (folder / link).symlink_to(target)
     with pytest.raises(UserError, match=f"set/{link}: {reason}.*remove the link"):
+        open_dataset(str(folder))
+
+
+def test_links_are_seen_through_the_folders_on_their_way(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(folder)
+    (folder / "train" / "ant" / "v.png").symlink_to(tmp_path / "data" / "val" / "ant" / "0.png")
+    with pytest.raises(UserError, match="train/ant/v.png: leads to images of val/"):
+        open_dataset(str(folder))
+
+
+def test_where_links_lead_is_looked_up_once_a_folder(
+    tmp_path: Path, make_classes: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_classes(tmp_path / "pool", {"all": 30})
+    (tmp_path / "set" / "ant").mkdir(parents=True)
+    for path in (tmp_path / "pool" / "all").iterdir():
+        (tmp_path / "set" / "ant" / path.name).symlink_to(f"../../pool/all/{path.name}")
+    looked: list[str] = []
+    real = os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: looked.append(path) or real(path))
+    (found,) = ClassFolder(tmp_path / "set", "ant", ("/elsewhere",)).folders()
+    assert found.images == 30
+    assert len(looked) == 3  # the class, the pool and the root
+
+
+def test_classes_may_be_links_to_what_is_hidden_beside_them(folder: Path) -> None:
+    (folder / "train" / ".store").mkdir()
+    for name in ("ant", "bee"):
+        (folder / "train" / name).rename(folder / "train" / ".store" / name)
+        (folder / "train" / name).symlink_to(f".store/{name}")
+    assert counts(folder) == [4, 4, 4]
+
+
+def test_a_class_whose_link_leads_nowhere_is_not_left_out(folder: Path, tmp_path: Path) -> None:
+    (folder / "train" / "README.md").symlink_to("nowhere")
+    assert counts(folder) == [4, 4, 4]
+    (folder / "train" / "dog").symlink_to(tmp_path / "pool" / "dog")
+    with pytest.raises(
+        UserError, match=r"train/dog: leads to nothing \(.*pool/dog\), so a class may be missing"
+    ):
         open_dataset(str(folder))
 
 

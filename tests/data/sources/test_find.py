@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -65,6 +66,43 @@ def test_a_flat_test_folder_is_no_validation_split(tmp_path: Path, make_classes:
     with pytest.raises(UserError, match="set: has no val/; give --val PATH, or --val-fraction 0.1"):
         open_dataset(str(folder))
     assert open_dataset(str(folder), val_fraction=0.5).train.classes == ["ant", "bee"]
+
+
+def test_flat_validation_images_are_seen_beside_other_folders(tmp_path: Path, make_classes: Make) -> None:
+    folder = make_splits(make_classes, tmp_path / "set", "train")
+    for name in ("val", "devkit"):
+        (folder / name).mkdir()
+    photo(20, 30).save(folder / "val" / "1.png")
+    with pytest.raises(UserError, match="set/val: its images .* lie in no class folders"):
+        open_dataset(str(folder))
+
+
+def test_shards_that_are_not_found_by_name_are_said(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "00000.tar").write_bytes(b"x")
+    with pytest.raises(
+        UserError, match=r"train: holds shards, not class folders; name them: --data '.*/train/\*.tar'"
+    ):
+        open_dataset(str(tmp_path))
+    with pytest.raises(
+        UserError, match="none is called train-NUMBER.tar; name them, such as --data .*/00000.tar"
+    ):
+        open_dataset(str(tmp_path / "train"))
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train-0.tar"])
+def test_a_pipe_is_no_list_and_no_shard(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    for val in (None, str(tmp_path / name)):
+        with pytest.raises(UserError, match=f"{name}: is no file, but a pipe"):
+            open_dataset(str(tmp_path / name), val=val, val_fraction=None if val else 0.5)
+
+
+def test_what_cannot_be_looked_at_is_said(tmp_path: Path) -> None:
+    for spec in (f"{tmp_path}/{'x' * 300}", f"{tmp_path}/{'x' * 300}.csv"):
+        with pytest.raises(UserError, match="cannot be read .File name too long"):
+            open_dataset(spec)
 
 
 def test_train_may_be_the_name_of_a_class(tmp_path: Path, make_classes: Make) -> None:

@@ -114,6 +114,7 @@ MISTAKES = {
     "a.png,1\nb c.png,2\n": "labels begin at 1, but are counted from 0",
     "a.png,x\nb c.png,y\na.png,y\n": "train.csv, line 3: 'a.png' is 'y', but 'x' in line 1; leave one out",
     "a.png,x\n./sub/../a.png,y\n": "train.csv, line 2: './sub/../a.png' is 'y', but 'x' in line 1",
+    "a.png,x\n../set/a.png,y\n": "train.csv, line 2: '../set/a.png' is 'y', but 'x' in line 1",
     "a.png,x\nsub\\d.png,y\n": "train.csv, line 2: .*cannot be read .*; expected / between folders",
     "path,label\na.png ,x\n": "train.csv, line 2: 'a.png ': no image file",
     "A.png,x\n": "train.csv, line 1: 'A.png' cannot be read .*; 'A.png' and 'a.png' differ in upper and lower case",

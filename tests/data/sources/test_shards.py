@@ -227,6 +227,14 @@ def dots_in_the_ending_of_an_image(folder: Path) -> None:
     write_tar(third(folder), [*samples("a", b"x"), ("b.input.png", png()), ("b.cls", b"x")])
 
 
+def long_name(folder: Path) -> None:
+    write_tar(third(folder), samples(["n" * 70_000], b"x"))
+
+
+def numbers_in_two_files_disagree(folder: Path) -> None:
+    write_tar(third(folder), [*samples("a", b"3"), ("a.json", b'{"label": 4.0}')])
+
+
 def two_files_disagree(folder: Path) -> None:
     write_tar(third(folder), [*samples("a", b"3"), ("a.json", b'{"label": 4}')])
 
@@ -339,6 +347,8 @@ MISTAKES = {
     dots_and_both_readings: "train-000002.tar: 'photo.2019' has an image and a label, but would belong to 'photo'",
     dots_and_no_label: "train-000002.tar: 'photo.2019' has no label; expected photo.2019.cls",
     dots_in_the_ending_of_an_image: "train-000002.tar: 'b' has a label, but no image",
+    long_name: "'nnn.* has a name of 70004 bytes; rename it",
+    numbers_in_two_files_disagree: "'a.cls' says '3', but `label` in 'a.json' says '4.0'; leave one of them out",
     two_files_disagree: "train-000002.tar: 'a.cls' says '3', but `label` in 'a.json' says '4'; leave one",
     names_in_two_files_disagree: "'a.cls' says 'ant', but `cls` in 'a.json' says 'bee'",
     one_json_disagrees_with_itself: "`label` in 'a.json' says '2', but `cls` in 'a.json' says '1'",
@@ -417,6 +427,8 @@ def test_joined_tar_files_are_read_whole(zeros: int, kind: int, tmp_path: Path) 
         (None, {"cls": 1, "url": "x"}, 1),
         (b"2", {"label": "ant"}, 2),
         (b"2", [], 2),
+        (None, {"label": 2.0}, 2),
+        (b"\xef\xbb\xbf2", {"label": 2.0, "cls": "2."}, 2),
         (b"2", {}, 2),
     ],
 )
@@ -512,6 +524,27 @@ def test_a_folder_of_compressed_shards(ending: str, tmp_path: Path) -> None:
             UserError, match=f"train-.*{ending}: compressed shards have no offsets .*decompress"
         ):
             open_dataset(str(spec))
+
+
+def test_a_compressed_shard_among_others_is_not_left_out(shards: Path) -> None:
+    (shards / "train-000004.tar.gz").write_bytes(b"x")
+    with pytest.raises(UserError, match="train-000004.tar.gz: compressed shards have no offsets"):
+        open_dataset(str(shards))
+    (shards / "train-000004.tar.gz").rename(shards / "train-000000.tar.gz")  # the download that was unpacked
+    open_dataset(str(shards))
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [("Train", "VAL"), ("train", "valid"), ("training", "validation"), ("a-train", "a-valid")],
+)
+def test_splits_of_shards_by_their_usual_names(train: str, val: str, tmp_path: Path) -> None:
+    for split in (train, val):
+        write_tar(tmp_path / f"{split}-0.tar", samples("a", b"x"))
+    write_tar(tmp_path / "test-0.tar", [("a.png", png())])  # which has no labels
+    for spec in (tmp_path, tmp_path / f"{train}-0.tar", tmp_path / f"{train}-*.tar"):
+        data = open_dataset(str(spec))
+        assert (len(data.train), data.val.name(0)) == (1, f"{tmp_path}/{val}-0.tar: a.png")
 
 
 @pytest.mark.parametrize(
