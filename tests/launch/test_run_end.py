@@ -32,12 +32,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps that came to its end; its name is a trap for markup, mathematics and ASCII."""
-    run = tmp_path_factory.mktemp("finished") / "o[/b]$x_y$é"
+    """A run of two steps that came to its end; its name is a trap for markup, mathematics, ASCII and UTF-8."""
+    run = tmp_path_factory.mktemp("finished") / "o[/b]$x_y$é\udcff"
+    shown = str(run).replace("\udcff", r"\udcff")
     command = [sys.executable, "-m", "hvd_lb_cli.main", *WORDS, "--steps", "2", "--output", run]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240)
-    assert f"writing to {run}\n" in done.stdout
-    assert f"report: {run}/report.html\n" in done.stdout
+    assert f"writing to {shown}\n" in done.stdout
+    assert f"report: {shown}/report.html\n" in done.stdout
     assert done.stderr == ""
     return run
 
