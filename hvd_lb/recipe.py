@@ -225,7 +225,7 @@ class Recipe(BaseModel):
 
     # learning rate
     learning_rate: float = Field(
-        0.1, gt=0, le=1e6, description="Reference learning rate, for a minibatch of 256 images."
+        0.1, gt=0, description="Reference learning rate, for a minibatch of 256 images."
     )
     lr_rule: Rule = Field("linear", description="How the learning rate grows with the minibatch.")
     schedule: Shape = Field("step", description="How it falls after warmup.")
@@ -233,7 +233,7 @@ class Recipe(BaseModel):
     warmup_epochs: float = Field(5, ge=0, description="Length of warmup.")
     drop_epochs: Epochs = Field((30.0, 60.0, 80.0), description="Step decay, in epochs of a run of 90.")
     drop_factor: float = Field(0.1, gt=0, le=1, description="Step decay: factor at each drop.")
-    power: float = Field(2.0, gt=0, le=1e6, description="Exponent of the polynomial decay.")
+    power: float = Field(2.0, gt=0, description="Exponent of the polynomial decay.")
 
     # optimizer
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum m.")
@@ -242,7 +242,7 @@ class Recipe(BaseModel):
     momentum_correction: bool = Field(
         True, description="Form 10: rescale the velocity when the rate changes."
     )
-    weight_decay: float = Field(1e-4, ge=0, le=1e6, description="L2 penalty λ; none on batch norm's γ and β.")
+    weight_decay: float = Field(1e-4, ge=0, description="L2 penalty λ; none on batch norm's γ and β.")
 
     # exactness
     reproducible: bool = Field(
