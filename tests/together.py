@@ -110,5 +110,9 @@ def together(processes: int, function: Callable[[Together], Result]) -> list[Res
             meeting.give_up()  # else the others would wait for this one
             raise
 
-    with ThreadPoolExecutor(processes) as pool:
-        return list(pool.map(run, range(processes)))
+    deterministic = torch.are_deterministic_algorithms_enabled()  # one setting for all: threads put it back in any order
+    try:
+        with ThreadPoolExecutor(processes) as pool:
+            return list(pool.map(run, range(processes)))
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
