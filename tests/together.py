@@ -110,7 +110,8 @@ def together(processes: int, function: Callable[[Together], Result]) -> list[Res
             meeting.give_up()  # else the others would wait for this one
             raise
 
-    deterministic = torch.are_deterministic_algorithms_enabled()  # one setting for all: threads put it back in any order
+    # One setting for all threads, which put it back in any order.
+    deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         with ThreadPoolExecutor(processes) as pool:
             return list(pool.map(run, range(processes)))
