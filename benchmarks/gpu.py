@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from loader import MEAN, STD, make_jpegs, microbatches
 from torch import Tensor
 
 import hvd_lb as lb
@@ -39,7 +40,6 @@ from hvd_lb.training.trainer import Trainer
 
 Step = Callable[[], object]
 Row = Callable[["Bench"], Iterator[dict[str, Any]]]
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Bench:
@@ -356,7 +356,6 @@ def loaders(bench: Bench) -> Iterator[dict[str, Any]]:
     from hvd_lb.data.dataset import open_dataset
     from hvd_lb.data.loading.contract import Preprocessing
     from hvd_lb.data.loading.open import open_loader
-    from hvd_lb.plan.augment import Microbatch, RandomWindows
 
     threads, images = (2, 16) if bench.small else (16, bench.large)
     with tempfile.TemporaryDirectory() as temporary:
@@ -364,18 +363,16 @@ def loaders(bench: Bench) -> Iterator[dict[str, Any]]:
         folder = make_jpegs(Path(temporary) / "jpeg", 64 if bench.small else 2048)
         data = open_dataset(str(folder)).train
 
-        def microbatches() -> Iterator[Microbatch]:
-            rng, windows = np.random.default_rng(0), RandomWindows(seed=0)
-            for epoch in itertools.count():
-                order = rng.permutation(len(data))
-                for start in range(0, len(order) - images + 1, images):
-                    ids = order[start : start + images]
-                    yield Microbatch(ids, windows.windows(epoch, ids, data.widths[ids], data.heights[ids]))
-
         def ours(kind: Any) -> Iterator[Any]:
             pixels = Preprocessing(bench.pixels, MEAN, STD, antialias=True)
             return open_loader(
-                kind, data, microbatches(), pixels, batch_size=images, device=bench.device, threads=threads
+                kind,
+                data,
+                microbatches(data, images),
+                pixels,
+                batch_size=images,
+                device=bench.device,
+                threads=threads,
             )
 
         def theirs() -> Iterator[Any]:
@@ -451,23 +448,6 @@ def decoding_alone(bench: Bench, folder: Path, images: int) -> Iterator[dict[str
         "side": "torchvision decode_jpeg on the GPU",
         "images_per_second": round(1000 * images / run["decode_jpeg"], 1),
     }
-
-
-def make_jpegs(folder: Path, count: int) -> Path:
-    """Smooth noise with grain, about 90 kB each: they decode like photographs."""
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for i in range(min(count, 256)):
-        coarse = rng.integers(0, 256, (18, 25, 3), dtype=np.uint8)
-        smooth = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC))
-        grainy = np.clip(smooth + rng.normal(0, 13, smooth.shape), 0, 255).astype(np.uint8)
-        for copy in range(i, count, 256):
-            for split in ("train", "val") if copy < 32 else ("train",):
-                file = folder / split / f"class{copy % 10}" / f"{copy:05d}.jpg"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(grainy).save(file, quality=90)
-    return folder
 
 
 def processes(bench: Bench) -> Iterator[dict[str, Any]]:

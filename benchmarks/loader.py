@@ -125,12 +125,13 @@ def transform(size: int, *to_tensor: Callable[..., object]) -> Callable[..., obj
     )
 
 
-def microbatches(images: Images) -> Iterator[Microbatch]:
+def microbatches(images: Images, size: int = BATCH) -> Iterator[Microbatch]:
+    """Endless random microbatches of so many images."""
     rng, windows = np.random.default_rng(0), RandomWindows(seed=0)
     for epoch in itertools.count():
         order = rng.permutation(len(images))
-        for start in range(0, len(order) - BATCH + 1, BATCH):
-            ids = order[start : start + BATCH]
+        for start in range(0, len(order) - size + 1, size):
+            ids = order[start : start + size]
             yield Microbatch(ids, windows.windows(epoch, ids, images.widths[ids], images.heights[ids]))
 
 
@@ -183,10 +184,10 @@ def report(took: dict[str, list[tuple[float, float]]]) -> None:
         )
 
 
-def make_jpegs(folder: Path) -> Path:
+def make_jpegs(folder: Path, count: int = 512) -> Path:
     """Smooth noise with grain: about 90 kB each, which decode like photographs."""
     rng = np.random.default_rng(0)
-    for i in range(512):
+    for i in range(count):
         coarse = rng.integers(0, 256, (18, 25, 3), dtype=np.uint8)
         smooth = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC))
         grainy = np.clip(smooth + rng.normal(0, 13, smooth.shape), 0, 255).astype(np.uint8)
