@@ -150,6 +150,7 @@ def take_turns(sides: dict[str, Batches], batches: int, rounds: int) -> dict[str
     took: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
+            settle()
             for _ in range(AHEAD):
                 next(side)
             began, cpu = time.perf_counter(), cpu_seconds()
@@ -158,6 +159,15 @@ def take_turns(sides: dict[str, Batches], batches: int, rounds: int) -> dict[str
             images = batches * BATCH
             took[name].append(((time.perf_counter() - began) / images, (cpu_seconds() - cpu) / images))
     return took
+
+
+def settle() -> None:
+    """Waits until the side before has read ahead what it wants, so that it takes nothing from the next one's turn."""
+    while True:
+        before = cpu_seconds()
+        time.sleep(0.2)
+        if cpu_seconds() - before < 0.02:
+            return
 
 
 def cpu_seconds() -> float:

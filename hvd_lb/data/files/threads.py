@@ -26,6 +26,7 @@ _PIECE_SECONDS = 0.01
 
 _WINDOW_SECONDS = 0.02
 _PAUSE, _LONGEST_PAUSE = 8, 64  # windows
+_CALM_SECONDS, _LONGEST_CALM_SECONDS = 1.0, 60.0
 _MORE, _AS_MUCH = 1.25, 0.9
 """More threads are kept where they do at least so many times as much, fewer where they do at least so much."""
 
@@ -46,8 +47,10 @@ class Climb:
     """How many threads, from `least` to `most`: other numbers are tried for a while, and kept where they help.
 
     More are tried first: as many as the share of time would keep busy in which a piece of work waits, or twice as
-    many; then half as many. Nothing is tried while the consumer need not wait. What did not help is tried again after
-    a pause that grows, or when the work itself became much slower or faster.
+    many; then half as many. Nothing is tried while the consumer need not wait; after a second of that (twice as long
+    each time that it then had to wait) half of the threads go, but for those of the start: idle ones cost too, and a
+    start, when all wait, looks like slow files. What did not help is tried again after a pause that grows, or when the
+    work itself became much slower or faster.
     """
 
     count: int = 1
@@ -60,9 +63,16 @@ class Climb:
     _left: int = 0  # windows of the pause
     _skip: int = 0  # pieces that may have been begun with the former number of threads
     _window: _Window = field(default_factory=lambda: _Window())
+    _calm_since: float | None = None
+    _calm_seconds: float = _CALM_SECONDS
+    _have_let_go: bool = False
+
+    def __post_init__(self) -> None:
+        self._first = self.count
 
     def note(self, items: int, seconds: float, busy: float, hungry: bool) -> None:
         """A piece of so many items took so many seconds, `busy` of them of a core; `hungry`: the consumer waits."""
+        self._let_go(hungry)
         window = self._window
         if self._skip:
             self._skip -= 1
@@ -81,6 +91,18 @@ class Climb:
                 self._decide(window.items / length, window.seconds / max(window.busy, 1e-6))
             else:
                 self._before = None
+
+    def _let_go(self, hungry: bool) -> None:
+        now = time.perf_counter()
+        if hungry:
+            if self._have_let_go:
+                self._calm_seconds = min(2 * self._calm_seconds, _LONGEST_CALM_SECONDS)
+            self._calm_since, self._have_let_go = None, False
+        elif self._calm_since is None:
+            self._calm_since = now
+        elif self.count > self._first and now - self._calm_since >= self._calm_seconds:
+            self._calm_since, self._have_let_go, self._before = now, True, None
+            self._set(max(self._first, self.count // 2))
 
     def _decide(self, rate: float, share: float) -> None:
         before, self._before = self._before, None

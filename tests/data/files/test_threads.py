@@ -142,6 +142,27 @@ def test_what_is_given_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(climbed(Climb(5, 5, 5), lambda count: count / 0.005, 5e-5, 2000, monkeypatch)) == {5}
 
 
+def test_threads_go_when_nobody_waits_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: now[0])
+    climb = Climb(2)
+    climb.count = 64
+
+    def calm(seconds: float) -> int:
+        for _ in range(round(seconds * 10)):
+            now[0] += 0.1
+            climb.note(1, 0.1, 0.0001, hungry=False)
+        return climb.count
+
+    assert calm(0.9) == 64
+    assert calm(0.4) == 32
+    assert calm(20) == 2  # those of the start stay
+    climb.count = 64
+    climb.note(1, 0.1, 0.0001, hungry=True)
+    assert calm(1.5) == 64, "it was regretted: now it takes two seconds"
+    assert calm(1) == 32
+
+
 def test_nothing_is_tried_while_nobody_waits() -> None:
     climb = Climb(3)
     for _ in range(500):
