@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
 
@@ -1013,6 +1014,24 @@ def the_world_itself(world: World) -> None:
     with pytest.raises(ValueError, match="contiguous"):
         world.allreduce(torch.ones(3, 4).t(), "strided")
     world.barrier()
+
+
+@check
+def waiting_leaves_the_core_to_others(world: World) -> None:
+    tensor = torch.ones(2)
+    for wait in (
+        lambda name: world.allreduce_async(tensor, name).wait(),
+        lambda name: world.broadcast(tensor, name),
+        lambda name: world.barrier(),
+    ):
+        if world.rank == 1:
+            time.sleep(1)
+        wall, cpu = time.perf_counter(), time.thread_time()
+        wait("late")
+        wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
+        assert world.rank == 1 or wall > 0.5
+        assert cpu < 0.3 * max(wall, 0.5), f"{cpu:.2f} s of CPU in {wall:.2f} s"
+        world.barrier()
 
 
 def main() -> None:
