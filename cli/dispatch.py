@@ -52,11 +52,18 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
         data = data_folder(data_spec(options.fields, check_options(options.fields, options.recipe)))
         folder = (options.output or Path("runs")).expanduser().absolute()
         container = options.slurm.container(data, folder, Path.cwd())
-        ask = asking_over_srun(container) if target.kind == "slurm" else asking_over_ssh(options.launch)
-        cluster = _examine(
-            console, target, Request(options.device, data, folder, options.launch.network_interface), ask
+        ask = (
+            asking_over_srun(target.gpus, container)
+            if target.kind == "slurm"
+            else asking_over_ssh(options.launch)
         )
-    here = cluster.device if cluster else choose_device(options.device)
+        cluster = _examine(
+            console,
+            target,
+            Request(options.device, data, folder, options.launch.network_interface, target.more),
+            ask,
+        )
+    here = cluster.device if cluster else choose_device(options.device, target.more)
     with index_progress(console) as on_progress:
         resolved = resolve(
             options.fields,
@@ -68,7 +75,9 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
     if cluster:
         placement = cluster.placement(gpus=gpus, processes=options.processes, threads=threads)
     else:
-        placement = choose_placement(here, gpus=gpus, processes=options.processes, threads=threads)
+        placement = choose_placement(
+            here, gpus=gpus, processes=options.processes, threads=threads, more=target.more
+        )
     if placement.processes == 1:
         refuse_options(
             context, _OF_THE_EXCHANGE, "is about the exchange between processes, and this run has one"
@@ -128,7 +137,7 @@ def _launch(
         options.allreduce, placement.device, several_hosts=several_hosts, mpirun=mpirun
     )
     if cluster and target.kind == "slurm":
-        return over_srun(cluster, placement.processes, variables, container)
+        return over_srun(cluster, placement.processes, target.gpus, variables, container)
     if cluster:
         return over_ssh(cluster, placement.processes, options, variables)
     return local(placement.processes, variables)

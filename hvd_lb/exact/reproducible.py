@@ -77,12 +77,8 @@ def deterministic_kernels(model: str, *, tf32: bool = False) -> Iterator[None]:
 
 
 def rounding_environment(device: str) -> dict[str, Any]:
-    """What the last bits of a run depend on besides its recipe, as JSON values; `device` is cpu or cuda.
-
-    The GPU's name is None where there is none: on a login node, of a run on other hosts.
-    """
-    gpu = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else None
-    environment: dict[str, Any] = {"device": gpu if device == "cuda" else "cpu"}
+    """What the last bits of a run depend on besides its recipe, as JSON values; `device` is cpu or cuda, and here."""
+    environment: dict[str, Any] = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
     environment |= {name: version(name) for name in _LIBRARIES}
     environment["torch"] = torch.__version__  # with the build it is of
     environment["cuda"] = torch.version.cuda
@@ -93,7 +89,7 @@ def rounding_environment(device: str) -> dict[str, Any]:
 
 
 def rounding_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two `rounding_environment`s, in words; of a GPU that is not known here, nothing is said."""
+    """What differs between two `rounding_environment`s, in words; of what is None now, not known, nothing is said."""
     differences = []
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
@@ -102,6 +98,6 @@ def rounding_differences(before: dict[str, Any], now: dict[str, Any]) -> list[st
             changes = [f"without {item}" for item in sorted(old - new)]
             changes += [f"with {item}" for item in sorted(new - old)]
             differences += [f"CPU {', '.join(changes)}"] if changes else []
-        elif old != new and (name != "device" or new is not None):
+        elif old != new and new is not None:
             differences.append(f"{name}: {old} → {new}")
     return differences

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvd_lb.errors import UserError
+from hvd_lb.machine.placement import NAME_MORE
 
 #: Where the MPI operator of Kubernetes mounts the list of a job's worker pods.
 MPIJOB_HOSTFILE = Path("/etc/mpi/hostfile")
@@ -79,13 +80,16 @@ def lsf_hosts(environment: Mapping[str, str]) -> list[Host] | None:
     return [Host(name) for name in names]
 
 
-def assign(hosts: Sequence[Host], processes: int) -> list[Host]:
-    """Hosts are filled in order: those with slots for the ranks 0 … processes − 1, trimmed. UserError if too few."""
+def assign(hosts: Sequence[Host], processes: int, more: str = NAME_MORE) -> list[Host]:
+    """Hosts are filled in order: those with slots for the ranks 0 … processes − 1, trimmed.
+
+    UserError if there are too few, with `more`, how to get more of them.
+    """
     there = sum(host.slots or 0 for host in hosts)
     if processes > there:
         raise UserError(
             f"{processes} processes are asked for and {', '.join(map(str, hosts))} take {there}: "
-            f"name more hosts, or share the virtual workers with --processes {there}"
+            f"{more}, or share the virtual workers with --processes {there}"
         )
     assigned = []
     for host in hosts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,16 @@ class ResumePoint:
 
 
 def find_resume_point(
-    run: RunDirectory, recipe: Recipe, resume: str, total_steps: int, environment: dict[str, Any]
+    run: RunDirectory,
+    recipe: Recipe,
+    resume: str,
+    total_steps: int,
+    environment: Callable[[], dict[str, Any]],
 ) -> ResumePoint:
     """Where the run in `run` begins or goes on; reads only. `resume` is "auto", a checkpoint or a run directory.
 
-    A reproducible run that goes on in another rounding `environment` is warned about. A run that is at its end but was
-    killed before summary.json was written "goes on" there: what is left is to sum it up.
+    A reproducible run that goes on in another `rounding_environment` is warned about; only then is it asked for. A run
+    that is at its end but was killed before summary.json was written "goes on" there: what is left is to sum it up.
     UserError when the directory holds another recipe's run, or the checkpoint is damaged, or of another run or its end.
     """
     stored = stored_recipe(run)
@@ -89,8 +94,9 @@ def find_resume_point(
                 raise UserError(finished)
             if ended_after(run) or checkpoint.step > total_steps:
                 return ResumePoint(checkpoint, [], finished=finished)
-        changes = rounding_differences(checkpoint.saved.environment, environment)
-        if recipe.reproducible and changes:
+        if recipe.reproducible and (
+            changes := rounding_differences(checkpoint.saved.environment, environment())
+        ):
             messages.append(
                 f"{checkpoint.path.name} was made with other software or hardware ({'; '.join(changes)}): from here on "
                 "the run is not bitwise the one it would have been there"

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -52,8 +53,8 @@ def run_directory(output: Path | None, recipe: Recipe) -> RunDirectory:
 
 def resume_point_of(run: RunDirectory, resolved: Resolved, placement: Placement, resume: str) -> ResumePoint:
     """Where a run begins or goes on; reads only. UserError where it cannot."""
-    environment = rounding_environment(placement.device)
-    found = find_resume_point(run, resolved.recipe, resume, resolved.total_steps, environment)
+    rounding = partial(_rounding_environment, placement)
+    found = find_resume_point(run, resolved.recipe, resume, resolved.total_steps, rounding)
     if found.checkpoint is None:
         return found
     known, present = found.checkpoint.saved.data, resolved.dataset.fingerprint()
@@ -61,6 +62,16 @@ def resume_point_of(run: RunDirectory, resolved: Resolved, placement: Placement,
     note = fingerprint_note(known, present)
     messages = [*found.messages, *([f"{found.checkpoint.path.name} {note}"] if note else [])]
     return replace(found, messages=messages)
+
+
+def _rounding_environment(placement: Placement) -> dict[str, Any]:
+    """That of rank 0's host, whose versions are those here; what only torch could tell there is None."""
+    if not placement.hosts:
+        return rounding_environment(placement.device)
+    there = {name: placement.first_host.get(name) for name in ("machine", "cpu_features", "cpu_capability")}
+    gpu = placement.gpus[0] if placement.gpus else None
+    device = gpu if placement.device == "cuda" else "cpu"
+    return {**rounding_environment("cpu"), **there, "device": device}
 
 
 def make_job(

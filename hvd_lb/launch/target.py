@@ -12,6 +12,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import MPIJOB_HOSTFILE, Host, lsf_hosts, parse_hosts, read_hostfile
 from hvd_lb.launch.options import LaunchOptions
 from hvd_lb.launch.starters import allocation as slurm
+from hvd_lb.machine.placement import NAME_MORE
 
 _NAMES_SECONDS = 60.0
 
@@ -20,11 +21,13 @@ TargetKind = Literal["local", "ssh", "slurm", "submit-slurm", "submit-kubernetes
 
 @dataclass(frozen=True)
 class Target:
-    """What it is, and its hosts; `how` says where they were found."""
+    """What it is, and its hosts; `how` says where they were found, `more` how to get more machines or GPUs."""
 
     kind: TargetKind
     hosts: list[Host] = field(default_factory=list)
     how: str = ""
+    more: str = NAME_MORE
+    gpus: int = 0  #: that a Slurm job has on each of its nodes
 
 
 def find_target(
@@ -40,12 +43,14 @@ def find_target(
         return named
     if options.launcher == "kubernetes":
         return Target("submit-kubernetes")
-    if options.launcher in ("auto", "slurm") and (nodes := slurm.allocation(device, environment)):
+    if options.launcher in ("auto", "slurm") and (job := slurm.allocation(device, environment)):
+        how = f"Slurm job {environment['SLURM_JOB_ID']}"
         # One node that this process is on already needs no srun.
-        if options.launcher == "slurm" or len(nodes) > 1 or "SLURMD_NODENAME" not in environment:
-            hosts = [Host(name, slots) for name, slots in nodes]
-            return Target("slurm", hosts, f"Slurm job {environment['SLURM_JOB_ID']}")
-    elif options.launcher == "slurm":
+        if options.launcher == "auto" and len(job.nodes) == 1 and "SLURMD_NODENAME" in environment:
+            return Target("local", how=how, more=slurm.MORE_GPUS)
+        hosts = [Host(name, slots) for name, slots in job.nodes]
+        return Target("slurm", hosts, how, slurm.MORE_GPUS, job.gpus)
+    if options.launcher == "slurm":
         return Target("submit-slurm")
     if options.launcher != "local":
         if MPIJOB_HOSTFILE.exists():

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 from hvd_lb.machine.limits import cpu_quota
 
@@ -18,6 +19,16 @@ def usable_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota()
     return cores if quota is None else min(cores, math.ceil(quota))
+
+
+def describe_cpu() -> dict[str, Any]:
+    """This machine's processor, as environment.json has it; kernels are chosen by its features."""
+    return {
+        "machine": platform.machine(),
+        "cpu": cpu_name(),
+        "cpu_features": cpu_features(),
+        "cores": usable_cores(),
+    }
 
 
 def cpu_features() -> list[str]:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hvd_lb.machine.cpu import cpu_features, cpu_name, usable_cores
+from hvd_lb.machine.cpu import describe_cpu
 from hvd_lb.machine.packages import version
 from hvd_lb.machine.placement import Placement
 
 
 def describe_environment(placement: Placement, command: Sequence[str]) -> dict[str, Any]:
-    """What environment.json tells about where and how a run was made."""
+    """What environment.json tells about where and how a run was made; devices and CPU are those of its ranks."""
     import torch
 
     packages = (
@@ -39,10 +39,10 @@ def describe_environment(placement: Placement, command: Sequence[str]) -> dict[s
         "threads_per_process": placement.threads,
         "hosts": list(placement.hosts) or [socket.gethostname()],
         "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_features": cpu_features(),
-        "cores": usable_cores(),
+        **(
+            placement.first_host
+            or {**describe_cpu(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+        ),
         "git_commit": _git_commit(),
         "executable": sys.executable,
     }
@@ -51,9 +51,11 @@ def describe_environment(placement: Placement, command: Sequence[str]) -> dict[s
 def _devices(placement: Placement) -> list[str]:
     import torch
 
-    if placement.device == "cuda":
-        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ["cpu"]
+    if placement.device == "cpu":
+        return ["cpu"]
+    if placement.hosts:
+        return list(placement.gpus)
+    return [torch.cuda.get_device_name(i) for i in range(placement.processes)]
 
 
 def _git_commit() -> str | None:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from hvd_lb.errors import UserError
 from hvd_lb.machine.cpu import usable_cores
 
 DeviceName = Literal["cpu", "cuda"]
 
+#: How to get more of them, where no scheduler gives them.
+NAME_MORE = "name more machines with --hosts"
+
 
 @dataclass(frozen=True)
 class Placement:
-    """`processes` (p) on `device`, each with `threads` CPU threads; `hosts` is empty for this machine alone."""
+    """`processes` (p) on `device`, each with `threads` CPU threads; `hosts` is empty for this machine alone.
+
+    What other hosts have is known from the preflight: `gpus` are the names of the ranks' GPUs in their order,
+    `first_host` is the `describe_cpu` of rank 0's host.
+    """
 
     device: DeviceName
     processes: int
     threads: int
     hosts: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()
+    first_host: Mapping[str, Any] = field(default_factory=dict)
 
 
 def gpus_here() -> int:
@@ -28,14 +38,14 @@ def gpus_here() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def choose_device(name: str) -> DeviceName:
-    """cpu or cuda for "auto", "cpu" or "cuda"."""
+def choose_device(name: str, more: str = NAME_MORE) -> DeviceName:
+    """cpu or cuda for "auto", "cpu" or "cuda"; `more` says in a UserError how to get GPUs."""
     if name == "auto":
         return "cuda" if gpus_here() else "cpu"
     if name == "cuda" and not gpus_here():
         raise UserError(
-            "--device cuda, but this machine has 0 CUDA GPUs: name machines that have some with --hosts, use "
-            "--device cpu, try it out with `hvd-lb simulate`, or see `hvd-lb doctor` if there should be one"
+            f"--device cuda, but this machine has 0 CUDA GPUs: {more}, use --device cpu, try it out with "
+            "`hvd-lb simulate`, or see `hvd-lb doctor` if there should be one"
         )
     return "cuda" if name == "cuda" else "cpu"
 
@@ -46,15 +56,15 @@ def default_gpus(device: DeviceName) -> int:
 
 
 def choose_placement(
-    device: DeviceName, *, gpus: int, processes: int | None, threads: int | None
+    device: DeviceName, *, gpus: int, processes: int | None, threads: int | None, more: str = NAME_MORE
 ) -> Placement:
-    """Processes and threads for `gpus` virtual workers on this machine; UserError when they cannot be had."""
+    """Processes and threads for `gpus` virtual workers on this machine; UserError, with `more`, if it has too few."""
     if device == "cuda":
         there = gpus_here()
         wanted = processes or gpus
         if wanted > there:
             raise UserError(
-                f"{wanted} GPUs are asked for and this machine has {there}: name more machines with --hosts, share "
+                f"{wanted} GPUs are asked for and this machine has {there}: {more}, share "
                 f"the virtual workers with --processes {there}, use --device cpu, or try it out with `hvd-lb simulate`"
             )
     else:

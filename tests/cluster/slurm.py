@@ -3,8 +3,8 @@
 with lab(["h0", "h1", "h2"]) as hosts, slurm(hosts[0], {hosts[1]: 2, hosts[2]: 1}) as cluster:
     cluster.run(["srun", "--nodes", "2", "hostname"])
 
-The nodes pretend to have GPUs, as many as CPUs. Two partitions over all nodes: jobs in `urgent` preempt those in
-`main`, which are put back into the queue. A node that does not answer is given up after ten seconds.
+The nodes pretend to have GPUs of the type `lab`, as many as CPUs. Two partitions over all nodes: jobs in `urgent`
+preempt those in `main`, which are put back into the queue. A node that does not answer is given up after ten seconds.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _pretended_gpus(nodes: Mapping[Host, int], folder: Path) -> str:
     for number in range(max(nodes.values())):
         os.mknod(folder / f"nvidia{number}", 0o600 | 0o020000, os.makedev(1, 3))  # /dev/null's numbers
     return "".join(
-        f"NodeName={node.name} Name=gpu File={folder}/nvidia[0-{cpus - 1}] Flags=nvidia_gpu_env\n"
+        f"NodeName={node.name} Name=gpu Type=lab File={folder}/nvidia[0-{cpus - 1}] Flags=nvidia_gpu_env\n"
         for node, cpus in nodes.items()
     )
 
@@ -133,6 +133,7 @@ def _configuration(controller: Host, nodes: Mapping[Host, int], folder: Path) ->
         f"StateSaveLocation={folder}/state",
         f"SlurmdTimeout={NODE_TIMEOUT}",
         "ReturnToService=2",
+        "LaunchParameters=use_interactive_step",
         "JobRequeue=1",
         "KillWait=20",
         "MinJobAge=3600",
@@ -140,7 +141,7 @@ def _configuration(controller: Host, nodes: Mapping[Host, int], folder: Path) ->
         "PreemptMode=REQUEUE",
         "SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0",
         *(
-            f"NodeName={node.name} NodeHostname={node.name} NodeAddr={node.address} CPUs={cpus} Gres=gpu:{cpus}"
+            f"NodeName={node.name} NodeHostname={node.name} NodeAddr={node.address} CPUs={cpus} Gres=gpu:lab:{cpus}"
             for node, cpus in nodes.items()
         ),
         f"PartitionName=main Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 GraceTime={GRACE}",

@@ -125,7 +125,7 @@ from hvd_lb.launch.starters.rendezvous import rendezvous
 from hvd_lb.launch.starters.allocation import allocation, one_per_node, srun_command
 
 address, worker = sys.argv[1:]
-hosts = allocation("cpu")
+hosts = allocation("cpu").nodes
 probe = [sys.executable, "-c", "import os; print(input(), os.environ['SLURMD_NODENAME'])"]
 asked = subprocess.run(
     one_per_node([name for name, _ in hosts], probe), input="question\\n", stdout=subprocess.PIPE, text=True
@@ -180,26 +180,95 @@ exec {python} -c '
 import subprocess
 from hvd_lb.launch.starters.allocation import allocation, srun_command
 seen = ["sh", "-c", "echo $SLURM_PROCID $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES"]
-subprocess.run(srun_command(allocation("auto"), seen), check=True)
+job = allocation("auto")
+subprocess.run(srun_command(job.nodes, seen, gpus=job.gpus), check=True)
+'
+"""
+# More GPUs than cores; more tasks than cores; ways to ask by which Slurm would show each task one GPU, as number 0.
+ASKED = (
+    "--gpus-per-node=2",
+    "--gpus-per-node=lab:2 --ntasks-per-node=2",
+    "--gres=gpu:2",
+    "--gpus=4",
+    "--gpus=4 --ntasks-per-gpu=1",
+    "--gpus-per-task=1 --ntasks-per-node=2",
+    "--gpus-per-task=lab:1 --ntasks-per-node=2 --cpus-per-task=1",
+    "--gpus-per-node=2 --cpus-per-task=2",
+    "--gpus-per-node=2 --nodes=2 --ntasks=6 --overcommit",
+    "--gpus-per-node=2 --cpus-per-gpu=1",
+    "--exclusive",
+    "--exclusive --gpus-per-node=2",
+)
+
+
+@pytest.mark.parametrize("options", ASKED)
+def test_each_rank_sees_all_gpus_of_its_node(cluster: Cluster, tmp_path: Path, options: str) -> None:
+    log = batch(cluster, SEEN.format(python=sys.executable), tmp_path, "--nodelist=h[1-2]", *options.split())
+    lines = sorted(line for line in log.splitlines() if not line.startswith("srun:"))
+    assert lines == ["0 h1 0,1", "1 h1 0,1", "2 h2 0,1", "3 h2 0,1"], log
+
+
+@pytest.mark.parametrize(
+    "options", ["--gpus-per-node=2", "--gpus=4", "--gpus-per-task=1 --ntasks-per-node=2"]
+)
+def test_an_allocation_is_used_from_where_it_was_asked_for(
+    cluster: Cluster, tmp_path: Path, options: str
+) -> None:
+    (tmp_path / "seen").write_text(SEEN.format(python=sys.executable))
+    (tmp_path / "seen").chmod(0o700)
+    allocate = ["salloc", "--nodelist=h[1-2]", *options.split()]
+    environment = {"PYTHONPATH": str(ROOT)}
+    said = cluster.run([*allocate, tmp_path / "seen"], env=environment)  # runs on the head node
+    assert sorted(said.stdout.splitlines()) == ["0 h1 0,1", "1 h1 0,1", "2 h2 0,1", "3 h2 0,1"], said
+    idle(cluster)
+    # Without a command it is a shell on the first node.
+    shell = ["script", "-qec", " ".join(allocate), "/dev/null"]
+    said = cluster.run(shell, env=environment, input=f"exec {tmp_path}/seen\n")
+    lines = [line.strip() for line in said.stdout.splitlines()]
+    assert [line for line in sorted(lines) if line[:1].isdigit()] == [
+        "0 h1 0,1",
+        "1 h1 0,1",
+        "2 h2 0,1",
+        "3 h2 0,1",
+    ]
+    idle(cluster)
+
+
+SHOWN = """#!/bin/sh
+exec {python} -c '
+import json, os
+from hvd_lb.errors import UserError
+from hvd_lb.launch.options import LaunchOptions
+from hvd_lb.launch.target import find_target
+try:
+    target = find_target(LaunchOptions(), "auto", os.environ)
+    print("SHOWN", target.kind, *target.hosts)
+except UserError as error:
+    print("SHOWN", error)
 '
 """
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "before", "shown"),
     [
-        ("--ntasks-per-node=2", "--gpus-per-node=2"),
-        ("--ntasks-per-node=1", "--gpus-per-node=2"),  # more GPUs than cores
-        # Slurm would show each task a GPU of its own, as number 0.
-        ("--ntasks-per-node=2", "--gpus-per-task=1"),
+        ("--nodes=2 --gpus-per-node=2", "srun --nodes=1 --ntasks=1 --gpus=1 sh", "local"),
+        ("--nodes=1 --gpus-per-node=2", "", "local"),
+        ("--nodelist=h[1-2] --gpus=3", "", "has 2 on h1, 1 on h2"),
+        ("--nodes=2 --ntasks-per-node=2", "", "slurm h1:2 h2:2"),
+        ("--nodes=1 : --nodes=1", "", "heterogeneous Slurm job of 2 components"),
     ],
 )
-def test_each_rank_sees_all_gpus_of_its_node(
-    cluster: Cluster, tmp_path: Path, options: tuple[str, ...]
+def test_what_an_allocation_is_taken_for(
+    cluster: Cluster, tmp_path: Path, options: str, before: str, shown: str
 ) -> None:
-    log = batch(cluster, SEEN.format(python=sys.executable), tmp_path, "--nodelist=h[1-2]", *options)
-    lines = sorted(line for line in log.splitlines() if not line.startswith("srun:"))
-    assert lines == ["0 h1 0,1", "1 h1 0,1", "2 h2 0,1", "3 h2 0,1"], log
+    script = tmp_path / "shown"
+    script.write_text(SHOWN.format(python=sys.executable))
+    script.chmod(0o700)
+    log = batch(cluster, f"#!/bin/sh\n{before} {script}\n", tmp_path, *options.split())
+    assert shown in " ".join(line for line in log.splitlines() if line.startswith("SHOWN")), log
+    assert "--hosts" not in log
+    idle(cluster)
 
 
 def test_a_cancelled_run_goes_on_and_one_out_of_time_puts_itself_back_into_the_queue(

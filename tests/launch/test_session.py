@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from hvd_lb.errors import UserError
+from hvd_lb.exact.reproducible import rounding_differences
 from hvd_lb.launch import session
 from hvd_lb.launch.resume import ResumePoint
+from hvd_lb.machine.environment import describe_environment
+from hvd_lb.machine.placement import Placement
 
 NOW = "a" * 16 + "-" + "b" * 16 + "-" + "c" * 16
 
@@ -18,7 +21,6 @@ NOW = "a" * 16 + "-" + "b" * 16 + "-" + "c" * 16
 def messages(monkeypatch: pytest.MonkeyPatch, known: str | None) -> list[str]:
     checkpoint: Any = known and SimpleNamespace(path=Path("step-00000008"), saved=SimpleNamespace(data=known))
     monkeypatch.setattr(session, "find_resume_point", lambda *_: ResumePoint(checkpoint, ["before"]))
-    monkeypatch.setattr(session, "rounding_environment", lambda device: {})
     resolved: Any = SimpleNamespace(
         recipe=None, total_steps=9, dataset=SimpleNamespace(name="pictures", fingerprint=lambda: NOW)
     )
@@ -43,3 +45,26 @@ def test_other_names_and_older_checkpoints_go_on_with_a_word(monkeypatch: pytest
 def test_other_data_are_refused_before_anything_starts(known: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="step-00000008 was trained on other data than pictures is now"):
         messages(monkeypatch, known)
+
+
+def test_the_rounding_of_other_hosts_is_that_of_rank_0s_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typed on a login node: it has no GPU, and another CPU."""
+    seen = []
+
+    def find(*arguments: Any) -> ResumePoint:
+        seen.append(arguments[-1])
+        return ResumePoint(None, [])
+
+    monkeypatch.setattr(session, "find_resume_point", find)
+    resolved: Any = SimpleNamespace(recipe=None, total_steps=9)
+    run: Any = None
+    first = {"machine": "aarch64", "cpu": "Grace", "cpu_features": ["sve2"], "cores": 72}
+    placement = Placement("cuda", 2, 1, ("h1", "h2"), gpus=("GH200", "H100"), first_host=first)
+    session.resume_point_of(run, resolved, placement, "auto")
+    there = seen[0]()
+    assert (there["device"], there["machine"], there["cpu_features"]) == ("GH200", "aarch64", ["sve2"])
+    ranks = {**there, "cpu_capability": "SVE256"}
+    assert rounding_differences(ranks, there) == []
+    assert rounding_differences({**ranks, "device": "H100"}, there) == ["device: H100 → GH200"]
+    assert describe_environment(placement, [])["devices"] == ["GH200", "H100"]
+    assert describe_environment(placement, [])["cpu"] == "Grace"

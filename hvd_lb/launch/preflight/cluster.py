@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from hvd_lb.launch.hosts import Host, assign
-from hvd_lb.machine.placement import DeviceName, Placement, check_processes
+from hvd_lb.machine.placement import NAME_MORE, DeviceName, Placement, check_processes
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,11 @@ class Cluster:
     interface: str  #: of this machine, where the rendezvous is
     address: str  #: of that
     mpirun: bool
+    more: str = NAME_MORE  #: how to get more slots
+    gpus: Mapping[str, Sequence[str]] = field(
+        default_factory=dict
+    )  #: the names of each host's, as ranks take them
+    cpus: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  #: each host's `describe_cpu`
 
     @property
     def slots(self) -> int:
@@ -28,6 +35,15 @@ class Cluster:
         """Processes and threads for `gpus` virtual workers on these hosts; UserError when they cannot be had."""
         wanted = processes or min(gpus, self.slots)
         check_processes(wanted, gpus)
-        hosts = assign(self.hosts, wanted)
+        hosts = assign(self.hosts, wanted, self.more)
         share = min(self.cores[host.name] // (host.slots or 1) for host in hosts)
-        return Placement(self.device, wanted, threads or max(1, share), tuple(host.name for host in hosts))
+        return Placement(
+            self.device,
+            wanted,
+            threads or max(1, share),
+            tuple(host.name for host in hosts),
+            gpus=tuple(name for host in hosts for name in self.gpus.get(host.name, ())[: host.slots])
+            if self.device == "cuda"
+            else (),
+            first_host=self.cpus.get(hosts[0].name, {}),
+        )

@@ -20,7 +20,7 @@ from hvd_lb.launch.hosts import Host, is_this_machine
 from hvd_lb.launch.preflight import probe
 from hvd_lb.launch.preflight.ask import Ask
 from hvd_lb.launch.preflight.cluster import Cluster
-from hvd_lb.machine.placement import DeviceName
+from hvd_lb.machine.placement import NAME_MORE, DeviceName
 
 _ANSWER_SECONDS = 90.0
 _GIB = 2**30
@@ -35,6 +35,7 @@ class Request:
     data: Path | None
     output: Path
     interface: str | None
+    more: str = NAME_MORE  #: how to get more hosts or GPUs
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,9 @@ def preflight(hosts: Sequence[Host], request: Request, ask: Ask) -> PreflightRep
             interface=own["name"],
             address=own["address"],
             mpirun=all(answer["mpirun"] for answer in ready.values()),
+            more=request.more,
+            gpus={name: [gpu["name"] for gpu in answer["gpus"]] for name, answer in ready.items()},
+            cpus={name: answer["cpu"] for name, answer in ready.items()},
         ),
     )
 
@@ -129,7 +133,7 @@ def _judge(
         return
     yield Finding("reached", "ok", answer["hostname"])
     yield _judge_versions(answer, here)
-    yield _judge_processes(host, answer, request.device, device)
+    yield _judge_processes(host, answer, request, device)
     if answer["nameless"]:
         yield Finding("network", "wrong", answer["nameless"])
     else:
@@ -191,10 +195,10 @@ def _build(record: dict[str, Any]) -> str:
     return f"{operations} for torch {record['torch']}"
 
 
-def _judge_processes(host: Host, answer: dict[str, Any], asked: str, device: DeviceName) -> Finding:
+def _judge_processes(host: Host, answer: dict[str, Any], request: Request, device: DeviceName) -> Finding:
     gpus = answer["gpus"]
     if device == "cpu":
-        if gpus and asked == "auto":
+        if gpus and request.device == "auto":
             return Finding(
                 "GPUs",
                 "wrong",
@@ -203,7 +207,8 @@ def _judge_processes(host: Host, answer: dict[str, Any], asked: str, device: Dev
             )
         return Finding("processes", "ok", f"{host.slots or answer['cores']} on {answer['cores']} cores")
     if len(gpus) < (host.slots or 1):
-        fix = "lower its slots in --hosts, or see `hvd-lb doctor` there"
+        fewer = "lower its slots in --hosts" if request.more == NAME_MORE else request.more
+        fix = f"{fewer}, or see `hvd-lb doctor` there"
         return Finding("GPUs", "wrong", f"{host.slots or 1} GPUs are asked for and it has {len(gpus)}", fix)
     wanted = gpus[: host.slots] if host.slots else gpus
     for index, gpu in enumerate(wanted):

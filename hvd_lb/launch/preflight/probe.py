@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hvd_lb.machine.cpu import usable_cores
+from hvd_lb.machine.cpu import describe_cpu, usable_cores
 
 #: Begins the line that is the answer, among whatever else a login shell may print.
 ANSWER = "hvd-lb-probe "
@@ -36,6 +36,7 @@ def answer(name: str, request: dict[str, Any]) -> dict[str, Any]:
         "mpirun": shutil.which("mpirun"),
         "nameless": unknown_to_itself(),
         "cores": usable_cores(),
+        "cpu": describe_cpu(),
         "gpus": gpus(),
         "interface": interface(request["interface"], peers),
         "data": None if request["data"] is None else os.access(request["data"], os.R_OK | os.X_OK),

@@ -17,19 +17,28 @@ from hvd_lb.errors import UserError
 # What sbatch and salloc leave in the environment for srun, and would change what is asked for here: one task per rank
 # in our order, each with all cores and GPUs that the job has on its node.
 _UNSET = (
-    "SLURM_HOSTFILE",
-    "SLURM_NTASKS_PER_NODE",
-    "SLURM_NTASKS_PER_GPU",
-    "SLURM_GPUS_PER_TASK",
-    "SLURM_GPU_BIND",
-    "SLURM_TRES_PER_TASK",
-    "SLURM_TRES_BIND",
-    "SLURM_CPUS_PER_TASK",
-    "SRUN_CPUS_PER_TASK",
-    "SLURM_EXACT",
+    *("SLURM_HOSTFILE", "SLURM_EXACT", "SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK"),
+    *("SLURM_NTASKS_PER_NODE", "SLURM_NTASKS_PER_GPU", "SLURM_NTASKS_PER_TRES"),
+    *("SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_SOCKET", "SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND"),
+    *("SLURM_CPUS_PER_GPU", "SLURM_MEM_PER_GPU", "SLURM_GRES", "SLURM_STEP_GRES"),
+    *("SLURM_TRES_PER_TASK", "SLURM_TRES_BIND"),
 )
 # What an interpreter needs before it reads the job's file, which holds the rest; SLURM_* go along in any case.
 _EXPORTED = ("HOME", "PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
+
+
+# Steps of a job that are no command of srun's: the shell of `salloc` on its first node, and the batch script.
+_STEPS_OF_THE_JOB = ("4294967290", "4294967291")
+#: How a job asks for GPUs so that every node has as many: srun cannot start ranks in one where they differ.
+MORE_GPUS = "ask Slurm for as many on every node (--nodes and --gpus-per-node of sbatch or salloc)"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Nodes of a job and their slots, in Slurm's order; `gpus` are those on each node, 0 where none are used."""
+
+    nodes: list[tuple[str, int]]
+    gpus: int
 
 
 @dataclass(frozen=True)
@@ -48,23 +57,33 @@ class PyxisContainer:
 
 def allocation(
     device: Literal["auto", "cpu", "cuda"], environ: Mapping[str, str] = os.environ
-) -> list[tuple[str, int]] | None:
-    """Nodes and slots of the job that this process is in, in Slurm's order; None outside of one.
+) -> Allocation | None:
+    """What the job has that this process is in; None outside of one.
 
-    A slot is a GPU, where the job has some and `device` is not cpu, else a task. UserError in one task of several.
+    A slot is a GPU, where the job has some and `device` is not cpu, else a task. Within a step of one task (`srun -N1`
+    in a larger job) it is that step's node alone. UserError in one task of several, in a heterogeneous job, and where
+    nodes have different numbers of GPUs.
     """
     nodes = environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         return None
+    if "SLURM_HET_SIZE" in environ:
+        raise UserError(
+            f"this is a heterogeneous Slurm job of {environ['SLURM_HET_SIZE']} components, and the ranks of a run are "
+            f"alike: submit it as one component; {MORE_GPUS}"
+        )
     tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks.isdecimal() and int(tasks) > 1:
         raise UserError(
             f"this is one of {tasks} tasks that srun started, expected one process that starts the others: "
             "run `hvd-lb train` in the batch script or under salloc, without srun"
         )
-    names = expand_nodes(nodes)
+    step = environ.get("SLURM_STEP_ID", _STEPS_OF_THE_JOB[0]) not in _STEPS_OF_THE_JOB
+    names = [environ["SLURMD_NODENAME"]] if step and "SLURMD_NODENAME" in environ else expand_nodes(nodes)
     try:
-        return list(zip(names, slots(device, environ), strict=True))
+        if device != "cpu" and (gpus := _gpus(names, environ["SLURM_JOB_ID"])):
+            return Allocation([(name, gpus) for name in names], gpus)
+        return Allocation(list(zip(names, tasks_per_node(environ), strict=True)), 0)
     except (KeyError, ValueError) as error:
         raise UserError(
             f"this looks like a Slurm job on {nodes}, but its variables are not whole ({error}): run hvd-lb in the "
@@ -72,12 +91,35 @@ def allocation(
         ) from None
 
 
-def slots(device: Literal["auto", "cpu", "cuda"], environ: Mapping[str, str]) -> list[int]:
-    """Slots of each node of a job, from the environment of its batch script."""
-    nodes = int(environ["SLURM_JOB_NUM_NODES"])
-    if device != "cpu" and (gpus := int(environ.get("SLURM_GPUS_ON_NODE", "0"))):
-        return [gpus] * nodes
+def tasks_per_node(environ: Mapping[str, str]) -> list[int]:
+    """Tasks that the job was asked for on each of its nodes, or cores where it was not said."""
     return expand_counts(environ.get("SLURM_TASKS_PER_NODE") or environ["SLURM_JOB_CPUS_PER_NODE"])
+
+
+def _gpus(names: Sequence[str], job: str) -> int:
+    """GPUs of the job on each of these nodes, the same number on all of them; UserError where it is not.
+
+    The controller says it: variables tell the batch script of its own node, and other processes what was asked for.
+    """
+    there = gpus_of_nodes(_scontrol("show", "job", "--details", "--oneliner", job))
+    counts = [there.get(name, 0) for name in names]
+    if len(set(counts)) > 1:
+        each = ", ".join(f"{count} on {name}" for name, count in zip(names, counts, strict=True))
+        raise UserError(
+            f"Slurm job {job} has {each}: srun starts processes only with as many GPUs on each node; {MORE_GPUS}"
+        )
+    return counts[0]
+
+
+def gpus_of_nodes(details: str) -> dict[str, int]:
+    """GPUs of a job on each of its nodes, from `scontrol show job --details --oneliner`."""
+    gpus: dict[str, int] = {}
+    for nodes, resources in re.findall(r"(?<!\S)Nodes=(\S+) CPU_IDs=\S* Mem=\S* GRES=(\S*)", details):
+        # gpu:2(IDX:0-1), with a type gpu:h100:2(IDX:0,3); (CNT:2) where Slurm only counts them
+        counts = re.findall(r"(?:^|,)gpu(?::[^:,()]+)??(?::(\d+)\(IDX|\(CNT:(\d+))", resources)
+        count = sum(int(number or counted) for number, counted in counts)
+        gpus |= dict.fromkeys(expand_nodes(nodes) if "[" in nodes else nodes.split(","), count)
+    return gpus
 
 
 def expand_counts(text: str) -> list[int]:
@@ -93,45 +135,49 @@ def expand_counts(text: str) -> list[int]:
 
 def expand_nodes(nodes: str) -> list[str]:
     """The names in Slurm's "h[1-3]", by `scontrol`."""
+    return _scontrol("show", "hostnames", nodes).split()
+
+
+def _scontrol(*words: str) -> str:
     try:
-        found = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        )
+        found = subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True)
     except FileNotFoundError:
         raise UserError(
-            f"this is in a Slurm job on {nodes}, but there is no scontrol on PATH: "
-            "run hvd-lb where Slurm's commands are, not in a container, or give --launcher local"
+            "this is in a Slurm job, but there is no scontrol on PATH: run hvd-lb where Slurm's commands are, not in a "
+            "container, or give --launcher local"
         ) from None
     except subprocess.CalledProcessError as error:
         raise UserError(
-            f"scontrol does not expand {nodes!r}; give --launcher local for this machine alone: {error.stderr.strip()}"
+            f"scontrol {' '.join(words)} failed; give --launcher local for this machine alone: {error.stderr.strip()}"
         ) from None
-    return found.stdout.split()
+    return found.stdout
 
 
 def srun_command(
     hosts: Sequence[tuple[str, int]],
     command: Sequence[str],
     *,
+    gpus: int = 0,
     mpi: str = "none",
     container: PyxisContainer | None = None,
 ) -> list[str]:
     """Starts `command` once per slot: the ranks fill `hosts`, nodes of the allocation in its order, one by one.
 
-    The job ends when one rank fails. `mpi` is a value of srun's --mpi, such as pmix.
+    Each sees the `gpus` that the job has on its node. The job ends when one rank fails. `mpi` is a value of srun's
+    --mpi, such as pmix.
     """
     return [
-        *_srun([name for name, count in hosts for _ in range(count)], mpi, container),
+        *_srun([name for name, count in hosts for _ in range(count)], gpus, mpi, container),
         *("--kill-on-bad-exit=1", "--input=none", "--unbuffered"),
         *command,
     ]
 
 
 def one_per_node(
-    nodes: Sequence[str], command: Sequence[str], *, container: PyxisContainer | None = None
+    nodes: Sequence[str], command: Sequence[str], *, gpus: int = 0, container: PyxisContainer | None = None
 ) -> list[str]:
     """Starts `command` once on each node; all read what srun reads, and answer in whole lines, in any order."""
-    return [*_srun(nodes, "none", container), "--kill-on-bad-exit=0", "--input=all", *command]
+    return [*_srun(nodes, gpus, "none", container), "--kill-on-bad-exit=0", "--input=all", *command]
 
 
 def on_node(node: str, command: Sequence[str]) -> list[str]:
@@ -139,7 +185,7 @@ def on_node(node: str, command: Sequence[str]) -> list[str]:
     return one_per_node([node], command)
 
 
-def _srun(places: Sequence[str], mpi: str, container: PyxisContainer | None) -> list[str]:
+def _srun(places: Sequence[str], gpus: int, mpi: str, container: PyxisContainer | None) -> list[str]:
     """srun with one task for each place, a node's name, in this order."""
     return [
         "env",
@@ -148,6 +194,7 @@ def _srun(places: Sequence[str], mpi: str, container: PyxisContainer | None) -> 
         *(f"--nodes={len(set(places))}", f"--ntasks={len(places)}"),
         # Beside a task that the job may have already, also with more GPUs than cores; all cores to each, whatever the
         # site binds tasks to.
+        *([f"--gpus-per-node={gpus}"] if gpus else []),
         *("--overlap", "--overcommit", "--cpu-bind=none", f"--mpi={mpi}", f"--export={','.join(_EXPORTED)}"),
         *(container.options() if container else []),
     ]

@@ -20,12 +20,12 @@ from hvd_lb.launch.starters.rendezvous import rendezvous
 _ANSWER_SECONDS = 120.0
 
 
-def asking_over_srun(container: PyxisContainer | None = None) -> Ask:
-    """Asks the nodes of the allocation by one step of a task on each."""
+def asking_over_srun(gpus: int, container: PyxisContainer | None = None) -> Ask:
+    """Asks the nodes of the allocation, with `gpus` on each, by one step of a task on each."""
 
     def ask(hosts: list[str], question: str) -> dict[str, str | UserError]:
         probing = [_python(container), "-P", "-m", "hvd_lb.launch.preflight.probe"]
-        command = one_per_node(hosts, probing, container=container)
+        command = one_per_node(hosts, probing, gpus=gpus, container=container)
         try:
             completed = subprocess.run(
                 command, input=question, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False
@@ -42,9 +42,16 @@ def asking_over_srun(container: PyxisContainer | None = None) -> Ask:
 
 
 def over_srun(
-    cluster: Cluster, processes: int, environment: Mapping[str, str], container: PyxisContainer | None = None
+    cluster: Cluster,
+    processes: int,
+    gpus: int,
+    environment: Mapping[str, str],
+    container: PyxisContainer | None = None,
 ) -> LaunchPlan:
-    """`processes` on the nodes of an allocation: they meet at a rendezvous of this process, or through Open MPI."""
+    """`processes` on the nodes of an allocation, with `gpus` on each.
+
+    They meet at a rendezvous of this process, or through Open MPI.
+    """
     hosts = assign(cluster.hosts, processes)
     places = [(host.name, host.slots or 1) for host in hosts]
     mpi = _mpi_plugin() if needs_mpi(environment) else None
@@ -52,7 +59,11 @@ def over_srun(
         "slurm",
         hosts,
         lambda job_file: srun_command(
-            places, rank_command(job_file, _python(container)), mpi=mpi or "none", container=container
+            places,
+            rank_command(job_file, _python(container)),
+            gpus=gpus,
+            mpi=mpi or "none",
+            container=container,
         ),
         interfaces={host.name: cluster.interfaces[host.name] for host in hosts},
         environment=environment,

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.rank.slurm import rank_environment
+from hvd_lb.launch.starters import allocation as slurm
 from hvd_lb.launch.starters.allocation import (
+    Allocation,
     PyxisContainer,
     allocation,
     expand_counts,
+    gpus_of_nodes,
     one_per_node,
-    slots,
     srun_command,
 )
 
@@ -46,14 +48,71 @@ def test_counts_are_read_as_slurm_writes_them(counts: list[int]) -> None:
     assert expand_counts(compressed(counts)) == counts
 
 
-def test_a_slot_is_a_gpu_or_a_task_or_a_core() -> None:
-    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_CPUS_PER_NODE": "96(x2)"}
-    assert slots("auto", job) == [96, 96]
-    job["SLURM_TASKS_PER_NODE"] = "3,2"
-    assert slots("auto", job) == slots("cuda", job) == [3, 2]
-    job["SLURM_GPUS_ON_NODE"] = "8"
-    assert slots("auto", job) == slots("cuda", job) == [8, 8]
-    assert slots("cpu", job) == [3, 2]
+@pytest.fixture
+def scontrol(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What `scontrol` says, by its first two words."""
+    said = {
+        "show hostnames": "h1\nh2\n",
+        "show job": "JobId=7 NodeList=h[1-2] Nodes=h[1-2] CPU_IDs=0 Mem=0 GRES=",
+    }
+    monkeypatch.setattr(slurm, "_scontrol", lambda *words: said[" ".join(words[:2])])
+    return said
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "h[1-2]", "SLURM_JOB_CPUS_PER_NODE": "96(x2)"}
+
+
+def test_a_slot_is_a_gpu_or_a_task_or_a_core(scontrol: dict[str, str]) -> None:
+    assert allocation("auto", JOB) == Allocation([("h1", 96), ("h2", 96)], 0)
+    job = {**JOB, "SLURM_TASKS_PER_NODE": "3,2"}
+    for device in ("auto", "cuda", "cpu"):
+        assert allocation(device, job) == Allocation([("h1", 3), ("h2", 2)], 0)  # type: ignore[arg-type]
+    # On a login node nothing but this tells of them; the batch script knows those of its own node.
+    scontrol["show job"] = scontrol["show job"].replace("GRES=", "GRES=gpu:8(IDX:0-7)")
+    for device in ("auto", "cuda"):
+        assert allocation(device, job) == Allocation([("h1", 8), ("h2", 8)], 8)  # type: ignore[arg-type]
+    assert allocation("cpu", job) == Allocation([("h1", 3), ("h2", 2)], 0)
+
+
+def test_nodes_with_different_numbers_of_gpus_are_refused_in_slurms_words(scontrol: dict[str, str]) -> None:
+    scontrol["show job"] = (
+        "Nodes=h1 CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:0-1) Nodes=h2 CPU_IDs=0 Mem=0 GRES=gpu:1(IDX:0)"
+    )
+    with pytest.raises(UserError, match="7 has 2 on h1, 1 on h2.*--gpus-per-node") as error:
+        allocation("cuda", {**JOB, "SLURM_TASKS_PER_NODE": "1(x2)"})
+    assert "--hosts" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus"),
+    [
+        ("", 0),
+        ("gpu:2(IDX:0-1)", 2),
+        ("gpu:h100:2(IDX:0,3)", 2),
+        ("gpu:a100_3g.20gb:1(IDX:0),gpu:h100:2(IDX:2,4)", 3),
+        ("license:1(IDX:0),gpu(CNT:4)", 4),
+        ("gpu:h100(CNT:4),mps:100(IDX:0-1)", 4),
+        ("fpgagpu:2(IDX:0-1)", 0),
+    ],
+)
+def test_gpus_are_counted_as_the_controller_lists_them(resources: str, gpus: int) -> None:
+    details = f"JobId=7 BatchHost=h1 NumNodes=2 Nodes=h1,h2 CPU_IDs=0-1 Mem=0 GRES={resources} MinCPUsNode=1"
+    assert gpus_of_nodes(details) == {"h1": gpus, "h2": gpus}
+
+
+def test_a_step_of_one_task_has_its_node_alone(scontrol: dict[str, str]) -> None:
+    step = {**JOB, "SLURM_TASKS_PER_NODE": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURMD_NODENAME": "h2"}
+    scontrol["show job"] = scontrol["show job"].replace("GRES=", "GRES=gpu:8(IDX:0-7)")
+    assert allocation("cpu", {**step, "SLURM_STEP_ID": "0"}) == Allocation([("h2", 1)], 0)
+    assert allocation("cuda", {**step, "SLURM_STEP_ID": "0"}) == Allocation([("h2", 8)], 8)
+    # salloc's own shell on the first node is for the whole job
+    shell = {**step, "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_ID": "4294967290"}
+    assert allocation("cpu", shell) == Allocation([("h1", 1), ("h2", 1)], 0)
+
+
+def test_a_heterogeneous_job_is_refused(scontrol: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="heterogeneous Slurm job of 2 components.*one component"):
+        allocation("cpu", {**JOB, "SLURM_HET_SIZE": "2"})
 
 
 def test_outside_of_a_job_there_is_no_allocation() -> None:
@@ -65,9 +124,7 @@ def test_one_task_of_several_is_told_so() -> None:
         allocation("auto", {"SLURM_JOB_NODELIST": "h[1-2]", "SLURM_STEP_NUM_TASKS": "16"})
 
 
-@pytest.mark.parametrize(
-    "left", [{}, {"SLURM_JOB_NUM_NODES": "x"}, {"SLURM_JOB_NUM_NODES": "1", "SLURM_TASKS_PER_NODE": "many"}]
-)
+@pytest.mark.parametrize("left", [{}, {"SLURM_TASKS_PER_NODE": "1(x2)"}, {"SLURM_TASKS_PER_NODE": "many"}])
 def test_variables_that_are_not_whole_are_told_in_one_line(
     left: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +161,12 @@ def test_srun_fills_the_nodes_in_order() -> None:
     ]
     unset = command[1 : command.index("srun")]
     assert unset[::2] == ["-u"] * (len(unset) // 2)
-    assert {"SLURM_HOSTFILE", "SLURM_NTASKS_PER_NODE", "SLURM_GPUS_PER_TASK"} < set(unset[1::2])
+    assert {"SLURM_HOSTFILE", "SLURM_NTASKS_PER_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_TASK"} < set(unset[1::2])
+
+
+def test_a_step_is_given_all_gpus_of_its_nodes() -> None:
+    for command in (srun_command([("h3", 2)], ["x"], gpus=4), one_per_node(["h3"], ["x"], gpus=4)):
+        assert "--gpus-per-node=4" in command
 
 
 def test_one_task_per_node_reads_what_srun_reads() -> None:
