@@ -43,9 +43,10 @@ class FixedPointSum:
 
     A sum is gathered by `add`, exchanged by `start`, and ends with `finish`, which makes room for the
     next one. `start` and `finish` are collective. Raises `RuntimeError` when more than `terms` terms were added.
+    `riders` are as many integers that are added along: each process sets its own before `start`.
     """
 
-    def __init__(self, like: Sequence[Tensor], terms: int, name: str) -> None:
+    def __init__(self, like: Sequence[Tensor], terms: int, name: str, riders: int = 0) -> None:
         if terms < 1:
             raise ValueError(f"{name}: a sum of {terms} terms; expected at least 1")
         self._name, self._terms = name, terms
@@ -55,8 +56,9 @@ class FixedPointSum:
         self._dtype = first.dtype
         offsets = offsets_of(like)
         # The sums of all tensors, followed by the number of terms of each, are exchanged as one tensor.
-        self._total = torch.zeros(offsets[-1] + len(like), dtype=torch.int64, device=first.device)
-        self._counts = self._total[offsets[-1] :]
+        end = offsets[-1] + len(like)
+        self._total = torch.zeros(end + riders, dtype=torch.int64, device=first.device)
+        self._counts, self.riders = self._total[offsets[-1] : end], self._total[end:]
         self._parts = [
             self._total[start : start + tensor.numel()] for start, tensor in zip(offsets, like, strict=False)
         ]

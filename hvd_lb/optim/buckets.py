@@ -3,14 +3,15 @@
 `p.grad` is always the truth: a bucket is brought up to date from it right before it is needed, so
 gradients that were set to None, zeroed, replaced or edited by anybody are seen. A bucket ends in one flag
 per parameter, 1 where this process has a gradient; summed along with the gradients, the flags tell on
-every process whether any process had one.
+every process whether any process had one. `Riders` may travel in one bucket, too.
 
 In the reproducible mode a bucket adds in fixed point instead (`FixedPointBucket`): every backward's gradient on its
 own, at once, so that nothing depends on the order of microbatches and processes.
 """
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,6 +35,31 @@ def _dense(grad: Tensor) -> Tensor:
             "DistributedOptimizer was given a sparse gradient; make the embedding with sparse=False"
         )
     return grad
+
+
+@dataclass(frozen=True)
+class Riders:
+    """What each process says to all in every step, without an exchange of its own: `count` integers from 0 on.
+
+    `ask` is called in every step, when the exchange of the bucket begins that they travel in, or at its end. Their sums
+    have to stay below 2^24, which fp32 still counts.
+    """
+
+    count: int
+    ask: Callable[[], Sequence[int]]
+
+
+class Arriving:
+    """A few integers on their way from a device, for which the host need not wait at once."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = numbers.to("cpu", copy=True, non_blocking=True)
+        self._event = torch.cuda.current_stream().record_event() if numbers.is_cuda else None
+
+    def wait(self) -> list[int]:
+        if self._event:
+            self._event.synchronize()
+        return list(map(int, self._numbers.tolist()))
 
 
 class Held(enum.Enum):
@@ -159,14 +185,14 @@ class Slot:
 
 
 class Bucket:
-    """Parameters of one dtype and device whose gradients are exchanged together."""
+    """Parameters of one dtype and device whose gradients are exchanged together, and with them so many riders."""
 
-    def __init__(self, parameters: list[Tensor], name: str) -> None:
+    def __init__(self, parameters: list[Tensor], name: str, riders: int = 0) -> None:
         self.name = name
         *offsets, end = offsets_of(parameters)
-        first = parameters[0]
-        self.flat = torch.zeros(end + len(parameters), dtype=gathering_dtype(first), device=first.device)
-        self.gradients, self.flags = self.flat[:end], self.flat[end:]
+        first, flags = parameters[0], len(parameters)
+        self.flat = torch.zeros(end + flags + riders, dtype=gathering_dtype(first), device=first.device)
+        self.gradients, self.flags, self.riders = self.flat.split([end, flags, riders])
         self.slots = [Slot(p, self.flat, offset) for p, offset in zip(parameters, offsets, strict=True)]
         self.handle: Handle | None = None
         self.awaited = dict.fromkeys(self.slots)  # in order; those whose last gradient backward has not added
@@ -189,8 +215,9 @@ class Bucket:
         del self.awaited[slot]
         return not self.awaited
 
-    def start(self, world: World) -> None:
+    def start(self, world: World, riders: Sequence[int] = ()) -> None:
         """Starts the exchange of what this process has; until `finish`, the views are undefined."""
+        self._set_riders(riders)
         for slot in self.awaited:
             slot.collect()
         if all(slot.present for slot in self.slots):
@@ -200,6 +227,10 @@ class Bucket:
         for slot in self.slots:
             slot.sent()
         self.handle = world.allreduce_async(self.flat, self.name)
+
+    def _set_riders(self, riders: Sequence[int]) -> None:
+        if riders:
+            self.riders.copy_(torch.tensor(riders, dtype=self.riders.dtype), non_blocking=True)
 
     def edited(self) -> bool:
         """Whether gradients were changed between the backwards of this process and the exchange."""
@@ -261,9 +292,10 @@ class FixedPointBucket(Bucket):
     raises an error when it is used. Then the flat bucket and its views hold the sums, as in `Bucket`.
     """
 
-    def __init__(self, parameters: list[Tensor], name: str, terms: int) -> None:
+    def __init__(self, parameters: list[Tensor], name: str, terms: int, riders: int = 0) -> None:
         super().__init__(parameters, name)
-        self.sum = FixedPointSum([slot.view for slot in self.slots], terms, name)
+        self.sum = FixedPointSum([slot.view for slot in self.slots], terms, name, riders)
+        self.riders = self.sum.riders
         self._index = {slot: index for index, slot in enumerate(self.slots)}
         self._stand_ins = [gathering(parameter) for parameter in parameters]
 
@@ -283,7 +315,8 @@ class FixedPointBucket(Bucket):
     def edited(self) -> bool:
         return False  # `_take` finds it
 
-    def start(self, world: World) -> None:
+    def start(self, world: World, riders: Sequence[int] = ()) -> None:
+        self._set_riders(riders)
         for slot in self.awaited:
             self._take(slot, zeros=True)
         for slot in self.slots:

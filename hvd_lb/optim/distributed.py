@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hvd_lb.exact.fixed_point import GROWTH_BITS, FixedPointOverflow
-from hvd_lb.optim.buckets import DTYPES, Bucket, FixedPointBucket, Slot, plan_buckets
+from hvd_lb.optim.buckets import DTYPES, Arriving, Bucket, FixedPointBucket, Riders, Slot, plan_buckets
 from hvd_lb.optim.state_dict import broadcast_optimizer, broadcast_tensors
 from hvd_lb.optim.watched import Lookout, gradient
 from hvd_lb.world import Handle, World, current
@@ -94,6 +94,8 @@ class DistributedOptimizer(Optimizer):
         backwards of a step, those of all processes counted together. `synchronize` and `step` may then raise
         `FixedPointOverflow`, on all processes alike and with the gradients cleared: the step's backwards have to be
         run again. Until the last backward gradients can neither be read nor set.
+    riders: integers that travel in the gradients' exchange; after `synchronize` their sums are in `carried`. With
+        gradients on a GPU, to wait for them is to wait for the exchange, which `synchronize` does not.
 
     Methods that only the wrapped optimizer has are called through. Raises `TypeError` when `optimizer` is no plain
     torch optimizer, or names a parameter that is complex or has no shape yet (lazy modules), `RuntimeError` when the
@@ -109,6 +111,7 @@ class DistributedOptimizer(Optimizer):
         schedule: Callable[[int], float] | None = None,
         bucket_bytes: int = 25 * 2**20,
         reproducible_terms: int | None = None,
+        riders: Riders | None = None,
     ) -> None:
         # Optimizer.__init__ is left out: groups, defaults, state and hooks are the wrapped optimizer's own,
         # and its step fires the hooks, once.
@@ -122,6 +125,9 @@ class DistributedOptimizer(Optimizer):
         self._schedule = schedule
         self._bucket_bytes = bucket_bytes
         self._terms = reproducible_terms
+        self._riders = riders
+        self._carrier: Bucket | None = None
+        self.carried: Arriving | None = None
         self._name = f"hvd_lb.optimizer.{next(_instances) if self.world.size > 1 else 'alone'}"
         self._order = {p: i for i, p in enumerate(model.parameters())} if model is not None else {}
         self._names: dict[Tensor, str] = (
@@ -312,7 +318,7 @@ class DistributedOptimizer(Optimizer):
         if any(not slot.fits() for _, slot in self._places.values()):
             if any(bucket.started for bucket in self._buckets):
                 raise RuntimeError("parameters were moved while their gradients were exchanged; step() first")
-            self._buckets, self._places, self._nodes = [], {}, {}
+            self._buckets, self._places, self._nodes, self._carrier = [], {}, {}, None
         homeless = [p for p in parameters if p.requires_grad and p not in self._places]
         if not unknown and not homeless:
             return
@@ -323,11 +329,19 @@ class DistributedOptimizer(Optimizer):
         if self.world.size > 1 and unknown:
             broadcast_tensors(self.world, {self._label(p): p for p in unknown}, f"{self._name}.weights")
         self._known.update(unknown)
-        for members in plan_buckets(homeless, self._bucket_bytes):
+        planned = plan_buckets(homeless, self._bucket_bytes)
+        for members in planned:
             name = f"{self._name}.bucket.{len(self._buckets)}"
+            # Riders go last, when they are newest; those of a process alone stay on the host.
+            takes_riders = self._carrier is None and members is planned[-1] and self.world.size > 1
+            riders = self._riders.count if self._riders and takes_riders else 0
             bucket = (
-                Bucket(members, name) if self._terms is None else FixedPointBucket(members, name, self._terms)
+                Bucket(members, name, riders)
+                if self._terms is None
+                else FixedPointBucket(members, name, self._terms, riders)
             )
+            if riders:
+                self._carrier = bucket
             self._buckets.append(bucket)
             for slot in bucket.slots:
                 self._places[slot.parameter] = bucket, slot
@@ -359,7 +373,12 @@ class DistributedOptimizer(Optimizer):
 
     def _check_agreement(self, parameters: list[Tensor]) -> None:
         described: list[Any] = [
-            [type(self.optimizer).__name__, self._bucket_bytes, self._terms],
+            [
+                type(self.optimizer).__name__,
+                self._bucket_bytes,
+                self._terms,
+                self._riders and self._riders.count,
+            ],
             *([self._label(p), list(p.shape), str(p.dtype), p.requires_grad] for p in parameters),
             *([name, list(p.shape), str(p.dtype)] for p, name in self._names.items()),
             *([name, list(b.shape), str(b.dtype)] for name, b in self._buffers.items()),
@@ -425,7 +444,11 @@ class DistributedOptimizer(Optimizer):
         with torch.no_grad():
             bucket.after_accumulation(slot)
             if self._armed and bucket.gather(slot):
-                bucket.start(self.world)
+                self._start(bucket)
+
+    def _start(self, bucket: Bucket) -> None:
+        riders = self._riders if bucket is self._carrier else None
+        bucket.start(self.world, riders.ask() if riders else ())
 
     def _look(self) -> None:
         """Before somebody reads or sets a gradient while backward and exchange are under way: completes the exchange.
@@ -462,9 +485,11 @@ class DistributedOptimizer(Optimizer):
         self._adopt()
         for bucket in self._buckets:
             if not bucket.started:
-                bucket.start(self.world)
+                self._start(bucket)
         touched = any(bucket.touched() for bucket in self._buckets)
         overflowed = {parameter for bucket in self._buckets for parameter in bucket.finish()}
+        if self._riders:
+            self.carried = Arriving(self._sums_of(self._riders))
         self._phase = Phase.REDUCED
         if touched:
             self.zero_grad()
@@ -479,6 +504,11 @@ class DistributedOptimizer(Optimizer):
                 f"gradients of {', '.join(names)} grew more than {2**GROWTH_BITS:,}-fold since the last step: "
                 "take this step again"
             )
+
+    def _sums_of(self, riders: Riders) -> Tensor:
+        if self._carrier:
+            return self._carrier.riders
+        return self.world.allreduce(torch.tensor(riders.ask()), f"{self._name}.riders")
 
     def _reset(self) -> None:
         self._lookout.end()

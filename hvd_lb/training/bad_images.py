@@ -1,7 +1,7 @@
 """The account of stand-ins: every one told once, in the order of the plan, and a limit for rotten data.
 
-How many there are is summed over the processes beside the gradients, so all of them know when there is something to
-tell, and all of them stop at the same step, whatever their number.
+How many there are is summed over the processes, in a step along with the gradients, so all of them know when there is
+something to tell, and all of them stop at the same step, whatever their number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hvd_lb.data.decoding.stand_in import StandIn
 from hvd_lb.errors import UserError
 from hvd_lb.plan.augment import Origin
 from hvd_lb.recipe import Recipe
-from hvd_lb.world import Handle, World
+from hvd_lb.world import World
 from hvd_lb.world.gather import gather_bytes
 
 Record = dict[str, Any]
@@ -25,7 +25,7 @@ Record = dict[str, Any]
 
 @dataclass
 class BadImages:
-    """Those of this process since the last `settle`, and how many positions of this `epoch` had one on all processes.
+    """Those of this process since the last `take`, and how many positions of this `epoch` had one on all processes.
 
     `write` gets records on rank 0 (docs/run-directory.md); without `active` images are not skipped and nothing is
     exchanged.
@@ -50,32 +50,41 @@ class BadImages:
         """For `open_loader`."""
         return self.record if self.active else None
 
-    def count(self) -> Handle | None:
-        """Starts summing; collective, and so is `settle` with its result."""
-        if not self.active:
-            return None
-        return self.world.allreduce_async(torch.tensor([len(self.found)]), "hvd_lb.bad_images")
-
     def discard(self) -> None:
-        """Forget those since the last `settle`: their step is taken again."""
-        self.found.clear()
+        """Forget those since the last `take`: their step is taken again."""
+        self.found = []
 
-    def settle(self, counting: Handle | None) -> int:
-        """Tells those since the last time, and how many they were on all processes."""
-        total = int(counting.wait().item()) if counting else 0
-        if total:
-            lines = [json.dumps(_record(stand_in)) for stand_in in self.found]
-            parts = gather_bytes(self.world, "\n".join(lines).encode(), "hvd_lb.bad_images.records")
-            if self.world.rank == 0:
-                records = [json.loads(line) for part in parts for line in part.splitlines()]
-                self.write(sorted(records, key=lambda record: (record["worker"], record["position"])))
-        self.found.clear()
+    def take(self) -> list[StandIn]:
+        """Those since the last time."""
+        taken, self.found = self.found, []
+        return taken
+
+    def settle(self) -> int:
+        """Tells those since the last `take`, and how many they were on all processes; collective."""
+        if not self.active:
+            return 0
+        found = self.take()
+        total = int(self.world.allreduce(torch.tensor([len(found)]), "hvd_lb.bad_images").item())
+        self._tell(found, total)
         return total
 
-    def settle_step(self, counting: Handle | None, *, first: bool, images: int) -> None:
-        """`settle` of a training step, the `first` of an epoch of `images` or a later one. UserError at the limit."""
-        self.in_epoch = self.settle(counting) + (0 if first else self.in_epoch)
+    def settle_step(self, found: Sequence[StandIn], total: int, *, first: bool, images: int) -> None:
+        """Tells those of a training step, `total` on all processes; collective. UserError at the limit.
+
+        The step is the `first` of an epoch of `images` or a later one.
+        """
+        self._tell(found, total)
+        self.in_epoch = total + (0 if first else self.in_epoch)
         self.check(self.in_epoch, images, "training")
+
+    def _tell(self, found: Sequence[StandIn], total: int) -> None:
+        if not total:
+            return
+        lines = [json.dumps(_record(stand_in)) for stand_in in found]
+        parts = gather_bytes(self.world, "\n".join(lines).encode(), "hvd_lb.bad_images.records")
+        if self.world.rank == 0:
+            records = [json.loads(line) for part in parts for line in part.splitlines()]
+            self.write(sorted(records, key=lambda record: (record["worker"], record["position"])))
 
     def check(self, bad: int, images: int, what: str) -> None:
         """UserError when so many of the images are more than the limit allows."""

@@ -126,7 +126,7 @@ class Evaluator:
                 figures[batch, :2], figures[batch, 2], figures[batch, 3] = right, len(y) - len(bad), loss
         self._heed(asked)
         world.allreduce(figures, "hvd_lb.evaluation")
-        left_out = self.bad_images.settle(self.bad_images.count())
+        left_out = self.bad_images.settle()
         self.bad_images.check(left_out, len(self.images), "validation")
         top1, top5, count, loss_sum = figures.sum(0).tolist()
         return Evaluation(100 * (1 - top1 / count), 100 * (1 - top5 / count), loss_sum / count, int(count))

@@ -7,23 +7,26 @@ here or on other hardware, is the same run.
 from __future__ import annotations
 
 import math
+import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from hvd_lb.data.decoding.stand_in import sizes
+from hvd_lb.data.decoding.stand_in import StandIn, sizes
 from hvd_lb.data.images import Dataset, refuse_other_images
 from hvd_lb.data.loading.contract import Loader, Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.errors import UserError
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.exact.reproducible import deterministic_kernels, fast_kernels, rounding_environment
+from hvd_lb.optim.buckets import Arriving, Riders
 from hvd_lb.optim.distributed import DistributedOptimizer
 from hvd_lb.optim.make import make_optimizer
 from hvd_lb.plan.augment import Microbatch, Origin
@@ -85,6 +88,15 @@ def _never() -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class _Said:
+    """What the processes said to each other in a step; `sums` are None where the step was left out."""
+
+    sums: Arriving | None
+    stand_ins: list[StandIn]
+    first: bool  #: of an epoch
+
+
 class Trainer:
     """A run on this process: built at step 0 or at a checkpoint, `fit` takes it to its end.
 
@@ -110,6 +122,9 @@ class Trainer:
         self.threads, self.observer, self.store = threads, observer, store
         self.stop_requested = stop_requested
         self.stopped_by = 0
+        # On GPUs, what is said in a step is heard in the next one: sooner, and the host would wait for the exchange.
+        self.said: deque[_Said] = deque()
+        self.lag = int(world.size > 1 and device.type != "cpu")
         self.writer: BackgroundWriter | None = None
         # Steps below are watched one by one: among them is one after which loss or weights are no numbers.
         self.watched_until = 0
@@ -140,6 +155,7 @@ class Trainer:
             world=world,
             schedule=self.schedule,
             reproducible_terms=recipe.gpus if recipe.reproducible else None,
+            riders=Riders(signal.NSIG + 1, self._to_say),
         )
         # A microbatch's loss is a sum: dividing by n gives the scale the gradients of a mean would get.
         scaler = torch.amp.GradScaler(
@@ -225,14 +241,15 @@ class Trainer:
             while self.step < self.end and not self.stopped_by:
                 save_now = self.train_step(loader)
                 done = self.step == self.end
+                evaluate, save = _due(eval_every, self.step, done), _due(save_every, self.step, done)
+                if evaluate or save:
+                    save_now |= self._hear()
                 if self.step <= self.watched_until:
                     self._check(self.state.gather())
                 if self.step % steps_per_epoch % log_every == 0 or done:
                     self._log(clock)
                 with clock.paused():
-                    self._keep(
-                        _due(eval_every, self.step, done), _due(save_every, self.step, done) or save_now
-                    )
+                    self._keep(evaluate, save or save_now)
 
     def _keep(self, evaluate: bool, save: bool) -> None:
         """What is due after a step: first the checkpoint, then the evaluation, which a kill or a stop may hit."""
@@ -252,9 +269,9 @@ class Trainer:
         """
         epoch_step = self.step % self.plan.steps_per_epoch
         if self.step in self.state.left_out:
-            self.state.bad_images.settle_step(None, first=epoch_step == 0, images=len(self.dataset.train))
             self.state.step_taken({}, 0)
-            return False
+            self.said.append(_Said(None, [], epoch_step == 0))
+            return self._hear(self.lag)
         workers = self._workers_with_images(epoch_step)
         losses: dict[int, torch.Tensor] = {}
         self.state.bad_images.discard()
@@ -269,25 +286,38 @@ class Trainer:
             losses[worker] = loss.detach()
             self.observer.microbatch(self.step, done, len(workers))
         global_images = self.plan.step_images(epoch_step)
-        # Beside the gradients, this exchange costs no time of its own.
-        wishes = torch.tensor([self.stop_requested(), self.save_due()])
-        wished = self.world.maximum_async(wishes, "hvd_lb.wishes")
-        counting = self.state.bad_images.count()
-        try:
-            self._synchronize(global_images)
-        finally:
-            stop, save = wished.wait().tolist()
-            if counting:
-                counting.wait()
+        self._synchronize(global_images)
         self.state.optimizer.steps = self.step
         self.state.scaler.step(self.state.optimizer)
         self.state.scaler.update()
         self.state.optimizer.zero_grad()
         self.state.statistics.step(self.plan.active_workers(epoch_step))
         self.state.step_taken(losses, global_images)
-        self.state.bad_images.settle_step(counting, first=epoch_step == 0, images=len(self.dataset.train))
-        self.stopped_by = stop
-        return bool(stop or save)
+        self.said.append(
+            _Said(self.state.optimizer.carried, self.state.bad_images.take(), first=epoch_step == 0)
+        )
+        return self._hear(self.lag)
+
+    def _to_say(self) -> list[int]:
+        """What this process has to tell the others in each step: its signal, a wish to save, and its stand-ins."""
+        stop = self.stop_requested()
+        signals = [int(number == stop) for number in range(1, signal.NSIG)]
+        return [*signals, int(self.save_due()), len(self.state.bad_images.found)]
+
+    def _hear(self, but: int = 0) -> bool:
+        """Acts on what was said up to now, `but` in the last steps; whether anybody wants a checkpoint now."""
+        save = False
+        while len(self.said) > but:
+            said = self.said.popleft()
+            *signals, saves, stand_ins = said.sums.wait() if said.sums else [0, 0]
+            stop = max((number for number, count in enumerate(signals, start=1) if count), default=0)
+            self.stopped_by = self.stopped_by or stop
+            if stop or saves:
+                save, but = True, 0  # a checkpoint tells of every step
+            self.state.bad_images.settle_step(
+                said.stand_ins, stand_ins, first=said.first, images=len(self.dataset.train)
+            )
+        return save
 
     def _synchronize(self, global_images: int) -> None:
         """Completes all sums of the step, also when one of them overflows: other processes take part in each."""
@@ -412,6 +442,7 @@ class Trainer:
             left_out.add(culprit)
         else:
             self.watched_until = self.step
+        self.said.clear()
         if self.writer:
             self.writer.flush()
         newest = b""
@@ -455,7 +486,7 @@ class Trainer:
             self._recompute_statistics()
         else:
             self.state.statistics.replace(anew.images / full)
-            self.state.bad_images.settle(self.state.bad_images.count())
+            self.state.bad_images.settle()
 
     def _evaluate(self, saved: bool) -> None:
         """Evaluate, and note it in the step's checkpoint if it is `saved`, else save one when it is the best.
