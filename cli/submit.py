@@ -151,10 +151,10 @@ def submit(command: click.Command, options: TrainOptions, target: Target) -> int
     dry_run = options.launch.dry_run
     if target.kind == "submit-kubernetes":
         image = options.submit.image or f"{PUBLISHED_IMAGE}:{__version__}"
-        job = kubernetes.manifest(replace(submission, image=image), options.kubernetes)
+        documents = kubernetes.manifests(replace(submission, image=image), options.kubernetes)
         if options.submit.submit and not dry_run:
-            return kubectl.submit(job, click.echo)
-        click.echo(kubernetes.to_yaml(job), nl=False)
+            return kubectl.submit(documents, click.echo)
+        click.echo(kubernetes.to_yaml(documents), nl=False)
         return 0
     if target.kind == "submit-slurm":
         program = [sys.executable, "-P", "-m", "hvd_lb_cli.main"]

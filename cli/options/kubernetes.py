@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import rich_click as click
@@ -11,13 +12,17 @@ import rich_click as click
 from hvd_lb.errors import UserError
 from hvd_lb.launch.submit.kubernetes.options import (
     KubernetesOptions,
+    parse_annotation,
+    parse_gpu_resource,
     parse_label,
     parse_name,
     parse_namespace,
+    parse_own_label,
     parse_quantity,
     parse_resource,
     parse_toleration,
 )
+from hvd_lb.launch.submit.kubernetes.patch import read_patch
 from hvd_lb.launch.submit.kubernetes.volumes import parse_volume
 
 _DEFAULTS = KubernetesOptions()
@@ -89,6 +94,13 @@ _OPTIONS = (
         help="Further devices of each worker pod, such as rdma/hca_shared_devices_a=1. Again for each.",
     ),
     _option(
+        "--k8s-gpu-resource",
+        type=_Parsed("NAME", parse_gpu_resource),
+        default=_DEFAULTS.gpu_resource,
+        show_default=True,
+        help="What the cluster calls a GPU: nvidia.com/mig-3g.40gb, amd.com/gpu. Each process gets one.",
+    ),
+    _option(
         "--k8s-node-selector",
         type=_Parsed("KEY=VALUE", parse_label),
         multiple=True,
@@ -117,6 +129,46 @@ _OPTIONS = (
         help="Kueue's local queue, which starts all pods together or none.",
     ),
     _option(
+        "--k8s-priority-class",
+        type=_name("--k8s-priority-class"),
+        help="The PriorityClass of the pods.",
+    ),
+    _option(
+        "--k8s-runtime-class",
+        type=_name("--k8s-runtime-class"),
+        help="The RuntimeClass of pods with GPUs, such as nvidia where that is not the nodes' default.",
+    ),
+    _option(
+        "--k8s-service-account",
+        type=_name("--k8s-service-account"),
+        help="The ServiceAccount of the pods, by which a cloud's storage lets them in.",
+    ),
+    _option(
+        "--k8s-label",
+        type=_Parsed("KEY=VALUE", parse_own_label),
+        multiple=True,
+        help="A label of the job and its pods. Again for each.",
+    ),
+    _option(
+        "--k8s-annotation",
+        type=_Parsed("KEY=VALUE", parse_annotation),
+        multiple=True,
+        help="An annotation of the job and its pods. Again for each.",
+    ),
+    _option(
+        "--k8s-grace",
+        type=click.IntRange(30, 86400),
+        metavar="SECONDS",
+        default=_DEFAULTS.grace_seconds,
+        show_default=True,
+        help="Time for a checkpoint when a pod is told to end.",
+    ),
+    _option(
+        "--k8s-patch",
+        type=_Parsed("FILE", lambda text: read_patch(Path(text).expanduser())),
+        help="YAML with further fields of the manifest, merged into it; see docs/kubernetes.md.",
+    ),
+    _option(
         "--k8s-root",
         is_flag=True,
         help="Run as root with IPC_LOCK, as RDMA needs it, instead of as the image's user.",
@@ -141,6 +193,14 @@ def kubernetes_options(command: Callable[..., Any]) -> Callable[..., Any]:
             secrets=tuple(arguments.pop("k8s_secret")),
             pull_secret=arguments.pop("k8s_pull_secret"),
             queue=arguments.pop("k8s_queue"),
+            gpu_resource=arguments.pop("k8s_gpu_resource"),
+            priority_class=arguments.pop("k8s_priority_class"),
+            runtime_class=arguments.pop("k8s_runtime_class"),
+            service_account=arguments.pop("k8s_service_account"),
+            labels=dict(arguments.pop("k8s_label")),
+            annotations=dict(arguments.pop("k8s_annotation")),
+            grace_seconds=arguments.pop("k8s_grace"),
+            patch=arguments.pop("k8s_patch") or (),
             root=arguments.pop("k8s_root"),
         )
         return command(kubernetes_options=options, **arguments)

@@ -1,6 +1,7 @@
 """No option is passed over in silence: each is read in a mode of its command, or refused there."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,13 +50,24 @@ TRAIN = {
         (
             *("k8s_namespace", "k8s_volume", "k8s_shm", "k8s_cpus", "k8s_memory", "k8s_resource", "k8s_root"),
             *("k8s_node_selector", "k8s_toleration", "k8s_secret", "k8s_pull_secret", "k8s_queue"),
+            *(
+                "k8s_gpu_resource",
+                "k8s_priority_class",
+                "k8s_runtime_class",
+                "k8s_service_account",
+                "k8s_label",
+            ),
+            *("k8s_annotation", "k8s_grace", "k8s_patch"),
         ),
         {"submit-kubernetes"},
     ),
 }
+ROOT = Path(__file__).parents[2]
 VALUES = {
     "k8s_volume": "pvc:a:/b", "k8s_shm": "1Gi", "k8s_cpus": "4", "k8s_memory": "4Gi", "k8s_resource": "a/b=1",
-    "k8s_node_selector": "a=b", "slurm_time": "1:00", "slurm_memory": "4G", "container_port": "2222",
+    "k8s_node_selector": "a=b", "k8s_gpu_resource": "a/b", "k8s_label": "a=b", "k8s_annotation": "a=b",
+    "k8s_grace": "60", "k8s_patch": str(ROOT / "hvd_lb/recipes/digits.yaml"),
+    "slurm_time": "1:00", "slurm_memory": "4G", "container_port": "2222",
     "ssh_port": "22", "per_node": "4", "slurm_cpus_per_task": "4", "fusion_threshold": "1", "cycle_time": "1",
     "allreduce": "ring", "launcher": "auto", "device": "cpu", "processes": "2", "hosts": "h1:2",
 }  # fmt: skip

@@ -18,7 +18,7 @@ from hosts import Host, lab
 from real_runs import trained_steps, until
 from slurm import slurm
 
-from hvd_lb.launch.submit.kubernetes.manifest import SSH_PORT, sshd_command
+from hvd_lb.launch.submit.kubernetes.mpijob import SSH_PORT, sshd_command
 
 pytestmark = [pytest.mark.cluster, pytest.mark.image, pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -17,7 +17,7 @@ from pods import hostfile, launcher_environment, mounted_secret, worker_names
 from real_runs import until
 
 from hvd_lb.launch.submit.command import Submission
-from hvd_lb.launch.submit.kubernetes.manifest import manifest
+from hvd_lb.launch.submit.kubernetes.mpijob import mpijob
 from hvd_lb.launch.submit.kubernetes.options import KubernetesOptions
 from hvd_lb.launch.submit.kubernetes.volumes import Volume
 
@@ -89,13 +89,13 @@ def test_the_pods_of_a_manifest_train_and_end_with_the_simulated_weights(tmp_pat
     )
     volume = Volume("host", "", str(run.parent), str(run.parent))
     # As root: this machine's Python may be where nobody else can read.
-    job = manifest(submission, KubernetesOptions(namespace="vision", volumes=(volume,), root=True))
+    job = mpijob(submission, KubernetesOptions(namespace="vision", volumes=(volume,), root=True))
     path = f"{BIN}:{os.environ['PATH']}"
     with pods(job, tmp_path) as (launcher, _):
         environment = {**launcher_environment(job), "PATH": path}
         done = launcher.run(command(job, "Launcher"), env=environment, check=False, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "digits-worker-0.digits.vision.svc:2" in done.stdout
+        assert f"{worker_names(job)[0]}:2" in done.stdout
         assert "MPIJob, /etc/mpi/hostfile" in done.stdout
         again = launcher.run(command(job, "Launcher"), env=environment, check=False)
         assert again.returncode == 0, again.stdout + again.stderr  # it says that it has finished

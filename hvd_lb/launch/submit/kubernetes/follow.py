@@ -1,6 +1,7 @@
-"""Submitting an MPIJob with kubectl and following it to its end: `--launcher kubernetes --submit`.
+"""Submitting a job with kubectl and following it to its end: `--launcher kubernetes --submit`.
 
-The cluster is the one that kubectl's current context names.
+The cluster is the one that kubectl's current context names. What is there under the job's name is only followed or
+replaced when it is this run's.
 """
 
 from __future__ import annotations
@@ -10,83 +11,109 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hvd_lb.errors import UserError
-from hvd_lb.launch.submit.kubernetes.manifest import API_VERSION, Manifest, to_yaml
+from hvd_lb.launch.submit.kubernetes.kinds import JobKind, kind_of, one_line, resource
+from hvd_lb.launch.submit.kubernetes.manifest import to_yaml
+from hvd_lb.launch.submit.kubernetes.names import COMMAND, whose
+from hvd_lb.launch.submit.kubernetes.pod import Manifest
 
-_RESOURCE = "mpijobs.v2beta1.kubeflow.org"
 _TIMEOUT = "--request-timeout=30s"
 _INTERRUPTED = 130
 _TRIES = 30
 
 
-def submit(manifest: Manifest, say: Callable[[str], None], *, poll_seconds: float = 2.0) -> int:
-    """Start the job, or join it where it runs already, show its log, and return the launcher's exit status.
+def submit(documents: Sequence[Manifest], say: Callable[[str], None], *, poll_seconds: float = 2.0) -> int:
+    """Start the job, or join it where it runs already, show its log, and return the exit status of the run.
 
-    A job of that name that has ended is replaced. Ctrl-C leaves the job running (130).
-    UserError when kubectl, the cluster or the operator is not there, or the cluster refuses the job.
+    `documents` are what it is made of, the job itself first. One of this run that has ended is replaced. Ctrl-C leaves
+    the job running (130). UserError when kubectl, the cluster or the operator is not there, the cluster refuses the
+    job, or another run has its name.
     """
-    cluster = _SubmittedJob(
-        manifest["metadata"]["namespace"], manifest["metadata"]["name"], say, poll_seconds
-    )
+    cluster = _SubmittedJob(documents[0], say, poll_seconds)
     cluster.check_operator()
-    start(cluster, manifest)
+    start(cluster, documents)
     try:
         return cluster.follow()
     except KeyboardInterrupt:
-        for line in farewell(cluster.namespace, cluster.name):
+        for line in farewell(cluster.kind, cluster.namespace, cluster.name):
             say(line)
         return _INTERRUPTED
 
 
-def start(cluster: _SubmittedJob, manifest: Manifest) -> None:
-    """Create the job unless it runs already, in place of one that has ended."""
-    job = cluster.job()
-    if job is not None and _ending(job) is None:
-        cluster.say(f"MPIJob {cluster.name} runs already in namespace {cluster.namespace}: following it")
+def start(cluster: _SubmittedJob, documents: Sequence[Manifest]) -> None:
+    """Create the job unless it runs already, in place of one of this run that has ended."""
+    job = documents[0]
+    name = f"{job['kind']} {cluster.name}"
+    found = [cluster.find(document) for document in documents]
+    for document, present in zip(documents, found, strict=True):
+        _refuse_others(document, present)
+    there = found[0]
+    if there is not None and cluster.kind.ending(there) is None:
+        ours = job["metadata"]["annotations"].get(COMMAND)
+        if there["metadata"].get("annotations", {}).get(COMMAND) != ours:
+            raise UserError(
+                f"{name} of this run is there already, with another command line: type that one to follow it, or end "
+                f"it first (kubectl -n {cluster.namespace} delete {cluster.kind.resource} {cluster.name})"
+            )
+        cluster.say(f"{name} runs already in namespace {cluster.namespace}: following it")
         return
-    if job is not None:
-        cluster.say(f"MPIJob {cluster.name} has ended: starting it again")
-        # In the foreground: with the old launcher still there, the operator would not make a new one.
-        cluster.run("delete", _RESOURCE, cluster.name, "--cascade=foreground", "--wait=true")
-    cluster.run("apply", "--validate=strict", "-f", "-", stdin=to_yaml(manifest))
-    cluster.say(f"MPIJob {cluster.name} submitted to namespace {cluster.namespace}")
+    if there is not None:
+        cluster.say(f"{name} has ended: starting it again")
+    for document in (document for document, present in zip(documents, found, strict=True) if present):
+        # In the foreground: with the old pods still there, the operator would not make new ones.
+        cluster.run("delete", resource(document), cluster.name, "--cascade=foreground", "--wait=true")
+    # Not `apply`, which would change a job that somebody else has made in this moment.
+    cluster.run("create", "--validate=strict", "-f", "-", stdin=to_yaml(documents))
+    cluster.say(f"{name} submitted to namespace {cluster.namespace}")
 
 
-def farewell(namespace: str, name: str) -> list[str]:
+def _refuse_others(document: Manifest, present: dict[str, Any] | None) -> None:
+    """UserError when what is there under a document's name is another run's."""
+    if present and (of := whose(present, document["metadata"]["annotations"])):
+        name, namespace = document["metadata"]["name"], document["metadata"]["namespace"]
+        raise UserError(
+            f"the {document['kind']} {name} in namespace {namespace} is {of}, and nothing of others is changed: choose "
+            "another --output or --k8s-namespace"
+        )
+
+
+def farewell(kind: JobKind, namespace: str, name: str) -> list[str]:
     """What to type to go on after an interruption: the job runs on."""
     kubectl = f"kubectl -n {shlex.quote(namespace)}"
+    leader = kind.leader_job.format(name=name)
     return [
-        f"MPIJob {name} runs on.",
-        f"follow it:               the same command again, or {kubectl} logs -f job/{name}-launcher",
+        f"{kind.name} {name} runs on.",
+        f"follow it:               the same command again, or {kubectl} logs -f job/{leader}",
         # Not by deleting the pod: Kubernetes may then take the job for failed, and its worker pods away, at once.
-        f"end with a checkpoint:   {kubectl} exec job/{name}-launcher -- sh -c 'kill -TERM 1'",
-        f"end at once, remove all: {kubectl} delete {_RESOURCE} {name}",
+        f"end with a checkpoint:   {kubectl} exec job/{leader} -- sh -c 'kill -TERM 1'",
+        f"end at once, remove all: {kubectl} delete {kind.resource} {name}",
     ]
 
 
-def no_start(namespace: str, name: str, pod: str, status: int) -> str:
+def no_start(kind: JobKind, namespace: str, name: str, pod: str, status: int) -> str:
     """What to do about a worker pod that has ended before the launcher pod was there: the operator waits for ever."""
     kubectl = f"kubectl -n {shlex.quote(namespace)}"
     return (
         f"{pod} ended with exit status {status}, so the job cannot start: see `{kubectl} logs {pod}`, "
-        f"then `{kubectl} delete {_RESOURCE} {name}`"
+        f"then `{kubectl} delete {kind.resource} {name}`"
     )
 
 
 class _SubmittedJob:
     """One job of a cluster, as kubectl shows it."""
 
-    def __init__(self, namespace: str, name: str, say: Callable[[str], None], poll_seconds: float):
+    def __init__(self, job: Manifest, say: Callable[[str], None], poll_seconds: float):
         found = shutil.which("kubectl")
         if found is None:
             raise UserError(
                 "--submit needs kubectl, and there is none on PATH: install it (kubernetes.io/docs/tasks/tools), or "
                 "leave --submit out and pass the printed manifest to `kubectl apply -f -` where there is one"
             )
-        self.namespace, self.name, self.say = namespace, name, say
+        self.kind, self._job, self.say = kind_of(job), job, say
+        self.namespace, self.name = job["metadata"]["namespace"], job["metadata"]["name"]
         self._kubectl, self._poll_seconds = found, poll_seconds
         self._said: set[str] = set()
 
@@ -95,7 +122,7 @@ class _SubmittedJob:
         done = self._call(*arguments, stdin=stdin)
         if done.returncode:
             raise UserError(
-                f"kubectl {arguments[0]} failed for MPIJob {self.name}: {_last_line(done.stderr)}"
+                f"kubectl {arguments[0]} failed for {self.kind.name} {self.name}: {_last_line(done.stderr)}"
             )
         return done.stdout
 
@@ -115,23 +142,28 @@ class _SubmittedJob:
         return self.run(*arguments, _TIMEOUT)
 
     def check_operator(self) -> None:
-        done = self._call("get", "--raw", f"/apis/{API_VERSION}", _TIMEOUT)
+        done = self._call("get", "--raw", f"/apis/{self.kind.api_version}", _TIMEOUT)
         reason = _last_line(done.stderr)
         if done.returncode and "NotFound" not in reason:
             raise UserError(
                 f"kubectl does not reach a cluster ({reason}): expected one in `kubectl config current-context`; try "
                 "`kubectl cluster-info`"
             )
-        if done.returncode or '"mpijobs"' not in done.stdout:
+        if done.returncode or f'"{self.kind.name.lower()}s"' not in done.stdout:
             raise UserError(
-                f"this cluster has no MPIJob of {API_VERSION}: install the MPI operator, release 0.5 or newer, see "
+                f"this cluster has no {self.kind.name} of {self.kind.api_version}: install {self.kind.operator}, see "
                 "docs/kubernetes.md"
             )
 
-    def job(self) -> dict[str, Any] | None:
-        """The MPIJob, or None where there is none."""
-        text = self.ask("get", _RESOURCE, self.name, "-o", "json", "--ignore-not-found")
+    def find(self, document: Manifest) -> dict[str, Any] | None:
+        """What the cluster has under a document's name, or None."""
+        name = document["metadata"]["name"]
+        text = self.ask("get", resource(document), name, "-o", "json", "--ignore-not-found")
         return json.loads(text) if text.strip() else None
+
+    def job(self) -> dict[str, Any] | None:
+        """The job, or None where there is none."""
+        return self.find(self._job)
 
     def follow(self) -> int:
         """Show what keeps the job from starting, then the launcher's log; the launcher's exit status."""
@@ -155,19 +187,20 @@ class _SubmittedJob:
         """The launcher pod, once it has started; None, with the reason said, when it never will."""
         while True:
             pods, job = self._pods(), self.job()
-            launchers = [pod for pod in pods if _role(pod) == "launcher" and _phase(pod) != "Pending"]
+            launchers = [pod for pod in pods if self.kind.is_leader(pod) and _phase(pod) != "Pending"]
             if launchers:
                 return max(launchers, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
             if job is None:
-                self.say(f"MPIJob {self.name} was deleted")
+                self.say(f"{self.kind.name} {self.name} was deleted")
                 return None
-            self._say_once([*_obstacles(pods), *self._warnings(job), _progress(pods, job)])
-            if ending := _ending(job):
-                self.say(f"MPIJob {self.name} failed before it started: {ending}")
+            self._say_once([*_obstacles(pods), *self._warnings(job), _progress(self.kind, pods, job)])
+            if ending := self.kind.ending(job):
+                self.say(f"{self.kind.name} {self.name} failed before it started: {ending}")
                 return None
             for pod in pods:
                 if (status := _exit_status(pod)) is not None:
-                    self.say(no_start(self.namespace, self.name, pod["metadata"]["name"], status))
+                    name = pod["metadata"]["name"]
+                    self.say(no_start(self.kind, self.namespace, self.name, name, status))
                     return None
             time.sleep(self._poll_seconds)
 
@@ -178,7 +211,7 @@ class _SubmittedJob:
                 self._said.add(line)
 
     def _pods(self) -> list[dict[str, Any]]:
-        label = f"training.kubeflow.org/job-name={self.name}"
+        label = f"{self.kind.job_label}={self.name}"
         return _items(self.ask("get", "pods", "-l", label, "-o", "json"))
 
     def _warnings(self, job: dict[str, Any]) -> list[str]:
@@ -186,7 +219,7 @@ class _SubmittedJob:
         of_job = f"type=Warning,involvedObject.uid={job['metadata'].get('uid', '')}"
         done = self._call("get", "events", "--field-selector", of_job, "-o", "json", _TIMEOUT)
         events = [] if done.returncode else _items(done.stdout)
-        return [f"{event.get('reason')}: {_one_line(event.get('message'))}" for event in events]
+        return [f"{event.get('reason')}: {one_line(event.get('message'))}" for event in events]
 
     def _call(self, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -202,24 +235,12 @@ def _items(text: str) -> list[dict[str, Any]]:
     return items
 
 
-def _role(pod: dict[str, Any]) -> str:
-    return str(pod["metadata"].get("labels", {}).get("training.kubeflow.org/job-role"))
-
-
 def _phase(pod: dict[str, Any]) -> str:
     return str(pod.get("status", {}).get("phase", "Pending"))
 
 
 def _containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
     return [one.get("state", {}) for one in pod.get("status", {}).get("containerStatuses", [])]
-
-
-def _ending(job: dict[str, Any]) -> str | None:
-    """How an MPIJob ended, or None while it has not."""
-    for condition in job.get("status", {}).get("conditions", []):
-        if condition["type"] in ("Succeeded", "Failed") and condition["status"] == "True":
-            return f"{condition['type']}, {_one_line(condition.get('message'))}"
-    return None
 
 
 def _exit_status(pod: dict[str, Any]) -> int | None:
@@ -242,22 +263,17 @@ def _obstacles(pods: Iterable[dict[str, Any]]) -> list[str]:
         waiting = [state["waiting"] for state in _containers(pod) if "waiting" in state]
         for what in (*unscheduled, *waiting):
             if what.get("reason") not in ("ContainerCreating", "PodInitializing"):
-                reason = f"{what.get('reason')}: {_one_line(what.get('message'))}"
+                reason = f"{what.get('reason')}: {one_line(what.get('message'))}"
                 reasons[reason] = reasons.get(reason, 0) + 1
     return [f"{count} pod{'s' if count > 1 else ''} waiting, {reason}" for reason, count in reasons.items()]
 
 
-def _progress(pods: Iterable[dict[str, Any]], job: dict[str, Any]) -> str:
+def _progress(kind: JobKind, pods: Iterable[dict[str, Any]], job: dict[str, Any]) -> str:
     """How far the start has come."""
-    if job["spec"].get("runPolicy", {}).get("suspend"):
+    if kind.suspended(job):
         return "the job is suspended: its queue has not admitted it yet"
-    workers = job["spec"]["mpiReplicaSpecs"]["Worker"]["replicas"]
-    running = sum(_role(pod) == "worker" and _phase(pod) == "Running" for pod in pods)
-    return f"{running} of {workers} worker pods running"
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text or "no message").split())
+    running = sum(kind.computes(pod) and _phase(pod) == "Running" for pod in pods)
+    return f"{running} of {kind.nodes(job)} worker pods running"
 
 
 def _last_line(text: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.submit.kubernetes.volumes import SUBDOMAIN, Volume
@@ -14,6 +15,7 @@ _DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _WORD = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _KEY = rf"({SUBDOMAIN}/)?{_WORD}"
 _QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|[MGTP]|[KMGTP]i)?"
+_RESERVED = ("hvd-lb-", "app.kubernetes.io/name", "training.kubeflow.org/", "trainer.kubeflow.org/")
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 
 
@@ -43,6 +45,14 @@ class KubernetesOptions:
     secrets: tuple[str, ...] = ()  #: Secrets whose entries become variables of the launcher
     pull_secret: str | None = None  #: the Secret by which the image is pulled
     queue: str | None = None  #: Kueue's local queue: all pods start together or none
+    gpu_resource: str = "nvidia.com/gpu"  #: what the cluster calls a GPU; each rank gets one
+    priority_class: str | None = None
+    runtime_class: str | None = None  #: of the pods with ranks
+    service_account: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)  #: of the job and its pods, beside hvd-lb's own
+    annotations: Mapping[str, str] = field(default_factory=dict)  #: likewise
+    grace_seconds: int = 300  #: from the notice that a pod shall end to its end: time for a checkpoint
+    patch: Sequence[dict[str, Any]] = ()  #: see `patch`
     root: bool = False  #: run as root with IPC_LOCK, which RDMA needs, instead of as the image's user
 
 
@@ -63,15 +73,41 @@ def parse_toleration(text: str) -> Toleration:
     return Toleration(key, value if equals else None, effect or None)
 
 
-def parse_label(text: str) -> tuple[str, str]:
-    """KEY=VALUE, a label of nodes."""
+def parse_label(text: str, option: str = "--k8s-node-selector") -> tuple[str, str]:
+    """KEY=VALUE, a label."""
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(_KEY, key) or (value and not re.fullmatch(_WORD, value)):
         raise UserError(
-            f"--k8s-node-selector {text!r} is not a label: expected KEY=VALUE, as `kubectl get nodes --show-labels` "
-            "lists them"
+            f"{option} {text!r} is not a label: expected KEY=VALUE, as `kubectl get nodes --show-labels` lists them"
         )
     return key, value
+
+
+def parse_own_label(text: str) -> tuple[str, str]:
+    """KEY=VALUE for the job and its pods; not one of those that are hvd-lb's and the operators' own."""
+    key, value = parse_label(text, "--k8s-label")
+    return _free(key, "--k8s-label"), value
+
+
+def parse_annotation(text: str) -> tuple[str, str]:
+    """KEY=VALUE, where the value may be any text."""
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(_KEY, key):
+        raise UserError(
+            f"--k8s-annotation {text!r} is not an annotation: expected KEY=VALUE, such as "
+            "networking.gke.io/default-interface=eth0"
+        )
+    return _free(key, "--k8s-annotation"), value
+
+
+def parse_gpu_resource(text: str) -> str:
+    """A device of a vendor's plugin; Kubernetes calls it an extended resource."""
+    if not re.fullmatch(rf"{SUBDOMAIN}/{_WORD}", text):
+        raise UserError(
+            f"--k8s-gpu-resource {text!r} is no kind of device: expected a name that `kubectl describe node` lists "
+            "under Capacity, such as nvidia.com/gpu, nvidia.com/mig-3g.40gb or amd.com/gpu"
+        )
+    return text
 
 
 def parse_resource(text: str) -> tuple[str, int]:
@@ -111,3 +147,9 @@ def parse_namespace(text: str) -> str:
             "`kubectl get namespaces` lists them"
         )
     return text
+
+
+def _free(key: str, option: str) -> str:
+    if key.startswith(_RESERVED):
+        raise UserError(f"{option} {key} is set by hvd-lb or an operator: expected another key")
+    return key

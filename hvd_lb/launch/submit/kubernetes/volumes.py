@@ -89,6 +89,17 @@ def checked_volumes(submission: Submission, volumes: Sequence[Volume]) -> list[V
     ]
 
 
+def output_place(submission: Submission, volumes: Iterable[Volume]) -> str:
+    """Where a run writes, as a place of the cluster and not of a pod: pvc:CLAIM/FOLDER and so on."""
+    output = posixpath.normpath(submission.output.as_posix())
+    volume = _holding(output, volumes)
+    if volume is None:
+        raise ValueError(f"{output} is on no volume")
+    inside = posixpath.relpath(output, volume.mount)
+    source = f"{volume.source}:" if volume.kind == "nfs" else f"{volume.source}/" if volume.source else ""
+    return posixpath.normpath(f"{volume.kind}:{source}{posixpath.join(volume.path, inside)}")
+
+
 def pod_volumes(volumes: Iterable[Volume]) -> list[dict[str, Any]]:
     """The volumes of a pod: one for each origin, read-only when all its mounts are."""
     origins: dict[tuple[str, ...], list[Volume]] = {}

@@ -25,13 +25,14 @@ import yaml
 from hvd_lb.errors import UserError
 from hvd_lb.launch.submit.command import Submission
 from hvd_lb.launch.submit.kubernetes.follow import farewell, submit
-from hvd_lb.launch.submit.kubernetes.manifest import manifest
+from hvd_lb.launch.submit.kubernetes.kinds import MPIJOB
+from hvd_lb.launch.submit.kubernetes.mpijob import mpijob
 from hvd_lb.launch.submit.kubernetes.options import KubernetesOptions
 from hvd_lb.launch.submit.kubernetes.volumes import parse_volume
 
 REAL_KUBECTL = shutil.which("kubectl")
 
-JOB = manifest(
+JOB = mpijob(
     Submission(
         arguments=("train", "--data", "digits", "--output", "/runs/digits"),
         name="digits",
@@ -43,6 +44,7 @@ JOB = manifest(
     ),
     KubernetesOptions(namespace="vision", volumes=(parse_volume("pvc:runs:/runs"),)),
 )
+NAME = JOB["metadata"]["name"]
 
 FAKE = """#!{python}
 # Answers from answers.json: for each verb or kind a list of [exit status, stdout, stderr], the last one for good.
@@ -76,7 +78,7 @@ def job(**more: Any) -> str:
 def pod(role: str, number: int, phase: str, **status: Any) -> dict[str, Any]:
     labels = {"training.kubeflow.org/job-role": role}
     metadata = {
-        "name": f"digits-{role}-{number}",
+        "name": f"{NAME}-{role}-{number}",
         "labels": labels,
         "creationTimestamp": f"2025-11-24T09:00:0{number}Z",
     }
@@ -106,7 +108,7 @@ ANSWERS: dict[str, Any] = {
         pods(*WORKERS, pod("launcher", 0, "Succeeded", **ended(0))),
     ],
     "events": [NOTHING],
-    "apply": [[0, "mpijob.kubeflow.org/digits created\n", ""]],
+    "create": [[0, f"mpijob.kubeflow.org/{NAME} created\n", ""]],
     "delete": [[0, "", ""]],
     "logs": [[0, "epoch 0: top-1 error 12.5 %\n", ""]],
     "seconds": 0,
@@ -127,7 +129,7 @@ class Kubectl:
         (self.folder / "answers.json").write_text(json.dumps(ANSWERS | changed), "utf-8")
 
     def submit(self) -> int:
-        return submit(JOB, self.said.append, poll_seconds=0)
+        return submit([JOB], self.said.append, poll_seconds=0)
 
     @property
     def calls(self) -> list[dict[str, Any]]:
@@ -157,21 +159,21 @@ def test_a_job_is_applied_followed_and_its_exit_status_returned(
 ) -> None:
     assert kubectl.submit() == 0
     assert capfd.readouterr().out == "epoch 0: top-1 error 12.5 %\n"
-    (apply,) = kubectl.called("apply")
-    assert apply["words"] == ["--namespace=vision", "apply", "--validate=strict", "-f", "-"]
-    assert yaml.safe_load(apply["stdin"]) == JOB
+    (create,) = kubectl.called("create")
+    assert create["words"] == ["--namespace=vision", "create", "--validate=strict", "-f", "-"]
+    assert yaml.safe_load(create["stdin"]) == JOB
     (logs,) = kubectl.called("logs")
-    assert logs["words"] == ["--namespace=vision", "logs", "--follow", "pod/digits-launcher-0"]
+    assert logs["words"] == ["--namespace=vision", "logs", "--follow", f"pod/{NAME}-launcher-0"]
     assert not kubectl.called("delete")
     assert kubectl.said == [
-        "MPIJob digits submitted to namespace vision",
+        f"MPIJob {NAME} submitted to namespace vision",
         "the launcher ended with exit status 0",
     ]
 
 
 def test_without_kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    message = refusal(lambda: submit(JOB, print))
+    message = refusal(lambda: submit([JOB], print))
     assert message.startswith("--submit needs kubectl, and there is none on PATH: install it")
 
 
@@ -205,15 +207,15 @@ The connection to the server localhost:8080 was refused - did you specify the ri
 def test_a_cluster_that_cannot_run_it(kubectl: Kubectl, raw: list[Any], message: str) -> None:
     kubectl.answers(raw=[raw])
     assert message in refusal(kubectl.submit)
-    assert not kubectl.called("apply")
+    assert not kubectl.called("create")
 
 
 def test_a_job_that_the_cluster_refuses(kubectl: Kubectl) -> None:
     error = (
         'Error from server (BadRequest): strict decoding error: unknown field "spec.launcherCreationPolicy"\n'
     )
-    kubectl.answers(apply=[[1, "", error]])
-    assert refusal(kubectl.submit) == f"kubectl apply failed for MPIJob digits: {error.strip()}"
+    kubectl.answers(create=[[1, "", error]])
+    assert refusal(kubectl.submit) == f"kubectl create failed for MPIJob {NAME}: {error.strip()}"
 
 
 @pytest.mark.parametrize("code", [1, 2, 130, 137])
@@ -258,7 +260,7 @@ def test_a_cluster_that_is_out_of_reach_for_a_while_is_asked_again(kubectl: Kube
 def test_one_that_stays_away_ends_the_following(kubectl: Kubectl) -> None:
     kubectl.answers(pods=[[1, "", "Unable to connect to the server: EOF\n"]])
     message = refusal(kubectl.submit)
-    assert message == "kubectl get failed for MPIJob digits: Unable to connect to the server: EOF"
+    assert message == f"kubectl get failed for MPIJob {NAME}: Unable to connect to the server: EOF"
 
 
 def test_pods_that_may_not_be_read(kubectl: Kubectl) -> None:
@@ -278,7 +280,7 @@ def test_events_that_may_not_be_read_do_not_matter(kubectl: Kubectl) -> None:
 def test_a_deleted_launcher(kubectl: Kubectl) -> None:
     kubectl.answers(pods=[pods(*WORKERS, pod("launcher", 0, "Running")), pods(*WORKERS)])
     assert kubectl.submit() == 1
-    assert kubectl.said[-1] == "the launcher pod digits-launcher-0 was deleted"
+    assert kubectl.said[-1] == f"the launcher pod {NAME}-launcher-0 was deleted"
 
 
 @pytest.mark.slow
@@ -322,8 +324,8 @@ def test_a_worker_that_ends_before_the_launcher_starts(kubectl: Kubectl) -> None
     )
     assert kubectl.submit() == 1
     assert kubectl.said[-1] == (
-        "digits-worker-1 ended with exit status 255, so the job cannot start: see `kubectl -n vision logs "
-        "digits-worker-1`, then `kubectl -n vision delete mpijobs.v2beta1.kubeflow.org digits`"
+        f"{NAME}-worker-1 ended with exit status 255, so the job cannot start: see `kubectl -n vision logs "
+        f"{NAME}-worker-1`, then `kubectl -n vision delete mpijobs.v2beta1.kubeflow.org {NAME}`"
     )
 
 
@@ -342,7 +344,7 @@ def test_a_job_in_a_queue_says_so(kubectl: Kubectl) -> None:
             [0, job(**conditions("Failed", "2/2 workers are evicted")), ""],
             "failed before it started: Failed, 2/2 workers",
         ),
-        ([0, "", ""], "MPIJob digits was deleted"),
+        ([0, "", ""], f"MPIJob {NAME} was deleted"),
     ],
 )
 def test_a_job_that_ends_before_its_launcher_starts(kubectl: Kubectl, after: list[Any], line: str) -> None:
@@ -354,8 +356,8 @@ def test_a_job_that_ends_before_its_launcher_starts(kubectl: Kubectl, after: lis
 def test_the_same_command_joins_a_job_that_runs(kubectl: Kubectl) -> None:
     kubectl.answers(mpijobs=[[0, job(), ""]])
     assert kubectl.submit() == 0
-    assert kubectl.said[0] == "MPIJob digits runs already in namespace vision: following it"
-    assert not kubectl.called("apply")
+    assert kubectl.said[0] == f"MPIJob {NAME} runs already in namespace vision: following it"
+    assert not kubectl.called("create")
 
 
 @pytest.mark.parametrize("kind", ["Failed", "Succeeded"])
@@ -365,17 +367,70 @@ def test_the_same_command_starts_a_job_that_has_ended_again(kubectl: Kubectl, ki
     (delete,) = kubectl.called("delete")
     assert delete["words"][2:] == [
         "mpijobs.v2beta1.kubeflow.org",
-        "digits",
+        NAME,
         "--cascade=foreground",
         "--wait=true",
     ]
-    assert kubectl.called("apply")
+    assert kubectl.called("create")
+
+
+def of_another(annotations: dict[str, str] | None, **more: Any) -> str:
+    """A job of the same name that this run has not made."""
+    other = json.loads(job(**more))
+    other["metadata"]["annotations"] = annotations
+    return json.dumps(other)
+
+
+@pytest.mark.parametrize("state", [{}, conditions("Succeeded", "over"), conditions("Failed", "over")])
+@pytest.mark.parametrize(
+    ("annotations", "of"),
+    [
+        ({"hvd-lb-output": "pvc:runs/bob/digits"}, "is of the run in pvc:runs/bob/digits"),
+        ({"hvd-lb-run": "digits"}, "is not of hvd-lb"),
+        (None, "is not of hvd-lb"),
+    ],
+)
+def test_the_job_of_another_run_is_neither_followed_nor_deleted(
+    kubectl: Kubectl, state: dict[str, Any], annotations: dict[str, str] | None, of: str
+) -> None:
+    kubectl.answers(mpijobs=[[0, of_another(annotations, **state), ""]])
+    assert refusal(kubectl.submit) == (
+        f"the MPIJob {NAME} in namespace vision {of}, and nothing of others is changed: choose another --output or "
+        "--k8s-namespace"
+    )
+    assert not [call for call in kubectl.calls if call["words"][1] != "get"]
+
+
+def test_a_job_of_this_run_that_runs_with_another_command_is_left_alone(kubectl: Kubectl) -> None:
+    annotations = {**JOB["metadata"]["annotations"], "hvd-lb-command": "0123456789abcdef"}
+    kubectl.answers(mpijobs=[[0, of_another(annotations), ""]])
+    said = refusal(kubectl.submit)
+    assert said.startswith(
+        f"MPIJob {NAME} of this run is there already, with another command line: type that one"
+    )
+    assert said.endswith(f"(kubectl -n vision delete mpijobs.v2beta1.kubeflow.org {NAME})")
+    assert not [call for call in kubectl.calls if call["words"][1] != "get"]
+
+
+def test_when_that_one_has_ended_the_new_command_goes_on(kubectl: Kubectl) -> None:
+    annotations = {**JOB["metadata"]["annotations"], "hvd-lb-command": "0123456789abcdef"}
+    over = of_another(annotations, **conditions("Failed", "over"))
+    kubectl.answers(mpijobs=[[0, over, ""], [0, job(), ""]])
+    assert kubectl.submit() == 0
+    assert kubectl.called("delete")
+    assert kubectl.called("create")
+
+
+def test_a_job_that_somebody_makes_at_the_same_moment_is_not_changed(kubectl: Kubectl) -> None:
+    error = f'Error from server (AlreadyExists): mpijobs.kubeflow.org "{NAME}" already exists\n'
+    kubectl.answers(create=[[1, "", error]])
+    assert refusal(kubectl.submit) == f"kubectl create failed for MPIJob {NAME}: {error.strip()}"
 
 
 FOLLOW = """
 import json, sys
 from hvd_lb.launch.submit.kubernetes.follow import submit
-sys.exit(submit(json.load(sys.stdin), lambda line: print(line, flush=True), poll_seconds=0.1))
+sys.exit(submit([json.load(sys.stdin)], lambda line: print(line, flush=True), poll_seconds=0.1))
 """
 
 
@@ -400,22 +455,22 @@ def test_ctrl_c_leaves_the_job_and_says_what_to_type(kubectl: Kubectl, stage: st
         process.stdin.write(json.dumps(JOB))
         process.stdin.close()
         expected = "1 of 2 worker pods running\n" if stage == "waiting" else "epoch 0: top-1 error 12.5 %\n"
-        seen = ["MPIJob digits submitted to namespace vision\n", expected]
+        seen = [f"MPIJob {NAME} submitted to namespace vision\n", expected]
         assert [process.stdout.readline(), process.stdout.readline()] == seen
         time.sleep(0.2)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         rest = process.stdout.read()
         assert process.wait(20) == 130
-    assert rest.splitlines() == farewell("vision", "digits")
+    assert rest.splitlines() == farewell(MPIJOB, "vision", NAME)
     assert not kubectl.called("delete")
 
 
 def test_the_farewell_can_be_typed() -> None:
-    assert farewell("vision", "digits") == [
-        "MPIJob digits runs on.",
-        "follow it:               the same command again, or kubectl -n vision logs -f job/digits-launcher",
-        "end with a checkpoint:   kubectl -n vision exec job/digits-launcher -- sh -c 'kill -TERM 1'",
-        "end at once, remove all: kubectl -n vision delete mpijobs.v2beta1.kubeflow.org digits",
+    assert farewell(MPIJOB, "vision", NAME) == [
+        f"MPIJob {NAME} runs on.",
+        f"follow it:               the same command again, or kubectl -n vision logs -f job/{NAME}-launcher",
+        f"end with a checkpoint:   kubectl -n vision exec job/{NAME}-launcher -- sh -c 'kill -TERM 1'",
+        f"end at once, remove all: kubectl -n vision delete mpijobs.v2beta1.kubeflow.org {NAME}",
     ]
 
 
@@ -427,7 +482,7 @@ def test_the_real_kubectl_understands_every_call(kubectl: Kubectl) -> None:
         pods=[pods(pod("worker", 0, "Running")), *(ANSWERS["pods"][:1] * 2), *ANSWERS["pods"]],
     )
     kubectl.submit()
-    typed = [shlex.split(line.rpartition("kubectl ")[2]) for line in farewell("vision", "digits")[1:]]
+    typed = [shlex.split(line.rpartition("kubectl ")[2]) for line in farewell(MPIJOB, "vision", NAME)[1:]]
     calls = [*((call["words"], call["stdin"]) for call in kubectl.calls), *((words, "") for words in typed)]
     for words, stdin in {tuple(words): (words, stdin) for words, stdin in calls}.values():
         done = subprocess.run(
@@ -449,7 +504,7 @@ def test_the_real_kubectl_understands_every_call(kubectl: Kubectl) -> None:
 def test_the_real_kubectl_without_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    message = refusal(lambda: submit(JOB, print))
+    message = refusal(lambda: submit([JOB], print))
     assert message.startswith(
         "kubectl does not reach a cluster (The connection to the server localhost:8080 was refused"
     )

@@ -10,6 +10,8 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,11 @@ from hypothesis import strategies as st
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.submit.command import Submission
-from hvd_lb.launch.submit.kubernetes.manifest import SSH_PORT, Manifest, job_name, manifest, to_yaml
+from hvd_lb.launch.submit.kubernetes.manifest import to_yaml
+from hvd_lb.launch.submit.kubernetes.mpijob import SSH_PORT, mpijob
+from hvd_lb.launch.submit.kubernetes.names import job_name
 from hvd_lb.launch.submit.kubernetes.options import KubernetesOptions, Toleration
+from hvd_lb.launch.submit.kubernetes.pod import Manifest
 from hvd_lb.launch.submit.kubernetes.volumes import Volume, parse_volume
 from hvd_lb_cli.options.kubernetes import kubernetes_options
 
@@ -82,6 +87,13 @@ EVERYTHING = KubernetesOptions(
     secrets=("tokens",),
     pull_secret="registry",
     queue="research",
+    gpu_resource="nvidia.com/mig-3g.40gb",
+    priority_class="high",
+    runtime_class="nvidia",
+    service_account="reader",
+    labels={"team": "vision"},
+    annotations={"networking.gke.io/default-interface": "eth0", "why": "a: b"},
+    grace_seconds=900,
     root=True,
 )
 
@@ -130,6 +142,10 @@ def _fits(value: Any, schema: str) -> bool:
     return type(value) is str
 
 
+def to_yaml_one(document: Manifest) -> str:
+    return to_yaml([document])
+
+
 def pod(document: Manifest, role: str) -> dict[str, Any]:
     spec: dict[str, Any] = document["spec"]["mpiReplicaSpecs"][role]["template"]["spec"]
     return spec
@@ -146,9 +162,9 @@ def container(document: Manifest, role: str) -> dict[str, Any]:
 def test_the_manifest_is_what_the_api_takes(submission: Submission, options: KubernetesOptions) -> None:
     if submission is IMAGENET and options is ON_VOLUME:
         options = replace(options, volumes=(*options.volumes, parse_volume("pvc:imagenet:/data")))
-    document = manifest(replace(submission, environment={"NCCL_DEBUG": "INFO"}), options)
+    document = mpijob(replace(submission, environment={"NCCL_DEBUG": "INFO"}), options)
     assert problems(document, SCHEMA) == []
-    assert yaml.safe_load(to_yaml(document)) == document
+    assert yaml.safe_load(to_yaml([document])) == document
 
 
 BROKEN = {
@@ -175,7 +191,7 @@ BROKEN = {
 
 @pytest.mark.parametrize(("where", "field", "value", "problem"), BROKEN.values(), ids=BROKEN)
 def test_the_checker_notices(where: list[str], field: str, value: Any, problem: str) -> None:
-    document = copy.deepcopy(manifest(SMALL, ON_VOLUME))
+    document = copy.deepcopy(mpijob(SMALL, ON_VOLUME))
     place = document
     for step in where:
         place = place[step]
@@ -186,13 +202,13 @@ def test_the_checker_notices(where: list[str], field: str, value: Any, problem: 
 
 
 def test_the_checker_notices_what_is_missing() -> None:
-    document = manifest(SMALL, ON_VOLUME)
+    document = mpijob(SMALL, ON_VOLUME)
     del document["spec"]["mpiReplicaSpecs"]["Launcher"]
     assert problems(document, SCHEMA) == [".spec.mpiReplicaSpecs.Launcher: missing"]
 
 
 def test_the_launcher_runs_the_command_on_the_operators_hosts() -> None:
-    document = manifest(SMALL, ON_VOLUME)
+    document = mpijob(SMALL, ON_VOLUME)
     launcher = container(document, "Launcher")
     assert launcher["command"] == [
         "hvd-lb",
@@ -210,7 +226,7 @@ def test_the_launcher_runs_the_command_on_the_operators_hosts() -> None:
 
 
 def test_variables_are_the_launchers_and_handed_on_to_the_ranks() -> None:
-    document = manifest(replace(SMALL, environment={"NCCL_DEBUG": "INFO", "TOKEN": "a b"}), ON_VOLUME)
+    document = mpijob(replace(SMALL, environment={"NCCL_DEBUG": "INFO", "TOKEN": "a b"}), ON_VOLUME)
     launcher = container(document, "Launcher")
     assert launcher["env"] == [{"name": "NCCL_DEBUG", "value": "INFO"}, {"name": "TOKEN", "value": "a b"}]
     assert launcher["command"][-8:-4] == ["--env", "NCCL_DEBUG", "--env", "TOKEN"]
@@ -220,7 +236,7 @@ def test_variables_are_the_launchers_and_handed_on_to_the_ranks() -> None:
 @pytest.mark.parametrize(("processes", "workers", "slots"), [(256, 32, 8), (20, 3, 8), (3, 1, 3), (1, 1, 1)])
 def test_gpus_are_asked_for_by_worker(processes: int, workers: int, slots: int) -> None:
     options = replace(ON_VOLUME, volumes=(*ON_VOLUME.volumes, parse_volume("pvc:imagenet:/data")))
-    document = manifest(replace(IMAGENET, processes=processes), options)
+    document = mpijob(replace(IMAGENET, processes=processes), options)
     assert document["spec"]["mpiReplicaSpecs"]["Worker"]["replicas"] == workers
     assert document["spec"]["slotsPerWorker"] == slots
     assert container(document, "Worker")["resources"] == {"limits": {"nvidia.com/gpu": slots}}
@@ -228,7 +244,7 @@ def test_gpus_are_asked_for_by_worker(processes: int, workers: int, slots: int) 
 
 
 def test_pods_are_as_the_restricted_pod_security_standard_wants_them() -> None:
-    document = manifest(SMALL, ON_VOLUME)
+    document = mpijob(SMALL, ON_VOLUME)
     for role in ("Launcher", "Worker"):
         context = pod(document, role)["securityContext"]
         assert context["runAsNonRoot"] is True
@@ -243,7 +259,7 @@ def test_pods_are_as_the_restricted_pod_security_standard_wants_them() -> None:
 
 
 def test_root_has_what_rdma_and_sshd_need() -> None:
-    document = manifest(SMALL, replace(ON_VOLUME, root=True))
+    document = mpijob(SMALL, replace(ON_VOLUME, root=True))
     assert document["spec"]["sshAuthMountPath"] == "/root/.ssh"
     for role in ("Launcher", "Worker"):
         assert pod(document, role)["securityContext"] == {"runAsUser": 0, "runAsGroup": 0}
@@ -254,21 +270,32 @@ def test_root_has_what_rdma_and_sshd_need() -> None:
 
 
 def test_every_option_has_its_place() -> None:
-    document = manifest(IMAGENET, EVERYTHING)
+    document = mpijob(IMAGENET, EVERYTHING)
     launcher, worker = pod(document, "Launcher"), pod(document, "Worker")
     assert document["metadata"]["namespace"] == "vision"
     assert document["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
     assert container(document, "Worker")["resources"] == {
         "requests": {"cpu": "96", "memory": "1Ti"},
-        "limits": {"memory": "1Ti", "nvidia.com/gpu": 8, "rdma/hca_shared_devices_a": 1},
+        "limits": {"memory": "1Ti", "nvidia.com/mig-3g.40gb": 8, "rdma/hca_shared_devices_a": 1},
     }
     assert worker["volumes"][0] == {
         "name": "shared-memory",
         "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"},
     }
     assert worker["nodeSelector"] == {"node.kubernetes.io/instance-type": "p5.48xlarge"}
-    assert "nodeSelector" not in launcher  # it needs none of those nodes
+    assert worker["runtimeClassName"] == "nvidia"
+    assert "nodeSelector" not in launcher  # it needs none of those nodes, and no GPU
+    assert "runtimeClassName" not in launcher
+    for role in ("Launcher", "Worker"):
+        metadata = document["spec"]["mpiReplicaSpecs"][role]["template"]["metadata"]
+        for of in (metadata, document["metadata"]):
+            assert of["labels"]["team"] == "vision"
+            assert of["labels"]["app.kubernetes.io/name"] == "hvd-lb"
+            assert EVERYTHING.annotations.items() <= of["annotations"].items()
     for spec in (launcher, worker):
+        assert spec["priorityClassName"] == "high"
+        assert spec["serviceAccountName"] == "reader"
+        assert spec["terminationGracePeriodSeconds"] == 900
         assert spec["imagePullSecrets"] == [{"name": "registry"}]
         assert spec["tolerations"] == [
             {"key": "nvidia.com/gpu", "operator": "Exists"},
@@ -279,7 +306,7 @@ def test_every_option_has_its_place() -> None:
 
 
 def test_volumes_of_one_claim_are_one_volume_and_data_is_only_read() -> None:
-    document = manifest(IMAGENET, EVERYTHING)
+    document = mpijob(IMAGENET, EVERYTHING)
     assert (
         pod(document, "Launcher")["volumes"]
         == pod(document, "Worker")["volumes"][1:]
@@ -303,7 +330,7 @@ def test_volumes_of_one_claim_are_one_volume_and_data_is_only_read() -> None:
 
 def test_a_volume_with_data_and_output_can_be_written_to() -> None:
     one = replace(IMAGENET, data=Path("/store/imagenet"), output=Path("/store/runs/1"))
-    document = manifest(one, KubernetesOptions(volumes=(parse_volume("pvc:store:/store"),)))
+    document = mpijob(one, KubernetesOptions(volumes=(parse_volume("pvc:store:/store"),)))
     assert container(document, "Launcher")["volumeMounts"] == [{"name": "volume-0", "mountPath": "/store"}]
 
 
@@ -330,18 +357,55 @@ def test_a_run_that_could_not_work_is_refused(
     submission: Submission, volumes: list[str], message: str
 ) -> None:
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        manifest(submission, KubernetesOptions(volumes=tuple(map(parse_volume, volumes))))
+        mpijob(submission, KubernetesOptions(volumes=tuple(map(parse_volume, volumes))))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["digits", "a", "imagenet-resnet50-256x32-1a2b3c", "a" * 50])
-def test_names_that_are_valid_stay(name: str) -> None:
-    assert job_name(name) == name
+def name_of(output: str, *volumes: str) -> str:
+    submission = replace(SMALL, name=Path(output).name, output=Path(output))
+    options = KubernetesOptions(volumes=tuple(map(parse_volume, volumes)))
+    return str(mpijob(submission, options)["metadata"]["name"])
+
+
+def test_a_job_is_named_after_where_it_writes_in_the_cluster() -> None:
+    """Not after the last folder, which two people's runs may share, nor after a path in pods, which two claims may."""
+    alice = name_of("/runs/alice/resnet50", "pvc:runs:/runs")
+    others = [
+        name_of("/runs/bob/resnet50", "pvc:runs:/runs"),
+        name_of("/runs/alice/resnet50", "pvc:others:/runs"),
+        name_of("/runs/alice/resnet50", "pvc:runs/more:/runs"),
+        name_of("/runs/alice/resnet50", "nfs:runs:/runs:/runs"),
+        name_of("/runs/alice/resnet50", "host:/runs:/runs"),
+    ]
+    assert len({alice, *others}) == 6
+    assert all(re.fullmatch("resnet50-[0-9a-f]{8}", name) for name in (alice, *others))
+
+
+def test_the_same_run_has_one_name_wherever_it_is_mounted() -> None:
+    names = {
+        name_of("/runs/alice/one", "pvc:runs:/runs"),
+        name_of("/out/one", "pvc:runs/alice:/out", "pvc:data:/runs"),
+        name_of("/runs/x/../alice/one", "pvc:runs:/runs"),
+    }
+    assert len(names) == 1
+
+
+def test_what_a_job_says_of_its_run() -> None:
+    said = mpijob(SMALL, ON_VOLUME)["metadata"]["annotations"]
+    assert said["hvd-lb-run"] == "digits"
+    assert said["hvd-lb-output"] == "pvc:runs/digits"
+    more = mpijob(replace(SMALL, arguments=(*SMALL.arguments, "--seed", "1")), ON_VOLUME)
+    assert more["metadata"]["name"] == mpijob(SMALL, ON_VOLUME)["metadata"]["name"]
+    assert more["metadata"]["annotations"]["hvd-lb-command"] != said["hvd-lb-command"]
+    secret = replace(SMALL, environment={"TOKEN": "a"}), replace(SMALL, environment={"TOKEN": "b"})
+    first, second = (mpijob(of, ON_VOLUME)["metadata"]["annotations"]["hvd-lb-command"] for of in secret)
+    assert first == second  # so it tells nothing of a value
 
 
 @pytest.mark.parametrize(
     ("name", "start"),
     [
+        ("digits", "digits-"),
         ("Digits", "digits-"),
         ("runs/2025 first", "runs-2025-first-"),
         ("90-epochs", "hvd-lb-90-epochs-"),
@@ -355,21 +419,21 @@ def test_names_that_are_valid_stay(name: str) -> None:
         ("x\udcff", "x-"),
     ],
 )
-def test_other_names_are_made_valid(name: str, start: str) -> None:
-    assert re.fullmatch(re.escape(start) + "[0-9a-f]{8}", job_name(name))
+def test_names_are_made_valid(name: str, start: str) -> None:
+    assert re.fullmatch(re.escape(start) + "[0-9a-f]{8}", job_name(name, f"pvc:runs/{name}"))
 
 
-@given(st.text(max_size=80) | st.from_regex(r"[a-zA-Z0-9-]{1,80}", fullmatch=True))
-def test_any_name_gives_host_names(name: str) -> None:
-    made = job_name(name)
+@given(st.text(max_size=80) | st.from_regex(r"[a-zA-Z0-9-]{1,80}", fullmatch=True), st.text(max_size=20))
+def test_any_name_gives_host_names(name: str, output: str) -> None:
+    made = job_name(name, output)
     assert re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", made)  # a service's name begins with a letter
     assert len(f"{made}-worker-9999") <= 63
     assert len(f"{made}-launcher") <= 63
 
 
 @given(st.lists(st.text(max_size=10), min_size=2, max_size=2, unique=True))
-def test_different_names_stay_different(names: list[str]) -> None:
-    assert job_name(names[0]) != job_name(names[1])
+def test_different_outputs_have_different_names(outputs: list[str]) -> None:
+    assert job_name("a", outputs[0]) != job_name("a", outputs[1])
 
 
 HOSTILE = (
@@ -421,7 +485,7 @@ def test_hostile_words_reach_the_command_and_the_environment_as_they_are() -> No
     submission = replace(
         SMALL, arguments=("train", *HOSTILE), environment={f"V{i}": text for i, text in enumerate(HOSTILE)}
     )
-    document = yaml.safe_load(to_yaml(manifest(submission, ON_VOLUME)))
+    document = yaml.safe_load(to_yaml_one(mpijob(submission, ON_VOLUME)))
     launcher = container(document, "Launcher")
     assert tuple(map(kubelet_expands, launcher["command"][2 : 2 + len(HOSTILE)])) == HOSTILE
     assert tuple(kubelet_expands(one["value"]) for one in launcher["env"]) == HOSTILE
@@ -431,8 +495,43 @@ def test_hostile_words_reach_the_command_and_the_environment_as_they_are() -> No
 
 def test_a_hostile_run_name_is_an_annotation() -> None:
     name = "a\udcff: {b}\n"
-    document = yaml.safe_load(to_yaml(manifest(replace(SMALL, name=name), ON_VOLUME)))
+    document = yaml.safe_load(to_yaml_one(mpijob(replace(SMALL, name=name), ON_VOLUME)))
     assert document["metadata"]["annotations"]["hvd-lb-run"] == "a\\udcff: {b}\n"
+
+
+def test_a_pod_with_ranks_ends_them_with_a_checkpoint_first() -> None:
+    document = mpijob(SMALL, ON_VOLUME)
+    assert "lifecycle" not in container(document, "Launcher")
+    hook = container(document, "Worker")["lifecycle"]["preStop"]["exec"]["command"]
+    assert hook[-2:] == ["/runs/digits/logs/stop", "1"]
+    assert "$(" not in hook[2]
+    assert "$$" not in hook[2]
+    assert pod(document, "Worker")["terminationGracePeriodSeconds"] == 300
+
+
+def test_the_hook_asks_the_run_to_stop_and_waits_for_it(tmp_path: Path) -> None:
+    """With the children of another process than the first one."""
+    command = container(mpijob(SMALL, ON_VOLUME), "Worker")["lifecycle"]["preStop"]["exec"]["command"]
+    stop = tmp_path / "a b$(x)"
+    script = "import subprocess as s, sys; s.run(['sleep', sys.argv[1]]); print('done', flush=True); sys.stdin.read()"
+    for seconds, asked in (("0", False), ("1", True)):
+        parent = subprocess.Popen(
+            [sys.executable, "-c", script, seconds], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert parent.stdin
+        assert parent.stdout
+        with parent:
+            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+            if asked:
+                while not children.read_text():
+                    time.sleep(0.01)
+            else:
+                parent.stdout.readline()
+            subprocess.run([*command[:-2], str(stop), str(parent.pid)], check=True, timeout=30)
+            assert not children.read_text()
+            assert stop.exists() == asked
+            parent.stdin.close()
+    assert stop.read_text() == "15\n"
 
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
@@ -453,8 +552,8 @@ def test_kubectl_reads_the_same(tmp_path: Path, options: KubernetesOptions) -> N
     hostile = replace(
         SMALL, arguments=("train", *HOSTILE), environment={f"V{i}": text for i, text in enumerate(HOSTILE)}
     )
-    document = manifest(hostile, options)
-    assert read_by_kubectl(to_yaml(document), tmp_path) == document
+    document = mpijob(hostile, options)
+    assert read_by_kubectl(to_yaml([document]), tmp_path) == document
 
 
 def test_the_worked_example_in_the_docs_is_what_the_code_prints() -> None:
@@ -475,7 +574,7 @@ def test_the_worked_example_in_the_docs_is_what_the_code_prints() -> None:
         image="ghcr.io/hvd-lb/hvd-lb:0.1.0",
         environment={"HVD_LB_CACHE": "/runs/.cache"},
     )
-    assert f"```yaml\n{to_yaml(manifest(example, options))}```" in DOCS.read_text("utf-8")
+    assert f"```yaml\n{to_yaml_one(mpijob(example, options))}```" in DOCS.read_text("utf-8")
 
 
 @click.command()
@@ -502,8 +601,10 @@ def test_options_of_the_command_line() -> None:
         --k8s-cpus 96 --k8s-memory 1Ti --k8s-resource rdma/hca_shared_devices_a=1
         --k8s-node-selector node.kubernetes.io/instance-type=p5.48xlarge --k8s-toleration nvidia.com/gpu
         --k8s-toleration dedicated=training:NoSchedule --k8s-secret tokens --k8s-pull-secret registry
-        --k8s-queue research --k8s-root"""
-    assert parsed(*line.split()) == EVERYTHING
+        --k8s-queue research --k8s-root --k8s-gpu-resource nvidia.com/mig-3g.40gb --k8s-priority-class high
+        --k8s-runtime-class nvidia --k8s-service-account reader --k8s-label team=vision --k8s-grace 900
+        --k8s-annotation networking.gke.io/default-interface=eth0"""
+    assert parsed(*line.split(), "--k8s-annotation", "why=a: b") == EVERYTHING
 
 
 @pytest.mark.parametrize(
@@ -576,6 +677,15 @@ def test_what_is_no_volume_is_refused(text: str) -> None:
         ("--k8s-pull-secret", "user:password"),
         ("--k8s-queue", "Q"),
         ("--k8s-volume", "runs"),
+        *(
+            ("--k8s-gpu-resource", text)
+            for text in ("", "gpu", "nvidia.com/", "NVIDIA.com/gpu", "nvidia.com/gpu=8")
+        ),
+        *(("--k8s-label", text) for text in ("a", "a=b c", "hvd-lb-run=x", "app.kubernetes.io/name=x")),
+        *(("--k8s-annotation", text) for text in ("a", "=b", "a b=c", "hvd-lb-output=/x")),
+        ("--k8s-priority-class", "High"),
+        ("--k8s-runtime-class", "a b"),
+        ("--k8s-service-account", "x/y"),
     ],
 )
 def test_wrong_values_are_told_in_one_line(option: str, value: str) -> None:

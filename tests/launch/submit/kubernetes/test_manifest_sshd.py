@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from pods import mounted_secret
 
-from hvd_lb.launch.submit.kubernetes.manifest import SSH_PORT, sshd_command
+from hvd_lb.launch.submit.kubernetes.mpijob import SSH_PORT, sshd_command
 
 
 def free_port() -> int:
