@@ -25,7 +25,6 @@ class RankProcesses:
     """A started job. What its launcher says goes to RUN/logs/launcher.log; each rank has a log of its own beside it."""
 
     def __init__(self, job: Job, launch: LaunchPlan, run: RunDirectory, lock: int):
-        run.keep_logs()
         self._run, self._hosts = run, launch.hosts
         self.log = run.logs / "launcher.log"
         self._during = ExitStack()

@@ -25,10 +25,11 @@ from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan, process_environment
 from hvd_lb.launch.processes import RankProcesses
 from hvd_lb.launch.resume import ResumePoint, find_resume_point
-from hvd_lb.launch.stopping import heeded_signals
+from hvd_lb.launch.stopping import AT_ONCE, heeded_signals, read_wish
 from hvd_lb.machine.environment import describe_environment
 from hvd_lb.machine.placement import Placement
 from hvd_lb.recipe import Recipe
+from hvd_lb.report.launching import Recorded, SignOfLife
 from hvd_lb.report.metrics import read_metrics, truncate_metrics
 from hvd_lb.report.progress import Display, RunView, open_display
 from hvd_lb.report.run_directory import RunDirectory, replace_bytes, replace_text, write_json
@@ -118,15 +119,19 @@ def run_job(
         console.print(resume_point.finished, soft_wrap=True)
         return 0
     lock = run.lock()
+    alive, said = SignOfLife(run), Recorded(console, run.launching_log)
     try:
         if store.newest_first() != present:
             raise UserError(
                 f"another run has just ended in {run.path}: type the same command again to go on with it"
             )
+        run.keep_logs()
+        said.begin()
         on_ready()
         replace_text(run.recipe, resolved.recipe.to_yaml())
         write_json(run.environment, describe_environment(placement, command))
         run.summary.unlink(missing_ok=True)
+        alive.begin(_facts(resolved, placement, launch, resume_point, command))
         for path in resume_point.damaged:
             store.set_aside(path)
         # First: while they are there, a start that is killed here goes on from them, and needs all records before.
@@ -143,7 +148,29 @@ def run_job(
         job = make_job(resolved, placement, launch, run, resume_point)
         return _watch(job, launch, run, resolved, resume_point, lock.descriptor, console)
     finally:
+        said.end()
+        alive.end()
         lock.close()
+
+
+def _facts(
+    resolved: Resolved,
+    placement: Placement,
+    launch: LaunchPlan,
+    resume_point: ResumePoint,
+    command: Sequence[str],
+) -> dict[str, Any]:
+    """What `hvd-lb status` tells of a run beside its records."""
+    return {
+        "command": list(command),
+        "starter": launch.starter,
+        "processes": placement.processes,
+        "hosts": [host.name for host in launch.hosts],
+        "first_step": resume_point.step,
+        "total_steps": resolved.total_steps,
+        "steps_per_epoch": resolved.plan.steps_per_epoch,
+        "global_batch": resolved.recipe.global_batch,
+    }
 
 
 def _watch(
@@ -169,9 +196,11 @@ def _watch(
             with RunView(run, display, resume_point.first_record) as view:
                 asked = False
                 while (status := processes.wait(_LOOK_SECONDS)) is None and len(received) < 2:
+                    _heed(read_wish(run.stop), received)
                     if received and not asked:
                         asked = _ask_to_stop(processes, received[0], display)
                     view.update()
+            _heed(read_wish(run.stop), received)
         finally:
             processes.stop()
         stopped = processes.stopped()
@@ -189,6 +218,15 @@ def _watch(
         _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began, console)
         return 1
     return _finish(run, resolved, time.monotonic() - began, console)
+
+
+def _heed(wish: str, received: list[signal.Signals]) -> None:
+    """What `hvd-lb stop` asks for counts as signals that came here."""
+    if wish == AT_ONCE:
+        received += [signal.SIGINT] * (2 - len(received))
+    elif wish.isdecimal() and not received:
+        with suppress(ValueError):
+            received.append(signal.Signals(int(wish)))
 
 
 def _ask_to_stop(processes: RankProcesses, number: signal.Signals, display: Display) -> bool:

@@ -1,7 +1,8 @@
 """Ending a run with a checkpoint: by a signal to a rank, or by a file through which the launching process asks.
 
 The launching process cannot signal the ranks: horovodrun lies between, and would end them. So it writes
-RUN/logs/stop, which rank 0 looks for in every step. A scheduler's signal may reach any rank directly.
+RUN/logs/stop, which rank 0 looks for in every step. `hvd-lb stop` writes it on whatever machine, and the launching
+process looks for it, too. A scheduler's signal may reach any rank directly.
 """
 
 from __future__ import annotations
@@ -22,6 +23,16 @@ def heeded_signals() -> tuple[signal.Signals, ...]:
     return tuple(number for number in _SIGNALS if number is not signal.SIGHUP or not ignored)
 
 
+def read_wish(file: Path) -> str:
+    """What RUN/logs/stop asks for: the number of a signal, AT_ONCE, or nothing, as long as it cannot be read."""
+    try:
+        # Opening the folder asks the server: a client of NFS may else hold for a minute that there is no such file.
+        os.close(os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY))
+        return file.read_bytes().decode("ascii", "replace")
+    except OSError:
+        return ""
+
+
 class StopRequests:
     """Called, it gives the number of the signal by which the run shall end, or 0.
 
@@ -36,17 +47,11 @@ class StopRequests:
             signal.signal(number, self._receive)
 
     def __call__(self) -> int:
-        if self.watch_file and not self._signal and (text := self._text()).isdecimal():
+        if self.watch_file and not self._signal and (text := read_wish(self._file)).isdecimal():
             self._signal = int(text)
         return self._signal
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self._signal or self._text() == AT_ONCE:
+        if self._signal or read_wish(self._file) == AT_ONCE:
             os._exit(128 + number)
         self._signal = number
-
-    def _text(self) -> str:
-        try:
-            return self._file.read_bytes().decode("ascii", "replace")
-        except OSError:  # it is not there; or cannot be read just now, and is looked at again
-            return ""

@@ -13,13 +13,12 @@ import errno
 import fcntl
 import json
 import os
-import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from hvd_lb.errors import UserError
+from hvd_lb.machine.process import is_running, this_process
 
 # What a file system answers that has no such lock; all else is about this one file.
 _NOT_THERE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
@@ -87,7 +86,7 @@ def _make(maker: Path, folder: Path) -> None:
         else:
             break
     with open(descriptor, "w", encoding="utf-8") as stream:
-        json.dump(_this_process(), stream)
+        json.dump(this_process(), stream)
 
 
 def _remove_stale(maker: Path, folder: Path) -> None:
@@ -108,36 +107,15 @@ def _remove_stale(maker: Path, folder: Path) -> None:
 def _refuse_living(maker: Path, content: bytes, folder: Path) -> None:
     try:
         made_by = json.loads(content)
-        pid, host = int(made_by["pid"]), str(made_by["host"])
-    except (ValueError, TypeError, KeyError):
+        pid, host, there = int(made_by["pid"]), str(made_by["host"]), is_running(made_by)
+    except (ValueError, TypeError, LookupError):
         raise UserError(
             f"{maker} stands for a lock of {folder}, but is damaged: remove it if no run writes there"
         ) from None
-    mine = _this_process()
-    if any(made_by.get(name) != mine[name] for name in ("host", "machine")):
+    if there is None:
         raise UserError(
             f"output folder {folder} is in use by process {pid} on host {host}, or was when that host went down: "
             f"remove {maker} if that process is no more"
         )
-    if made_by.get("started") == _started(pid) is not None:
+    if there:
         raise _in_use(folder, f"process {pid}")
-
-
-def _this_process() -> dict[str, Any]:
-    """What tells this process from all others: numbers are used again, and containers count anew."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    return {
-        "host": socket.gethostname(),
-        "machine": f"{boot} {os.readlink('/proc/self/ns/pid')}",
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-    }
-
-
-def _started(pid: int) -> int | None:
-    """When a process was started, in clock ticks since the machine was; None where it is no more."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else int(fields[18])

@@ -64,8 +64,18 @@ class RunDirectory:
         return self.logs / "progress.json"
 
     @property
+    def launching(self) -> Path:
+        """Which process launches the run (`hvd_lb.report.launching`); there while it does."""
+        return self.logs / "launching.json"
+
+    @property
+    def launching_log(self) -> Path:
+        """What that process says."""
+        return self.logs / "launching.log"
+
+    @property
     def stop(self) -> Path:
-        """Where the launching process asks the ranks to end with a checkpoint: the number of a signal."""
+        """Where a run is asked to end (`hvd_lb.launch.stopping`)."""
         return self.logs / "stop"
 
     @property
@@ -111,7 +121,7 @@ class RunDirectory:
 
 
 # In logs/. Not there: what a scheduler prints, which has the number of its job in its name.
-_OF_ONE_START = ("*.log", "error-*.json", "job.json", "progress.json", "stopped.json")
+_OF_ONE_START = ("*.log", "error-*.json", "job.json", "launching.json", "progress.json", "stopped.json")
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hvd_lb.errors import UserError
-from hvd_lb.report import lock
+from hvd_lb.machine.process import this_process
 from hvd_lb.report.run_directory import RunDirectory
 
 MISSING = [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL]
@@ -123,7 +123,7 @@ def test_whose_lock_cannot_be_judged_here_is_left_to_a_person(
 ) -> None:
     without(monkeypatch, "flock", "lockf")
     run.logs.mkdir(parents=True)
-    text = "" if changed is None else json.dumps({**lock._this_process(), "started": 1, **changed})
+    text = "" if changed is None else json.dumps({**this_process(), "started": 1, **changed})
     maker(run).write_text(text)
     with pytest.raises(UserError, match=said.format(pid=os.getpid())):
         run.lock()
@@ -135,7 +135,7 @@ def test_a_number_that_another_process_has_by_now_is_a_dead_one(
 ) -> None:
     without(monkeypatch, "flock", "lockf")
     run.logs.mkdir(parents=True)
-    maker(run).write_text(json.dumps({**lock._this_process(), "started": 1}))
+    maker(run).write_text(json.dumps({**this_process(), "started": 1}))
     run.lock().close()
 
 

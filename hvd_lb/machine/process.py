@@ -1,0 +1,45 @@
+"""What tells a process from all others, also those of other machines and of other boots, and whether it is there."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def this_process() -> dict[str, Any]:
+    """Host, machine, number and start of this process: numbers are used again, and containers count anew."""
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "started": started(os.getpid()),
+    }
+
+
+def started(pid: int) -> int | None:
+    """When a process was started, in clock ticks since the machine was; None where it is no more."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else int(fields[18])
+
+
+def is_running(process: Mapping[str, Any]) -> bool | None:
+    """Whether that process is there still; None where only its own machine can tell.
+
+    `process` holds what `this_process` gave there. LookupError, TypeError or ValueError where it is damaged.
+    """
+    pid, host, machine = int(process["pid"]), process["host"], process["machine"]
+    if (host, machine) != (socket.gethostname(), _machine()):
+        return None
+    return process["started"] == started(pid) is not None
+
+
+def _machine() -> str:
+    """One boot of one machine, and what counts its processes: a container counts its own."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"

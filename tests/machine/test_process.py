@@ -1,0 +1,34 @@
+"""A process is told from others by its machine, its number and its start."""
+
+import os
+import subprocess
+from typing import Any
+
+import pytest
+
+from hvd_lb.machine.process import is_running, started, this_process
+
+
+def test_this_process_is_running() -> None:
+    assert is_running(this_process()) is True
+
+
+def test_a_number_that_is_used_again_is_another_process() -> None:
+    mine = this_process()
+    assert is_running({**mine, "started": mine["started"] + 1}) is False
+
+
+def test_a_process_that_has_ended_is_no_more_also_before_it_is_waited_for() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    record = {**this_process(), "pid": child.pid, "started": started(child.pid)}
+    assert is_running(record) is True
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie now
+    assert is_running(record) is False
+    child.wait()
+    assert is_running(record) is False
+
+
+@pytest.mark.parametrize("other", [{"host": "h2"}, {"machine": "another boot"}])
+def test_of_another_machine_or_boot_nothing_is_said(other: dict[str, Any]) -> None:
+    assert is_running({**this_process(), **other}) is None
