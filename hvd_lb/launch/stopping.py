@@ -1,7 +1,7 @@
 """Ending a run with a checkpoint: by a signal to a rank, or by a file through which the launching process asks.
 
 The launching process cannot signal the ranks: horovodrun lies between, and would end them. So it writes
-RUN/logs/stop, which rank 0 looks for in every step. `hvd-lb stop` writes it on whatever machine, and the launching
+RUN/logs/stop, which a thread of rank 0 looks for. `hvd-lb stop` writes it on whatever machine, and the launching
 process looks for it, too. A scheduler's signal may reach any rank directly.
 """
 
@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: In the file: end now, without a checkpoint.
 AT_ONCE = "at once"
+_LOOK_SECONDS = 0.1
 
 
 def heeded_signals() -> tuple[signal.Signals, ...]:
@@ -36,20 +40,34 @@ def read_wish(file: Path) -> str:
 class StopRequests:
     """Called, it gives the number of the signal by which the run shall end, or 0.
 
-    The file is looked for when `watch_file` is set: by one process, as many would load a shared file system. A second
+    The file is looked for while it is `watched`: by one process, as many would load a shared file system. A second
     signal ends the process, and so does any one after AT_ONCE was written.
     """
 
     def __init__(self, file: Path):
-        self.watch_file = False
         self._file, self._signal = file, 0
         for number in heeded_signals():
             signal.signal(number, self._receive)
 
     def __call__(self) -> int:
-        if self.watch_file and not self._signal and (text := read_wish(self._file)).isdecimal():
-            self._signal = int(text)
         return self._signal
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, a thread looks for the file: a file system that hangs keeps no step waiting."""
+        over = threading.Event()
+
+        def look() -> None:
+            while not self._signal and not over.is_set():
+                if (text := read_wish(self._file)).isdecimal():
+                    self._signal = self._signal or int(text)
+                over.wait(_LOOK_SECONDS)
+
+        threading.Thread(target=look, name="hvd-lb stop file", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self._signal or read_wish(self._file) == AT_ONCE:

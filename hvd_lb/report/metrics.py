@@ -9,7 +9,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -79,9 +80,10 @@ def _end_of_lines(stream: FileIO) -> int:
 
 
 class RunObserver:
-    """Rank 0's observer: writes what the trainer says into the run directory.
+    """Rank 0's observer: writes what the trainer says into the run directory, in a thread and in the order it was said.
 
-    What cannot be written, as on a full disk, is told once, in this rank's log and as a record.
+    So a file system that is slow, or hangs, keeps no step waiting. What cannot be written, as on a full disk, is told
+    once, in this rank's log and as a record.
     """
 
     def __init__(self, run: RunDirectory, first_step: int):
@@ -91,43 +93,84 @@ class RunObserver:
         self._board: SummaryWriter | None = None
         self._board_due, self._beat = 0.0, 0.0
         self._step = first_step
-        with self._told_of(run.tensorboard):
-            self._open_board()
+        self._thread = ThreadPoolExecutor(1, "hvd-lb metrics")
+        self._failure: Exception | None = None
+        self._last = self._later(self._begin)
 
     def train(self, record: dict[str, Any]) -> None:
-        self._write("train", record)
+        self._later(self._write, "train", record)
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        self._write("eval", record)
+        self._later(self._write, "eval", record)
 
     def checkpoint(self, record: dict[str, Any]) -> None:
-        self._write("checkpoint", record)
+        self._later(self._write, "checkpoint", record)
 
     def repeat(self, record: dict[str, Any]) -> None:
-        self._write("repeat", record)
+        self._later(self._write, "repeat", record)
 
     def rollback(self, record: dict[str, Any]) -> None:
-        self._write("rollback", record)
-        with self._told_of(self._run.bad_images):
-            self._bad_images.forget(record["to"])
+        self._later(self._write, "rollback", record)
+        self._later(self._forget_bad_images, record["to"])
 
     def warning(self, record: dict[str, Any]) -> None:
-        self._write("warning", record)
+        self._later(self._write, "warning", record)
 
     def bad_images(self, records: Sequence[dict[str, Any]]) -> None:
+        self._later(self._write_bad_images, records)
+
+    def microbatch(self, step: int, done: int, of: int) -> None:
+        now = time.monotonic()
+        if now - self._beat >= _HEARTBEAT_SECONDS and self._last.done():
+            self._beat = now
+            self._later(self._write_heartbeat, step, done, of)
+
+    def flush(self) -> None:
+        """Waits until what was said is written, or could not be; any thread may ask."""
+        self._last.result()
+
+    def close(self) -> None:
+        """`flush`, and the end."""
+        self._thread.submit(self._do, self._end)
+        self._thread.shutdown()
+        if self._failure:
+            raise self._failure
+
+    def _later(self, work: Callable[..., None], *arguments: Any) -> Future[None]:
+        """Has the thread do this after all before; an error there that is none of the file system's is raised here."""
+        if self._failure:
+            raise self._failure
+        self._last = self._thread.submit(self._do, work, *arguments)
+        return self._last
+
+    # In the thread
+
+    def _do(self, work: Callable[..., None], *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except Exception as error:
+            self._failure = error
+
+    def _begin(self) -> None:
+        with self._told_of(self._run.tensorboard):
+            self._open_board()
+
+    def _forget_bad_images(self, first_step: int) -> None:
+        with self._told_of(self._run.bad_images):
+            self._bad_images.forget(first_step)
+
+    def _write_bad_images(self, records: Sequence[dict[str, Any]]) -> None:
         self._bad_images.add(*records)
         with self._told_of(self._run.bad_images):
             self._bad_images.write(sync=True)
 
-    def microbatch(self, step: int, done: int, of: int) -> None:
-        now = time.monotonic()
-        if now - self._beat >= _HEARTBEAT_SECONDS:
-            self._beat, self._step = now, step
-            text = strict_json({"step": step, "microbatch": done, "microbatches": of})
-            with self._told_of(self._run.heartbeat):
-                replace_text(self._run.heartbeat, text, sync=False)
+    def _write_heartbeat(self, step: int, done: int, of: int) -> None:
+        self._step = step
+        text = strict_json({"step": step, "microbatch": done, "microbatches": of})
+        with self._told_of(self._run.heartbeat):
+            replace_text(self._run.heartbeat, text, sync=False)
 
-    def close(self) -> None:
+    def _end(self) -> None:
         with self._told_of(self._run.bad_images):
             self._bad_images.write(sync=True)
         with self._told_of(self._run.tensorboard):
@@ -202,6 +245,9 @@ class SilentObserver:
         pass
 
     def microbatch(self, step: int, done: int, of: int) -> None:
+        pass
+
+    def flush(self) -> None:
         pass
 
     def close(self) -> None:

@@ -19,7 +19,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,11 +232,17 @@ class BackgroundWriter:
     """Writes checkpoints into a store in a thread of its own, one after the other.
 
     A disk that is full or slow does not stop the training: `warn` is told, and the checkpoints there are stay. Only
-    `close` raises, UserError, when what was to be written last could not be.
+    `close` raises, UserError, when what was to be written last could not be. `before` is called in the thread before
+    anything is written.
     """
 
-    def __init__(self, store: CheckpointStore, warn: Callable[[str], None] = lambda message: None):
-        self._store, self._warn = store, warn
+    def __init__(
+        self,
+        store: CheckpointStore,
+        warn: Callable[[str], None] = lambda message: None,
+        before: Callable[[], None] = lambda: None,
+    ):
+        self._store, self._warn, self._before = store, warn, before
         self._thread = ThreadPoolExecutor(1, "hvd-lb checkpoint")
         self._writes: list[_Write] = []
         self._failure: OSError | None = None
@@ -262,15 +267,22 @@ class BackgroundWriter:
             return False
         self._settle()
         snapshot = Snapshot(step, _copied(model), _copied(optimizer), dict(state), best)
-        future = self._thread.submit(self._store.write, snapshot)
+        future = self._submit(self._store.write, snapshot)
         self._writes.append(_Write(future, f"the checkpoint of step {step}", is_checkpoint=True, best=best))
         return True
 
     def conclude(self, step: int, changes: Mapping[str, Any], *, best: bool) -> None:
         """`CheckpointStore.conclude`, after what was to be written before."""
-        future = self._thread.submit(partial(self._store.conclude, step, changes, best=best))
+        future = self._submit(self._store.conclude, step, changes, best=best)
         what = f"the evaluation of step {step} (in its checkpoint)"
         self._writes.append(_Write(future, what, is_checkpoint=False, best=best))
+
+    def _submit(self, write: Callable[..., Any], *arguments: Any, **options: Any) -> Future[Any]:
+        def work() -> Any:
+            self._before()
+            return write(*arguments, **options)
+
+        return self._thread.submit(work)
 
     def best_after_loss(self) -> float | None:
         """When the best could not be written since this was last asked: `CheckpointStore.best_error`."""

@@ -79,6 +79,12 @@ class Observer(Protocol):
     def microbatch(self, step: int, done: int, of: int) -> None:
         """`done` of this process's `of` microbatches of step `step` have gone through."""
 
+    def flush(self) -> None:
+        """Returns when all that was told is where it shall be; called in another thread, before a checkpoint is there.
+
+        A run that goes on from the checkpoint does not tell it again.
+        """
+
 
 class Diverged(RuntimeError):
     """Loss or weights are no longer numbers; going on would waste the machines."""
@@ -197,7 +203,7 @@ class Trainer:
         """
         self.model.train()
         if self.store and self.world.rank == 0:
-            self.writer = BackgroundWriter(self.store, self._warn)
+            self.writer = BackgroundWriter(self.store, self._warn, before=self.observer.flush)
         try:
             if not self.kept and (self.recipe.on_nan == "rollback" or self.state.evaluation_due):
                 self._save()  # to go back to, and to note the evaluation in

@@ -2,6 +2,8 @@
 
 import errno
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,11 +50,52 @@ def test_a_signal_to_a_rank(tmp_path: Path, number: int) -> None:
 def test_what_is_no_number_asks_for_nothing(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "stop"
     requested = StopRequests(file)
-    requested.watch_file = True
     file.write_bytes(content)
-    assert requested() == 0
+    with requested.watched():
+        time.sleep(0.3)
+        assert requested() == 0
+        file.write_text("15")
+        assert heard(requested) == 15
+    assert not watching()
+
+
+def heard(requested: StopRequests) -> int:
+    """Once it is."""
+    for _ in range(200):
+        if requested():
+            break
+        time.sleep(0.05)
+    return requested()
+
+
+def watching() -> bool:
+    """Whether the thread goes on, once it has had time to end."""
+    threads = [thread for thread in threading.enumerate() if thread.name == "hvd-lb stop file"]
+    for thread in threads:
+        thread.join(5)
+    return any(thread.is_alive() for thread in threads)
+
+
+def test_a_file_system_that_hangs_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, hangs, goes_on = tmp_path / "stop", threading.Event(), threading.Event()
     file.write_text("15")
-    assert requested() == 15
+    requested = StopRequests(file)
+    read = Path.read_bytes
+
+    def hanging(path: Path) -> bytes:
+        hangs.set()
+        goes_on.wait(20)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", hanging)
+    with requested.watched():
+        assert hangs.wait(5)
+        assert requested() == 0
+        goes_on.set()
+        assert heard(requested) == 15
+    assert not watching()
 
 
 def test_a_file_that_cannot_be_read_just_now_is_looked_at_again(
@@ -61,12 +104,15 @@ def test_a_file_that_cannot_be_read_just_now_is_looked_at_again(
     file = tmp_path / "stop"
     file.write_text("15")
     requested = StopRequests(file)
-    requested.watch_file = True
+    tried = threading.Event()
 
     def stale(*_: Any, **__: Any) -> bytes:
+        tried.set()
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    with monkeypatch.context() as broken:
-        broken.setattr(Path, "read_bytes", stale)
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with requested.watched():
+        assert tried.wait(5)
         assert requested() == 0
-    assert requested() == 15
+        monkeypatch.undo()
+        assert heard(requested) == 15

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from hvd_lb.report.metrics import (
     read_records,
     truncate_metrics,
 )
-from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.report.run_directory import RunDirectory, replace_text
 
 NAN, INF = float("nan"), float("inf")
 TORN = b'{"kind": "train", "step": 3, "lo'
@@ -191,6 +192,7 @@ def test_a_full_disk_is_told_once_and_ends_no_training(
         observer.microbatch(step, 1, 2)
         observer.train(train(step))
         observer.bad_images([{"step": step, "path": "a.jpg"}])
+        observer.flush()
     assert not run.metrics.exists()
     told = capsys.readouterr().err
     assert told.count("progress.json cannot be written (No space left on device)") == 1
@@ -204,7 +206,7 @@ def test_a_full_disk_is_told_once_and_ends_no_training(
     assert json.loads(run.heartbeat.read_text())["step"] == 3
     assert [r["step"] for r in lines(run.metrics) if r["kind"] == "train"] == [0, 1, 2, 3]
     warnings = [r["message"].split()[0] for r in lines(run.metrics) if r["kind"] == "warning"]
-    assert warnings == ["progress.json", "metrics.jsonl", "bad_images.jsonl"]
+    assert sorted(warnings) == ["bad_images.jsonl", "metrics.jsonl", "progress.json"]
     assert [r["step"] for r in lines(run.bad_images)] == [0, 1, 2]
 
 
@@ -225,6 +227,7 @@ def test_tensorboard_is_made_anew_after_an_error(run: RunDirectory, monkeypatch:
     monkeypatch.setattr("hvd_lb.report.metrics._BOARD_SECONDS", 0.0)
     observer = RunObserver(run, 0)
     observer.train(train(0))
+    observer.flush()
     assert observer._board
     writer = observer._board._get_file_writer().event_writer._async_writer._writer
     with monkeypatch.context() as broken:
@@ -235,6 +238,7 @@ def test_tensorboard_is_made_anew_after_an_error(run: RunDirectory, monkeypatch:
         broken.setattr(writer, "write", refuse)
         while observer._board:
             observer.train(train(1))
+            observer.flush()
     observer.train(train(2))
     observer.close()
     steps = [record["step"] for record in lines(run.metrics) if record["kind"] == "train"]
@@ -276,3 +280,45 @@ def test_a_rollback_that_says_not_where_to_is_no_record(tmp_path: Path) -> None:
     )
     assert [record["step"] for record in read_metrics(path)] == [3, 4]
     assert read_records(path)[1] == 1
+
+
+def test_a_file_system_that_hangs_keeps_no_step_waiting(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was told meanwhile is written in its order; a checkpoint waits for it (`flush`)."""
+    goes_on, hangs = threading.Event(), threading.Event()
+    write, replace = JsonLines.write, replace_text
+
+    def hanging(*arguments: Any, **options: Any) -> None:
+        hangs.set()
+        assert goes_on.wait(60)
+        (write if isinstance(arguments[0], JsonLines) else replace)(*arguments, **options)
+
+    monkeypatch.setattr(JsonLines, "write", hanging)
+    monkeypatch.setattr("hvd_lb.report.metrics.replace_text", hanging)
+    monkeypatch.setattr("hvd_lb.report.metrics._HEARTBEAT_SECONDS", 0.0)
+    observer = RunObserver(run, 0)
+    for step in range(50):
+        observer.microbatch(step, 1, 1)
+        observer.train(train(step))
+    observer.rollback({"epoch": 0, "step": 49, "to": 40, "left_out": False})
+    assert hangs.wait(60)
+    flushed = threading.Thread(target=observer.flush)
+    flushed.start()
+    assert flushed.is_alive()
+    assert not run.metrics.exists()
+    goes_on.set()
+    flushed.join(60)
+    assert [record["step"] for record in lines(run.metrics)] == [*range(50), 49]
+    observer.close()
+    assert not [thread for thread in threading.enumerate() if "metrics" in thread.name]
+
+
+def test_what_is_wrong_in_the_thread_is_told(run: RunDirectory) -> None:
+    observer = RunObserver(run, 0)
+    observer.warning({"message": "a record without a step"})
+    observer.flush()
+    with pytest.raises(KeyError, match="step"):
+        observer.warning({"step": 1, "message": "later"})
+    with pytest.raises(KeyError, match="step"):
+        observer.close()

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -91,8 +91,8 @@ def main(job_file: str, rank: int, host: str) -> None:
                 f"rank {rank} of {job.processes} found itself to be rank {world.rank} of {world.size}: "
                 "the launcher did not tell it who it is"
             )
-        stop_requested.watch_file = rank == 0
-        train(job, world, stop_requested)
+        with stop_requested.watched() if rank == 0 else nullcontext():
+            train(job, world, stop_requested)
     except BaseException as error:
         with suppress(OSError):  # the disk is full
             _write_error(RunDirectory(job.output), rank, host, error)
