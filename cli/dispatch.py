@@ -14,6 +14,7 @@ from rich.text import Text
 from hvd_lb.data.spec import data_folder, data_spec
 from hvd_lb.launch.allreduce import allreduce_environment
 from hvd_lb.launch.dry_run import describe
+from hvd_lb.launch.hosts import in_words
 from hvd_lb.launch.launch_plan import LaunchPlan
 from hvd_lb.launch.options import LaunchOptions, environment
 from hvd_lb.launch.preflight.ask import Ask
@@ -25,6 +26,7 @@ from hvd_lb.launch.starters.local import local
 from hvd_lb.launch.starters.srun import asking_over_srun, over_srun
 from hvd_lb.launch.starters.ssh import asking_over_ssh, over_ssh
 from hvd_lb.launch.target import Target, find_target
+from hvd_lb.machine.gpus import SHOWN_BY
 from hvd_lb.machine.placement import Placement, choose_device, choose_placement, default_gpus
 from hvd_lb.report.text import count
 from hvd_lb.resolve import check_options, explain, resolve
@@ -60,9 +62,20 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
         cluster = _examine(
             console,
             target,
-            Request(options.device, data, folder, options.launch.network_interface, target.more),
+            Request(
+                options.device,
+                data,
+                folder,
+                options.launch.network_interface,
+                target.more,
+                environment(options.launch, os.environ),
+            ),
             ask,
         )
+    else:
+        # Those that the ranks will see.
+        variables = environment(options.launch, os.environ)
+        os.environ.update({name: variables[name] for name in SHOWN_BY if name in variables})
     here = cluster.device if cluster else choose_device(options.device, target.more)
     with index_progress(console) as on_progress:
         resolved = resolve(
@@ -99,9 +112,7 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
     share = f"{placement.processes} on {placement.device}, {count(placement.threads, 'thread')} each"
     rows = [*explain(resolved), ("processes", share)]
     if cluster:
-        rows.append(
-            ("hosts", f"{', '.join(map(str, launch_plan.hosts))} ({target.how}), by {launch_plan.starter}")
-        )
+        rows.append(("hosts", f"{in_words(launch_plan.hosts)} ({target.how}), by {launch_plan.starter}"))
     return run_job(
         resolved,
         placement,

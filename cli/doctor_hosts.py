@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hvd_lb.data.spec import data_folder
+from hvd_lb.launch.hosts import in_words
 from hvd_lb.launch.options import LaunchOptions
 from hvd_lb.launch.preflight.judge import Request, preflight
 from hvd_lb.launch.starters.ssh import asking_over_ssh, reach_over_ssh
@@ -47,5 +48,5 @@ def examine_hosts(
         names, what = ready.hosts, f"{count(ready.slots, 'process')} on {ready.device}"
     else:
         names, what = hosts, "containers"
-    click.echo(f"ready: {', '.join(map(str, names))}: {what}")
+    click.echo(f"ready: {in_words(names)}: {what}")
     return 0

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from hvd_lb.doctor.finding import Finding
+from hvd_lb.launch.hosts import FEW, in_words
 from hvd_lb.launch.preflight.judge import PreflightReport
 
 
@@ -29,25 +31,39 @@ def print_rows(console: Console, rows: list[tuple[str, str]]) -> None:
 
 
 def print_preflight(console: Console, report: PreflightReport) -> None:
-    """What was found on each host: a table on a terminal, else a line for each finding that is worth one."""
-    if not console.is_terminal:
-        for host, findings in report.findings.items():
-            bad = [finding for finding in findings if finding.state != "ok"]
-            for finding in bad:
-                fix = f"; fix: {finding.fix}" if finding.fix else ""
-                console.print(f"wrong   {host}  {finding.name}: {finding.detail}{fix}", soft_wrap=True)
-            if not bad:
-                console.print(
-                    f"ok      {host}  {', '.join(f'{f.name}: {f.detail}' for f in findings)}", soft_wrap=True
-                )
+    """What was found on each host: a table on a terminal, else a line for each finding that is worth one.
+
+    Of many hosts those that are ready are one line, and so are those that have a fault in common.
+    """
+    ready = [host for host, findings in report.findings.items() if all(of.state == "ok" for of in findings)]
+    many = len(report.findings) > FEW
+    if console.is_terminal:
+        table = Table("host", "", "state", "found", "fix", box=box.SIMPLE_HEAD)
+        if many:
+            for finding, hosts in report.wrong():
+                _add(table, in_words(hosts), finding)
+            if ready:
+                _add(table, in_words(ready), Finding("ready", "ok", ""))
+        else:
+            for host, findings in report.findings.items():
+                for number, finding in enumerate(findings):
+                    _add(table, "" if number else host, finding)
+        console.print(table)
         return
-    table = Table("host", "", "state", "found", "fix", box=box.SIMPLE_HEAD)
-    for host, findings in report.findings.items():
-        for finding in findings:
-            state = Text(finding.state, style="green" if finding.state == "ok" else "red")
-            table.add_row(Text(host), finding.name, state, Text(finding.detail), Text(finding.fix))
-            host = ""
-    console.print(table)
+    for finding, hosts in report.wrong():
+        fix = f"; fix: {finding.fix}" if finding.fix else ""
+        console.print(f"wrong   {in_words(hosts)}  {finding.name}: {finding.detail}{fix}", soft_wrap=True)
+    if many and ready:
+        console.print(f"ok      {in_words(ready)}", soft_wrap=True)
+        return
+    for host in ready:
+        found = ", ".join(f"{finding.name}: {finding.detail}" for finding in report.findings[host])
+        console.print(f"ok      {host}  {found}", soft_wrap=True)
+
+
+def _add(table: Table, hosts: str, finding: Finding) -> None:
+    state = Text(finding.state, style="green" if finding.state == "ok" else "red")
+    table.add_row(Text(hosts), finding.name, state, Text(finding.detail), Text(finding.fix))
 
 
 @contextmanager

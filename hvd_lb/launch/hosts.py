@@ -18,6 +18,8 @@ from hvd_lb.machine.placement import NAME_MORE
 #: Where the MPI operator of Kubernetes mounts the list of a job's worker pods.
 MPIJOB_HOSTFILE = Path("/etc/mpi/hostfile")
 
+#: So many hosts are told one by one.
+FEW = 8
 # A name that can be nothing else on a command line: no option, no user, no shell syntax.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
 
@@ -88,7 +90,7 @@ def assign(hosts: Sequence[Host], processes: int, more: str = NAME_MORE) -> list
     there = sum(host.slots or 0 for host in hosts)
     if processes > there:
         raise UserError(
-            f"{processes} processes are asked for and {', '.join(map(str, hosts))} take {there}: "
+            f"{processes} processes are asked for and {in_words(hosts)} take {there}: "
             f"{more}, or share the virtual workers with --processes {there}"
         )
     assigned = []
@@ -98,6 +100,28 @@ def assign(hosts: Sequence[Host], processes: int, more: str = NAME_MORE) -> list
         if slots:
             assigned.append(Host(host.name, slots))
     return assigned
+
+
+def in_words(hosts: Sequence[Host | str]) -> str:
+    """Hosts for a sentence: a few one by one, many as Slurm writes them, `h[1-32]:8 (32 hosts)`."""
+    names = list(map(str, hosts))
+    if len(names) <= FEW:
+        return ", ".join(names)
+    runs: list[tuple[str, list[str], str]] = []
+    for name in names:
+        # the last number of the host's own name; slots and domain follow
+        match = re.fullmatch(r"(\d+\.\d+\.\d+\.|[^.:]*?)(\d+)([^\d.:]*(?:[.:].*)?)", name)
+        before, number, after = match.groups() if match else (name, "", "")
+        if runs and runs[-1][::2] == (before, after) and number == _next(runs[-1][1][-1]):
+            runs[-1][1].append(number)
+        else:
+            runs.append((before, [number], after))
+    parts = [f"{a}[{of[0]}-{of[-1]}]{z}" if len(of) > 1 else f"{a}{of[0]}{z}" for a, of, z in runs]
+    return f"{', '.join([*parts[:FEW], '…'][: len(parts)])} ({len(names)} hosts)"
+
+
+def _next(number: str) -> str:
+    return str(int(number) + 1).zfill(len(number)) if number else ""
 
 
 def host_of_rank(hosts: Sequence[Host], rank: int) -> str:

@@ -133,10 +133,16 @@ def test_a_wrong_port_an_unknown_host_and_a_host_without_an_interface(
     hosts: list[Host], tmp_path: Path
 ) -> None:
     digits = ("--data", "digits")
-    assert "h2: no sshd answers on port 2222" in refused(hosts, tmp_path, *digits, *THREE, "--ssh-port", 2222)
+    assert "h2, h3: no sshd answers on port 2222" in refused(
+        hosts, tmp_path, *digits, *THREE, "--ssh-port", 2222
+    )
     assert "h9: no such host" in refused(hosts, tmp_path, *digits, "--hosts", "h1:1,h9:2")
     assert "no interface ib0" in refused(hosts, tmp_path, *digits, *THREE, "--network-interface", "ib0")
     assert "10.77.0.200: no route to it" in refused(hosts, tmp_path, *digits, "--hosts", "h1:1,10.77.0.200:2")
+    two_names = ("--hosts", "h1:1,h2:1,10.77.0.2:1")
+    assert "10.77.0.2: it is h2 under another name" in refused(hosts, tmp_path, *digits, *two_names)
+    ib = ("--env", "NCCL_SOCKET_IFNAME==ib0,eth")
+    assert "NCCL_SOCKET_IFNAME==ib0,eth leaves none of its" in refused(hosts, tmp_path, *digits, *THREE, *ib)
 
 
 def test_a_refused_key(hosts: list[Host], tmp_path: Path) -> None:

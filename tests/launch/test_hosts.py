@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_lb.errors import UserError
-from hvd_lb.launch.hosts import Host, assign, host_of_rank, lsf_hosts, parse_hosts, read_hostfile
+from hvd_lb.launch.hosts import Host, assign, host_of_rank, in_words, lsf_hosts, parse_hosts, read_hostfile
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,22 @@ def test_unreadable_hostfiles_are_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00h1")
     with pytest.raises(UserError, match="not text"):
         read_hostfile(tmp_path / "binary")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "words"),
+    [
+        (["a", "b:8"], "a, b:8"),
+        ([f"h{i}:8" for i in range(1, 33)], "h[1-32]:8 (32 hosts)"),
+        ([f"gpu{i:02}.site1.org" for i in (*range(8, 12), *range(20, 26), 31)],
+         "gpu[08-11].site1.org, gpu[20-25].site1.org, gpu31.site1.org (11 hosts)"),
+        ([f"10.0.0.{i}" for i in range(95, 105)], "10.0.0.[95-104] (10 hosts)"),
+        ([*"abcdefghij"], "a, b, c, d, e, f, g, h, … (10 hosts)"),
+        (["h1:4", *[f"h{i}:8" for i in range(2, 10)]], "h1:4, h[2-9]:8 (9 hosts)"),
+    ],
+)  # fmt: skip
+def test_many_hosts_are_few_words(hosts: list[str], words: str) -> None:
+    assert in_words(hosts) == words
 
 
 def test_hosts_of_an_lsf_job() -> None:

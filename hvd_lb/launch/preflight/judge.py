@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hvd_lb.doctor.finding import Finding
 from hvd_lb.errors import UserError
-from hvd_lb.launch.hosts import Host, is_this_machine
+from hvd_lb.launch.hosts import Host, in_words, is_this_machine
 from hvd_lb.launch.preflight import probe
 from hvd_lb.launch.preflight.ask import Ask
 from hvd_lb.launch.preflight.cluster import Cluster
@@ -36,11 +37,17 @@ class Request:
     output: Path
     interface: str | None
     more: str = NAME_MORE  #: how to get more hosts or GPUs
+    environment: Mapping[str, str] = field(
+        default_factory=dict
+    )  #: that the ranks will have, beside their hosts' own
 
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """What was found, per host in the order of the table; `cluster` when all are ready."""
+    """What was found, per host in the order of the table; `cluster` when all are ready.
+
+    `problems` are sentences, each about all the hosts that have it.
+    """
 
     findings: dict[str, list[Finding]]
     cluster: Cluster | None
@@ -48,10 +55,20 @@ class PreflightReport:
     @property
     def problems(self) -> list[str]:
         return [
-            f"{host}: {finding.detail}" + (f"; {finding.fix}" if finding.fix else "")
-            for host, found in self.findings.items()
-            for finding in found
-            if finding.state != "ok"
+            f"{in_words(hosts)}: {finding.detail}" + (f"; {finding.fix}" if finding.fix else "")
+            for finding, hosts in self.wrong()
+        ]
+
+    def wrong(self) -> list[tuple[Finding, list[str]]]:
+        """Findings that are not ok, each with the hosts of which it is true; in it HOST stands for several names."""
+        alike: dict[Finding, list[tuple[str, Finding]]] = {}
+        for host, found in self.findings.items():
+            for finding in found:
+                if finding.state != "ok":
+                    alike.setdefault(_without_name(finding, host), []).append((host, finding))
+        return [
+            (common if len(ones) > 1 else ones[0][1], [host for host, _ in ones])
+            for common, ones in alike.items()
         ]
 
     def ready(self) -> Cluster:
@@ -71,6 +88,11 @@ class PreflightReport:
         )
 
 
+def _without_name(finding: Finding, host: str) -> Finding:
+    name = re.compile(rf"(?<![\w.-]){re.escape(host)}(?![\w.-])")
+    return replace(finding, detail=name.sub("HOST", finding.detail), fix=name.sub("HOST", finding.fix))
+
+
 def preflight(hosts: Sequence[Host], request: Request, ask: Ask) -> PreflightReport:
     """Ask all hosts at once and judge what they say."""
     names = [host.name for host in hosts]
@@ -81,17 +103,27 @@ def preflight(hosts: Sequence[Host], request: Request, ask: Ask) -> PreflightRep
                 "interface": request.interface,
                 "data": os.fspath(request.data) if request.data else None,
                 "marker": os.fspath(marker),
+                "environment": {
+                    name: value for name, value in request.environment.items() if name in probe.ASKED_BY
+                },
             }
         )
         said = ask(names, question + "\n")
-        answers = {name: _parse(said.get(name, UserError("it gave no answer"))) for name in names}
+        here = {"versions": probe.versions(), "horovod": probe.horovod_build()}
+        own = here["versions"]["hvd-lb"]
+        answers = {name: _parse(said.get(name, UserError("it gave no answer")), own) for name in names}
         appeared = {name for name in names if marker.with_name(f"{marker.name}.{name}").exists()}
-    here = {"versions": probe.versions(), "horovod": probe.horovod_build()}
     device = _device(request.device, answers)
     silent = {name for name, answer in answers.items() if isinstance(answer, UserError)}
+    first_names: dict[str, str] = {}
+    for name, answer in answers.items():
+        if not isinstance(answer, UserError) and answer["identity"]:
+            first_names.setdefault(answer["identity"], name)
     findings = {
         host.name: list(
-            _judge(host, answers[host.name], here, request, device, host.name in appeared, silent)
+            _judge(
+                host, answers[host.name], here, request, device, host.name in appeared, silent, first_names
+            )
         )
         for host in hosts
     }
@@ -126,10 +158,16 @@ def _judge(
     device: DeviceName,
     appeared: bool,
     silent: set[str],
+    first_names: Mapping[str, str],
 ) -> Iterator[Finding]:
     """The findings about one host, up to the first that makes the others meaningless."""
     if isinstance(answer, UserError):
         yield Finding("reached", "wrong", str(answer))
+        return
+    if (first := first_names.get(answer["identity"], host.name)) != host.name:
+        yield Finding(
+            "reached", "wrong", f"it is {first} under another name", "name it once, with all its slots"
+        )
         return
     yield Finding("reached", "ok", answer["hostname"])
     yield _judge_versions(answer, here)
@@ -212,6 +250,13 @@ def _judge_processes(host: Host, answer: dict[str, Any], request: Request, devic
         return Finding("GPUs", "wrong", f"{host.slots or 1} GPUs are asked for and it has {len(gpus)}", fix)
     wanted = gpus[: host.slots] if host.slots else gpus
     for index, gpu in enumerate(wanted):
+        if gpu["mig"]:
+            return Finding(
+                "GPUs",
+                "wrong",
+                f"GPU {index} is divided into MIG instances, which NCCL does not connect",
+                "nvidia-smi -mig 0 there, or --launcher local on one instance (CUDA_VISIBLE_DEVICES=MIG-…)",
+            )
         if gpu["processes"] or gpu["used"] > _BUSY_BYTES:
             used = f"{gpu['used'] / _GIB:.1f} of {gpu['total'] / _GIB:.0f} GiB used"
             return Finding("GPUs", "wrong", f"GPU {index} is in use ({used})", "see nvidia-smi there")
@@ -230,11 +275,17 @@ def _device(asked: str, answers: Mapping[str, dict[str, Any] | UserError]) -> De
     return "cuda" if asked == "cuda" else "cpu"
 
 
-def _parse(said: str | UserError) -> dict[str, Any] | UserError:
+def _parse(said: str | UserError, version: str) -> dict[str, Any] | UserError:
+    """The answer, if it is of this version: another one answers other questions."""
     if isinstance(said, UserError):
         return said
     lines = [line for line in said.splitlines() if line.startswith(probe.ANSWER)]
-    return probe.parse(lines[-1]) if lines else UserError("it gave no answer")
+    if not lines:
+        return UserError("it gave no answer")
+    answer = probe.parse(lines[-1])
+    if (there := answer["versions"]["hvd-lb"]) != version:
+        return UserError(f"hvd-lb {there}, here {version}: install the same on all hosts, or use --image")
+    return answer
 
 
 @contextmanager

@@ -18,27 +18,35 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hvd_lb.machine import nccl
 from hvd_lb.machine.cpu import describe_cpu, usable_cores
+from hvd_lb.machine.gpus import SHOWN_BY, gpus
 
 #: Begins the line that is the answer, among whatever else a login shell may print.
 ANSWER = "hvd-lb-probe "
+#: Variables of a run by which a host has to be asked; the ranks will have them.
+ASKED_BY = (*SHOWN_BY, nccl.NAME)
 _PACKAGES = ("hvd-lb", "torch", "torchvision", "nvidia-dali-cuda130", "horovod", "numpy")
 
 
 def answer(name: str, request: dict[str, Any]) -> dict[str, Any]:
-    """`request`: hosts (all their names), interface (a name or None), data (a folder or None), marker (a file)."""
+    """`request`: hosts (all their names), interface (a name or None), data (a folder or None), marker (a file),
+    environment (those of the run's variables that are in ASKED_BY).
+    """
+    environment = {**os.environ, **request["environment"]}
     peers = [host for host in request["hosts"] if host != name]
     return {
         "name": name,
         "hostname": socket.gethostname(),
+        "identity": identity(),
         "versions": versions(),
         "horovod": horovod_build(),
         "mpirun": shutil.which("mpirun"),
         "nameless": unknown_to_itself(),
         "cores": usable_cores(),
         "cpu": describe_cpu(),
-        "gpus": gpus(),
-        "interface": interface(request["interface"], peers),
+        "gpus": gpus(environment),
+        "interface": interface(request["interface"], peers, nccl.socket_interfaces(environment)),
         "data": None if request["data"] is None else os.access(request["data"], os.R_OK | os.X_OK),
         "output": shares(request["marker"], name),
     }
@@ -64,34 +72,6 @@ def horovod_build() -> dict[str, Any]:
     return {name: built.get(name) for name in ("torch", "gloo", "mpi", "nccl")} if built else {}
 
 
-def gpus() -> list[dict[str, Any]]:
-    """Name, memory (bytes), that in use, and the number of compute processes of each GPU that a run would see."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no driver, or none of its library
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = pynvml.nvmlDeviceGetCount()
-    found = []
-    for index in range(count):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        if visible is not None and not _is_visible(index, pynvml.nvmlDeviceGetUUID(handle), visible):
-            continue
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        processes = len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
-        name = pynvml.nvmlDeviceGetName(handle)
-        found.append({"name": name, "total": memory.total, "used": memory.used, "processes": processes})
-    return found
-
-
-def _is_visible(index: int, uuid: str, visible: str) -> bool:
-    """By CUDA_VISIBLE_DEVICES: indices or beginnings of UUIDs, with commas between them."""
-    names = [name.strip() for name in visible.split(",") if name.strip()]
-    return any(name == str(index) or (name.startswith("GPU-") and uuid.startswith(name)) for name in names)
-
-
 def unknown_to_itself() -> str | None:
     """Why processes that look up the name of their own host would fail, Gloo's with a SIGSEGV; None when it has one."""
     name = socket.gethostname()
@@ -102,19 +82,34 @@ def unknown_to_itself() -> str | None:
     return None
 
 
-def interface(wanted: str | None, peers: list[str]) -> dict[str, Any]:
-    """The network interface that reaches the peers: {"name", "address", "unreached": {peer: why}}, or {"problem"}.
+def identity() -> str | None:
+    """The same for two names of a machine, and for no two machines, containers or pods; None where it is not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    return " ".join([boot, socket.gethostname(), *sorted(_addresses().values())])
 
-    `wanted` asks for one by name. Without other hosts it is the one of this machine's own traffic, the loopback.
-    """
+
+def _addresses() -> dict[str, str]:
+    """The IPv4 address of each network interface that has one."""
     import psutil
 
-    addresses = {
+    return {
         name: entry.address
         for name, entries in psutil.net_if_addrs().items()
         for entry in entries
         if entry.family == socket.AF_INET
     }
+
+
+def interface(wanted: str | None, peers: list[str], for_nccl: str | None = None) -> dict[str, Any]:
+    """The network interface that reaches the peers: {"name", "address", "unreached": {peer: why}}, or {"problem"}.
+
+    `wanted` asks for one by name, and `for_nccl` is NCCL_SOCKET_IFNAME, which decides where nobody does. Without other
+    hosts it is the one of this machine's own traffic, the loopback.
+    """
+    addresses = _addresses()
     own: dict[str, str] = {}
     unreached: dict[str, str] = {}
     for peer in peers or ["127.0.0.1"]:
@@ -125,9 +120,19 @@ def interface(wanted: str | None, peers: list[str]) -> dict[str, Any]:
         else:
             if peers and own[peer].startswith("127."):
                 unreached[peer] = f"{peer} is a loopback address there: see its /etc/hosts"
+    own_choice = wanted is None
     if wanted is None:
         towards = next((address for peer, address in own.items() if peer not in unreached), "127.0.0.1")
         wanted = next((name for name, address in addresses.items() if address == towards), None)
+    if peers and for_nccl is not None:
+        allowed = [name for name in addresses if nccl.allows(for_nccl, name)]
+        if not allowed:
+            there = ", ".join(sorted(addresses))
+            return {
+                "problem": f"{nccl.NAME}={for_nccl} leaves none of its interfaces with an IPv4 address: {there}"
+            }
+        if own_choice and wanted not in allowed:
+            wanted = allowed[0]
     if wanted not in addresses:
         return {
             "problem": f"no interface {wanted or ''} with an IPv4 address, only {', '.join(sorted(addresses))}"

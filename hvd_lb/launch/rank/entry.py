@@ -17,6 +17,7 @@ from typing import Any
 
 from hvd_lb.launch.hosts import Host, host_of_rank
 from hvd_lb.launch.rank.names import log_name, this_rank
+from hvd_lb.machine import nccl
 
 
 def main(job_file: str) -> None:
@@ -30,8 +31,8 @@ def main(job_file: str) -> None:
     host = host_of_rank([Host(name, slots) for name, slots in job["hosts"]], rank)
     if interface := job["interfaces"].get(host):
         os.environ["HOROVOD_GLOO_IFACE"] = interface
-        if "NCCL_SOCKET_IFNAME" not in job["environment"]:
-            os.environ["NCCL_SOCKET_IFNAME"] = interface
+        if nccl.socket_interfaces(os.environ) is None:
+            os.environ[nccl.NAME] = f"={interface}"  # this one, and not those whose names begin like it
     end_without_launcher(os.dup(sys.stderr.fileno()))
     _write_to(Path(job["output"]) / "logs" / log_name(rank, host))
 

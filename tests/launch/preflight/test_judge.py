@@ -1,19 +1,22 @@
 """Judging what hosts say: made up here, as GPUs and other versions are; tests/cluster asks real ones."""
 
 import copy
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import Host
 from hvd_lb.launch.preflight import probe
 from hvd_lb.launch.preflight.judge import PreflightReport, Request, preflight
+from hvd_lb_cli.output.show import print_preflight
 
-GPU = {"name": "H100", "total": 80 * 2**30, "used": 2**28, "processes": 0}
+GPU = {"name": "H100", "total": 80 * 2**30, "used": 2**28, "processes": 0, "mig": False}
 Change = Callable[[dict[str, Any]], None]
 
 
@@ -28,6 +31,7 @@ def ask_with(changes: dict[str, Change], silent: dict[str, str] | None = None) -
                 continue
             answer = copy.deepcopy(probe.answer(host, json.loads(question)))
             answer["interface"]["unreached"] = {}
+            answer["identity"] = host  # here it is one machine
             changes.get(host, lambda answer: None)(answer)
             answers[host] = f"Welcome to {host}!\n{probe.ANSWER}{json.dumps(answer)}\n"
         return answers
@@ -102,6 +106,12 @@ def test_the_cpu_can_be_asked_for_where_there_are_gpus(tmp_path: Path) -> None:
             "127.0.0.2: GPU 0 is in use",
         ),
         (
+            "cuda",
+            {"127.0.0.1": gpus(2), "127.0.0.2": gpus(2, mig=True)},
+            "127.0.0.2: GPU 0 is divided into MIG instances",
+        ),
+        ("cpu", {"127.0.0.2": change(identity="127.0.0.1")}, "127.0.0.2: it is 127.0.0.1 under another name"),
+        (
             "cpu",
             {"127.0.0.2": change(horovod={"torch": "2.14.1", "gloo": True})},
             "Horovod built as gloo for torch 2.14.1",
@@ -151,7 +161,7 @@ def test_a_patch_release_of_python_is_no_difference(tmp_path: Path) -> None:
 def test_a_host_without_the_data(tmp_path: Path) -> None:
     report = examine(tmp_path, {}, data=tmp_path / "none")
     assert report.problems[0] == (
-        f"127.0.0.1: no readable data folder {tmp_path}/none there; mount it, at the same path"
+        f"127.0.0.1, 127.0.0.2: no readable data folder {tmp_path}/none there; mount it, at the same path"
     )
 
 
@@ -163,6 +173,33 @@ def test_all_problems_are_told_at_once_and_nobody_is_blamed_for_another(tmp_path
     hosts = tuple(Host(f"127.0.0.{i}", 1) for i in (1, 2, 3))
     problems = examine(tmp_path, changes, hosts, silent={"127.0.0.2": "key refused"}).problems
     assert [problem.partition(":")[0] for problem in problems] == ["127.0.0.2", "127.0.0.3"]
+
+
+def test_a_fault_that_many_hosts_have_is_told_once(tmp_path: Path) -> None:
+    hosts = tuple(Host(f"127.0.0.{number}", 1) for number in range(1, 31))
+    bad = [host.name for host in hosts[4:19]]
+    silent = {name: f"key refused: ssh-copy-id {name}, or name another key" for name in bad}
+    report = examine(
+        tmp_path, {"127.0.0.30": lambda a: a["versions"].update(torch="1.0")}, hosts, silent=silent
+    )
+    first, second = report.problems
+    assert first == "127.0.0.[5-19] (15 hosts): key refused: ssh-copy-id HOST, or name another key"
+    assert second.startswith("127.0.0.30: torch 1.0, here ")
+    shown = io.StringIO()
+    print_preflight(Console(file=shown, width=400), report)
+    assert shown.getvalue().splitlines()[2:] == ["ok      127.0.0.[1-4], 127.0.0.[20-29] (14 hosts)"]
+
+
+def test_a_host_is_asked_with_the_variables_of_the_run(tmp_path: Path) -> None:
+    asked = []
+
+    def ask(hosts: list[str], question: str) -> dict[str, str | UserError]:
+        asked.append(json.loads(question)["environment"])
+        return {}
+
+    environment = {"CUDA_VISIBLE_DEVICES": "3", "NCCL_SOCKET_IFNAME": "=ib0", "TOKEN": "s3cret"}
+    preflight([Host("h1", 1)], Request("cuda", None, tmp_path, None, environment=environment), ask)
+    assert asked == [{"CUDA_VISIBLE_DEVICES": "3", "NCCL_SOCKET_IFNAME": "=ib0"}]
 
 
 def test_a_shared_folder_that_cannot_be_written(tmp_path: Path) -> None:

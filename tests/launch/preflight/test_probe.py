@@ -1,5 +1,4 @@
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -13,7 +12,13 @@ from hvd_lb.launch.preflight import probe
 def test_a_host_answers_in_json_and_writes_beside_the_marker(tmp_path: Path) -> None:
     marker = tmp_path / ".marker"
     marker.touch()
-    request = {"hosts": ["me"], "interface": None, "data": str(tmp_path), "marker": str(marker)}
+    request = {
+        "hosts": ["me"],
+        "interface": None,
+        "data": str(tmp_path),
+        "marker": str(marker),
+        "environment": {},
+    }
     command = [sys.executable, "-P", "-m", "hvd_lb.launch.preflight.probe", "me"]
     said = subprocess.run(
         command, input=json.dumps(request) + "\n", capture_output=True, text=True, check=True
@@ -48,15 +53,14 @@ def test_another_host_that_is_a_loopback_address_here_is_found() -> None:
     assert "loopback" in probe.interface(None, ["127.0.1.1"])["unreached"]["127.0.1.1"]
 
 
-@pytest.mark.parametrize(
-    ("visible", "expected"),
-    [("", []), ("0", [0]), ("2,0", [0, 2]), ("GPU-b", [1]), ("GPU-a,GPU-c1", [0, 2]), ("x", [])],
-)
-def test_gpus_hidden_by_cuda_visible_devices(visible: str, expected: list[int]) -> None:
-    uuids = ["GPU-a0", "GPU-b0", "GPU-c1"]
-    assert [i for i, uuid in enumerate(uuids) if probe._is_visible(i, uuid, visible)] == expected
-
-
-@pytest.mark.skipif(os.path.exists("/proc/driver/nvidia"), reason="has GPUs")
-def test_no_gpus_are_no_error() -> None:
-    assert probe.gpus() == []
+def test_what_nccl_was_told_decides_where_nobody_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        probe, "_addresses", lambda: {"lo": "127.0.0.1", "eth0": "10.0.0.1", "ib0": "10.1.0.1"}
+    )
+    monkeypatch.setattr(probe, "address_towards", lambda peer: "10.0.0.1")
+    assert probe.interface(None, ["h2"])["name"] == "eth0"
+    assert probe.interface(None, ["h2"], "=eth0")["name"] == "eth0"
+    assert probe.interface(None, ["h2"], "^lo,docker")["name"] == "eth0"
+    assert probe.interface(None, ["h2"], "ib")["name"] == "ib0"
+    assert probe.interface("eth0", ["h2"], "ib")["name"] == "eth0"
+    assert "NCCL_SOCKET_IFNAME==ib leaves none" in probe.interface(None, ["h2"], "=ib")["problem"]
