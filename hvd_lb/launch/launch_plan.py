@@ -62,6 +62,4 @@ def process_environment(threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONUNBUFFERED": "1",
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(_STALL_SECONDS),
-        # On GPUs the stream waits for a reduction, not this process.
-        "HOROVOD_ENABLE_ASYNC_COMPLETION": "1",
     }

@@ -18,7 +18,7 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: In the file: end now, without a checkpoint.
 AT_ONCE = "at once"
-_LOOK_SECONDS = 0.1
+_LOOK_SECONDS = 0.25
 
 
 def heeded_signals() -> tuple[signal.Signals, ...]:

@@ -52,7 +52,7 @@ def test_what_is_no_number_asks_for_nothing(tmp_path: Path, content: bytes) -> N
     requested = StopRequests(file)
     file.write_bytes(content)
     with requested.watched():
-        time.sleep(0.3)
+        time.sleep(0.6)
         assert requested() == 0
         file.write_text("15")
         assert heard(requested) == 15
