@@ -6,18 +6,17 @@ import json
 import os
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hvd_lb.launch.hosts import Host, host_of_rank
-from hvd_lb.launch.preflight.ask import SSH_FAILED
+from hvd_lb.launch.launch_plan import TIMEOUT
 from hvd_lb.launch.rank.names import log_name
 
-# How horovodrun, mpirun and srun tell which process ended, and how.
+# How mpirun and srun tell which process ended, and how.
 _ENDINGS = (
-    re.compile(r"Process name: (?P<rank>\d+)\s*\n\s*Exit code: (?P<code>-?\d+)"),
     re.compile(r"Process name: \[\[\d+,1\],(?P<rank>\d+)\]\s*\n\s*Exit code: +(?P<code>\d+)"),
     re.compile(r"process rank (?P<rank>\d+) with PID \d+ on node \S+ exited on signal (?P<signal>\d+)"),
     re.compile(r"srun: error: \S+: tasks? (?P<rank>\d+)[^:]*: Exited with exit code (?P<code>\d+)"),
@@ -28,6 +27,8 @@ _ENDINGS = (
 # What srun says first, of what then ends the other ranks.
 _NEVER_STARTED = re.compile(r"srun: error: task (?P<rank>\d+) launch failed: (?P<said>.*)")
 _NODE_FAILURE = re.compile(r"srun: error: Node failure on (?P<host>[^\s,]+)")
+# What Gloo says when a rank has not come to the rendezvous in time: the key is its number.
+_WAITED = re.compile(r"Wait timeout after (?P<seconds>\d+) seconds for key\(s\): (?P<rank>\d+)")
 _SAID_SIGNALS = {"Killed": 9, "Terminated": 15, "Aborted": 6, "Segmentation fault": 11}
 
 
@@ -53,6 +54,9 @@ def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: 
     if own:
         return _from_error_file(own[0], logs, hosts)
     explained = {error["rank"] for error in errors}
+    endings = [json.loads(line) for line in _text(logs / "endings.jsonl").splitlines()]
+    if found := _in_record(endings, explained, logs, hosts, launcher_log):
+        return found
     text = _text(launcher_log)
     if failed := _NODE_FAILURE.search(text):
         return RankFailure(
@@ -62,10 +66,10 @@ def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: 
         rank = int(never["rank"])
         message = f"Slurm did not start it: {never['said']}"
         return RankFailure(message, rank, host_of_rank(hosts, rank), launcher_log)
-    endings = [match for pattern in _ENDINGS for match in pattern.finditer(text)]
-    silent = [match for match in endings if int(match["rank"]) not in explained]
+    matches = [match for pattern in _ENDINGS for match in pattern.finditer(text)]
+    silent = [match for match in matches if int(match["rank"]) not in explained]
     if silent:
-        return _ended(silent[0], logs, hosts, launcher_log)
+        return _ended(int(silent[0]["rank"]), _status(silent[0]), logs, hosts, launcher_log)
     processes = sum(host.slots or 0 for host in hosts)
     lost = [rank for rank in range(processes) if rank not in explained]
     if errors and lost:
@@ -114,31 +118,50 @@ def _from_error_file(error: dict[str, Any], logs: Path, hosts: Sequence[Host]) -
     return RankFailure(message, error["rank"], host, logs / log_name(error["rank"], host))
 
 
-def _ended(match: re.Match[str], logs: Path, hosts: Sequence[Host], launcher_log: Path) -> RankFailure:
-    """What can be said of a process that could not say anything itself."""
+def _in_record(
+    endings: Sequence[dict[str, Any]],
+    explained: Collection[int],
+    logs: Path,
+    hosts: Sequence[Host],
+    launcher_log: Path,
+) -> RankFailure | None:
+    """By what the head of the job has heard: a lost host is a cause, ends of ranks may follow from it."""
+    for entry in endings:
+        if "lost" in entry:
+            rank = entry["ranks"][0] if entry["ranks"] else None
+            return RankFailure(entry["lost"], rank, entry["host"], launcher_log)
+    for entry in endings:
+        if late := entry.get("late"):
+            return _late(late[0], len(late) - 1, f"{entry['seconds']:.0f}", logs, hosts)
+        if entry["status"] and not entry["signalled"] and entry["rank"] not in explained:
+            return _ended(entry["rank"], entry["status"], logs, hosts, launcher_log)
+    return None
+
+
+def _status(match: re.Match[str]) -> int:
+    """An exit code, or a signal as a negative number."""
     found = match.groupdict()
-    rank = int(found["rank"])
+    if found.get("signal") or found.get("said"):
+        return -int(found.get("signal") or _SAID_SIGNALS[found["said"]])
+    return int(found["code"])
+
+
+def _ended(rank: int, status: int, logs: Path, hosts: Sequence[Host], launcher_log: Path) -> RankFailure:
+    """What can be said of a process that could not say anything itself."""
     host = host_of_rank(hosts, rank)
     log = logs / log_name(rank, host)
-    if found.get("signal") or found.get("said"):
-        code = -int(found.get("signal") or _SAID_SIGNALS[found["said"]])
-    else:
-        code = int(found["code"])
     if not os.path.exists(log):  # it never came so far
         log = launcher_log
-    if code == SSH_FAILED:
-        return RankFailure(_how_ssh_ended(rank, launcher_log), rank, host, launcher_log)
-    return RankFailure(_how(code, log), rank, host, log)
+    if waited := _WAITED.search(_text(log)):
+        return _late(int(waited["rank"]), 0, waited["seconds"], logs, hosts)
+    return RankFailure(_how(status, log), rank, host, log)
 
 
-def _how_ssh_ended(rank: int, launcher_log: Path) -> str:
-    """ssh gives the same exit code for a lost connection, of which it says why, and for a command that was killed."""
-    prefix = f"[{rank}]<stderr>:"  # as horovodrun marks lines, in front of what ssh said
-    lines = _text(launcher_log).splitlines()
-    said = [line.removeprefix(prefix).strip() for line in lines if line.startswith(prefix)]
-    if said:
-        return f"the ssh connection to it ended: {said[-1]}"
-    return "it was killed there (by hand, or the host ran out of memory)"
+def _late(rank: int, others: int, seconds: str, logs: Path, hosts: Sequence[Host]) -> RankFailure:
+    more = f" (nor did {others} more)" if others else ""
+    message = f"it did not meet the other ranks within {seconds} s{more}: is it still starting? see {TIMEOUT}"
+    host = host_of_rank(hosts, rank)
+    return RankFailure(message, rank, host, logs / log_name(rank, host))
 
 
 def _how(code: int, log: Path) -> str:

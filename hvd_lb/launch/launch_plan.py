@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -10,17 +11,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import Host
 
 # Long enough for the slowest step, short enough that a hang does not last the night (off by default in Horovod).
 _STALL_SECONDS = 1800
+# For Python to start from a cold network file system, on the last host; Gloo alone gives up after 30.
+_TIMEOUT_SECONDS = 600
+#: The variable that says otherwise.
+TIMEOUT = "HOROVOD_GLOO_TIMEOUT_SECONDS"
+#: What an interpreter reads before it runs anything: the rest is in the job's file.
+ON_COMMAND_LINES = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
+_MANY_HOSTS = (
+    64  # from here on Open MPI does not start daemons by daemons, which would need keys between hosts
+)
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
     """`command(JOB.json)` starts all processes of a job, `environment` is set in each of them before anything else.
 
-    `during` is entered while they run, if there is one; what it gives is added to their environment.
+    With `agents` it is a head, which heeds its launching process (`agent.head`). `during` is entered while they run, if
+    there is one; what it gives is added to their environment.
     """
 
     starter: Literal["local", "ssh", "slurm"]
@@ -28,6 +40,7 @@ class LaunchPlan:
     command: Callable[[Path], list[str]]
     interfaces: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    agents: bool = False
     during: Callable[[], AbstractContextManager[Mapping[str, str]]] | None = None
 
 
@@ -36,21 +49,40 @@ def rank_command(job_file: Path, python: str = sys.executable) -> list[str]:
     return [python, "-P", "-m", "hvd_lb.launch.rank.entry", os.fspath(job_file)]
 
 
-def horovodrun_command(
-    hosts: Sequence[Host],
-    job_file: Path,
-    *,
-    address: str,
-    interfaces: Sequence[str],
-    ssh: Sequence[str] = ("ssh",),
-    mpi_arguments: str | None = None,
+def head_command(job_file: Path, address: str, ssh: Sequence[str] = ()) -> list[str]:
+    """The head of a job (`agent.head`): it listens on `address` and has an agent started on each host, one by one."""
+    head = [sys.executable, "-P", "-m", "hvd_lb.launch.agent.head", os.fspath(job_file), address]
+    return [*head, "each", *ssh]
+
+
+def mpirun_command(
+    hosts: Sequence[Host], job_file: Path, interfaces: Sequence[str], ssh: Sequence[str] = ()
 ) -> list[str]:
-    """horovodrun (see `starters.horovodrun`) on `hosts`; with Open MPI when `mpi_arguments` are given, else Gloo."""
-    how = ["--gloo"] if mpi_arguments is None else ["--mpi", f"--mpi-args={mpi_arguments}"]
+    """Open MPI on `hosts`, over interfaces of which each host may have any; UserError for what it cannot be given."""
+    if any(len(word.split()) != 1 for word in ssh):
+        raise UserError(
+            f"mpirun cannot be given {shlex.join(ssh)}: name an --ssh-key without spaces in its path"
+        )
+    login = ["--mca", "plm_rsh_agent", "ssh", "--mca", "plm_rsh_args", " ".join(ssh[1:])] if ssh else []
+    if len(hosts) >= _MANY_HOSTS:
+        login += (
+            "--mca",
+            "plm_rsh_no_tree_spawn",
+            "true",
+            "--mca",
+            "plm_rsh_num_concurrent",
+            str(len(hosts)),
+        )
+    networks = ",".join(interfaces)
+    exported = [word for name in ON_COMMAND_LINES if name in os.environ for word in ("-x", name)]
     return [
-        *(sys.executable, "-P", "-m", "hvd_lb.launch.starters.horovodrun", address, *ssh, "--"),
-        *(*how, "-np", str(sum(host.slots or 0 for host in hosts))),
-        *("-H", ",".join(map(str, hosts)), "--network-interface", ",".join(interfaces), "--disable-cache"),
+        # Where it sees an LSF job, it looks for hosts on its own, and does not find any.
+        *("env", "-u", "LSB_JOBID", "mpirun", "--allow-run-as-root", "--tag-output", "-wdir", "/"),
+        *("-np", str(sum(host.slots or 0 for host in hosts)), "-H", ",".join(map(str, hosts))),
+        *("-bind-to", "none", "-map-by", "slot", "--mca", "pml", "ob1", "--mca", "btl", "^openib"),
+        *("--mca", "btl_tcp_if_include", networks, "--mca", "oob_tcp_if_include", networks, *login),
+        *("--mca", "mpi_yield_when_idle", "1"),  # more processes than cores are common on the CPU
+        *exported,
         *rank_command(job_file),
     ]
 
@@ -62,4 +94,5 @@ def process_environment(threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONUNBUFFERED": "1",
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(_STALL_SECONDS),
+        TIMEOUT: str(_TIMEOUT_SECONDS),
     }

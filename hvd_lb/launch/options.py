@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from hvd_lb.errors import UserError
+from hvd_lb.world.launched import without_job
 
 LauncherName = Literal["auto", "local", "ssh", "slurm", "kubernetes"]
 AllreduceName = Literal["auto", "ring", "hierarchical", "halving-doubling"]
@@ -27,6 +28,7 @@ _CARRIED = (
     "CUDA_LAUNCH_",
     "CUBLAS_",
     "HVD_LB_",
+    "HOROVOD_",  # but for those that say who a process is
 )
 
 
@@ -66,7 +68,7 @@ def environment(options: LaunchOptions, here: Mapping[str, str]) -> dict[str, st
 
 def carried_environment(here: Mapping[str, str]) -> dict[str, str]:
     """The variables that go along without being named."""
-    return {name: value for name, value in here.items() if name.startswith(_CARRIED)}
+    return {name: value for name, value in without_job(here).items() if name.startswith(_CARRIED)}
 
 
 def named_environment(env: tuple[str, ...], here: Mapping[str, str]) -> dict[str, str]:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 from contextlib import ExitStack, suppress
 from typing import Any
 
 from hvd_lb.data.files.reading import retried
+from hvd_lb.launch.agent.head import CONTROL
+from hvd_lb.launch.agent.process import dies_with_parent
 from hvd_lb.launch.failure import RankFailure, find_failure
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan
 from hvd_lb.launch.stopping import AT_ONCE
 from hvd_lb.report.run_directory import RunDirectory, replace_text
 from hvd_lb.world.launched import without_job
-
-_PR_SET_PDEATHSIG = 1
 
 
 class RankProcesses:
@@ -32,6 +32,16 @@ class RankProcesses:
             more = self._during.enter_context(launch.during())
             job = job.model_copy(update={"environment": {**job.environment, **more}})
         replace_text(run.job, job.to_json(), mode=0o600)
+        environment = {**without_job(os.environ), **job.environment}
+        inherited = [lock]
+        self._head: socket.socket | None = None
+        if launch.agents:
+            self._head, theirs = socket.socketpair()
+            self._during.enter_context(self._head)
+            self._head.setblocking(False)
+            environment[CONTROL] = str(theirs.fileno())
+            inherited.append(theirs.fileno())
+        self._heard = b""
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 launch.command(run.job),
@@ -40,10 +50,13 @@ class RankProcesses:
                 stderr=subprocess.STDOUT,
                 # A process of its own group: Ctrl-C reaches the launching process alone, which then ends the job.
                 start_new_session=True,
-                env={**without_job(os.environ), **job.environment},
-                pass_fds=(lock,),
-                preexec_fn=_die_with_parent,
+                env=environment,
+                pass_fds=inherited,
+                # The job does not outlive the process that watches it, however that ends.
+                preexec_fn=dies_with_parent(signal.SIGTERM),
             )
+        if launch.agents:
+            theirs.close()
 
     def poll(self) -> int | None:
         return self._process.poll()
@@ -54,6 +67,18 @@ class RankProcesses:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
+
+    def notes(self) -> list[str]:
+        """What the head of the job has to say to a person since the last call."""
+        with suppress(OSError):
+            while self._head and (more := self._head.recv(1 << 16)):
+                self._heard += more
+        *lines, self._heard = self._heard.split(b"\n")
+        return [json.loads(line)["note"] for line in lines]
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """Send a signal to a rank, or to all, wherever they run. Ranks that no agent has started get none."""
+        self._say(signal=number, rank=rank)
 
     def ask_to_stop(self, number: int) -> None:
         """Ask for a checkpoint after the present step and an end; `number` is the signal that caused it."""
@@ -74,6 +99,7 @@ class RankProcesses:
             if self.poll() is None:
                 with suppress(OSError):
                     replace_text(self._run.stop, AT_ONCE)
+                self._say(stop=True)
             for sign, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
                 if self.poll() is not None:
                     return
@@ -87,7 +113,7 @@ class RankProcesses:
         """Why the job ended with `status`."""
         return find_failure(self._run.logs, self.log, self._hosts, status)
 
-
-def _die_with_parent() -> None:
-    """The job does not outlive the process that watches it, however that ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    def _say(self, **message: Any) -> None:
+        with suppress(OSError):  # it has just ended
+            if self._head:
+                self._head.send(json.dumps(message).encode() + b"\n")

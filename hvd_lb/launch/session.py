@@ -199,6 +199,8 @@ def _watch(
                     _heed(read_wish(run.stop), received)
                     if received and not asked:
                         asked = _ask_to_stop(processes, received[0], display)
+                    for note in processes.notes():
+                        display.note(note)
                     view.update()
             _heed(read_wish(run.stop), received)
         finally:

@@ -84,6 +84,16 @@ class RunDirectory:
         return self.logs / "stopped.json"
 
     @property
+    def ranks(self) -> Path:
+        """What each rank is doing, as far as it tells: `launch/agent/record`."""
+        return self.logs / "ranks.json"
+
+    @property
+    def endings(self) -> Path:
+        """How each rank ended, and which hosts were lost, a line each in the order in which it was heard."""
+        return self.logs / "endings.jsonl"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
@@ -121,7 +131,10 @@ class RunDirectory:
 
 
 # In logs/. Not there: what a scheduler prints, which has the number of its job in its name.
-_OF_ONE_START = ("*.log", "error-*.json", "job.json", "launching.json", "progress.json", "stopped.json")
+_OF_ONE_START = (
+    *("*.log", "error-*.json", "job.json", "launching.json", "progress.json", "stopped.json"),
+    *("ranks.json", "endings.jsonl"),
+)
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:

@@ -88,7 +88,7 @@ class Host:
             "".join(f"Port {port}\n" for port in PORTS)
             + f"HostKey {folder}/host_key\nPidFile {folder}/sshd.pid\nAuthorizedKeysFile {self._authorized}\n"
             "StrictModes no\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-            "PermitRootLogin prohibit-password\nMaxStartups 200\nUseDNS no\n"
+            "PermitRootLogin prohibit-password\nUseDNS no\n"
             # An sshd gives its own environment to nobody; the code that is tested may be that of a path in it.
              + (f"SetEnv PYTHONPATH={path}\n" if (path := os.environ.get("PYTHONPATH")) else "")
         )

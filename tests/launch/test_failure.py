@@ -9,10 +9,9 @@ from hvd_lb.launch.failure import RankFailure, find_failure
 from hvd_lb.launch.hosts import Host
 
 HOSTS = [Host("h1", 2), Host("h2", 2)]
-HOROVODRUN = (
-    "Process 3 exit with status code 137.\nTerminating remaining workers after failure of Process 3.\n"
-    "RuntimeError: Horovod detected that one or more processes exited with non-zero status, thus causing the job to "
-    "be terminated. The first process to do so was:\nProcess name: {rank}\nExit code: {code}\n"
+MPIRUN = (
+    "mpirun detected that one or more processes exited with non-zero status, thus causing\nthe job to be "
+    "terminated. The first process to do so was:\n\n  Process name: [[59049,1],{rank}]\n  Exit code:    {code}\n"
 )
 
 
@@ -36,15 +35,14 @@ def test_the_first_error_of_its_own_counts_not_those_it_caused(logs: Path) -> No
     tell(logs, 0, "HorovodInternalError", "Connection reset by peer", 1.0)
     tell(logs, 3, "UserError", "disk is full", 3.0)
     tell(logs, 2, "ValueError", "odd", 2.0)
-    found = failure(logs, HOROVODRUN.format(rank=0, code=1))
+    found = failure(logs, MPIRUN.format(rank=0, code=1))
     assert str(found) == f"rank 2 on h2 failed: ValueError: odd (full log: {logs}/rank-0002-h2.log)"
 
 
 @pytest.mark.parametrize(
     "said",
     [
-        HOROVODRUN.format(rank=3, code=137),
-        HOROVODRUN.format(rank=3, code=-9),
+        MPIRUN.format(rank=3, code=137),
         "mpirun noticed that process rank 3 with PID 4711 on node h2 exited on signal 9 (Killed).\n",
         "srun: error: n2: task 3: Killed\n",
         "srun: error: n2: tasks 3-4: Killed\n",
@@ -60,9 +58,7 @@ def test_a_killed_process_is_found_though_it_said_nothing(logs: Path, said: str)
 @pytest.mark.parametrize(
     "said",
     [
-        HOROVODRUN.format(rank=2, code=7),
-        "mpirun detected that one or more processes exited with non-zero status, thus causing\nthe job to be "
-        "terminated. The first process to do so was:\n\n  Process name: [[59049,1],2]\n  Exit code:    7\n",
+        MPIRUN.format(rank=2, code=7),
         "srun: error: n2: task 2: Exited with exit code 7\n",
     ],
 )
@@ -71,12 +67,62 @@ def test_an_exit_code_comes_with_the_last_words(logs: Path, said: str) -> None:
     assert failure(logs, said).message == "ended with exit code 7; last said: ImportError: no libfoo"
 
 
-def test_a_lost_connection_is_told_from_a_killed_process(logs: Path) -> None:
-    ended = HOROVODRUN.format(rank=2, code=255)
-    assert "it was killed there" in failure(logs, ended).message
-    found = failure(logs, f"[2]<stderr>:Timeout, server h2 not responding.\r\n{ended}")
-    assert (found.rank, found.host) == (2, "h2")
-    assert found.message == "the ssh connection to it ended: Timeout, server h2 not responding."
+def heard(logs: Path, *entries: dict[str, object]) -> None:
+    """endings.jsonl, as the head of a job writes it."""
+    (logs / "endings.jsonl").write_text(
+        "".join(f"{json.dumps({'time': 1.0, **entry})}\n" for entry in entries)
+    )
+
+
+def ended(rank: int, status: int, signalled: bool = False) -> dict[str, object]:
+    return {"rank": rank, "host": "?", "pid": 7, "status": status, "signalled": signalled}
+
+
+def test_the_first_rank_that_ended_by_itself_and_said_nothing(logs: Path) -> None:
+    tell(logs, 0, "HorovodInternalError", "Connection reset by peer", 1.0)
+    heard(logs, ended(0, 1), ended(2, -15, signalled=True), ended(3, -9), ended(1, -6))
+    found = failure(logs)
+    assert str(found).startswith("rank 3 on h2 failed: ended by SIGKILL (killed by hand, or")
+
+
+def test_an_exit_code_that_was_heard_comes_with_the_last_words(logs: Path) -> None:
+    (logs / "rank-0002-h2.log").write_text("hello\nImportError: no libfoo\n\n")
+    heard(logs, ended(0, 0), ended(2, 7))
+    assert str(failure(logs)) == (
+        "rank 2 on h2 failed: ended with exit code 7; last said: ImportError: no libfoo "
+        f"(full log: {logs}/rank-0002-h2.log)"
+    )
+
+
+def test_a_lost_host_is_the_cause_of_what_follows(logs: Path) -> None:
+    heard(logs, ended(0, -6), {"host": "h2", "lost": "its agent was killed", "ranks": [3]})
+    assert str(failure(logs)).startswith("rank 3 on h2 failed: its agent was killed")
+
+
+def test_an_error_of_its_own_comes_before_what_was_heard(logs: Path) -> None:
+    tell(logs, 1, "UserError", "disk is full", 1.0)
+    heard(logs, ended(3, -9))
+    assert failure(logs).message == "disk is full"
+
+
+def test_who_did_not_come_to_meet_the_others(logs: Path) -> None:
+    heard(logs, {"late": [2, 3], "seconds": 600.0}, ended(0, -15, signalled=True))
+    assert str(failure(logs)).startswith(
+        "rank 2 on h2 failed: it did not meet the other ranks within 600 s (nor did 1 more)"
+    )
+
+
+def test_what_gloo_says_of_a_rank_that_did_not_come(logs: Path) -> None:
+    (logs / "rank-0000-h1.log").write_text(
+        "terminate called after throwing an instance of 'gloo::IoException'\n"
+        "  what():  [http_store.cc:82] Wait timeout after 30 seconds for key(s): 3. You may want to increase the "
+        "timeout via HOROVOD_GLOO_TIMEOUT_SECONDS\n"
+    )
+    found = failure(
+        logs, "mpirun noticed that process rank 0 with PID 1 on node h1 exited on signal 6 (Aborted).\n"
+    )
+    assert (found.rank, found.host) == (3, "h2")
+    assert "did not meet the other ranks within 30 s" in found.message
 
 
 def test_what_srun_says_of_a_node_comes_before_the_ranks_that_it_ends(logs: Path) -> None:
@@ -92,7 +138,7 @@ def test_what_srun_says_of_a_node_comes_before_the_ranks_that_it_ends(logs: Path
 def test_who_neither_failed_nor_was_seen_to_end_was_lost(logs: Path) -> None:
     for rank in (0, 1):
         tell(logs, rank, "HorovodInternalError", "timed out", rank)
-    found = failure(logs, HOROVODRUN.format(rank=1, code=1))
+    found = failure(logs, MPIRUN.format(rank=1, code=1))
     assert (found.rank, found.host) == (2, "h2")
     assert "it was lost (and 1 more)" in found.message
 

@@ -29,6 +29,17 @@ def test_options_become_horovods_variables() -> None:
     }
 
 
+def test_horovods_variables_go_along_but_not_those_that_say_who_a_process_is() -> None:
+    tuning = {"HOROVOD_CYCLE_TIME": "5", "HOROVOD_GLOO_TIMEOUT_SECONDS": "90", "HOROVOD_LOG_LEVEL": "debug"}
+    place = {
+        "HOROVOD_RANK": "1",
+        "HOROVOD_SIZE": "2",
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": "h9",
+        "HOROVOD_HOSTNAME": "x",
+    }
+    assert environment(LaunchOptions(), {**tuning, **place}) == tuning
+
+
 def test_a_variable_without_a_value_is_handed_on() -> None:
     assert environment(LaunchOptions(env=("TOKEN",)), {"TOKEN": "t"}) == {"TOKEN": "t"}
     with pytest.raises(UserError, match="TOKEN is not set here"):

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
+from hvd_lb.launch.agent.channel import open_line
 from hvd_lb.launch.hosts import Host, host_of_rank
 from hvd_lb.launch.rank.names import log_name, this_rank
 from hvd_lb.machine import nccl
@@ -33,28 +32,12 @@ def main(job_file: str) -> None:
         os.environ["HOROVOD_GLOO_IFACE"] = interface
         if nccl.socket_interfaces(os.environ) is None:
             os.environ[nccl.NAME] = f"={interface}"  # this one, and not those whose names begin like it
-    end_without_launcher(os.dup(sys.stderr.fileno()))
+    open_line()
     _write_to(Path(job["output"]) / "logs" / log_name(rank, host))
 
     from hvd_lb.launch.rank import train  # torch is loaded here, after all of the above
 
     train.main(job_file, rank, host)
-
-
-def end_without_launcher(stream: int) -> None:
-    """End this process when nobody reads the pipe `stream` any more: its launcher was killed, or its ssh was cut.
-
-    A broken pipe reports an error without being written to; a file or a terminal never does.
-    """
-
-    def watch() -> None:
-        poll = select.poll()
-        poll.register(stream, 0)
-        while not poll.poll():
-            pass
-        os._exit(1)
-
-    threading.Thread(target=watch, name="launcher watch", daemon=True).start()
 
 
 def _write_to(log: Path) -> None:

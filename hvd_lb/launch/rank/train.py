@@ -18,6 +18,7 @@ from hvd_lb import world as worlds
 from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.loading.shared_pixels import shared
 from hvd_lb.errors import UserError
+from hvd_lb.launch.agent.channel import tell
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.stopping import StopRequests
 from hvd_lb.machine.placement import loader_threads
@@ -85,6 +86,7 @@ def main(job_file: str, rank: int, host: str) -> None:
     job = Job.from_json(Path(job_file).read_text("utf-8"))
     stop_requested = StopRequests(RunDirectory(job.output).stop)
     try:
+        tell("arrived")
         world = worlds.init()
         if (world.rank, world.size) != (rank, job.processes):
             raise UserError(

@@ -1,15 +1,15 @@
-"""Processes on this machine alone: `horovodrun` for several, a plain process for one."""
+"""Processes on this machine alone: a head and an agent for several, a plain process for one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.allreduce import needs_mpi
 from hvd_lb.launch.hosts import Host
-from hvd_lb.launch.launch_plan import LaunchPlan, horovodrun_command, rank_command
+from hvd_lb.launch.launch_plan import LaunchPlan, head_command, mpirun_command, rank_command
 from hvd_lb.launch.preflight.probe import unknown_to_itself
-from hvd_lb.launch.starters.ssh import mpirun_arguments
 from hvd_lb.world.build import import_horovod
 
 _HERE = "localhost"
@@ -26,13 +26,12 @@ def local(processes: int, environment: Mapping[str, str]) -> LaunchPlan:
     if nameless := unknown_to_itself():
         raise UserError(f"several processes cannot find each other on this machine: {nameless}")
     hosts = [Host(_HERE, processes)]
-    mpi_arguments = mpirun_arguments(("ssh",), ["lo"]) if needs_mpi(environment) else None
+    mpi = needs_mpi(environment)
+    command = (
+        partial(mpirun_command, hosts, interfaces=["lo"])
+        if mpi
+        else partial(head_command, address="127.0.0.1")
+    )
     return LaunchPlan(
-        "local",
-        hosts,
-        lambda job_file: horovodrun_command(
-            hosts, job_file, address="127.0.0.1", interfaces=["lo"], mpi_arguments=mpi_arguments
-        ),
-        interfaces={_HERE: "lo"},
-        environment=environment,
+        "local", hosts, command, interfaces={_HERE: "lo"}, environment=environment, agents=not mpi
     )

@@ -67,7 +67,7 @@ def over_srun(
         ),
         interfaces={host.name: cluster.interfaces[host.name] for host in hosts},
         environment=environment,
-        during=None if mpi else lambda: rendezvous(cluster.address, places, processes),
+        during=None if mpi else lambda: rendezvous(cluster.address),
     )
 
 

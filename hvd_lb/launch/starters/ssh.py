@@ -10,7 +10,7 @@ from functools import partial
 from hvd_lb.errors import UserError
 from hvd_lb.launch.allreduce import needs_mpi
 from hvd_lb.launch.hosts import assign, is_this_machine
-from hvd_lb.launch.launch_plan import LaunchPlan, horovodrun_command
+from hvd_lb.launch.launch_plan import LaunchPlan, head_command, mpirun_command
 from hvd_lb.launch.options import LaunchOptions
 from hvd_lb.launch.preflight.ask import Ask, ask_all, explain_failure
 from hvd_lb.launch.preflight.cluster import Cluster
@@ -42,42 +42,24 @@ def ssh_command(options: LaunchOptions) -> list[str]:
 def over_ssh(
     cluster: Cluster, processes: int, options: LaunchOptions, environment: Mapping[str, str]
 ) -> LaunchPlan:
-    """`processes` on the hosts of a cluster, by horovodrun: over Gloo, or Open MPI where the allreduce needs it."""
+    """`processes` on the hosts of a cluster, by agents over Gloo, or by Open MPI where the allreduce needs it."""
     hosts = assign(cluster.hosts, processes)
     ssh = ssh_command(options)
-    interfaces, mpi_arguments = [cluster.interface], None
-    if needs_mpi(environment):
-        # mpirun takes one list for all hosts, in which a name that a host does not have is passed over.
-        interfaces = sorted({cluster.interface, *(cluster.interfaces[host.name] for host in hosts)})
-        mpi_arguments = mpirun_arguments(ssh, interfaces)
+    mpi = needs_mpi(environment)
+    # mpirun takes one list for all hosts, in which a name that a host does not have is passed over.
+    interfaces = sorted({cluster.interface, *(cluster.interfaces[host.name] for host in hosts)})
+    command = (
+        partial(mpirun_command, hosts, interfaces=interfaces, ssh=ssh)
+        if mpi
+        else partial(head_command, address=cluster.address, ssh=ssh)
+    )
     return LaunchPlan(
         "ssh",
         hosts,
-        lambda job_file: horovodrun_command(
-            hosts,
-            job_file,
-            address=cluster.address,
-            interfaces=interfaces,
-            ssh=ssh,
-            mpi_arguments=mpi_arguments,
-        ),
+        command,
         interfaces={host.name: cluster.interfaces[host.name] for host in hosts},
         environment=environment,
-    )
-
-
-def mpirun_arguments(ssh: Sequence[str], interfaces: Sequence[str]) -> str:
-    """What horovodrun passes on to mpirun, for a shell: how to log in, and the interface of its own connections."""
-    if any(len(word.split()) != 1 for word in ssh):
-        raise UserError(
-            f"mpirun cannot be given {shlex.join(ssh)}: name an --ssh-key without spaces in its path"
-        )
-    return shlex.join(
-        [
-            *("--mca", "plm_rsh_agent", "ssh", "--mca", "plm_rsh_args", " ".join(ssh[1:])),
-            *("--mca", "oob_tcp_if_include", ",".join(interfaces)),
-            *("--mca", "mpi_yield_when_idle", "1"),  # more processes than cores are common on the CPU
-        ]
+        agents=not mpi,
     )
 
 

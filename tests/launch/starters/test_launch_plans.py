@@ -9,15 +9,16 @@ import pytest
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import Host, is_this_machine
+from hvd_lb.launch.launch_plan import mpirun_command
 from hvd_lb.launch.options import LaunchOptions
 from hvd_lb.launch.preflight.ask import explain_failure
 from hvd_lb.launch.preflight.cluster import Cluster
 from hvd_lb.launch.starters.local import local
-from hvd_lb.launch.starters.ssh import mpirun_arguments, on_host, over_ssh, ssh_command
+from hvd_lb.launch.starters.ssh import on_host, over_ssh, ssh_command
 
 JOB = Path("/runs/a b;$(x)/logs/job.json")
 RANK = [sys.executable, "-P", "-m", "hvd_lb.launch.rank.entry", str(JOB)]
-HOROVODRUN = [sys.executable, "-P", "-m", "hvd_lb.launch.starters.horovodrun"]
+HEAD = [sys.executable, "-P", "-m", "hvd_lb.launch.agent.head", str(JOB)]
 SSH = (
     "ssh -o BatchMode=yes -o StrictHostKeyChecking=accept-new -o ConnectTimeout=10 -o ServerAliveInterval=15 "
     "-o ServerAliveCountMax=4"
@@ -54,35 +55,46 @@ def test_one_process_here_is_a_plain_one() -> None:
 def test_several_here_talk_over_the_loopback() -> None:
     pytest.importorskip("horovod")
     launch = local(3, {})
-    options = ["--gloo", "-np", "3", "-H", "localhost:3", "--network-interface", "lo", "--disable-cache"]
-    assert launch.command(JOB) == [*HOROVODRUN, "127.0.0.1", "ssh", "--", *options, *RANK]
+    assert launch.command(JOB) == [*HEAD, "127.0.0.1", "each"]
+    assert launch.agents
     assert launch.interfaces == {"localhost": "lo"}
 
 
 def test_over_ssh_with_gloo() -> None:
     launch = over_ssh(cluster(), 3, LaunchOptions(ssh_port=12345, ssh_key=Path("/k y")), {})
     ssh = [*SSH.split(), "-p", "12345", "-i", "/k y"]
-    options = ["--gloo", "-np", "3", "-H", "h1:2,h2:1", "--network-interface", "eth0", "--disable-cache"]
-    assert launch.command(JOB) == [*HOROVODRUN, "10.0.0.1", *ssh, "--", *options, *RANK]
+    assert launch.command(JOB) == [*HEAD, "10.0.0.1", "each", *ssh]
+    assert launch.agents
+    assert launch.hosts == [Host("h1", 2), Host("h2", 1)]
     assert launch.interfaces == {"h1": "eth0", "h2": "ens3"}
 
 
-def test_over_ssh_with_open_mpi() -> None:
+def test_over_ssh_with_open_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/x")
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
     launch = over_ssh(cluster(), 4, LaunchOptions(strict_host_keys=True), {"HOROVOD_CPU_OPERATIONS": "MPI"})
     ssh = SSH.replace("accept-new", "yes")
-    arguments = (
-        f"--mca plm_rsh_agent ssh --mca plm_rsh_args '{ssh.removeprefix('ssh ')}' "
-        "--mca oob_tcp_if_include ens3,eth0 --mca mpi_yield_when_idle 1"
-    )
-    options = ["-np", "4", "-H", "h1:2,h2:2", "--network-interface", "ens3,eth0", "--disable-cache"]
+    assert not launch.agents
     assert launch.command(JOB) == [
-        *(*HOROVODRUN, "10.0.0.1", *ssh.split(), "--", "--mpi", f"--mpi-args={arguments}", *options, *RANK)
+        *("env", "-u", "LSB_JOBID", "mpirun", "--allow-run-as-root", "--tag-output", "-wdir", "/"),
+        *("-np", "4", "-H", "h1:2,h2:2", "-bind-to", "none", "-map-by", "slot"),
+        *("--mca", "pml", "ob1", "--mca", "btl", "^openib", "--mca", "btl_tcp_if_include", "ens3,eth0"),
+        *("--mca", "oob_tcp_if_include", "ens3,eth0", "--mca", "plm_rsh_agent", "ssh"),
+        *("--mca", "plm_rsh_args", ssh.removeprefix("ssh "), "--mca", "mpi_yield_when_idle", "1"),
+        *("-x", "PATH", "-x", "PYTHONPATH", *RANK),
     ]
+
+
+def test_many_hosts_are_all_reached_from_here_by_open_mpi() -> None:
+    hosts = [Host(f"h{number}", 1) for number in range(64)]
+    command = mpirun_command(hosts, JOB, ["eth0"], ["ssh"])
+    assert command[command.index("plm_rsh_no_tree_spawn") + 1] == "true"
+    assert "plm_rsh_no_tree_spawn" not in mpirun_command(hosts[1:], JOB, ["eth0"], ["ssh"])
 
 
 def test_mpirun_cannot_be_given_a_key_with_spaces() -> None:
     with pytest.raises(UserError, match="without spaces"):
-        mpirun_arguments(ssh_command(LaunchOptions(ssh_key=Path("/k y"))), ["eth0"])
+        mpirun_command([Host("h1", 1)], JOB, ["eth0"], ssh_command(LaunchOptions(ssh_key=Path("/k y"))))
 
 
 def test_no_secret_is_on_a_command_line() -> None:

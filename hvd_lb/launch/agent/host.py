@@ -1,0 +1,143 @@
+"""The agent of one host: `python -P -m hvd_lb.launch.agent.host JOB.json [HOST]`, started by the head.
+
+It reads one line: where the head listens, and the job's secret. It connects, starts the ranks of its host, is their
+rendezvous, and tells the head what they put there, what they tell, and how each ends. HOST may be left out in a task of
+Slurm. Its life is the connection: when that ends, or is silent for a minute, it kills its ranks and ends. Signals that
+a scheduler sends to all processes are left to the ranks, which end with a checkpoint; then so does the agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+from hvd_lb.launch.agent.connection import ALIVE_SECONDS, Connection, ConnectionLost, call
+from hvd_lb.launch.agent.places import rank_environments
+from hvd_lb.launch.agent.process import allow_open_files
+from hvd_lb.launch.agent.ranks import HostRanks, RankEnd
+from hvd_lb.launch.agent.rendezvous import Rendezvous
+from hvd_lb.launch.rank.names import log_name
+from hvd_lb.world.launched import without_job
+
+_TELL_SECONDS = 1.0
+_MOST_VALUE = 1 << 24
+_FILES = 1024  # of a rank, beside its connections
+
+
+async def serve(job_file: Path, host: str, meeting: dict[str, Any]) -> int:
+    """Run the ranks of a host; the exit status, 0 when all of them have ended and that is told."""
+    connection = await call(meeting["address"], meeting["port"], bytes.fromhex(meeting["secret"]), host)
+    agent = Agent(connection)
+    try:
+        agent.start(job_file, host)
+        return await agent.run()
+    except OSError as error:
+        connection.send("failed", why=f"its ranks cannot be started: {error}")
+        return 1
+    finally:
+        agent.ranks.kill()
+        await connection.close()
+
+
+class Agent:
+    """What a host's agent holds: its ranks, their rendezvous, its connection."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self._over = asyncio.Event()
+        self.ranks = HostRanks(self._ended)
+        self.rendezvous = Rendezvous(publish=self._publish)
+
+    def start(self, job_file: Path, host: str) -> None:
+        """OSError where that cannot be."""
+        job = json.loads(job_file.read_text("utf-8"))
+        logs = Path(job["output"]) / "logs"
+        if said := allow_open_files(2 * job["processes"] + _FILES):
+            self._connection.send("note", text=said)
+        started = {}
+        for rank, place in rank_environments(job["hosts"], host).items():
+            environment = {
+                **without_job(os.environ),
+                **job["environment"],
+                **place,
+                **self.rendezvous.environment(str(rank)),
+            }
+            started[rank] = self.ranks.start(rank, job_file, environment, logs / log_name(rank, host))
+        self._connection.send("started", pids=started)
+
+    async def run(self) -> int:
+        """Until the ranks have ended, or the head has."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, lambda: None)
+        tasks = [asyncio.create_task(work) for work in (self._over.wait(), self._listen(), self._tell())]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return int(self.ranks.alive)
+
+    async def _tell(self) -> None:
+        """Say what is new, and now and then that there is nothing."""
+        rounds = 0
+        while True:
+            await asyncio.sleep(_TELL_SECONDS)
+            rounds += 1
+            if news := self.ranks.news():
+                self._connection.send("told", ranks=news)
+            elif rounds % ALIVE_SECONDS == 0:
+                self._connection.send("alive")
+
+    async def _listen(self) -> None:
+        """Do what the head says; `ConnectionLost` when it says no more."""
+        loop = asyncio.get_running_loop()
+        while True:
+            message, body = await self._connection.receive()
+            match message["kind"]:
+                case "put":
+                    self.rendezvous.set(message["key"], _inflated(body))
+                case "delete":
+                    self.rendezvous.set(message["key"], None)
+                case "signal":
+                    self.ranks.signal(message["signal"], message["rank"])
+                case "stop":
+                    self.ranks.terminate()
+                    loop.call_later(message["grace"], self.ranks.kill)
+
+    def _ended(self, rank: int, end: RankEnd) -> None:
+        self._connection.send("told", ranks={rank: end.told})
+        self._connection.send("ended", rank=rank, pid=end.pid, status=end.status, signalled=end.signalled)
+        if not self.ranks.alive:
+            self._over.set()
+
+    def _publish(self, key: str, value: bytes | None) -> None:
+        if value is None:
+            self._connection.send("delete", key=key)
+        else:
+            self._connection.send("put", zlib.compress(value, 1), key=key)
+
+
+def _inflated(body: bytes) -> bytes:
+    return zlib.decompressobj().decompress(body, _MOST_VALUE)
+
+
+def main() -> int:
+    job_file = Path(sys.argv[1])
+    host = sys.argv[2] if len(sys.argv) > 2 else os.environ["SLURMD_NODENAME"]
+    line = sys.stdin.readline()
+    if not line:  # the head is gone
+        return 1
+    try:
+        return asyncio.run(serve(job_file, host, json.loads(line)))
+    except ConnectionLost as lost:
+        print(f"hvd-lb: {lost}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""A head, agents and processes of this machine; in place of ranks scripts that need no torch and no Horovod."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_runs import kill_all, processes_of, until
+
+from hvd_lb.launch.agent.head import CONTROL
+from hvd_lb.launch.launch_plan import head_command
+
+pytestmark = pytest.mark.slow
+
+Entry = dict[str, Any]
+TWO = [("127.0.0.1", 2), ("127.0.0.2", 1)]
+WAIT = "import time; time.sleep(300)"
+# Line by line what a rank's `open_line` and `tell` do.
+TELL = """
+import json, os, socket
+rank = int(os.environ["HOROVOD_RANK"])
+line = socket.socket(fileno=int(os.environ["HVD_LB_AGENT_FD"]))
+def tell(kind, **values): line.send(json.dumps({"kind": kind, **values}).encode())
+"""
+
+
+class Run:
+    """A job that was started."""
+
+    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket, folder: Path):
+        self.process, self.control, self.folder = process, control, folder
+
+    def wait(self, seconds: float = 60) -> int:
+        return self.process.wait(seconds)
+
+    @property
+    def endings(self) -> list[Entry]:
+        file = self.folder / "logs" / "endings.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    @property
+    def ranks(self) -> dict[str, Entry]:
+        file = self.folder / "logs" / "ranks.json"
+        return json.loads(file.read_text())["ranks"] if file.exists() else {}
+
+    @property
+    def waiting(self) -> str:
+        return str(json.loads((self.folder / "logs" / "ranks.json").read_text())["waiting"])
+
+    def log(self, rank: int, host: str = "127.0.0.1") -> str:
+        file = self.folder / "logs" / f"rank-{rank:04d}-{host}.log"
+        return file.read_text() if file.exists() else ""
+
+    def pids(self, module: str) -> list[int]:
+        found = []
+        for pid in processes_of(self.folder):
+            if module in Path(f"/proc/{pid}/cmdline").read_text():
+                found.append(pid)
+        return found
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """start(script, hosts=…, ssh=…): a job whose ranks run that script; ended with the test."""
+    started = []
+
+    def begin(
+        script: str, hosts: list[tuple[str, int]] = TWO, ssh: tuple[str, ...] = (), **environment: str
+    ) -> Run:
+        # The ranks, and they alone, find this in place of `hvd_lb.launch.rank.entry`.
+        package = tmp_path / "stub" / "hvd_lb" / "launch" / "rank"
+        package.mkdir(parents=True)
+        (package / "entry.py").write_text(script)
+        run = tmp_path / "run"
+        (run / "logs").mkdir(parents=True)
+        variables = {
+            "PYTHONPATH": str(tmp_path / "stub"),
+            "HOROVOD_GLOO_TIMEOUT_SECONDS": "600",
+            **environment,
+        }
+        job = {
+            "hosts": hosts,
+            "processes": sum(n for _, n in hosts),
+            "output": str(run),
+            "environment": variables,
+        }
+        (run / "logs" / "job.json").write_text(json.dumps(job))
+        ours, theirs = socket.socketpair()
+        with (run / "launcher.log").open("wb") as log:
+            process = subprocess.Popen(
+                head_command(run / "logs" / "job.json", "127.0.0.1", ssh),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, CONTROL: str(theirs.fileno())},
+                pass_fds=(theirs.fileno(),),
+            )
+        theirs.close()
+        started.append(Run(process, ours, run))
+        return started[-1]
+
+    yield begin
+    for run in started:
+        run.control.close()
+        kill_all(run.folder)
+        run.process.kill()
+        run.process.wait()
+
+
+def test_ranks_know_their_places_and_all_end_well(start: Callable[..., Run]) -> None:
+    run = start(
+        "import os; print({name: os.environ[name] for name in os.environ if name.startswith('HOROVOD')})"
+    )
+    assert run.wait() == 0
+    assert sorted((entry["rank"], entry["host"], entry["status"]) for entry in run.endings) == [
+        (0, "127.0.0.1", 0),
+        (1, "127.0.0.1", 0),
+        (2, "127.0.0.2", 0),
+    ]
+    assert "'HOROVOD_CROSS_SIZE': '2'" in run.log(0)
+    assert "'HOROVOD_LOCAL_SIZE': '1'" in run.log(2, "127.0.0.2")
+    assert not processes_of(run.folder)
+
+
+def test_what_a_rank_puts_others_get_whatever_their_host(start: Callable[..., Run]) -> None:
+    run = start(
+        "import os, urllib.request as u\n"
+        "e = os.environ; rank = e['HOROVOD_RANK']\n"
+        'at = f\'http://{e["HOROVOD_GLOO_RENDEZVOUS_ADDR"]}:{e["HOROVOD_GLOO_RENDEZVOUS_PORT"]}/global/\'\n'
+        "value = rank.encode() * 100_000\n"
+        "u.urlopen(u.Request(at + rank, value, method='PUT'))\n"
+        "print({other: u.urlopen(at + other).read() == other.encode() * 100_000 for other in '012'})\n"
+    )
+    assert run.wait() == 0
+    everything = "{'0': True, '1': True, '2': True}\n"
+    assert (run.log(0), run.log(2, "127.0.0.2")) == (everything, everything)
+
+
+def test_the_first_that_fails_ends_all_and_is_told_from_those_that_were_ended(
+    start: Callable[..., Run],
+) -> None:
+    run = start(f"import os, sys\nif os.environ['HOROVOD_RANK'] == '1': sys.exit(7)\n{WAIT}")
+    assert run.wait() == 1
+    first, *others = run.endings
+    assert (first["rank"], first["status"], first["signalled"]) == (1, 7, False)
+    assert {(entry["rank"], entry["status"], entry["signalled"]) for entry in others} == {
+        (0, -signal.SIGTERM, True),
+        (2, -signal.SIGTERM, True),
+    }
+    assert not processes_of(run.folder)
+
+
+def test_who_does_not_heed_sigterm_is_killed(start: Callable[..., Run]) -> None:
+    run = start(
+        "import os, signal, sys\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"if os.environ['HOROVOD_RANK'] == '2': sys.exit(1)\n{WAIT}"
+    )
+    assert run.wait() == 1
+    assert {entry["status"] for entry in run.endings} == {1, -signal.SIGKILL}
+
+
+def test_a_killed_rank_is_heard_with_its_signal(start: Callable[..., Run]) -> None:
+    run = start(WAIT)
+    until(lambda: len(run.ranks) == 3 and all("pid" in rank for rank in run.ranks.values()), 60)
+    os.kill(run.ranks["2"]["pid"], signal.SIGKILL)
+    assert run.wait() == 1
+    assert (run.endings[0]["rank"], run.endings[0]["status"]) == (2, -signal.SIGKILL)
+
+
+@pytest.mark.parametrize("victim", ["launching", "head", "host"])
+def test_nobody_outlives_the_others(start: Callable[..., Run], victim: str) -> None:
+    """The ranks have children, and heed no signal."""
+    run = start(f"import os, signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.fork()\n{WAIT}")
+    until(lambda: len(run.pids("launch.rank.entry")) == 6, 60)
+    if victim == "launching":
+        run.control.close()
+    else:
+        os.kill(run.pids(f"launch.agent.{victim}")[-1], signal.SIGKILL)
+    assert run.wait(30) in (1, -signal.SIGKILL)
+    until(lambda: not run.pids("agent"), 30)
+    if victim == "launching":
+        until(lambda: not processes_of(run.folder), 30)
+    if victim == "host":
+        (lost,) = [entry for entry in run.endings if "lost" in entry]
+        assert lost["host"] in ("127.0.0.1", "127.0.0.2")
+        assert "its agent was killed" in lost["lost"]
+
+
+def test_a_stop_ends_all_at_once(start: Callable[..., Run]) -> None:
+    run = start(WAIT)
+    until(lambda: len(run.pids("launch.rank.entry")) == 3, 60)
+    run.control.send(b'{"stop": true}\n')
+    assert run.wait() == 1
+    assert {entry["status"] for entry in run.endings} == {-signal.SIGTERM}
+
+
+def test_a_signal_reaches_one_rank_or_all(start: Callable[..., Run]) -> None:
+    run = start(
+        f"{TELL}\nimport signal, time, sys\n"
+        "count = 0\n"
+        "def got(*_):\n    global count; count += 1; tell('got', count=count)\n"
+        "signal.signal(signal.SIGUSR1, got)\n"
+        "tell('ready')\n"
+        "while True: time.sleep(1)\n"
+    )
+    until(lambda: len(run.ranks) == 3 and all("ready" in rank for rank in run.ranks.values()), 60)
+    usr1 = int(signal.SIGUSR1)
+    run.control.send(json.dumps({"signal": usr1, "rank": 2}).encode() + b"\n")
+    until(lambda: "got" in run.ranks["2"], 60)
+    assert "got" not in run.ranks["0"]
+    run.control.send(json.dumps({"signal": usr1, "rank": None}).encode() + b"\n")
+    until(lambda: run.ranks["0"].get("got", {}).get("count") == 1, 60)
+    until(lambda: run.ranks["2"]["got"]["count"] == 2, 60)
+
+
+def test_the_newest_of_what_ranks_tell_is_kept(start: Callable[..., Run]) -> None:
+    run = start(f"{TELL}\nfor step in range(1000): tell('step', step=step, rank=rank)\n")
+    assert run.wait() == 0
+    for rank in range(3):
+        told = run.ranks[str(rank)]["step"]
+        assert (told["step"], told["rank"]) == (999, rank)
+        assert told["time"] <= time.time()
+        assert run.ranks[str(rank)]["ended"] == 0
+
+
+def test_who_is_late_is_named_and_given_up(start: Callable[..., Run]) -> None:
+    run = start(f"{TELL}\nif rank != 1: tell('arrived')\n{WAIT}", HOROVOD_GLOO_TIMEOUT_SECONDS="4")
+    until(lambda: (run.folder / "logs" / "ranks.json").exists() and "1 of 3" in run.waiting, 60)
+    assert run.waiting == "waiting for 1 of 3 ranks: 127.0.0.1 rank 1"
+    assert run.wait() == 1
+    assert (run.endings[0]["late"], run.endings[0]["seconds"]) == ([1], 4.0)
+
+
+FAKE_SSH = """#!/bin/sh
+# HOST COMMAND: the first login of each host is turned away as a busy sshd does it.
+if mkdir "$FAKE/$1" 2>/dev/null; then
+    echo "kex_exchange_identification: Connection closed by remote host" >&2
+    exit 255
+fi
+exec sh -c "$2"
+"""
+
+
+def fake_ssh(folder: Path, text: str) -> tuple[str, ...]:
+    file = folder / "ssh"
+    file.write_text(text.replace("$FAKE", str(folder)))
+    file.chmod(0o755)
+    return (str(file),)
+
+
+def test_a_login_that_was_turned_away_is_tried_again(start: Callable[..., Run], tmp_path: Path) -> None:
+    run = start("", hosts=[("192.0.2.1", 1), ("192.0.2.2", 2)], ssh=fake_ssh(tmp_path, FAKE_SSH))
+    assert run.wait() == 0
+    assert len(run.endings) == 3
+
+
+def test_a_host_that_cannot_be_started_is_lost_with_the_reason(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    ssh = fake_ssh(tmp_path, "#!/bin/sh\necho 'ssh: connect to host: No route to host' >&2; exit 255\n")
+    run = start(WAIT, hosts=[("127.0.0.1", 1), ("192.0.2.1", 2)], ssh=ssh)
+    assert run.wait() == 1
+    lost = run.endings[0]
+    assert (lost["host"], lost["ranks"]) == ("192.0.2.1", [1, 2])
+    assert lost["lost"] == "its agent did not start: ssh: connect to host: No route to host"
+
+
+def test_a_stranger_at_the_door_changes_nothing(start: Callable[..., Run]) -> None:
+    run = start(WAIT)
+    until(lambda: len(run.pids("launch.rank.entry")) == 3, 60)
+    head = run.pids("launch.agent.head")[0]
+    listening = subprocess.run(["ss", "-ltnHp"], capture_output=True, text=True, check=False).stdout
+    ports = [line.split()[3] for line in listening.splitlines() if f"pid={head}," in line]
+    if not ports:
+        pytest.skip("needs ss")
+    assert [port.rpartition(":")[0] for port in ports] == ["127.0.0.1"]
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", int(ports[0].rpartition(":")[2]))) as stranger:
+            stranger.sendall(b"\x09127.0.0.1" + bytes(64))
+            stranger.recv(1000)
+    assert run.process.poll() is None
+    assert len(run.pids("launch.rank.entry")) == 3
+
+
+def test_an_agent_imports_no_torch() -> None:
+    """Nor anything else that is large: there is one for every host, and a head."""
+    for module in ("head", "host"):
+        program = f"import sys, hvd_lb.launch.agent.{module}; print(sorted(sys.modules))"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert not {"torch", "numpy", "pydantic", "rich", "horovod", "yaml"} & set(eval(done.stdout))
