@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import rich_click as click
@@ -91,6 +92,7 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
         placement = choose_placement(
             here, gpus=gpus, processes=options.processes, threads=threads, more=target.more
         )
+    placement = replace(placement, pin=options.launch.pin)
     if placement.processes == 1:
         refuse_options(
             context, _OF_THE_EXCHANGE, "is about the exchange between processes, and this run has one"

@@ -19,6 +19,7 @@ import torch
 
 from hvd_lb.data.loading.shared_pixels import shared
 from hvd_lb.exact.fixed_point import FixedPointOverflow
+from hvd_lb.machine.cpu import usable_cores
 from hvd_lb.machine.placement import loader_threads
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.resolve import Resolved
@@ -105,7 +106,9 @@ def rehearse(
         ),
         world,
         device=device,
-        threads=loader_threads(recipe.loader_threads, threads, 1, reproducible=recipe.reproducible),
+        threads=loader_threads(
+            recipe.loader_threads, threads, usable_cores(), reproducible=recipe.reproducible
+        ),
         observer=watch,
     )
     trainer.model.train()

@@ -63,6 +63,13 @@ _OPTIONS = (
         "--timeline", type=click.Path(path_type=Path), help="Write Horovod's timeline, for chrome://tracing."
     ),
     _option(
+        "--pin/--no-pin",
+        default=LaunchOptions.pin,
+        show_default=True,
+        help="Bind each of a host's processes to cores of its own, near its GPU; a binding of yours (taskset, mpirun, "
+        "OMP_PLACES) stays.",
+    ),
+    _option(
         "--env",
         multiple=True,
         metavar="NAME[=VALUE]",
@@ -73,7 +80,15 @@ _OPTIONS = (
 )
 LAUNCH_OPTIONS = {option.name for option in fields(LaunchOptions)}
 #: Those that mean the same where the command runs in the end.
-FORWARDED = {"network_interface", "allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"}
+FORWARDED = {
+    "network_interface",
+    "allreduce",
+    "fusion_threshold",
+    "cycle_time",
+    "autotune",
+    "timeline",
+    "pin",
+}
 SSH_OPTIONS = {"hosts", "hostfile", "ssh_port", "ssh_key", "strict_host_keys", "network_interface"}
 
 

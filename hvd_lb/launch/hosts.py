@@ -126,10 +126,16 @@ def _next(number: str) -> str:
 
 def host_of_rank(hosts: Sequence[Host], rank: int) -> str:
     """The name of the host that a rank runs on, when hosts are filled in order."""
+    return place_of_rank(hosts, rank)[0]
+
+
+def place_of_rank(hosts: Sequence[Host], rank: int) -> tuple[str, int, int]:
+    """That host, and which of how many ranks it is there."""
     for host in hosts:
-        if rank < (host.slots or 0):
-            return host.name
-        rank -= host.slots or 0
+        slots = host.slots or 0
+        if rank < slots:
+            return host.name, rank, slots
+        rank -= slots
     raise ValueError(f"no host takes {rank + 1} more processes")
 
 

@@ -24,6 +24,7 @@ class Job(BaseModel):
     device: Literal["cpu", "cuda"]
     processes: int
     threads: int
+    pin: bool  #: each rank to its share of its host's cores
     checkpoint: Path | None
     data_fingerprint: str  #: a host whose copy of the data is another would make another run
     starter: Literal["local", "ssh", "slurm"]

@@ -48,6 +48,7 @@ class LaunchOptions:
     cycle_time: float | None = None  #: ms
     autotune: bool = False
     timeline: Path | None = None
+    pin: bool = True
     env: tuple[str, ...] = ()  #: NAME=VALUE, or NAME to take the value it has here
     dry_run: bool = False
 

@@ -85,6 +85,7 @@ def make_job(
         device=placement.device,
         processes=placement.processes,
         threads=placement.threads,
+        pin=placement.pin,
         checkpoint=resume_point.checkpoint.path if resume_point.checkpoint else None,
         data_fingerprint=resolved.dataset.fingerprint(),
         starter=launch.starter,

@@ -19,6 +19,21 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
+def allowed_cpus(root: Path = _ROOT) -> frozenset[int]:
+    """The CPUs that this process's group may use, or that are online: a process with fewer was bound by somebody."""
+    for group in _groups(root, "cpuset"):
+        for name in ("cpuset.cpus.effective", "cpuset.effective_cpus"):
+            if cpus := cpu_list(group / name):
+                return cpus
+    return cpu_list(root / "sys/devices/system/cpu/online")
+
+
+def cpu_list(path: Path) -> frozenset[int]:
+    """The numbers in a file such as `0-3,8`; empty where there is none."""
+    bounds = (part.partition("-")[::2] for part in (_text(path) or "").split(",") if part)
+    return frozenset(cpu for first, last in bounds for cpu in range(int(first), int(last or first) + 1))
+
+
 def memory_left(root: Path = _ROOT) -> int | None:
     """Bytes that may still be taken before a limit is met; None without one. Cached files do not count as taken."""
     left = [_left(group) for group in _groups(root, "memory")]

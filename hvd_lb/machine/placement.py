@@ -27,6 +27,7 @@ class Placement:
     processes: int
     threads: int
     hosts: tuple[str, ...] = ()
+    pin: bool = True  #: each process to its share of its host's cores
     gpus: tuple[str, ...] = ()
     first_host: Mapping[str, Any] = field(default_factory=dict)
 
@@ -82,12 +83,12 @@ def check_processes(processes: int, gpus: int) -> None:
         )
 
 
-def loader_threads(wanted: int | None, threads: int, processes_here: int, *, reproducible: bool) -> int:
-    """Threads that read and decode for one of this machine's processes, which computes with `threads`.
+def loader_threads(wanted: int | None, threads: int, cores: int, *, reproducible: bool) -> int:
+    """Threads that read and decode for a process that computes with `threads` and has `cores` for itself.
 
     As many as are `wanted`; no pixel depends on it. So where nothing is said and a reproducible run fixes the threads
     of computing, decoding still gets its share of the cores.
     """
     if wanted:
         return wanted
-    return max(threads, usable_cores() // processes_here) if reproducible else threads
+    return max(threads, cores) if reproducible else threads

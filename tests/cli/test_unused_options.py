@@ -28,7 +28,7 @@ PAIRS = {"container_port": "image", "container_mount": "container_image"}
 # Where each option of `train` is read that is no field of the recipe. `hosts` and `hostfile` make it ssh.
 TRAIN = {
     **dict.fromkeys(
-        ("recipe", "device", "output", "resume", "processes", "launcher", "env", "dry_run"), EVERYWHERE
+        ("recipe", "device", "output", "resume", "processes", "launcher", "pin", "env", "dry_run"), EVERYWHERE
     ),
     **dict.fromkeys(("allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"), EVERYWHERE),
     **dict.fromkeys(("hosts", "hostfile"), {"ssh"}),

@@ -13,6 +13,7 @@ def test_a_job_is_read_as_it_was_written() -> None:
         device="cpu",
         processes=2,
         threads=1,
+        pin=True,
         checkpoint=Path("/runs/\udcff/checkpoints/last"),
         data_fingerprint="f",
         starter="ssh",

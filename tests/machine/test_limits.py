@@ -10,7 +10,7 @@ import pytest
 from hvd_lb.data.loading.shared_file import SharedFile
 from hvd_lb.errors import UserError
 from hvd_lb.machine import cpu
-from hvd_lb.machine.limits import available_memory, cpu_quota, memory_left
+from hvd_lb.machine.limits import allowed_cpus, available_memory, cpu_quota, memory_left
 from hvd_lb.machine.placement import choose_placement, loader_threads
 
 GIB = 2**30
@@ -93,7 +93,27 @@ def test_threads_and_processes_follow_the_limit(monkeypatch: pytest.MonkeyPatch)
         assert cpu.usable_cores() == cores
         assert choose_placement("cpu", gpus=1, processes=None, threads=None).threads == cores
         assert choose_placement("cpu", gpus=2, processes=None, threads=None).processes == min(2, cores)
-        assert loader_threads(None, 1, 2, reproducible=True) == max(1, cores // 2)
+        assert loader_threads(None, 1, cores, reproducible=True) == cores
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cpus"),
+    [
+        (
+            "0::/a/b\n",
+            {"a/b/cpuset.cpus.effective": "0-2,8\n", "cpuset.cpus.effective": "0-15\n"},
+            {0, 1, 2, 8},
+        ),
+        ("0::/a/b\n", {"a/cpuset.cpus.effective": "3\n", "a/b/cpu.max": "max 1"}, {3}),
+        ("3:cpuset:/docker/x\n0::/\n", {"cpuset/cpuset.effective_cpus": "4-5\n"}, {4, 5}),
+        ("0::/\n", {}, {0, 1, 2, 3}),
+    ],
+)
+def test_cpus_that_groups_allow(groups: str, files: dict[str, str], cpus: set[int], tmp_path: Path) -> None:
+    root = machine(tmp_path, groups, files)
+    (root / "sys/devices/system/cpu").mkdir(parents=True)
+    (root / "sys/devices/system/cpu/online").write_text("0-3\n")
+    assert allowed_cpus(root) == cpus
 
 
 def test_a_cache_in_memory_keeps_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """Where every process of a run begins, however it was started: `python -m hvd_lb.launch.rank.entry JOB.json`.
 
 Before torch or Horovod are loaded it sets the environment (from the job's file, as command lines can be read by
-others), finds out which rank it is, and sends its output to a file of its own. It ends the process when the launcher
-that started it is gone.
+others), finds out which rank it is, takes its share of the cores, and sends its output to a file of its own. It ends
+the process when the launcher that started it is gone.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lb.launch.agent.channel import open_line
-from hvd_lb.launch.hosts import Host, host_of_rank
+from hvd_lb.launch.hosts import Host, place_of_rank
 from hvd_lb.launch.rank.names import log_name, this_rank
 from hvd_lb.machine import nccl
+from hvd_lb.machine.cpu import usable_cores
+from hvd_lb.machine.gpus import gpus
+from hvd_lb.machine.pinning import pin
 
 
 def main(job_file: str) -> None:
@@ -27,17 +30,23 @@ def main(job_file: str) -> None:
 
         os.environ.update(rank_environment(os.environ))
     rank = this_rank()
-    host = host_of_rank([Host(name, slots) for name, slots in job["hosts"]], rank)
+    host, local_rank, local_size = place_of_rank([Host(name, slots) for name, slots in job["hosts"]], rank)
     if interface := job["interfaces"].get(host):
         os.environ["HOROVOD_GLOO_IFACE"] = interface
         if nccl.socket_interfaces(os.environ) is None:
             os.environ[nccl.NAME] = f"={interface}"  # this one, and not those whose names begin like it
+    cores, pinned = max(1, usable_cores() // local_size), ""
+    if job["pin"]:
+        buses = [gpu["bus"] for gpu in gpus(os.environ)] if job["device"] == "cuda" else []
+        pinned = pin(local_rank, local_size, buses)
     open_line()
     _write_to(Path(job["output"]) / "logs" / log_name(rank, host))
+    if pinned:
+        print(pinned, flush=True)
 
     from hvd_lb.launch.rank import train  # torch is loaded here, after all of the above
 
-    train.main(job_file, rank, host)
+    train.main(job_file, rank, host, min(cores, usable_cores()))
 
 
 def _write_to(log: Path) -> None:

@@ -29,8 +29,8 @@ from hvd_lb.training.trainer import Trainer
 from hvd_lb.world import World
 
 
-def train(job: Job, world: World, stop_requested: StopRequests) -> None:
-    """This process's part of the job."""
+def train(job: Job, world: World, stop_requested: StopRequests, cores: int) -> None:
+    """This process's part of the job; it has so many `cores` for itself."""
     torch.set_num_threads(job.threads)
     device = _device(job, world)
     if device.type == "cuda":
@@ -59,7 +59,7 @@ def train(job: Job, world: World, stop_requested: StopRequests) -> None:
             world,
             device=device,
             threads=loader_threads(
-                recipe.loader_threads, job.threads, world.local_size, reproducible=recipe.reproducible
+                recipe.loader_threads, job.threads, cores, reproducible=recipe.reproducible
             ),
             observer=observer,
             store=CheckpointStore(directory.checkpoints, recipe.keep_checkpoints),
@@ -81,8 +81,8 @@ def _device(job: Job, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank if torch.cuda.device_count() > 1 else 0)
 
 
-def main(job_file: str, rank: int, host: str) -> None:
-    """`rank` and `host` are those that the launcher gave this process."""
+def main(job_file: str, rank: int, host: str, cores: int) -> None:
+    """`rank` and `host` are those that the launcher gave this process, `cores` its share of the host's."""
     job = Job.from_json(Path(job_file).read_text("utf-8"))
     stop_requested = StopRequests(RunDirectory(job.output).stop)
     try:
@@ -94,7 +94,7 @@ def main(job_file: str, rank: int, host: str) -> None:
                 "the launcher did not tell it who it is"
             )
         with stop_requested.watched() if rank == 0 else nullcontext():
-            train(job, world, stop_requested)
+            train(job, world, stop_requested, cores)
     except BaseException as error:
         with suppress(OSError):  # the disk is full
             _write_error(RunDirectory(job.output), rank, host, error)

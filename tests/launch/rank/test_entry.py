@@ -13,7 +13,7 @@ from hvd_lb.launch.rank.names import this_rank
 _TELL = """
 import json, os, subprocess, sys, types
 worker = types.ModuleType("hvd_lb.launch.rank.train")
-def main(job, rank, host):
+def main(job, rank, host, cores):
     print("said", rank, host, flush=True)
     print("wrong", file=sys.stderr, flush=True)
     subprocess.run(["echo", "child"])
@@ -35,6 +35,8 @@ def job(tmp_path: Path, **environment: str) -> Path:
     file = tmp_path / "logs" / "job.json"
     content = {
         "starter": "ssh",
+        "device": "cpu",
+        "pin": False,
         "output": str(tmp_path),
         "hosts": [["h1", 2], ["h2", 2]],
         "interfaces": {"h1": "eth0", "h2": "ens3"},
