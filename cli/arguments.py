@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import rich_click as click
 
+from hvd_lb.data.remote.address import without_query
+
 
 def forwarded_arguments(
     arguments: Sequence[str], command: click.Command, without: Iterable[str]
@@ -32,9 +34,9 @@ def forwarded_arguments(
     return kept
 
 
-def without_env_values(arguments: Sequence[str]) -> list[str]:
-    """`arguments` as others may read them: of --env NAME=VALUE the name alone."""
-    shown = list(arguments)
+def without_secrets(arguments: Sequence[str]) -> list[str]:
+    """`arguments` as others may read them: of --env NAME=VALUE the name alone, of signed URLs no query."""
+    shown = list(map(without_query, arguments))
     for i, word in enumerate(shown):
         if word.startswith("--env="):
             shown[i] = "=".join(word.split("=")[:2])

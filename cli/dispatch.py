@@ -32,7 +32,7 @@ from hvd_lb.machine.placement import Placement, choose_device, choose_placement,
 from hvd_lb.report.text import count
 from hvd_lb.resolve import check_options, explain, resolve
 from hvd_lb.world.launched import refuse_torchrun
-from hvd_lb_cli.arguments import without_env_values
+from hvd_lb_cli.arguments import without_secrets
 from hvd_lb_cli.options.given import refuse_options
 from hvd_lb_cli.options.train import TrainOptions
 from hvd_lb_cli.output.show import index_progress, print_preflight, print_rows
@@ -121,7 +121,7 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
         launch_plan,
         output=options.output,
         resume=options.resume,
-        command=without_env_values(sys.argv),
+        command=without_secrets(sys.argv),
         console=console,
         on_ready=lambda: print_rows(console, rows),
     )

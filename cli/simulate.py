@@ -14,6 +14,7 @@ from rich.text import Text
 
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.text import count, duration, speed
+from hvd_lb_cli.arguments import without_secrets
 from hvd_lb_cli.options.given import refuse_options
 from hvd_lb_cli.options.recipe import recipe_options, run_options
 from hvd_lb_cli.output.show import index_progress, print_rows
@@ -115,7 +116,7 @@ def simulate(
                 local(1, {}),
                 output=output or default_output(resolved.recipe, "simulate-"),
                 resume=resume,
-                command=sys.argv,
+                command=without_secrets(sys.argv),
                 console=console,
                 on_ready=lambda: print_rows(console, plan),
             )

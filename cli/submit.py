@@ -13,6 +13,7 @@ from typing import Any
 import rich_click as click
 
 from hvd_lb import __version__
+from hvd_lb.data.remote.address import Address, is_address
 from hvd_lb.data.spec import absolute_spec, data_folder, data_spec
 from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import Host
@@ -103,6 +104,12 @@ def _submission(command: click.Command, options: TrainOptions, target: Target) -
     spec = data_spec(fields, given)
     data = data_folder(spec)
     val = fields.get("val") or given.get("val")
+    for address in filter(is_address, filter(None, (spec, val))):
+        if Address.of(address).query:
+            raise UserError(
+                f"{absolute_spec(address)}: a signed URL would be shown to all who may see the job; give the job "
+                "credentials of its own and an s3:// or gs:// address"
+            )
     if val is not None and (options.submit.image or target.kind == "submit-kubernetes"):
         _refuse_unmounted(val, data)
     device_name: DeviceName = "cpu" if options.device == "cpu" else "cuda"
@@ -138,6 +145,8 @@ def _submission(command: click.Command, options: TrainOptions, target: Target) -
 
 def _refuse_unmounted(val: str, data: Path | None) -> None:
     """UserError for validation images that containers, which have the folder of --data only, would not have."""
+    if is_address(val):
+        return
     folder = data_folder(val)
     if folder is None or data is None or not folder.is_relative_to(data):
         raise UserError(

@@ -39,9 +39,9 @@ def index_command(
     hvd-lb data index /data/imagenet --check
     """
     from hvd_lb.data.index.dataset import index_splits  # here: --help needs none of it
-    from hvd_lb.data.spec import data_folder
+    from hvd_lb.data.spec import is_named
 
-    if data_folder(source) is None:
+    if is_named(source):
         raise UserError(f"{source}: needs no index; expected a folder, a list or shards")
     began = time.monotonic()
     read_labels: list[str] = []

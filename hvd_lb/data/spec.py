@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hvd_lb.data.remote.address import Address, is_address
 from hvd_lb.data.sources.find import folder_of, refuse_remote
 from hvd_lb.errors import UserError
 
 CHOICES = (
-    "digits, fashion-mnist, synthetic[:N], or a folder with train/ and val/, a list or shards: docs/data.md"
+    "digits, fashion-mnist, synthetic[:N], or a folder with train/ and val/, a list or shards, these also at "
+    "s3://, gs:// or https://: docs/data.md"
 )
 _USUAL_FOLDER = Path("/data")
 
@@ -31,19 +33,21 @@ def default_data() -> str:
 
 
 def absolute_spec(spec: str) -> str:
-    """The same data, named so that it is found from any working directory. UserError for an address.
+    """The same data, named so that it is found from any working directory; of a signed URL without its query.
 
-    Links stay as they are: on other hosts they may lead elsewhere.
+    Links stay as they are: on other hosts they may lead elsewhere. UserError for an address that is not read.
     """
     if is_named(spec):
         return spec
     refuse_remote(spec)
+    if is_address(spec):
+        return str(Address.of(spec))
     return str(Path(spec).expanduser().absolute())
 
 
 def data_folder(spec: str) -> Path | None:
-    """The folder in which the data that `--data` names lie; None where they lie in none."""
-    return None if is_named(spec) else folder_of(absolute_spec(spec))
+    """The folder in which the data that `--data` names lie; None where they lie in none of a file system."""
+    return None if is_named(spec) or is_address(spec) else folder_of(absolute_spec(spec))
 
 
 def is_named(spec: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hvd_lb_cli.arguments import forwarded_arguments, without_env_values
+from hvd_lb_cli.arguments import forwarded_arguments, without_secrets
 from hvd_lb_cli.train import train
 
 Run = Callable[..., Any]
@@ -35,7 +35,7 @@ def test_options_that_say_where_are_left_out(line: str, kept: str) -> None:
 
 def test_values_of_variables_are_not_shown() -> None:
     line = "train --env A=b=c --env B --env=C=d --recipe r=s"
-    assert without_env_values(line.split()) == [
+    assert without_secrets(line.split()) == [
         "train",
         "--env",
         "A",

@@ -97,6 +97,7 @@ class Table:
     shards: list[str]
     first_broken: tuple[int, str] | None
     remarks: list[str] = field(default_factory=list)  # what a user should know of how the images were found
+    objects: list[tuple[int, int]] = field(default_factory=list)  # tag and bytes of each shard, at a server
 
 
 def head_sum(content: bytes | memoryview) -> int:

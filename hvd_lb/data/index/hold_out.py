@@ -87,7 +87,8 @@ def _part(index: Index, chosen: np.ndarray) -> Index:
     first = index.facts.first_broken
     broken = np.flatnonzero(rows["width"] == 0)
     first_broken = (int(broken[0]), first[1] if first else "") if len(broken) else None
-    table = Table(index.classes, rows, index.names, index.facts.shards, first_broken, index.facts.remarks)
+    facts = index.facts
+    table = Table(index.classes, rows, index.names, facts.shards, first_broken, facts.remarks, facts.objects)
     return replace(index, facts=store.facts_of(table), rows=rows, identity="", keep=())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from hvd_lb.data.files.reading import read_file
 from hvd_lb.data.files.rows import head_sum
 from hvd_lb.data.index.index import Index
 from hvd_lb.data.index.shard_reader import ShardReader
+from hvd_lb.data.remote.objects import ObjectReader
+from hvd_lb.data.remote.store import ObjectState
 from hvd_lb.errors import UserError
 
 # The kernel maps up to a megabyte around a row: a thousand random ones can be all of an index. Forgetting them costs
@@ -30,7 +33,7 @@ class IndexedImages:
         self.heights = index.heights
         self.largest = index.facts.largest
         self._unforgotten = 0
-        self._shards = ShardReader(index.root, index.facts.shards)
+        self._shards = _reader(index)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,9 +67,19 @@ class IndexedImages:
                 f"{self.name(image_id)}: has {len(content)} bytes now, but had {size} when it was indexed; leave "
                 "files in use alone, and let `hvd-lb data index --check` find changes before"
             )
+        if head_sum(content.data) != row["head"] and isinstance(self._shards, ObjectReader):
+            self._shards.forget(shard, offset, size)  # what the cache has is not what the server has
+            content = self._shards.read(shard, offset, size)
         if head_sum(content.data) != row["head"]:
             raise UserError(
                 f"{self.name(image_id)}: is another file than when it was indexed, with other bytes; give "
                 "`hvd-lb data index --check`, and leave files in use alone"
             )
         return content
+
+
+def _reader(index: Index) -> ShardReader | ObjectReader:
+    shards = index.facts.shards
+    if isinstance(index.root, Path):
+        return ShardReader(index.root, shards)
+    return ObjectReader(index.root, shards, [ObjectState(size, tag) for tag, size in index.facts.objects])

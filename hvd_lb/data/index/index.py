@@ -22,6 +22,7 @@ from hvd_lb.data.images import Progress
 from hvd_lb.data.index import store
 from hvd_lb.data.index.store import Facts
 from hvd_lb.data.options import OnBadImage
+from hvd_lb.data.remote.address import Place
 from hvd_lb.data.sources.source import Listing, Source
 from hvd_lb.errors import UserError
 
@@ -37,7 +38,7 @@ class Index:
     contents.
     """
 
-    root: Path
+    root: Place
     facts: Facts
     rows: np.ndarray
     names: np.ndarray
@@ -92,8 +93,8 @@ class Index:
         shard = int(self.rows[position]["shard"])
         name = os.fsdecode(self.relative(position))
         if shard < 0:
-            return os.path.join(self.root, name)
-        return f"{os.path.join(self.root, self.facts.shards[shard])}: {name}"
+            return os.path.join(str(self.root), name)
+        return f"{self.root / self.facts.shards[shard]}: {name}"
 
 
 def open_index(

@@ -20,7 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import numpy as np
 from hvd_lb.data.files.header import KINDS
 from hvd_lb.data.files.rows import ROW, Table
 from hvd_lb.data.files.threads import in_threads
+from hvd_lb.data.remote.address import Place
 from hvd_lb.data.sources.source import FileState, Source, file_state
 from hvd_lb.errors import UserError
 from hvd_lb.machine.cache_folder import cache_folder
@@ -62,20 +63,23 @@ class Facts:
     remarks: list[str]
     #: Checksum of rows and names: an index that was made anew may have the same stamp.
     sum: int
-
-
-def beside(source: Source) -> Path:
-    return source.home / BESIDE / source.name
+    #: Of shards at a server tag and bytes, in their order; empty for files.
+    objects: list[tuple[int, int]] = field(default_factory=list)
 
 
 def cached(source: Source) -> Path:
-    key = os.fsencode(source.home.resolve()) + b"\0" + os.fsencode(source.name)
+    home = source.home.resolve() if isinstance(source.home, Path) else source.home
+    key = os.fsencode(str(home)) + b"\0" + os.fsencode(source.name)
     return cache_folder() / "index" / hashlib.sha256(key).hexdigest()[:16]
 
 
 def homes(source: Source, write_beside: bool = False) -> list[Path]:
     """Where an index may be, the first choice first; only beside the data, whose home is made, if it is to be there."""
-    own = beside(source)
+    if not isinstance(source.home, Path):
+        if write_beside:
+            raise UserError(f"{source.home}: nothing is written to servers; leave --beside out")
+        return [cached(source)]
+    own = source.home / BESIDE / source.name
     if write_beside:
         try:
             own.mkdir(parents=True, exist_ok=True)
@@ -110,7 +114,7 @@ def _made(entry: os.DirEntry[str]) -> int:
         return 0
 
 
-def unchanged(folder: Path, root: Path) -> bool:
+def unchanged(folder: Path, root: Place) -> bool:
     """Whether what is watched of an index is as it was when it was made."""
     try:
         known = [tuple(of) for of in json.loads((folder / "places.json").read_text("ascii"))]
@@ -119,7 +123,7 @@ def unchanged(folder: Path, root: Path) -> bool:
         return False
 
 
-def changed(folder: Path, root: Path) -> bool:
+def changed(folder: Path, root: Place) -> bool:
     """Whether something that was known to be at rest is no longer as it was."""
     try:
         known = [tuple(of) for of in json.loads((folder / "places.json").read_text("ascii"))]
@@ -152,6 +156,7 @@ def facts_of(table: Table) -> Facts:
         shards=table.shards,
         remarks=table.remarks,
         sum=zlib.crc32(_bytes(table.names), zlib.crc32(_bytes(rows))),
+        objects=table.objects,
     )
 
 

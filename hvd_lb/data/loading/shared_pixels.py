@@ -161,7 +161,9 @@ def _on_disk(dataset: Dataset) -> Path:
     if not isinstance(dataset, IndexedDataset) or not dataset.train.index.identity:
         raise UserError(f"--cache disk: the index of {dataset.name} could not be kept; use --cache memory")
     parts = (dataset.train.index, dataset.val.index)
-    folder = cache_folder() / "decoded" / _digest(os.fspath(parts[0].root.resolve()))
+    root = parts[0].root
+    place = str(root.resolve() if isinstance(root, Path) else root)
+    folder = cache_folder() / "decoded" / _digest(place)
     return folder / f"hvd-lb-{_digest(*(index.identity for index in parts))}.pixels"
 
 

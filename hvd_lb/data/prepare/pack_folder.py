@@ -18,7 +18,7 @@ from typing import Any
 from hvd_lb.data.images import same_images
 from hvd_lb.data.options import UNFINISHED
 from hvd_lb.data.prepare.shard_writer import Shard
-from hvd_lb.data.sources.shards import MANIFEST
+from hvd_lb.data.sources.places import MANIFEST
 from hvd_lb.errors import UserError
 
 CLASSES = "classes.json"

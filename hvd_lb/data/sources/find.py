@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
+from hvd_lb.data.remote import store
+from hvd_lb.data.remote.address import Address, Place, is_address
 from hvd_lb.data.sources.folders import FolderSource, Inside, look_into
 from hvd_lb.data.sources.lists import SUFFIXES, ListSource
+from hvd_lb.data.sources.places import MANIFEST
 from hvd_lb.data.sources.shards import (
     COMPRESSED,
     divided,
@@ -45,17 +48,19 @@ class Sources:
 
 
 def refuse_remote(spec: str) -> None:
-    """UserError for what is an address, or a command whose output WebDataset would read."""
+    """UserError for an address of another kind than those that are read, or a command whose output WebDataset would
+    read.
+    """
     found = _REMOTE.match(spec)
-    if found is None or os.path.lexists(spec):
+    if found is None or os.path.lexists(spec) or is_address(spec):
         return
     if spec.startswith("file:"):
         raise UserError(
             f"{spec}: expected a path, not an address; give {spec.removeprefix('file:').removeprefix('//')}"
         )
     raise UserError(
-        f"{spec}: is read from no server; copy it to a disk or a shared file system (aws s3 sync, gcloud storage "
-        "rsync, wget, rclone), or mount it (Mountpoint for S3, gcsfuse, rclone mount), and give that path"
+        f"{spec}: is no address that is read (s3:// gs:// az:// https://); copy it to a disk or a shared file system, "
+        "or mount it (rclone mount), and give that path"
     )
 
 
@@ -63,7 +68,9 @@ def folder_of(spec: str) -> Path:
     """The folder that has all of the data in it, whether they are there or not."""
     path = Path(spec).expanduser()
     if is_pattern(spec):
-        return divided(spec)[0]
+        root = divided(spec)[0]
+        assert isinstance(root, Path)
+        return root
     return path.parent if path.suffix.lower() in SUFFIXES and not path.is_dir() else path
 
 
@@ -91,13 +98,16 @@ def _sources(spec: str, val: str | None) -> Sources:
 def _find(spec: str, alone: bool = False) -> Sources:
     """As `find_sources`; `alone`: the validation split comes from elsewhere."""
     refuse_remote(spec)
+    if is_address(spec):
+        return _at_a_server(spec, alone)
     path = Path(spec).expanduser()
     if spec.endswith(COMPRESSED) and not path.is_dir():
         raise refused_compressed(spec)
     if is_pattern(spec):
         shards = named_shards(spec)
-        no_val = f"{spec}: no validation shards beside it (val instead of train in the name)"
-        return Sources(shards.root.resolve().name, shards, None if alone else sibling(shards), no_val)
+        return Sources(
+            str(_resolved(shards.root).name), shards, None if alone else sibling(shards), _no_sibling(spec)
+        )
     if _is_list(path):
         return _lists(path.parent, path, alone)
     if path.is_file():
@@ -111,11 +121,8 @@ def _find(spec: str, alone: bool = False) -> Sources:
     lists = [entry.name for entry in sorted(path.iterdir()) if _is_list(entry)]
     if lists := [name for name in lists if split_of(Path(name).stem) == "train"]:
         return _lists(path, path / lists[0], alone)
-    shards_by_split = shards_in(path)
-    if train := shards_by_split.get("train"):
-        return Sources(path.resolve().name, train, shards_by_split.get("val"), f"{path}: has no val-….tar")
-    if shards_by_split:
-        raise UserError(f"{path}: has shards val-….tar, but no train-….tar")
+    if packed := _shards(path):
+        return packed
     if not any(entry for entry in path.iterdir()):
         raise UserError(f"{path}: is empty; expected train/ and val/ with a folder of images for each class")
     if not inside.folders and (tars := tar_files(path)):
@@ -124,6 +131,70 @@ def _find(spec: str, alone: bool = False) -> Sources:
             f"{quote(str(path / tars[0]))}, and those of the validation images with --val"
         )
     return Sources(path.resolve().name, FolderSource(path, path, "all"), None, _no_val(path, inside))
+
+
+def _at_a_server(spec: str, alone: bool) -> Sources:
+    """Shards are what is read there: single files would be a request each."""
+    address = Address.of(spec)
+    if address.name.endswith(COMPRESSED):
+        raise refused_compressed(str(address))
+    if is_pattern(str(address)):
+        shards = named_shards(spec)
+        return Sources(
+            shards.root.name, shards, None if alone else sibling(shards), _no_sibling(str(address))
+        )
+    if found := _shards(_folder_of(address)):
+        return found
+    raise _no_shards(address)
+
+
+def _folder_of(address: Address) -> Address:
+    """The folder that its manifest stands for, too. UserError for other files."""
+    if address.name == MANIFEST:
+        return address.parent
+    if address.name.lower().endswith(tuple(SUFFIXES)):
+        raise UserError(
+            f"{address}: lists of single images are read from file systems only, as each would be a request; pack them "
+            "(hvd-lb data pack) and upload the folder"
+        )
+    return address
+
+
+def _no_shards(address: Address) -> UserError:
+    if not address.is_bucket:
+        try:
+            store.content(address / MANIFEST)
+        except store.Denied as denied:
+            return denied
+        except store.Missing:
+            pass
+    nothing = (
+        "holds no train-NUMBER.tar"
+        if address.is_bucket
+        else f"has no {MANIFEST}, and web servers list nothing"
+    )
+    return UserError(
+        f"{address}: {nothing}; give what `hvd-lb data pack` wrote, or name shards as in "
+        f"{quote(f'{address}/train-{{000..127}}.tar')}"
+    )
+
+
+def _shards(folder: Place) -> Sources | None:
+    """Those that lie in a folder by their usual names. UserError where there are no training shards among them."""
+    by_split = shards_in(folder)
+    if train := by_split.get("train"):
+        return Sources(_resolved(folder).name, train, by_split.get("val"), f"{folder}: has no val-….tar")
+    if by_split:
+        raise UserError(f"{folder}: has shards val-….tar, but no train-….tar")
+    return None
+
+
+def _no_sibling(spec: str) -> str:
+    return f"{spec}: no validation shards beside it (val instead of train in the name)"
+
+
+def _resolved(place: Place) -> Place:
+    return place.resolve() if isinstance(place, Path) else place
 
 
 def _is_list(path: Path) -> bool:
@@ -208,6 +279,14 @@ def _refuse_no_file(path: Path) -> None:
 def _validation(spec: str) -> Source:
     """What `--val spec` names."""
     refuse_remote(spec)
+    if is_address(spec):
+        address = Address.of(spec)
+        if is_pattern(str(address)):
+            return named_shards(spec)
+        by_split = shards_in(_folder_of(address))
+        if not by_split:
+            raise _no_shards(address)
+        return by_split.get("val") or by_split["train"]
     path = Path(spec).expanduser()
     if is_pattern(spec):
         return named_shards(spec)

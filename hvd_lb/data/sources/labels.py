@@ -6,11 +6,12 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from hvd_lb.data.remote.address import Place
 from hvd_lb.data.sources.names import look_alike, same_composed
+from hvd_lb.data.sources.places import read_if_there
 from hvd_lb.errors import UserError
 
 CLASSES_FILES = ("classes.json", "classes.txt")
@@ -86,14 +87,15 @@ def find_classes(labels: Iterable[str]) -> Classes:
     return Classes([str(number) for number in range(int(largest) + 1)] if numbers else [], False)
 
 
-def read_classes(folder: Path) -> Classes | None:
+def read_classes(folder: Place) -> Classes | None:
     """Those in classes.json, {"classes": [...]}, or classes.txt, one a line; None where neither is there. UserError."""
-    path = next((folder / name for name in CLASSES_FILES if (folder / name).is_file()), None)
-    if path is None:
+    found = ((folder / name, read_if_there(folder / name)) for name in CLASSES_FILES)
+    path, content = next((of for of in found if of[1] is not None), (folder, None))
+    if content is None:
         return None
     try:
-        text = path.read_text("utf-8-sig", errors="surrogateescape")
-        names = json.loads(text)["classes"] if path.suffix == ".json" else text.rstrip("\n").split("\n")
+        text = content.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
+        names = json.loads(text)["classes"] if path.name.endswith(".json") else text.rstrip("\n").split("\n")
         if (
             not isinstance(names, list)
             or not names
@@ -102,7 +104,7 @@ def read_classes(folder: Path) -> Classes | None:
             raise ValueError("expected names of classes")
         if len(set(names)) < len(names):
             raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         reason = "expected {'classes': [...]}" if isinstance(error, KeyError | TypeError) else error
         raise UserError(f"{path}: no list of classes ({reason})") from error
     return Classes(names, True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,13 +18,16 @@ from hvd_lb.data.files.rows import Table
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.images import Progress
 from hvd_lb.data.options import UNFINISHED
+from hvd_lb.data.remote.address import Address, Place, is_address
+from hvd_lb.data.remote.objects import ObjectReader
+from hvd_lb.data.remote.store import ObjectState
 from hvd_lb.data.sources.labels import Classes, UnknownLabel, find_classes, read_classes
-from hvd_lb.data.sources.source import Listing, file_state, stamped
+from hvd_lb.data.sources.places import MANIFEST, manifest, names_in
+from hvd_lb.data.sources.source import FileState, Listing, file_state, stamped
 from hvd_lb.data.sources.splits import Split, renamed, split_of
-from hvd_lb.data.sources.tar_scan import Scan, scan_shard
+from hvd_lb.data.sources.tar_scan import Scan, scan_object, scan_shard
 from hvd_lb.errors import UserError
 
-MANIFEST = "manifest.json"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.lz4")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_SHARDS = 1_000_000
@@ -40,14 +42,14 @@ _DIGITS = re.compile(r"(\d+)")
 class ShardSource:
     """Shards by their names in `root`, in order; `classes` are those of the training split where this is the other."""
 
-    root: Path
+    root: Place
     name: str
     shards: tuple[str, ...]
     classes: Classes | None = None
     cheap: int = 0  # all files are watched
 
     @property
-    def home(self) -> Path:
+    def home(self) -> Place:
         return self.root
 
     def with_classes(self, classes: list[str]) -> ShardSource:
@@ -56,23 +58,39 @@ class ShardSource:
     def listing(self) -> Listing:
         try:
             watched = list(in_threads(partial(file_state, self.root), self.shards))
-            stats = list(in_threads(lambda name: os.stat(self.root / name), self.shards))
+            times = self._times(watched)
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
-        _check_sizes(self.root, {name: of.st_size for name, of in zip(self.shards, stats, strict=True)})
+        _check_sizes(self.root, {name: size for name, _, size in watched})
         classes = read_classes(self.root) or self.classes
         given = [*classes.names, str(classes.from_file)] if classes else []
-        known = (
-            f"{name}\0{of.st_size}\0{of.st_mtime_ns}" for name, of in zip(self.shards, stats, strict=True)
-        )
-        return Listing(stamped([*given, "", *known]), watched, partial(self._build, classes))
+        known = (f"{name}\0{size}\0{time}" for (name, _, size), time in zip(watched, times, strict=True))
+        objects = [(tag, size) for _, tag, size in watched] if isinstance(self.root, Address) else []
+        return Listing(stamped([*given, "", *known]), watched, partial(self._build, classes, objects))
 
-    def _build(self, classes: Classes | None, report: Progress, journal: Journal) -> Table:
+    def _times(self, watched: list[FileState]) -> list[int]:
+        """When each was changed, settled or not."""
+        if isinstance(self.root, Address):
+            return [tag for _, tag, _ in watched]
+        root = self.root
+        return list(in_threads(lambda name: os.stat(root / name).st_mtime_ns, self.shards))
+
+    def _scan(self, objects: list[tuple[int, int]]) -> Callable[[int], Scan]:
+        """Of a shard by its position."""
+        root, shards = self.root, self.shards
+        if isinstance(root, Path):
+            return lambda shard: scan_shard(root / shards[shard])
+        reader = ObjectReader(root, shards, [ObjectState(size, tag) for tag, size in objects])
+        return lambda shard: scan_object(root / shards[shard], objects[shard][1], reader.window(shard))
+
+    def _build(
+        self, classes: Classes | None, objects: list[tuple[int, int]], report: Progress, journal: Journal
+    ) -> Table:
         scans: list[Scan] = []
         for number, block in journal.blocks():
             if number == len(scans):
                 scans.append(Scan.from_bytes(block))
-        for scan in in_threads(lambda name: scan_shard(self.root / name), self.shards[len(scans) :]):
+        for scan in in_threads(self._scan(objects), range(len(scans), len(self.shards))):
             journal.append(len(scans), scan.to_bytes())
             scans.append(scan)
             report(f"reading shards in {self.root.name}", len(scans), len(self.shards))
@@ -83,7 +101,7 @@ class ShardSource:
                 scan.rows["label"] = classes.numbers(scan.labels)[scan.rows["label"]]
         except UnknownLabel as error:
             raise _blame(self.root, self.shards, scans, error) from error
-        return _joined(classes.names, list(self.shards), scans)
+        return replace(_joined(classes.names, list(self.shards), scans), objects=objects)
 
 
 def _joined(classes: list[str], shards: list[str], scans: Sequence[Scan]) -> Table:
@@ -99,7 +117,7 @@ def _joined(classes: list[str], shards: list[str], scans: Sequence[Scan]) -> Tab
     return Table(classes, np.concatenate([scan.rows for scan in scans]), names, shards, broken)
 
 
-def _blame(root: Path, shards: Sequence[str], scans: Sequence[Scan], error: UnknownLabel) -> UserError:
+def _blame(root: Place, shards: Sequence[str], scans: Sequence[Scan], error: UnknownLabel) -> UserError:
     """Names the first image with that label, where labels are still those of the scan."""
     for shard, scan in zip(shards, scans, strict=True):
         if error.label in scan.labels:
@@ -119,10 +137,12 @@ def named_shards(spec: str) -> ShardSource:
     root, pattern = divided(spec)
     names = _expanded(pattern)
     if any(mark in pattern for mark in "*?"):
-        present = [name for name in os.listdir(root) if not name.startswith(".")] if root.is_dir() else []
+        there = names_in(root) if isinstance(root, Address) or root.is_dir() else []
+        present = [name for name in there if not name.startswith(".")]
         names = [name for pattern in names for name in fnmatch.filter(present, pattern)]
     names = sorted(dict.fromkeys(names), key=by_number)
-    missing = [name for name in names if not (root / name).exists()]
+    # A server is asked for each of them soon, and says which one is not there.
+    missing = [name for name in names if isinstance(root, Path) and not (root / name).exists()]
     if missing or not names:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
@@ -142,18 +162,18 @@ def sibling(source: ShardSource) -> ShardSource | None:
             return None
         pieces = re.split(r"(?:\{\d+\.\.\d+\}|[*?])+", wanted)
         of = re.compile(r"\d+".join(map(re.escape, pieces)), re.IGNORECASE)
-        names = sorted(filter(of.fullmatch, os.listdir(source.root)), key=by_number)
+        names = sorted(filter(of.fullmatch, names_in(source.root)), key=by_number)
         if names:
             return ShardSource(source.root, wanted, tuple(names))
     return None
 
 
-def shards_in(folder: Path) -> dict[Split, ShardSource]:
+def shards_in(folder: Place) -> dict[Split, ShardSource]:
     """By split the numbered shards of a folder. UserError where one is missing, or compressed."""
-    names = set(os.listdir(folder))
+    names = set(names_in(folder))
     if UNFINISHED in names:
         raise UserError(f"{folder}: is not finished; give the command that makes it again")
-    missing = sorted(set(_manifest(folder)) - names)
+    missing = sorted(set(manifest(folder)) - names)
     found: dict[Split, list[str]] = {}
     numbers: dict[str, list[tuple[int, str]]] = {}
     for name in sorted(names, key=by_number):
@@ -193,15 +213,17 @@ def _unpacked(name: str) -> str:
     return plain if _NUMBERED.fullmatch(plain) else ""
 
 
-def refused_compressed(path: Path | str) -> UserError:
+def refused_compressed(path: Place | str) -> UserError:
     return UserError(f"{path}: compressed shards have no offsets to read at; decompress them to .tar")
 
 
-def divided(spec: str) -> tuple[Path, str]:
+def divided(spec: str) -> tuple[Place, str]:
     """The last folder without a range or glob in its path, and the rest."""
-    parts = Path(spec).expanduser().parts
+    address = Address.of(spec) if is_address(spec) else None
+    parts = tuple(address.path.split("/")) if address else Path(spec).expanduser().parts
     count = next((i for i, part in enumerate(parts) if set("{*?") & set(part)), len(parts) - 1)
-    return Path(*parts[:count]), "/".join(parts[count:])
+    root = Address(address.server, "/".join(parts[:count])) if address else Path(*parts[:count])
+    return root, "/".join(parts[count:])
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -221,20 +243,8 @@ def _expanded(pattern: str) -> list[str]:
     ]
 
 
-def _manifest(folder: Path) -> dict[str, int]:
-    """Bytes of each shard that the packer wrote; empty where it was not ours."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return {}
-    try:
-        shards = json.loads(path.read_text("utf-8"))["shards"]
-        return {str(name): int(of["bytes"]) for name, of in shards.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); copy it again, or remove it") from error
-
-
-def _check_sizes(root: Path, sizes: dict[str, int]) -> None:
-    known = _manifest(root)
+def _check_sizes(root: Place, sizes: dict[str, int]) -> None:
+    known = manifest(root)
     for name, size in sizes.items():
         if known.get(name, size) != size:
             raise UserError(

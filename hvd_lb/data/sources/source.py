@@ -11,7 +11,6 @@ import struct
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from stat import S_ISDIR
 from typing import Protocol
 
@@ -20,9 +19,12 @@ import numpy as np
 from hvd_lb.data.files.journal import Journal
 from hvd_lb.data.files.rows import Table
 from hvd_lb.data.images import Progress
+from hvd_lb.data.remote import store
+from hvd_lb.data.remote.address import Address, Place
 
 FileState = tuple[str, int, int]
-"""A file or folder relative to the root, its time of change (ns; 0: not settled) and size (bytes; -1 for a folder)."""
+"""A file or folder relative to the root, its time of change (ns; 0: not settled) and size (bytes; -1 for a folder). Of
+an object at a server the tag stands for the time."""
 
 _UNSETTLED_NS = 2_000_000_000
 _STATE = struct.Struct("<qqq")
@@ -45,12 +47,12 @@ class Source(Protocol):
     """Where the images of one split come from."""
 
     @property
-    def root(self) -> Path:
+    def root(self) -> Place:
         """Paths in the index are relative to it."""
 
     @property
-    def home(self) -> Path:
-        """The folder beside whose contents an index can lie."""
+    def home(self) -> Place:
+        """The folder beside whose contents an index can lie, where that is on a file system."""
 
     @property
     def name(self) -> str:
@@ -67,8 +69,11 @@ class Source(Protocol):
         """The same, with the classes of the training split."""
 
 
-def file_state(root: Path, relative: str) -> FileState:
-    """As it is now. OSError when it is not there."""
+def file_state(root: Place, relative: str) -> FileState:
+    """As it is now. OSError when it is not there; of objects UserError."""
+    if isinstance(root, Address):
+        found = store.state(root / relative)
+        return relative, found.tag, found.size
     stat = os.stat(os.path.join(root, relative))
     # What has changed just now may change again without getting another time: it counts as changed next time.
     settled = abs(time.time_ns() - stat.st_mtime_ns) > _UNSETTLED_NS

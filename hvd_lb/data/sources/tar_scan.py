@@ -8,6 +8,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,8 +20,10 @@ from hvd_lb.data.files.opening import open_file
 from hvd_lb.data.files.reading import retried
 from hvd_lb.data.files.rows import ROW, head_sum
 from hvd_lb.data.files.section import WINDOW, Section
+from hvd_lb.data.remote.address import Address, Place
 from hvd_lb.errors import UserError
 
+PRead = Callable[[int, int], bytes]
 T = TypeVar("T")
 
 _BLOCK = 512
@@ -79,17 +82,22 @@ def scan_shard(path: Path) -> Scan:
     return retried(lambda: _scan(path), os.fspath(path))
 
 
+def scan_object(address: Address, size: int, pread: PRead) -> Scan:
+    """The same of a shard at a server, of so many bytes that `pread(count, position)` gives."""
+    return _scanned(address, size, pread)
+
+
 def _scan(path: Path) -> Scan:
     descriptor = open_file(path)
     try:
-        section = Section.of_file(descriptor, 0, os.fstat(descriptor).st_size)
-        samples = _samples(path, section)
-        return _scanned(path, descriptor, section, samples)
+        return _scanned(path, os.fstat(descriptor).st_size, partial(os.pread, descriptor))
     finally:
         os.close(descriptor)
 
 
-def _scanned(path: Path, descriptor: int, section: Section, samples: dict[str, _Sample]) -> Scan:
+def _scanned(path: Place, size: int, pread: PRead) -> Scan:
+    section = Section(pread, size)
+    samples = _samples(path, section)
     rows: list[tuple[int, ...]] = []
     names: list[bytes] = []
     labels: dict[str, int] = {}
@@ -100,7 +108,7 @@ def _scanned(path: Path, descriptor: int, section: Section, samples: dict[str, _
         name = os.fsencode(image.name)
         if len(name) > _LONGEST_NAME:
             raise UserError(f"{path}: {image.name[:80]!r}… has a name of {len(name)} bytes; rename it")
-        content = Section.of_file(descriptor, image.start, image.size)
+        content = Section(partial(_from, pread, image.start), image.size)
         head = head_sum(content.at(0, WINDOW))
         header = header_or_reason(content)
         if isinstance(header, str):
@@ -113,7 +121,11 @@ def _scanned(path: Path, descriptor: int, section: Section, samples: dict[str, _
     return Scan(np.array(rows, ROW), b"".join(names), list(labels), first_broken)
 
 
-def _samples(path: Path, section: Section) -> dict[str, _Sample]:
+def _from(pread: PRead, start: int, count: int, position: int) -> bytes:
+    return pread(count, start + position)
+
+
+def _samples(path: Place, section: Section) -> dict[str, _Sample]:
     """By key, in the order of the images; each has one image and a label. UserError."""
     _refuse_compressed(path, section)
     samples: dict[str, _Sample] = {}
@@ -131,7 +143,7 @@ def _samples(path: Path, section: Section) -> dict[str, _Sample]:
     return dict(sorted(own.items(), key=lambda of: of[1].images[0].start))
 
 
-def _is_part(path: Path, samples: dict[str, _Sample], key: str) -> bool:
+def _is_part(path: Place, samples: dict[str, _Sample], key: str) -> bool:
     """Whether the members of `key` are further ones of another sample, as `x.seg.png` is beside `x.jpg` and `x.cls`.
 
     WebDataset takes names up to their first dot for one sample. So does this where that is one; else the last dot ends
@@ -151,7 +163,7 @@ def _is_part(path: Path, samples: dict[str, _Sample], key: str) -> bool:
     return False
 
 
-def _members(path: Path, section: Section) -> Iterator[tarfile.TarInfo]:
+def _members(path: Place, section: Section) -> Iterator[tarfile.TarInfo]:
     """Those of a tar file, or of several that were joined (`cat a.tar b.tar`). UserError for what is no tar file."""
     while True:
         archive: Any = _guarded(path, section, lambda: tarfile.TarFile(fileobj=section))  # type: ignore[arg-type]
@@ -176,9 +188,11 @@ def _members(path: Path, section: Section) -> Iterator[tarfile.TarInfo]:
             return
 
 
-def _guarded(path: Path, section: Section, read: Callable[[], T]) -> T:
+def _guarded(path: Place, section: Section, read: Callable[[], T]) -> T:
     try:
         return read()
+    except UserError:  # of a server
+        raise
     except Exception as error:  # what tarfile raises for broken files is not limited to a few types
         if section.failure is not None:
             raise section.failure from None
@@ -214,7 +228,7 @@ def _why_not(member: tarfile.TarInfo) -> str:
     return "" if member.isreg() else "is no file, but a pipe or a device: leave it out"
 
 
-def _label(path: Path, key: str, section: Section, sample: _Sample) -> str:
+def _label(path: Place, key: str, section: Section, sample: _Sample) -> str:
     """That of KEY.cls, else `label`, else `cls` in KEY.json. UserError for none, or for two that differ.
 
     A number and a name can both be right: which of them counts is the order above.
@@ -266,7 +280,7 @@ def _contradict(label: str, other: str) -> bool:
     return label != other and not number and not another
 
 
-def _refuse_compressed(path: Path, section: Section) -> None:
+def _refuse_compressed(path: Place, section: Section) -> None:
     head = section.at(0, 2)
     if head in _COMPRESSED:
         raise UserError(

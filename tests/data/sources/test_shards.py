@@ -498,17 +498,14 @@ def test_a_shard_without_a_member_is_one_without_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "address",
     [
-        "s3://bucket/train-{0000..0146}.tar",
-        "gs://bucket/set",
-        "https://host/train.csv",
-        "HTTP://host/train-0.tar",
         "hf://datasets/x",
+        "ftp://host/train-0.tar",
         "pipe:aws s3 cp s3://b/x.tar -",
     ],
 )
-def test_addresses_are_not_read_yet(address: str) -> None:
+def test_addresses_of_other_kinds_are_not_read(address: str) -> None:
     for read in (open_dataset, absolute_spec):
-        with pytest.raises(UserError, match="is read from no server; copy it") as raised:
+        with pytest.raises(UserError, match="is no address that is read .*copy it") as raised:
             read(address)
         assert "\n" not in str(raised.value)
     with pytest.raises(UserError, match="give /data/x"):
