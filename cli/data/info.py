@@ -58,6 +58,7 @@ def info(
     """
     from hvd_lb.data.dataset import open_dataset  # here: --help needs none of it
     from hvd_lb.data.prepare.survey import survey
+    from hvd_lb.data.remote.address import without_query
     from hvd_lb.data.spec import default_data
     from hvd_lb.machine.cpu import usable_cores
 
@@ -72,7 +73,7 @@ def info(
         )
     splits = {"train": dataset.train, "val": dataset.val}
     found = [survey(images, 4 * usable_cores()) for images in splits.values()]
-    rows = [(spec, *splits), *zip(_topics(), *map(_figures, found), strict=True)]
+    rows = [(without_query(spec), *splits), *zip(_topics(), *map(_figures, found), strict=True)]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     for row in rows:
         if any(row[1:]):

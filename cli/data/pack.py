@@ -86,7 +86,7 @@ def pack_command(
     from hvd_lb.data.dataset import open_dataset  # here: --help needs none of it
     from hvd_lb.data.prepare.encode import Encoding
     from hvd_lb.data.prepare.pack import pack
-    from hvd_lb.data.spec import is_named
+    from hvd_lb.data.spec import absolute_spec, is_named
     from hvd_lb.machine.cpu import usable_cores
 
     console = plain_console()
@@ -105,7 +105,7 @@ def pack_command(
         packed = pack(
             dataset,
             target,
-            source=str(path.resolve()) if from_path else source,
+            source=str(path.resolve()) if from_path else absolute_spec(source),
             shard_bytes=shard_size,
             encoding=Encoding(max_side, quality),
             threads=threads or min(32, 4 * usable_cores()),

@@ -160,7 +160,7 @@ class InOrder(Generic[S, T]):
     `work` gets some consecutive items and gives a result for each, one after the other. What it or `items` raises is
     raised after the results before it; nothing is begun after that. More is begun while `room(ahead, held)`, with the
     items begun and not taken, and what their results weigh (of those under way it is estimated). `threads` fixes
-    their number; else they are as many as help, `start` at first.
+    their number; else they are as many as help, `start` at first and no more than `most`.
 
     `close` ends the threads after what they have under way and never blocks for long: one that hangs in a file system
     is left behind as a daemon.
@@ -174,14 +174,13 @@ class InOrder(Generic[S, T]):
         *,
         threads: int | None = None,
         start: int = 1,
+        most: int = MOST_THREADS,
         room: Callable[[int, int], bool] = lambda ahead, held: ahead < _MOST_AHEAD,
         weigh: Callable[[T], int] = lambda result: 0,
     ) -> None:
         self._work, self._items, self._name = work, iter(items), name
         self._room, self._weigh = room, weigh
-        self._climb = (
-            Climb(threads, threads, threads) if threads else Climb(start, most=max(start, MOST_THREADS))
-        )
+        self._climb = Climb(threads, threads, threads) if threads else Climb(start, most=max(start, most))
         # Whoever takes items holds `_taking`, and waits for room with it: the others queue up behind.
         self._taking = threading.Lock()
         self._lock = threading.Lock()

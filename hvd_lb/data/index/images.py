@@ -9,9 +9,10 @@ import numpy as np
 
 from hvd_lb.data.files.reading import read_file
 from hvd_lb.data.files.rows import head_sum
+from hvd_lb.data.files.threads import MOST_THREADS
 from hvd_lb.data.index.index import Index
 from hvd_lb.data.index.shard_reader import ShardReader
-from hvd_lb.data.remote.objects import ObjectReader
+from hvd_lb.data.remote.objects import MOST_REQUESTS, ObjectReader
 from hvd_lb.data.remote.store import ObjectState
 from hvd_lb.errors import UserError
 
@@ -21,7 +22,9 @@ _FORGET_EVERY = 64
 
 
 class IndexedImages:
-    """The images of an index, in its order; `largest` is the position of the one with most pixels."""
+    """The images of an index, in its order; `largest` is the position of the one with most pixels, `most_threads` how
+    many reads at once their place is asked for.
+    """
 
     encoded = True
 
@@ -34,6 +37,7 @@ class IndexedImages:
         self.largest = index.facts.largest
         self._unforgotten = 0
         self._shards = _reader(index)
+        self.most_threads = MOST_THREADS if isinstance(index.root, Path) else MOST_REQUESTS
 
     def __len__(self) -> int:
         return len(self.labels)

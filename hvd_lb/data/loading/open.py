@@ -11,7 +11,9 @@ import torch
 from hvd_lb.data.decoding.decode import BadImage, check_header
 from hvd_lb.data.decoding.plain import as_plain
 from hvd_lb.data.decoding.stand_in import Content, OnStandIns, Repair, StandIn, Substitute, refuse
+from hvd_lb.data.files.threads import MOST_THREADS
 from hvd_lb.data.images import Images
+from hvd_lb.data.index.images import IndexedImages
 from hvd_lb.data.loading.contract import PREFETCH, Loader, Prepare, Preprocessing
 from hvd_lb.data.loading.raw_batches import RawBatches
 from hvd_lb.data.loading.shared_pixels import CachedImages
@@ -60,7 +62,8 @@ def open_loader(
         prepare = _as_it_is
     read = partial(_contents, images, prepare, max_pixels)
     repair: Repair = Substitute(images, lambda ids: list(read(ids))) if on_stand_ins else refuse
-    batches = RawBatches(read, microbatches, batch_size, threads=read_threads, start=threads)
+    most = images.most_threads if isinstance(images, IndexedImages) else MOST_THREADS
+    batches = RawBatches(read, microbatches, batch_size, threads=read_threads, start=threads, most=most)
     decode = decoder(preprocessing, batch_size, device, threads)
     return ThreadedLoader(images, batches, decode, repair, on_stand_ins or _ignore, prefetch)
 

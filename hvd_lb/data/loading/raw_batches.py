@@ -28,8 +28,8 @@ _OVERHEAD = 200  # bytes of an array without its contents
 class RawBatches(Iterator[RawBatch]):
     """Iterates over the microbatches with what `read` gives for their image ids, each of 1 to `batch_size` images.
 
-    `threads` read, or, if it is not given, as many as help: `start` at first. What `read` or `microbatches` raises
-    comes after the microbatches before it.
+    `threads` read, or, if it is not given, as many as help: `start` at first, at most `most`. What `read` or
+    `microbatches` raises comes after the microbatches before it.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class RawBatches(Iterator[RawBatch]):
         *,
         threads: int | None = None,
         start: int = 1,
+        most: int = MOST_THREADS,
     ) -> None:
         self._batch_size = batch_size
         self._begun: deque[Microbatch] = deque()
@@ -50,6 +51,7 @@ class RawBatches(Iterator[RawBatch]):
             "hvd-lb read",
             threads=threads,
             start=start,
+            most=most,
             room=self._room,
             weigh=lambda content: _OVERHEAD + getattr(content, "nbytes", 0),
         )

@@ -16,7 +16,10 @@ SPAN = 1 << 20
 """What is cached is fetched in pieces of so much: a request takes as long as some hundred kB do, and the neighbours of
 an image are needed in the same epoch. Without a cache exactly what is read is fetched."""
 
-_LOCKS = 256
+MOST_REQUESTS = 256
+"""So many threads may read at once: at 100 ms a request that is 2,560 images a second in each process."""
+
+_LOCKS = 1024
 
 
 class ObjectReader:

@@ -6,6 +6,7 @@ import hashlib
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -175,3 +176,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Retry-After", str(self.static.retry_after))
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+
+if __name__ == "__main__":
+    with serving(Path(sys.argv[1]), latency=float(sys.argv[2])) as alone:
+        print(alone.url, flush=True)
+        threading.Event().wait()
