@@ -156,7 +156,8 @@ class Recipe(BaseModel):
     # data
     data: str | None = _free(
         None,
-        "digits, fashion-mnist, synthetic[:N], a folder, list or shards: docs/data.md [default: $HVD_LB_DATA or /data]",
+        "digits, fashion-mnist, synthetic[:N], a folder, list or shards, these also at s3://, gs:// or https://: "
+        "docs/data.md [default: $HVD_LB_DATA or /data]",
     )
     val: str | None = _free(
         None, "Validation images where they are not beside the training images: folder, list or shards."

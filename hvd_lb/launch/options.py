@@ -29,6 +29,9 @@ _CARRIED = (
     "CUBLAS_",
     "HVD_LB_",
     "HOROVOD_",  # but for those that say who a process is
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
 )
 
 
