@@ -16,6 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hvd_lb.report.ranks import RankTimes
 from hvd_lb.report.run_directory import RunDirectory, replace_bytes, replace_text, strict_json
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _NUMBERS = {
     "train": ("epoch", "lr", "loss", "images_per_second", "data_wait"),
     "eval": ("epoch", "top1_error", "top5_error", "loss", "images"),
     "checkpoint": ("epoch", "stall_seconds"),
+    "ranks": ("epoch", "median", "slowest", "slower"),
 }
 
 
@@ -83,11 +85,11 @@ class RunObserver:
     """Rank 0's observer: writes what the trainer says into the run directory, in a thread and in the order it was said.
 
     So a file system that is slow, or hangs, keeps no step waiting. What cannot be written, as on a full disk, is told
-    once, in this rank's log and as a record.
+    once, in this rank's log and as a record. `ranks` says what is told of other ranks' times.
     """
 
-    def __init__(self, run: RunDirectory, first_step: int):
-        self._run = run
+    def __init__(self, run: RunDirectory, first_step: int, ranks: RankTimes | None = None):
+        self._run, self._ranks = run, ranks
         self._lines, self._bad_images = JsonLines(run.metrics), JsonLines(run.bad_images)
         self._told: set[Path] = set()
         self._board: SummaryWriter | None = None
@@ -102,6 +104,12 @@ class RunObserver:
 
     def evaluation(self, record: dict[str, Any]) -> None:
         self._later(self._write, "eval", record)
+
+    def ranks(self, record: dict[str, Any]) -> None:
+        if self._ranks and (told := self._ranks.add(record)):
+            self._later(self._write, "ranks", told[0])
+            for message in told[1]:
+                self.warning({"epoch": record["epoch"], "step": record["step"], "message": message})
 
     def checkpoint(self, record: dict[str, Any]) -> None:
         self._later(self._write, "checkpoint", record)
@@ -227,6 +235,9 @@ class SilentObserver:
         pass
 
     def evaluation(self, record: dict[str, Any]) -> None:
+        pass
+
+    def ranks(self, record: dict[str, Any]) -> None:
         pass
 
     def checkpoint(self, record: dict[str, Any]) -> None:

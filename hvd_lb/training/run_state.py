@@ -74,10 +74,16 @@ class RunState:
 
     def take_loss(self) -> float:
         """Mean training loss of the images since it was last taken; collective."""
-        loss = self.all_losses().sum().item() / self.loss_images
+        return self.take_loss_and_sum(torch.zeros(0))[0]
+
+    def take_loss_and_sum(self, beside: Tensor) -> tuple[float, Tensor]:
+        """`take_loss`, and by the same exchange the sum of `beside` over the processes."""
+        together = torch.cat([self.losses, beside.flatten().to(self.losses)])
+        sums = self._world.allreduce(together, "hvd_lb.losses")
+        loss = sums[: len(self.losses)].sum().item() / self.loss_images
         self.losses.zero_()
         self.loss_images = 0
-        return loss
+        return loss, sums[len(self.losses) :].view_as(beside).to(beside)
 
     def note_best(self) -> bool:
         """Whether the last evaluation has fewer errors than all that were asked about before."""

@@ -42,6 +42,7 @@ from hvd_lb.training.models import build_model, sum_loss
 from hvd_lb.training.recomputation import Recomputation
 from hvd_lb.training.run_state import RunState
 from hvd_lb.world import World
+from hvd_lb.world.stages import Stage, Staged, Stages
 
 # A step whose gradients or statistics overflow is taken again; the second time their scales are right.
 _MOST_REPEATS = 3
@@ -60,6 +61,9 @@ class Observer(Protocol):
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """An evaluation's errors in per cent."""
+
+    def ranks(self, record: dict[str, Any]) -> None:
+        """Seconds that each rank spent since the last record of training, by what it did, as lists; not with one."""
 
     def checkpoint(self, record: dict[str, Any]) -> None:
         """A checkpoint was taken, and for how many seconds that kept the training waiting."""
@@ -108,7 +112,7 @@ class Trainer:
 
     Collective: every process builds one, with the same arguments but for its world's rank. `stop_requested` is asked in
     every step on every process; when it gives a signal's number on any, the run ends after that step with a checkpoint.
-    `threads` are those of the loader.
+    `threads` are those of the loader. `stages` tell what this process does.
     """
 
     def __init__(
@@ -123,7 +127,10 @@ class Trainer:
         store: CheckpointStore | None = None,
         checkpoint: Checkpoint | None = None,
         stop_requested: Callable[[], int] = _never,
+        stages: Stages | None = None,
     ):
+        self.stages = stages or Stages()
+        world = Staged(world, self.stages)
         self.recipe, self.dataset, self.world, self.device = recipe, dataset, world, device
         self.threads, self.observer, self.store = threads, observer, store
         self.stop_requested = stop_requested
@@ -217,7 +224,8 @@ class Trainer:
                     self.writer.close()
             raise
         if self.writer:
-            self.writer.close()
+            with self.stages.within(Stage.CHECKPOINT):
+                self.writer.close()
         return self.state.last_evaluation
 
     def _go_on(self) -> None:
@@ -254,7 +262,7 @@ class Trainer:
                     self._check(self.state.gather())
                 if self.step % steps_per_epoch % log_every == 0 or done:
                     self._log(clock)
-                with clock.paused():
+                with clock.paused(), self.stages.between_steps():
                     self._keep(evaluate, save or save_now)
 
     def _keep(self, evaluate: bool, save: bool) -> None:
@@ -281,8 +289,11 @@ class Trainer:
         workers = self._workers_with_images(epoch_step)
         losses: dict[int, torch.Tensor] = {}
         self.state.bad_images.discard()
+        self.stages.step = self.step
         for done, worker in enumerate(workers, start=1):
+            self.stages.enter(Stage.DATA)
             images, labels = next(batches)
+            self.stages.enter(Stage.COMPUTE)
             seed = generator_seed(self.recipe.seed, 1, self.step, worker)
             logits = self._forward(images, seed)
             with self.autocast():
@@ -299,6 +310,7 @@ class Trainer:
         self.state.optimizer.zero_grad()
         self.state.statistics.step(self.plan.active_workers(epoch_step))
         self.state.step_taken(losses, global_images)
+        self.stages.taken += 1
         self.said.append(
             _Said(self.state.optimizer.carried, self.state.bad_images.take(), first=epoch_step == 0)
         )
@@ -399,7 +411,9 @@ class Trainer:
 
     def _log(self, clock: StepClock) -> None:
         images = self.state.loss_images
-        loss = self.state.take_loss() if images else None
+        spent = torch.zeros(self.world.size, 3, dtype=torch.float64)
+        spent[self.world.rank] = torch.tensor(self.stages.take())
+        loss, spent = self.state.take_loss_and_sum(spent) if images else (None, spent)
         seconds, waited = clock.lap()
         if loss is None:  # its steps were left out
             return
@@ -413,6 +427,9 @@ class Trainer:
                     "data_wait": waited / seconds,
                 }
             )
+            if self.world.size > 1:
+                by_stage = dict(zip(("data", "compute", "network"), spent.t().tolist(), strict=True))
+                self.observer.ranks({**self._position(), **by_stage})
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
         if self.state.scaler.is_enabled() and self.state.scaler.get_scale() < _SMALLEST_SCALE:
@@ -482,6 +499,7 @@ class Trainer:
         epoch = self._position()["epoch"]
         with self._open(anew.microbatches(epoch, self.step, mine)) as loader:
             for number, (images, _) in zip(mine, loader, strict=True):
+                self.stages.enter(Stage.EVALUATION)
                 self._forward(images, anew.seed(self.step, number))
                 self.state.statistics.after_forward(len(images) / full)
         try:
@@ -518,7 +536,7 @@ class Trainer:
         self.model.eval()
         origin = Origin("eval", **self._position(), number=0)
         try:
-            evaluation = evaluator(self.forward, self.world, self.autocast(), origin, self.stop_requested)
+            evaluation = evaluator(self.forward, self.world, self.autocast(), origin, self._ask_evaluating)
         except Stopped as stopped:
             self.stopped_by = stopped.number
             if not saved:
@@ -539,6 +557,10 @@ class Trainer:
         elif self.writer:
             self.writer.conclude(self.step, self.state.evaluated(), best=best)
 
+    def _ask_evaluating(self) -> int:
+        self.stages.enter(Stage.EVALUATION)
+        return self.stop_requested()
+
     def _forget_lost_best(self) -> None:
         """Where the best could not be written, the best is what `best` leads to; collective, as only rank 0 knows."""
         if self.writer and (kept := self.writer.best_after_loss()) is not None:
@@ -550,6 +572,7 @@ class Trainer:
         """Take a checkpoint. Diverged when there is something in it that is no number."""
         if self.store is None:
             return
+        self.stages.enter(Stage.CHECKPOINT)
         began = time.perf_counter()
         losses = self.state.gather()
         self._check(losses)

@@ -19,10 +19,13 @@ from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.loading.shared_pixels import shared
 from hvd_lb.errors import UserError
 from hvd_lb.launch.agent.channel import tell
+from hvd_lb.launch.hosts import Host, host_of_rank
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.stopping import StopRequests
 from hvd_lb.machine.placement import loader_threads
+from hvd_lb.plan.hosting import hosted
 from hvd_lb.report.metrics import RunObserver, SilentObserver
+from hvd_lb.report.ranks import RankTimes
 from hvd_lb.report.run_directory import RunDirectory, write_json
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
 from hvd_lb.training.trainer import Trainer
@@ -51,7 +54,7 @@ def train(job: Job, world: World, stop_requested: StopRequests, cores: int) -> N
             "places, bytes, sizes or labels of images): copy it again"
         )
     first_step = checkpoint.step if checkpoint else 0
-    observer = RunObserver(directory, first_step) if world.rank == 0 else SilentObserver()
+    observer = RunObserver(directory, first_step, _rank_times(job)) if world.rank == 0 else SilentObserver()
     try:
         trainer = Trainer(
             recipe,
@@ -72,6 +75,13 @@ def train(job: Job, world: World, stop_requested: StopRequests, cores: int) -> N
     finally:
         observer.close()
     world.barrier()
+
+
+def _rank_times(job: Job) -> RankTimes:
+    hosts = [Host(name, slots) for name, slots in job.hosts]
+    ranks = range(job.processes)
+    workers = [len(hosted(rank, job.processes, job.recipe.gpus)) for rank in ranks]
+    return RankTimes([host_of_rank(hosts, rank) for rank in ranks], workers)
 
 
 def _device(job: Job, world: World) -> torch.device:
