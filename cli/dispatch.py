@@ -60,7 +60,7 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
             if target.kind == "slurm"
             else asking_over_ssh(options.launch)
         )
-        cluster = _examine(
+        cluster = examine(
             console,
             target,
             Request(
@@ -97,7 +97,7 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
         refuse_options(
             context, _OF_THE_EXCHANGE, "is about the exchange between processes, and this run has one"
         )
-    launch_plan = _launch(target, cluster, placement, options.launch, container)
+    launch_plan = plan_launch(target, cluster, placement, options.launch, container)
     if options.launch.dry_run:
         directory = run_directory(options.output, resolved.recipe)
         resume_point = resume_point_of(directory, resolved, placement, options.resume)
@@ -127,7 +127,7 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
     )
 
 
-def _examine(console: Console, target: Target, request: Request, ask: Ask) -> Cluster:
+def examine(console: Console, target: Target, request: Request, ask: Ask) -> Cluster:
     """The hosts, when all of them are ready; UserError, after a table, when they are not."""
     with console.status(Text(f"asking {count(len(target.hosts), 'host')}")):
         report = preflight(target.hosts, request, ask)
@@ -136,13 +136,14 @@ def _examine(console: Console, target: Target, request: Request, ask: Ask) -> Cl
     return report.ready()
 
 
-def _launch(
+def plan_launch(
     target: Target,
     cluster: Cluster | None,
     placement: Placement,
     options: LaunchOptions,
     container: PyxisContainer | None,
 ) -> LaunchPlan:
+    """How the ranks are started; `cluster` is None for this machine alone."""
     variables = environment(options, os.environ)
     mpirun = cluster.mpirun if cluster else shutil.which("mpirun") is not None
     several_hosts = cluster is not None and len(cluster.hosts) > 1

@@ -26,7 +26,7 @@ _COMMANDS = {
     "compare": "hvd_lb_cli.compare:compare",
     "recipes": "hvd_lb_cli.recipes:recipes",
     "data": "hvd_lb_cli.data.group:data",
-    "doctor": "hvd_lb_cli.doctor:doctor",
+    "doctor": "hvd_lb_cli.doctor.command:doctor",
 }
 
 

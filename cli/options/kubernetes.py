@@ -98,7 +98,7 @@ _OPTIONS = (
         type=_Parsed("NAME", parse_gpu_resource),
         default=_DEFAULTS.gpu_resource,
         show_default=True,
-        help="What the cluster calls a GPU: nvidia.com/mig-3g.40gb, amd.com/gpu. Each process gets one.",
+        help="What the cluster calls a GPU, such as amd.com/gpu. Each process gets one.",
     ),
     _option(
         "--k8s-node-selector",

@@ -31,6 +31,7 @@ class Job(BaseModel):
     hosts: list[tuple[str, int]]  #: filled with ranks in this order
     interfaces: dict[str, str]  #: network interface of each host
     environment: dict[str, str]
+    task: Literal["train", "network"] = "train"  #: what its ranks do
 
     def to_json(self) -> str:
         """In ASCII: a path need not be UTF-8, and pydantic's own JSON has to be."""

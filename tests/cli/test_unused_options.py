@@ -12,7 +12,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.launch.submit.slurm.script import SlurmOptions
 from hvd_lb.launch.target import Target
 from hvd_lb.recipe import Recipe
-from hvd_lb_cli.doctor import doctor
+from hvd_lb_cli.doctor.command import doctor
 from hvd_lb_cli.options.submit import SubmitOptions
 from hvd_lb_cli.simulate import simulate
 from hvd_lb_cli.submit import is_submission, refuse_unused
@@ -139,7 +139,9 @@ OTHERS = [
     (simulate, (), {"output", "resume"}),
     (simulate, ("--run",), {"budget"}),
     (simulate, ("--steps", "3"), {"budget"}),
-    (doctor, (), parameters(doctor).keys() - {"hosts", "hostfile", "with_selftest"}),
+    (doctor, (), parameters(doctor).keys() - {"hosts", "hostfile", "with_selftest", "network"}),
+    (doctor, ("--hosts", "h1:1"), {"figures"}),
+    (doctor, ("--network",), {"with_selftest", "image", "ssh_port", "ssh_key", "network_interface"}),
     (doctor, ("--hosts", "h1:1"), {"with_selftest"}),
 ]
 

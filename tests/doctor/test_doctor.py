@@ -17,7 +17,7 @@ from hvd_lb.doctor.examine import examine
 from hvd_lb.doctor.finding import Finding
 from hvd_lb.doctor.selftest import TrialError, run_process, selftest, try_pixels, weight_difference
 from hvd_lb.machine.limits import available_memory
-from hvd_lb_cli.doctor import doctor
+from hvd_lb_cli.doctor.command import doctor
 
 GONE = ProbeError("ModuleNotFoundError: No module named 'it'")
 CPU_TORCH = {"version": "2.14.1+cu130", "cuda": "13.0", "devices": []}
@@ -157,7 +157,7 @@ def test_the_printed_lines_and_the_exit_code(monkeypatch: pytest.MonkeyPatch) ->
         Finding("torch", "ok", "2.14.1", required=True),
         Finding("GPUs", "missing", "none", "buy [one]"),
     ]
-    monkeypatch.setattr("hvd_lb_cli.doctor.examine", lambda: iter(findings))
+    monkeypatch.setattr("hvd_lb_cli.doctor.command.examine", lambda: iter(findings))
     run = CliRunner().invoke(doctor, standalone_mode=False)
     assert run.return_value == 0
     assert run.output == "ok      torch             2.14.1\nmissing GPUs              none; fix: buy [one]\n"

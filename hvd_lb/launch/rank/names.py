@@ -16,3 +16,7 @@ def this_rank() -> int:
 def log_name(rank: int, host: str) -> str:
     """The file in RUN/logs that a rank writes to."""
     return f"rank-{rank:04d}-{host}.log"
+
+
+#: What rank 0 writes where the ranks have measured the network.
+NETWORK_REPORT = "network.json"

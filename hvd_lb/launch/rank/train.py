@@ -34,10 +34,7 @@ from hvd_lb.world import World
 
 def train(job: Job, world: World, stop_requested: StopRequests, cores: int) -> None:
     """This process's part of the job; it has so many `cores` for itself."""
-    torch.set_num_threads(job.threads)
-    device = _device(job, world)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = _ready(job, world)
     directory = RunDirectory(job.output)
     checkpoint = open_checkpoint(job.checkpoint) if job.checkpoint else None
     recipe = job.recipe
@@ -84,6 +81,15 @@ def _rank_times(job: Job) -> RankTimes:
     return RankTimes([host_of_rank(hosts, rank) for rank in ranks], workers)
 
 
+def _ready(job: Job, world: World) -> torch.device:
+    """The device of this process, which is set, and its threads."""
+    torch.set_num_threads(job.threads)
+    device = _device(job, world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def _device(job: Job, world: World) -> torch.device:
     """The GPU of this process: that of its local rank, or the only one it sees, where a scheduler shows it no other."""
     if job.device == "cpu":
@@ -103,8 +109,13 @@ def main(job_file: str, rank: int, host: str, cores: int) -> None:
                 f"rank {rank} of {job.processes} found itself to be rank {world.rank} of {world.size}: "
                 "the launcher did not tell it who it is"
             )
-        with stop_requested.watched() if rank == 0 else nullcontext():
-            train(job, world, stop_requested, cores)
+        if job.task == "network":
+            from hvd_lb.launch.rank.network import measure_network
+
+            measure_network(job, world, _ready(job, world), host)
+        else:
+            with stop_requested.watched() if rank == 0 else nullcontext():
+                train(job, world, stop_requested, cores)
     except BaseException as error:
         with suppress(OSError):  # the disk is full
             _write_error(RunDirectory(job.output), rank, host, error)

@@ -105,7 +105,7 @@ def parse_gpu_resource(text: str) -> str:
     if not re.fullmatch(rf"{SUBDOMAIN}/{_WORD}", text):
         raise UserError(
             f"--k8s-gpu-resource {text!r} is no kind of device: expected a name that `kubectl describe node` lists "
-            "under Capacity, such as nvidia.com/gpu, nvidia.com/mig-3g.40gb or amd.com/gpu"
+            "under Capacity, such as nvidia.com/gpu or amd.com/gpu"
         )
     return text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import rich_click as click
 from rich import box
@@ -31,19 +32,31 @@ _COLOURS = {"ok": "green", "missing": "yellow", "wrong": "red"}
     is_flag=True,
     help="Also run a sum, DALI's pixels and ten training steps on every device here (about a minute).",
 )
+@click.option(
+    "--network",
+    is_flag=True,
+    help="Measure the network between the hosts, or the processes of this machine, and name the link that is slow.",
+)
+@click.option(
+    "--json", "figures", type=Target(), metavar="FILE", help="With --network: write the figures there."
+)
 @host_options
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="With --hosts.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="With --hosts or --network."
+)
 @click.option("--data", help="With --hosts: the data that a run will read.")
 @click.option(
     "--image", metavar="NAME", help="With --hosts: for a run in containers; looks for Docker instead."
 )
-@click.option("--output", type=Target(), default=Path("runs"), help="With --hosts: where to.")
+@click.option("--output", type=Target(), default=Path("runs"), help="With --hosts or --network: where to.")
 @click.pass_context
 def doctor(
     context: click.Context,
     with_selftest: bool,
+    network: bool,
+    figures: Path | None,
     launch_options: LaunchOptions,
-    device: str,
+    device: Literal["auto", "cpu", "cuda"],
     data: str | None,
     output: Path,
     image: str | None,
@@ -51,13 +64,23 @@ def doctor(
     """Check what this machine has for a run; exit code 1 when `hvd-lb train` could not run.
 
     Each line is ok, missing or wrong, with the fix. A missing GPU or Open MPI is no failure.
-    With --hosts or --hostfile it checks those, as `hvd-lb train` does before it starts anything.
+    With --hosts or --hostfile it checks those, as `hvd-lb train` does before it starts anything. With --network it
+    starts processes there and measures, within a minute or so, allreduces between all and each link between two hosts.
 
     \b
     hvd-lb doctor --selftest
     hvd-lb doctor --hosts h1:8,h2:8 --data /data/imagenet --output /shared/runs
+    hvd-lb doctor --hosts h1:8,h2:8 --network --output /shared/runs
     """
     console = plain_console()
+    if network:
+        refuse_options(
+            context, {"with_selftest", "data", "image"}, "is not looked at with --network: leave it out"
+        )
+        from hvd_lb_cli.doctor.network import check_network
+
+        return check_network(context, console, launch_options, device, output, figures)
+    refuse_options(context, {"figures"}, "is for the figures of --network: give that, or leave it out")
     if launch_options.hosts is not None or launch_options.hostfile is not None:
         refuse_options(
             context, {"with_selftest"}, "is for this machine: give it on each host, without --hosts"
@@ -68,7 +91,7 @@ def doctor(
                 {"network_interface"},
                 "is not looked at with --image: containers find it when they start",
             )
-        from hvd_lb_cli.doctor_hosts import examine_hosts  # needs torch, which this command looks for
+        from hvd_lb_cli.doctor.hosts import examine_hosts  # needs torch, which this command looks for
 
         return examine_hosts(console, launch_options, device, data, output, image)
     refuse_options(

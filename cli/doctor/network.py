@@ -1,0 +1,108 @@
+"""`hvd-lb doctor --network`: what the network between processes does, and which link is not as the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import rich_click as click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hvd_lb.errors import UserError
+from hvd_lb.launch.measuring.network import measure_network
+from hvd_lb.launch.options import LaunchOptions
+from hvd_lb.launch.preflight.judge import Request
+from hvd_lb.launch.starters.srun import asking_over_srun
+from hvd_lb.launch.starters.ssh import asking_over_ssh
+from hvd_lb.launch.target import find_target
+from hvd_lb.machine.cpu import usable_cores
+from hvd_lb.machine.placement import choose_device, choose_placement, default_gpus
+from hvd_lb.network.measure import NetworkReport
+from hvd_lb.network.words import allreduce_rows, fit_of, host_rows, problems
+from hvd_lb.report.run_directory import replace_text
+from hvd_lb.report.text import count
+from hvd_lb_cli.dispatch import examine, plan_launch
+from hvd_lb_cli.options.given import refuse_options
+from hvd_lb_cli.options.launch import SSH_OPTIONS
+
+
+def check_network(
+    context: click.Context,
+    console: Console,
+    options: LaunchOptions,
+    device: Literal["auto", "cpu", "cuda"],
+    output: Path,
+    figures: Path | None,
+) -> int:
+    """Measures with the processes of a run, on CPUs one for each host; 1 when a link is not as the others."""
+    target = find_target(options, device, os.environ)
+    output = output.expanduser().absolute()
+    if target.kind == "local":
+        refuse_options(context, SSH_OPTIONS, "is about other hosts: name them, as in --hosts h1:8,h2:8")
+        cluster = None
+        there = choose_device(device, target.more)
+        processes = default_gpus(there) if there == "cuda" else min(2, usable_cores())
+        placement = choose_placement(there, gpus=processes, processes=processes, threads=1, more=target.more)
+    else:
+        ask = asking_over_srun(target.gpus) if target.kind == "slurm" else asking_over_ssh(options)
+        request = Request(device, None, output, options.network_interface, target.more)
+        cluster = examine(console, target, request, ask)
+        if cluster.device == "cpu" and len(cluster.hosts) > 1:
+            said = {host.name: host.slots for host in target.hosts if target.kind == "ssh"}
+            cluster = replace(
+                cluster, hosts=[replace(host, slots=said.get(host.name) or 1) for host in cluster.hosts]
+            )
+        placement = cluster.placement(gpus=cluster.slots, processes=None, threads=1)
+    if placement.processes == 1:
+        raise UserError(
+            "--network measures between processes, and here is one: name hosts, as in --hosts h1:8,h2:8"
+        )
+    plan = plan_launch(target, cluster, placement, options, None)
+    with console.status(Text(f"measuring between {count(placement.processes, 'process')}")):
+        report = measure_network(placement, plan, output)
+    if figures:
+        replace_text(figures.expanduser().absolute(), report.model_dump_json(indent=1) + "\n")
+    _show(console, report)
+    wrong = problems(report)
+    for line in wrong:
+        click.echo(f"wrong   {line}")
+    if not wrong:
+        click.echo(f"ok      {_well(report)}")
+    return 1 if wrong else 0
+
+
+def _show(console: Console, report: NetworkReport) -> None:
+    click.echo(f"allreduce between {count(report.processes, 'process')} on {report.device}, float32:")
+    _table(console, ("size", "time", "bus bandwidth"), allreduce_rows(report))
+    if line := fit_of(report):
+        click.echo(line)
+    if report.links:
+        click.echo("links between hosts, one TCP stream in each direction:")
+        _table(console, ("host", "interface", "sends", "receives", "latency"), host_rows(report))
+
+
+def _table(console: Console, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """On a terminal with lines, else in columns."""
+    if console.is_terminal:
+        table = Table(*header, box=box.SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        click.echo(
+            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+
+
+def _well(report: NetworkReport) -> str:
+    if not report.links:
+        return f"{count(report.processes, 'process')} on one host reach each other"
+    return f"all links between {count(len(report.hosts), 'host')} are alike, within a factor of two"
