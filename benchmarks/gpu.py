@@ -260,14 +260,21 @@ def steps(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def virtual(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Eight virtual workers of 32 on one GPU, against the bare loop of eight microbatches; in both modes."""
+    """Eight virtual workers of 32 on one GPU, against the bare loop of eight microbatches; in both modes.
+
+    Together they are measured by the bare loop of one batch of all images, which has another batch norm.
+    """
     workers, images = 8, 8 if bench.small else 32
     for precision in ("bf16", "fp32"):
         ready = bench.batches(images, 8)
         options = {"precision": precision, "channels_last": precision == "bf16"}
         sides = {
-            "hvd-lb": whole_step(bench.trainer(workers, images, **options), ready),
+            "hvd-lb": whole_step(bench.trainer(workers, images, together=1, **options), ready),
+            "together": whole_step(bench.trainer(workers, images, together=workers, **options), ready),
             "bare": bare_step(bench, ready, precision, precision == "bf16", workers, fused=True),
+            "bare, one batch": bare_step(
+                bench, bench.batches(workers * images, 1), precision, precision == "bf16", fused=True
+            ),
             "reproducible": whole_step(bench.trainer(workers, images, reproducible=True, **options), ready),
         }
         yield figures(bench, sides, workers * images, workers=workers, images=images, precision=precision)

@@ -43,7 +43,7 @@ def trainer(model: str, pixels: int, images: int, gpus: int, reproducible: bool)
     )
     recipe = Recipe(
         model=model, image_size=pixels, gpus=gpus, per_gpu_batch=images, reproducible=reproducible, threads=1,
-        learning_rate=1e-4,
+        together=1, learning_rate=1e-4,
     )  # fmt: skip
     made = Trainer(
         recipe, Dataset("nothing", few, few), lb.current(), device=torch.device("cpu"), threads=1,

@@ -85,12 +85,13 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
             default_gpus=cluster.slots if cluster else default_gpus(here),
             on_progress=on_progress,
         )
-    gpus, threads = resolved.recipe.gpus, resolved.recipe.threads
+    recipe = resolved.recipe
+    gpus, threads, group = recipe.gpus, recipe.threads, recipe.fixed_group
     if cluster:
-        placement = cluster.placement(gpus=gpus, processes=options.processes, threads=threads)
+        placement = cluster.placement(gpus=gpus, processes=options.processes, threads=threads, group=group)
     else:
         placement = choose_placement(
-            here, gpus=gpus, processes=options.processes, threads=threads, more=target.more
+            here, gpus=gpus, processes=options.processes, threads=threads, group=group, more=target.more
         )
     placement = replace(placement, pin=options.launch.pin)
     if placement.processes == 1:

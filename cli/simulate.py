@@ -152,7 +152,7 @@ def _memory(recipe: Recipe) -> str:
         integers = ", their sums in fixed point"
     return (
         f"{size / 1e6:,.0f} MB for weights, gradients{integers} and momentum of {parameters / 1e6:.2f} M parameters, "
-        f"and the activations of one microbatch; the same for any --gpus"
+        f"and the activations of one batch; the same for any --gpus"
     )
 
 
@@ -168,11 +168,13 @@ def _findings(resolved: Resolved, rehearsal: Rehearsal, where: str) -> list[tupl
     measured = f"{count(rehearsal.steps, 'whole step')}, {rehearsal.microbatches:,} microbatches in all"
     if not rehearsal.microbatches:
         measured = f"{count(rehearsal.probed, 'image')} only, as not one microbatch would fit into the budget"
+    together = f", {rehearsal.together} virtual workers as one batch" if rehearsal.together > 1 else ""
     rows = [
         ("measured here", f"{where}: {measured}"),
         (
             "microbatch",
-            f"{duration(seconds)} for {recipe.per_gpu_batch} images ({speed(recipe.per_gpu_batch / seconds)})",
+            f"{duration(seconds)} for {recipe.per_gpu_batch} images ({speed(recipe.per_gpu_batch / seconds)})"
+            + together,
         ),
         ("a step", f"{duration(rehearsal.step_seconds)} on this one process ({how})"),
         (

@@ -40,6 +40,13 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
 
+
+def _check_together(value: int | str) -> int | str:
+    if value != "auto" and not (isinstance(value, int) and 1 <= value <= _MOST_GPUS):
+        raise ValueError(f"expected auto or a number of virtual workers from 1 to {_MOST_GPUS:,}")
+    return value
+
+
 OnNan = Literal["stop", "rollback"]
 
 # The source of fields that were given on the command line.
@@ -118,6 +125,7 @@ EveryOrMinutes = Annotated[str, AfterValidator(_check_every_or_minutes)]
 Colour = Annotated[tuple[float, float, float], _listed(3)]
 CropScale = Annotated[tuple[float, float], _listed(2), _range(1)]
 CropRatio = Annotated[tuple[float, float], _listed(2), _range(1000)]
+Together = Annotated[int | Literal["auto"], AfterValidator(_check_together)]
 Epochs = Annotated[
     tuple[float, ...],
     _listed(),
@@ -280,6 +288,11 @@ class Recipe(BaseModel):
     cache: CacheKind = _free(
         "none", "Decode small data once for all processes of a host: memory, or disk to keep it between runs."
     )
+    together: Together = _free(
+        "auto",
+        "Virtual workers of a process that are computed as one batch: as many as are fastest, found out in the first "
+        "steps (with --reproducible, --compile or fp16: 1), or so many.",
+    )
     channels_last: bool = _free(False, "Keep images and weights in channels-last memory order.")
     compile: bool = _free(False, "Compile the model with torch.compile.")
     eval_every: Every = _free("1epoch", "Period of evaluation: 500steps, 1epoch, never. Always at the end.")
@@ -341,6 +354,14 @@ class Recipe(BaseModel):
         """Images of a step, kn."""
         return self.gpus * self.per_gpu_batch
 
+    @property
+    def fixed_group(self) -> int:
+        """How many consecutive virtual workers are always computed together, and so by one process: 1, if none are.
+
+        In the reproducible mode that is part of the run, as sums round otherwise in another group.
+        """
+        return self.together if self.reproducible and self.together != "auto" else 1
+
     def lr_schedule(self, steps_per_epoch: int) -> Schedule:
         return Schedule(
             learning_rate=self.learning_rate,
@@ -388,6 +409,8 @@ class Recipe(BaseModel):
         statistics are recomputed before evaluations, these belong to the run.
         """
         counting = _ROUNDING_FIELDS if self.reproducible else set()
+        if self.fixed_group > 1:
+            counting = counting | {"together"}
         if self.recompute_bn:
             counting = counting | {"eval_every"}
         return self.model_dump(mode="json", exclude=FREE_FIELDS - counting)

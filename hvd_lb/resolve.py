@@ -222,6 +222,8 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
         ("length", f"{epochs}, {length}" if not resolved.stops_early else length),
         ("learning rate", resolved.schedule.describe()),
     ]
+    if recipe.together not in ("auto", 1):
+        rows.append(("together", f"up to {recipe.together} virtual workers of a process as one batch"))
     if recipe.reproducible:
         threads = f"{recipe.threads} thread" + ("s" if recipe.threads != 1 else "")
         rows.append(("reproducible", f"bitwise the same on any number of processes of {threads} each"))

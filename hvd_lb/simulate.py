@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,7 +38,8 @@ class Rehearsal:
     """What was measured. Times in seconds, memory in bytes; `losses` are means over the images of whole steps.
 
     Where no whole step was timed, `step_seconds` is that of its microbatches added up; where no microbatch was,
-    `microbatch_seconds` is in proportion to the time of `probed` images.
+    `microbatch_seconds` is in proportion to the time of `probed` images. `together` is the number of virtual workers
+    that were computed as one batch in the end; each counts as a microbatch.
     """
 
     microbatches: int
@@ -47,6 +49,7 @@ class Rehearsal:
     losses: list[float]
     peak_memory: int
     probed: int = 0
+    together: int = 1
 
 
 class _BudgetSpent(Exception):  # noqa: N818 - not an error: how a step is given up
@@ -58,18 +61,23 @@ class _Stopwatch(SilentObserver):
 
     def __init__(self, deadline: float, on_microbatch: Callable[[int, int, int], None]):
         self.seconds: list[float] = []
+        self.chosen = 0  # microbatches before it was known how many workers are best computed together
         self._deadline, self._on_microbatch = deadline, on_microbatch
         self.start()
 
     def start(self) -> None:
-        self._last = time.perf_counter()
+        self._last, self._done = time.perf_counter(), 0
+
+    def together(self, record: dict[str, Any]) -> None:
+        self.chosen = len(self.seconds)
 
     def microbatch(self, step: int, done: int, of: int) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.seconds.append(now - self._last)
-        self._last = now
+        count = done - self._done if done > self._done else done  # of the next step
+        self.seconds += [(now - self._last) / count] * count
+        self._last, self._done = now, done
         self._on_microbatch(step, done, of)
         left = self._deadline - time.monotonic()
         enough = len(self.seconds) >= _ENOUGH_MICROBATCHES
@@ -79,7 +87,7 @@ class _Stopwatch(SilentObserver):
 
     def typical(self) -> float:
         """Median of the microbatches; the very first, which warms everything up, counts only when it is alone."""
-        return statistics.median(self.seconds[1:] or self.seconds)
+        return statistics.median(self.seconds[self.chosen or 1 :] or self.seconds)
 
 
 def rehearse(
@@ -117,6 +125,7 @@ def rehearse(
     if time.monotonic() + guess > deadline:
         return Rehearsal(0, guess, 0, guess * recipe.gpus, [], _peak_memory(device), images)
     steps: list[float] = []
+    chosen = 0  # steps before it was known how many workers are best computed together
     losses: list[float] = []
     spent = False
     while not spent and trainer.step < trainer.end:
@@ -128,6 +137,8 @@ def rehearse(
                     trainer.train_step(batches)
                     losses.append(trainer.state.take_loss())
                     steps.append(time.perf_counter() - before)
+                    if watch.chosen and not chosen:
+                        chosen = len(steps)
                     spent = time.monotonic() + steps[-1] > deadline
         except FixedPointOverflow:
             pass  # the step is taken again
@@ -138,9 +149,10 @@ def rehearse(
         microbatches=len(watch.seconds),
         microbatch_seconds=typical,
         steps=len(steps),
-        step_seconds=statistics.median(steps[1:] or steps) if steps else typical * recipe.gpus,
+        step_seconds=statistics.median(steps[chosen or 1 :] or steps) if steps else typical * recipe.gpus,
         losses=losses,
         peak_memory=_peak_memory(device),
+        together=trainer.group_size.size,
     )
 
 

@@ -48,6 +48,26 @@ class _Numbers(click.ParamType[Any]):
             self.fail(f"{value!r} is not numbers with commas between them, such as 0.08,1", param, ctx)
 
 
+class _NumberOr(click.ParamType[Any]):
+    """A whole number, or a word."""
+
+    name = "number or word"
+
+    def __init__(self, word: str):
+        self._word = word
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"{self._word}|INTEGER"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value) == self._word:
+            return self._word
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither {self._word} nor a whole number", param, ctx)
+
+
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds an option per field of a recipe; the command gets those that were given as `options`, a dict."""
 
@@ -116,6 +136,8 @@ def _field_option(name: str, field: FieldInfo) -> Callable[..., Any]:
         return click.option(f"{flag}/--no-{name.replace('_', '-')}", **settings)
     if get_origin(kind) is Literal:
         return click.option(flag, type=_Choice(get_args(kind)), **settings)
+    if parts := [part for part in get_args(kind) if get_origin(part) is Literal]:
+        return click.option(flag, type=_NumberOr(*get_args(parts[0])), **settings)
     if get_origin(kind) is tuple:
         return click.option(flag, type=_Numbers(), **settings)
     return click.option(flag, type=kind, **settings)

@@ -57,29 +57,43 @@ def default_gpus(device: DeviceName) -> int:
 
 
 def choose_placement(
-    device: DeviceName, *, gpus: int, processes: int | None, threads: int | None, more: str = NAME_MORE
+    device: DeviceName,
+    *,
+    gpus: int,
+    processes: int | None,
+    threads: int | None,
+    group: int = 1,
+    more: str = NAME_MORE,
 ) -> Placement:
-    """Processes and threads for `gpus` virtual workers on this machine; UserError, with `more`, if it has too few."""
+    """Processes and threads for `gpus` virtual workers on this machine; UserError, with `more`, if it has too few.
+
+    No process gets less than a `group` of them.
+    """
+    groups = -(-gpus // group)
     if device == "cuda":
         there = gpus_here()
-        wanted = processes or gpus
+        wanted = processes or groups
         if wanted > there:
             raise UserError(
                 f"{wanted} GPUs are asked for and this machine has {there}: {more}, share "
                 f"the virtual workers with --processes {there}, use --device cpu, or try it out with `hvd-lb simulate`"
             )
     else:
-        wanted = processes or min(gpus, usable_cores())
-    check_processes(wanted, gpus)
+        wanted = processes or min(groups, usable_cores())
+    check_processes(wanted, gpus, group)
     return Placement(device, wanted, threads or max(1, usable_cores() // wanted))
 
 
-def check_processes(processes: int, gpus: int) -> None:
-    """UserError when so many processes cannot share the virtual workers."""
-    if not 1 <= processes <= gpus:
+def check_processes(processes: int, gpus: int, group: int = 1) -> None:
+    """UserError when so many processes cannot share the virtual workers, of which a `group` stays together."""
+    groups = -(-gpus // group)
+    if not 1 <= processes <= groups:
+        workers = f"{gpus} virtual workers" + (
+            f", with --reproducible --together {group}" if group > 1 else ""
+        )
+        least = "one" if group == 1 else f"a group of {group}"
         raise UserError(
-            f"--processes {processes} for {gpus} virtual workers: expected 1 to {gpus}, as each process hosts at least "
-            "one"
+            f"--processes {processes} for {workers}: expected 1 to {groups}, as each process hosts at least {least}"
         )
 
 

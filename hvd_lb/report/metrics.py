@@ -114,6 +114,9 @@ class RunObserver:
     def checkpoint(self, record: dict[str, Any]) -> None:
         self._later(self._write, "checkpoint", record)
 
+    def together(self, record: dict[str, Any]) -> None:
+        self._write("together", record)
+
     def repeat(self, record: dict[str, Any]) -> None:
         self._later(self._write, "repeat", record)
 
@@ -241,6 +244,9 @@ class SilentObserver:
         pass
 
     def checkpoint(self, record: dict[str, Any]) -> None:
+        pass
+
+    def together(self, record: dict[str, Any]) -> None:
         pass
 
     def repeat(self, record: dict[str, Any]) -> None:

@@ -14,10 +14,9 @@ in fixed point at every step, and every process has the whole of r.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from types import MethodType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from hvd_lb.exact.fixed_point import FixedPointOverflow, FixedPointSum
 from hvd_lb.optim.buckets import gathering_dtype
 from hvd_lb.training.models import batch_norms
+from hvd_lb.training.together import Group, Replaced
 from hvd_lb.world import World
 
 T = TypeVar("T")
@@ -46,41 +46,56 @@ def _forward_of_any_size(layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> T
     if not layer.training or x.numel() > x.shape[1]:
         return type(layer).forward(layer, x)
     if layer.momentum:
-        with torch.no_grad():
-            layer.running_mean.copy_(x.flatten())  # type: ignore[union-attr]
-            layer.running_var.zero_()  # type: ignore[union-attr]
+        _note_single(x, layer.running_mean, layer.running_var)  # type: ignore[arg-type]
+    return _of_single_values(layer, x)
+
+
+@torch.no_grad()
+def _note_single(x: Tensor, mean: Tensor, variance: Tensor) -> None:
+    mean.copy_(x.flatten())
+    variance.zero_()
+
+
+def _of_single_values(layer: _BatchNorm, x: Tensor) -> Tensor:
     zeros, ones = torch.zeros_like(layer.running_mean), torch.ones_like(layer.running_var)  # type: ignore[arg-type]
     return nn.functional.batch_norm(x * 0.0, zeros, ones, layer.weight, layer.bias, training=False)
 
 
-def running_statistics(model: nn.Module, world: World, reproducible_terms: int | None) -> RunningStatistics:
+def running_statistics(
+    model: nn.Module, world: World, reproducible_terms: int | None, group: Group | None = None
+) -> RunningStatistics:
     """Those of the float mode, or of the reproducible one with at most so many microbatches a sum."""
     if reproducible_terms is None or not batch_norms(model):
-        return RunningStatistics(model, world)
-    return ReproducibleStatistics(model, world, reproducible_terms)
+        return RunningStatistics(model, world, group)
+    return ReproducibleStatistics(model, world, reproducible_terms, group)
 
 
-class _Forward:
+class _Forward(Replaced):
     """A layer's `forward`, which leaves the statistics of its batch in the buffers, and counts.
 
-    Copies and pickles of the layer get the forward that it had.
+    Of several workers it is called for each by itself, and their statistics are kept here.
     """
 
-    def __init__(self, layer: _BatchNorm):
+    def __init__(self, layer: _BatchNorm, group: Group):
+        super().__init__(layer)
         self.layer = layer
-        before: Any = layer.forward
-        self.original: Any = before.original if isinstance(before, _Forward) else before
         self.count = 0
+        self._group = group
+        # By forward: those in the buffers alone are the last one's. With several workers by forward and worker.
         self._earlier: list[list[Tensor]] = []
-        layer.forward = self  # type: ignore[method-assign, assignment]
+        self._of_workers: list[list[list[Tensor]]] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
         if not (layer.training and layer.track_running_stats):
             return self.original(x)
+        # Activation checkpointing goes forward again, in backward.
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if self._group.several:
+            return self._worker_by_worker(x, again)
         momentum = layer.momentum
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            layer.momentum = 0.0  # activation checkpointing goes forward again, in backward
+        if again:
+            layer.momentum = 0.0
         else:
             if self.count:
                 self._earlier.append([buffer.clone() for buffer in self.buffers()])
@@ -91,37 +106,65 @@ class _Forward:
         finally:
             layer.momentum = momentum
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.original, memo)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self.layer, "forward")  # of its class: there is no other one yet when this is read
+    def _worker_by_worker(self, x: Tensor, again: bool) -> Tensor:
+        layer, outputs, statistics = self.layer, [], []
+        for part in self._group.split(x):
+            mean, variance = (torch.zeros_like(buffer) for buffer in self.buffers())
+            if part.numel() > part.shape[1]:
+                outputs.append(
+                    nn.functional.batch_norm(
+                        part,
+                        mean,
+                        variance,
+                        layer.weight,
+                        layer.bias,
+                        training=True,
+                        momentum=1.0,
+                        eps=layer.eps,
+                    )
+                )
+            else:
+                _note_single(part, mean, variance)
+                outputs.append(_of_single_values(layer, part))
+            statistics.append([mean, variance])
+        if not again:
+            self._of_workers.append(statistics)
+            self.count += 1
+        return torch.cat(outputs)
 
     def buffers(self) -> list[Tensor]:
         return [self.layer.running_mean, self.layer.running_var]  # type: ignore[list-item]
 
-    def statistics(self) -> list[Tensor]:
-        """Mean and variance of the forwards since `discard`: of one, or the mean of several."""
-        if not self._earlier:
-            return self.buffers()
-        forwards = [*self._earlier, self.buffers()]
-        wide = [[tensor.to(gathering_dtype(tensor)) for tensor in forward] for forward in forwards]
-        return [torch.stack(tensors).mean(0) for tensors in zip(*wide, strict=True)]
+    def statistics(self) -> list[list[Tensor]]:
+        """By worker, mean and variance of the forwards since `discard`: of one, or the mean of several."""
+        by_forward = self._of_workers or [[forward] for forward in (*self._earlier, self.buffers())]
+        return [_mean(forwards) for forwards in zip(*by_forward, strict=True)]
 
     def discard(self) -> None:
         self.count = 0
         self._earlier.clear()
+        self._of_workers.clear()
+
+
+def _mean(forwards: Sequence[list[Tensor]]) -> list[Tensor]:
+    if len(forwards) == 1:
+        return forwards[0]
+    wide = [[tensor.to(gathering_dtype(tensor)) for tensor in forward] for forward in forwards]
+    return [torch.stack(tensors).mean(0) for tensors in zip(*wide, strict=True)]
 
 
 class RunningStatistics:
     """Owns the running mean and variance of a model that trains under it; takes them over as they are now.
 
+    `group` says whose images are in a forward; without it they are of one virtual worker.
+
     A layer takes part in a step with all of a process's microbatches or with none, alike on all processes; else
     `RuntimeError` names it. `TypeError` for SyncBatchNorm, which mixes virtual workers, and for lazy layers.
     """
 
-    def __init__(self, model: nn.Module, world: World):
+    def __init__(self, model: nn.Module, world: World, group: Group | None = None):
         self._world = world
+        group = group or Group()
         layers = batch_norms(model)
         self._names = [name for name, module in model.named_modules() if module in layers]
         for name, layer in zip(self._names, layers, strict=True):
@@ -132,7 +175,7 @@ class RunningStatistics:
             if is_lazy(layer.running_mean):  # type: ignore[arg-type]
                 raise TypeError(f"{name} has no shape yet (a lazy module): run one forward first")
         self._layers = layers
-        self._forwards = [_Forward(layer) for layer in layers]
+        self._forwards = [_Forward(layer, group) for layer in layers]
         # Of each layer: since it was taken over, and what its num_batches_tracked said then.
         self._updates, self._before = [0] * len(self._layers), [0] * len(self._layers)
         self._used = [True] * len(self._layers)  # when it could be told last
@@ -164,14 +207,19 @@ class RunningStatistics:
 
     @torch.no_grad()
     def after_forward(self, weight: float = 1.0) -> None:
-        """Add the statistics, times `weight`, of the microbatch that just went forward in training mode."""
+        """Add the statistics, times `weight`, of the microbatches that just went forward in training mode."""
         trained = [index for index, forward in enumerate(self._forwards) if forward.count]
         self._microbatches += 1
         if not trained:
             return
         for index in trained:
             self._added[index] += 1
-        self._add(trained, [part for index in trained for part in self._forwards[index].statistics()], weight)
+        for of_worker in zip(*(self._forwards[index].statistics() for index in trained), strict=True):
+            self._add(trained, [part for of_layer in of_worker for part in of_layer], weight)
+        self._put_back(trained)
+
+    def _put_back(self, trained: list[int]) -> None:
+        """The buffers as they were before the forwards since they were put back last."""
         # Backward does not use the buffers, but autograd would find them changed: .data has no version that it knows.
         buffers = [buffer.data for index in trained for buffer in self._forwards[index].buffers()]
         torch._foreach_copy_(buffers, _of(trained, self._published))
@@ -229,9 +277,9 @@ class RunningStatistics:
 
     @torch.no_grad()
     def discard(self) -> None:
-        """Forget what was added since the last update."""
-        for forward in self._forwards:
-            forward.discard()
+        """Forget what was added since the last update, and forwards that were not."""
+        if trained := [index for index, forward in enumerate(self._forwards) if forward.count]:
+            self._put_back(trained)
         self._added = [0] * len(self._layers)
         self._microbatches = 0
         if self._layers:
@@ -285,8 +333,8 @@ def _of(layers: list[int], items: Sequence[T]) -> list[T]:
 class ReproducibleStatistics(RunningStatistics):
     """The same bits for every division of virtual workers among processes."""
 
-    def __init__(self, model: nn.Module, world: World, terms: int):
-        super().__init__(model, world)
+    def __init__(self, model: nn.Module, world: World, terms: int, group: Group | None = None):
+        super().__init__(model, world, group)
         self._sum = FixedPointSum(self._sums, terms, "hvd_lb.batch_norm")
 
     @property

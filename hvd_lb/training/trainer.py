@@ -21,7 +21,7 @@ import torch
 
 from hvd_lb.data.decoding.stand_in import StandIn, sizes
 from hvd_lb.data.images import Dataset, refuse_other_images
-from hvd_lb.data.loading.contract import Loader, Preprocessing
+from hvd_lb.data.loading.contract import Batch, Loader, Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.errors import UserError
 from hvd_lb.exact.fixed_point import FixedPointOverflow
@@ -41,6 +41,7 @@ from hvd_lb.training.evaluation import Evaluation, Evaluator, Stopped
 from hvd_lb.training.models import build_model, sum_loss
 from hvd_lb.training.recomputation import Recomputation
 from hvd_lb.training.run_state import RunState
+from hvd_lb.training.together import Group, GroupSize, draw_apart, room_for_groups, strange
 from hvd_lb.world import World
 from hvd_lb.world.stages import Stage, Staged, Stages
 
@@ -67,6 +68,9 @@ class Observer(Protocol):
 
     def checkpoint(self, record: dict[str, Any]) -> None:
         """A checkpoint was taken, and for how many seconds that kept the training waiting."""
+
+    def together(self, record: dict[str, Any]) -> None:
+        """How many of rank 0's virtual workers are computed together from here on, and why."""
 
     def repeat(self, record: dict[str, Any]) -> None:
         """A step is taken again, and why."""
@@ -141,10 +145,11 @@ class Trainer:
         self.writer: BackgroundWriter | None = None
         # Steps below are watched one by one: among them is one after which loss or weights are no numbers.
         self.watched_until = 0
+        self.told_group_size = False
         self.plan = recipe.sample_plan(len(dataset.train))
         self.schedule = recipe.lr_schedule(self.plan.steps_per_epoch)
         self.end = recipe.total_steps(self.plan.steps_per_epoch)
-        self.workers = hosted(world.rank, world.size, recipe.gpus)
+        self.workers = hosted(world.rank, world.size, recipe.gpus, recipe.fixed_group)
         self.windows = recipe.random_windows()
         self.recomputation = Recomputation(recipe, dataset.train, self.windows)
         self.preprocessing = Preprocessing(recipe.image_size, recipe.mean, recipe.std, recipe.antialias)
@@ -162,6 +167,7 @@ class Trainer:
         allow_single_values(self.model)
         self.forward = torch.compile(self.model) if recipe.compile else self.model
         self.loss = sum_loss(recipe.label_smoothing)
+        self.group = Group(device)
         optimizer = DistributedOptimizer(
             make_optimizer(recipe, self.model, self.schedule(0)),
             self.model,
@@ -186,10 +192,11 @@ class Trainer:
             model=self.model,
             optimizer=optimizer,
             scaler=scaler,
-            statistics=running_statistics(self.model, world, terms),
+            statistics=running_statistics(self.model, world, terms, self.group),
             bad_images=BadImages.of(recipe, world, observer.bad_images),
             device=device,
         )
+        self.group_size = self._choose_group_size()
         # Whether the store has what this run begins with.
         self.kept = bool(store and checkpoint and checkpoint.path.parent == store.folder.resolve())
         if checkpoint:
@@ -197,6 +204,49 @@ class Trainer:
             if store and not self.kept:
                 self.state.best_error = math.inf  # the best of another run is not here
         self.save_due = Timer(period_in_seconds(recipe.checkpoint_every) if world.rank == 0 else math.inf)
+
+    def _choose_group_size(self) -> GroupSize:
+        """As `together` says, where this process has several workers that can be computed together.
+
+        By itself a run leaves them apart where the size of a group would change more than rounding, or costs a
+        compilation each time.
+        """
+        recipe = self.recipe
+        cautious = recipe.reproducible or recipe.compile or recipe.precision == "fp16"
+        given: int | None = None if recipe.together == "auto" else recipe.together
+        if given is None and cautious:
+            given = 1
+        drawing, why = draw_apart(self.model, self.group), ""
+        if len(self.workers) > 1 and given != 1:
+            why = "dropout cannot be compiled so" if drawing and recipe.compile else self._strange()
+            if why and given:
+                raise UserError(
+                    f"--together {given}: virtual workers of {recipe.model} cannot be computed together ({why}): leave "
+                    "the option out"
+                )
+        return GroupSize(
+            self.workers,
+            1 if why else given,
+            images=recipe.per_gpu_batch,
+            device=self.device,
+            room=room_for_groups(self.device, self.world.local_size),
+            why=why,
+        )
+
+    def _strange(self) -> str:
+        """Why workers together are not workers apart; nothing of the run is changed by trying it."""
+        recipe, training = self.recipe, self.model.training
+        shape = min(2, recipe.per_gpu_batch), 3, recipe.image_size, recipe.image_size
+        like = torch.empty(0, 0, 0, 0, dtype=self.dtype, device=self.device).to(
+            memory_format=self.memory_format
+        )
+        self.model.train()
+        try:
+            with fast_kernels():
+                return strange(self.model, self.group, shape, like)
+        finally:
+            self.model.train(training)
+            self.state.statistics.discard()
 
     @property
     def step(self) -> int:
@@ -290,18 +340,17 @@ class Trainer:
         losses: dict[int, torch.Tensor] = {}
         self.state.bad_images.discard()
         self.stages.step = self.step
-        for done, worker in enumerate(workers, start=1):
+        for group in self.group_size.groups(workers):
             self.stages.enter(Stage.DATA)
-            images, labels = next(batches)
+            parts = [next(batches) for _ in group]
             self.stages.enter(Stage.COMPUTE)
-            seed = generator_seed(self.recipe.seed, 1, self.step, worker)
-            logits = self._forward(images, seed)
-            with self.autocast():
-                loss = self.loss(logits, labels)
-            self.state.statistics.after_forward()
-            self.state.optimizer.backward(self.state.scaler.scale(loss), last=done == len(workers))
-            losses[worker] = loss.detach()
-            self.observer.microbatch(self.step, done, len(workers))
+            with self.group_size.timed(sum(len(labels) for _, labels in parts)):
+                each = self._losses(group, parts)
+                self.state.statistics.after_forward()
+                loss = each[0] if len(each) == 1 else torch.stack(each).sum()
+                self.state.optimizer.backward(self.state.scaler.scale(loss), last=group[-1] == workers[-1])
+            losses |= zip(group, (loss.detach() for loss in each), strict=True)
+            self.observer.microbatch(self.step, len(losses), len(workers))
         global_images = self.plan.step_images(epoch_step)
         self._synchronize(global_images)
         self.state.optimizer.steps = self.step
@@ -311,10 +360,21 @@ class Trainer:
         self.state.statistics.step(self.plan.active_workers(epoch_step))
         self.state.step_taken(losses, global_images)
         self.stages.taken += 1
+        self._tell_group_size()
         self.said.append(
             _Said(self.state.optimizer.carried, self.state.bad_images.take(), first=epoch_step == 0)
         )
         return self._hear(self.lag)
+
+    def _tell_group_size(self) -> None:
+        """Once it has been found, or there was a reason not to look for one."""
+        size = self.group_size
+        if self.world.rank or self.told_group_size or not (size.speeds or size.why):
+            return
+        self.told_group_size = True
+        found = {str(size): speed for size, speed in size.speeds.items()}
+        record = {"together": size.size, "images_per_second": found, "why": size.why}
+        self.observer.together({**self._position(), **record})
 
     def _to_say(self) -> list[int]:
         """What this process has to tell the others in each step: its signal, a wish to save, and its stand-ins."""
@@ -352,11 +412,30 @@ class Trainer:
             self.state.give_up_step()
             raise overflow
 
-    def _forward(self, images: torch.Tensor, seed: int) -> torch.Tensor:
-        """Logits of a microbatch. What the model draws (dropout) depends on `seed`, not on the process."""
-        torch.manual_seed(seed)
+    def _losses(self, workers: Sequence[int], parts: Sequence[Batch]) -> list[torch.Tensor]:
+        """The loss of each of these workers, computed together, on its images and labels."""
+        seeds = [generator_seed(self.recipe.seed, 1, self.step, worker) for worker in workers]
+        logits = self._forward([images for images, _ in parts], seeds)
+        labels = [labels for _, labels in parts]
         with self.autocast():
-            return self.forward(images.to(self.dtype, memory_format=self.memory_format))
+            return [self.loss(*of) for of in zip(logits.split(list(map(len, labels))), labels, strict=True)]
+
+    def _forward(self, parts: Sequence[torch.Tensor], seeds: Sequence[int]) -> torch.Tensor:
+        """Logits of microbatches, one after the other.
+
+        What the model draws for each (dropout) depends on its seed, and neither on the process nor on the others.
+        """
+        self.group.begin([len(part) for part in parts], seeds)
+        if len(parts) == 1:
+            images = parts[0].to(self.dtype, memory_format=self.memory_format)
+        else:
+            shape = (sum(map(len, parts)), *parts[0].shape[1:])
+            images = torch.empty(
+                shape, dtype=self.dtype, device=self.device, memory_format=self.memory_format
+            )
+            torch.cat(list(parts), out=images)
+        with self.autocast():
+            return self.forward(images)
 
     def microbatches(self) -> Iterator[Microbatch]:
         """What this process's virtual workers see from the present step to the end."""
@@ -375,9 +454,9 @@ class Trainer:
 
     def batches(self) -> Loader:
         """This process's microbatches as tensors, from the present step to the end."""
-        return self._open(self.microbatches())
+        return self._open(self.microbatches(), of_group=self.group_size.most)
 
-    def _open(self, microbatches: Iterator[Microbatch]) -> Loader:
+    def _open(self, microbatches: Iterator[Microbatch], of_group: int = 1) -> Loader:
         return open_loader(
             self.recipe.loader,
             self.dataset.train,
@@ -387,7 +466,7 @@ class Trainer:
             device=self.device,
             threads=self.threads,
             read_threads=self.recipe.read_threads,
-            prefetch=self.recipe.prefetch,
+            prefetch=self.recipe.prefetch + of_group - 1,
             max_pixels=self.recipe.max_pixels,
             on_stand_ins=self.state.bad_images.on_stand_ins,
         )
@@ -500,7 +579,7 @@ class Trainer:
         with self._open(anew.microbatches(epoch, self.step, mine)) as loader:
             for number, (images, _) in zip(mine, loader, strict=True):
                 self.stages.enter(Stage.EVALUATION)
-                self._forward(images, anew.seed(self.step, number))
+                self._forward([images], [anew.seed(self.step, number)])
                 self.state.statistics.after_forward(len(images) / full)
         try:
             self.state.statistics.synchronize()

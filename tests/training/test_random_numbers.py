@@ -50,7 +50,8 @@ class Drawing(nn.Module):
 def masks(recipe: Recipe, steps: int, rank: int = 0, size: int = 1, **more: Any) -> Masks:
     """By step and virtual worker, those of one process."""
     trainer = Trainer(
-        recipe, small_data(), AmongCopies(rank, size), device=torch.device("cpu"), threads=1,
+        recipe.model_copy(update={"together": 1}),  # together they draw within modules: test_together.py
+        small_data(), AmongCopies(rank, size), device=torch.device("cpu"), threads=1,
         observer=SilentObserver(), **more,
     )  # fmt: skip
     first, drawing = trainer.step, Drawing(trainer.forward)

@@ -53,6 +53,7 @@ class Records(SilentObserver):
         self.repeats: list[dict[str, Any]] = []
         self.rollbacks: list[dict[str, Any]] = []
         self.warnings: list[str] = []
+        self.groups: list[dict[str, Any]] = []
 
     def train(self, record: dict[str, Any]) -> None:
         self.training.append(record)
@@ -65,6 +66,9 @@ class Records(SilentObserver):
 
     def repeat(self, record: dict[str, Any]) -> None:
         self.repeats.append(record)
+
+    def together(self, record: dict[str, Any]) -> None:
+        self.groups.append(record)
 
     def rollback(self, record: dict[str, Any]) -> None:
         self.rollbacks.append(record)

@@ -31,10 +31,15 @@ class Cluster:
     def slots(self) -> int:
         return sum(host.slots or 0 for host in self.hosts)
 
-    def placement(self, *, gpus: int, processes: int | None, threads: int | None) -> Placement:
-        """Processes and threads for `gpus` virtual workers on these hosts; UserError when they cannot be had."""
-        wanted = processes or min(gpus, self.slots)
-        check_processes(wanted, gpus)
+    def placement(
+        self, *, gpus: int, processes: int | None, threads: int | None, group: int = 1
+    ) -> Placement:
+        """Processes and threads for `gpus` virtual workers on these hosts; UserError when they cannot be had.
+
+        No process gets less than a `group` of them.
+        """
+        wanted = processes or min(-(-gpus // group), self.slots)
+        check_processes(wanted, gpus, group)
         hosts = assign(self.hosts, wanted, self.more)
         share = min(self.cores[host.name] // (host.slots or 1) for host in hosts)
         return Placement(

@@ -1,0 +1,272 @@
+"""Several virtual workers of a process computed together: one forward and backward of all their images.
+
+A network computes each image by itself, with two exceptions: batch norm looks at all images of a virtual worker, and
+dropout draws each worker's own random numbers. So in a group of workers these modules are called worker by worker, on
+slices of the batch, and everything else once. Outputs, gradients and statistics are those of the workers apart, to
+rounding. (Batch norm over slices is known as ghost batch norm: Hoffer et al. 2017, arXiv 1705.08741.)
+
+`strange` finds by numbers whether that is all there is to a network. `GroupSize` finds out how many workers to take.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torchvision.ops import StochasticDepth
+
+from hvd_lb.machine.limits import available_memory
+
+# A batch of so many images keeps any device busy: groups that are found by trying are not larger.
+MOST_IMAGES = 256
+# Of each size: the first forward of a new shape is slow, of the others the fastest counts.
+_RUNS = 3
+# A larger group has to be faster by so much; one that is slower by as much ends the search.
+_GAIN = 0.03
+# What backward keeps is most of the memory that a forward takes, not all.
+_MORE_MEMORY = 1.5
+# Rounding is far below this, and what mixes workers far above.
+_TOLERANCE = 1e-3
+
+
+class Group:
+    """The virtual workers whose images are in the forward under way: how many each has, and what it draws next."""
+
+    def __init__(self, device: torch.device = torch.device("cpu")):  # noqa: B008 - it cannot be changed
+        self.sizes: Sequence[int] = ()
+        self._generator = (
+            torch.cuda.default_generators[device.index or 0]
+            if device.type == "cuda"
+            else torch.default_generator
+        )
+        self._seeds: Sequence[int] = ()
+        self._states: list[Tensor | None] = []
+
+    @property
+    def several(self) -> bool:
+        return len(self.sizes) > 1
+
+    def begin(self, sizes: Sequence[int], seeds: Sequence[int]) -> None:
+        """Before a forward of so many images of each worker; a worker's random numbers follow from its seed."""
+        self.sizes, self._seeds, self._states = sizes, seeds, [None] * len(sizes)
+        torch.manual_seed(seeds[0])
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Each worker's slice of a batch."""
+        return x.split(list(self.sizes))
+
+    @contextmanager
+    def drawing(self, worker: int) -> Iterator[None]:
+        """Inside, random numbers are the next ones of the group's so many-th worker."""
+        state = self._states[worker]
+        if state is None:
+            self._generator.manual_seed(self._seeds[worker])
+        else:
+            self._generator.set_state(state)
+        yield
+        self._states[worker] = self._generator.get_state()
+
+
+class Replaced:
+    """Stands for the `forward` of a module; copies and pickles of the module get the one that it had."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        before: Any = module.forward
+        self.original: Any = before.original if isinstance(before, Replaced) else before
+        module.forward = self  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.original, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.module, "forward")  # of its class: there is no other one yet when this is read
+
+
+class _Drawing(Replaced):
+    """The forward of a module that draws random numbers."""
+
+    def __init__(self, module: nn.Module, group: Group):
+        super().__init__(module)
+        self._group = group
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not (self.module.training and self._group.several):
+            return self.original(x)
+        outputs = []
+        for worker, part in enumerate(self._group.split(x)):
+            if getattr(self.module, "inplace", False):
+                part = part.clone()  # autograd refuses a slice
+            with self._group.drawing(worker):
+                outputs.append(self.original(part))
+        return torch.cat(outputs)
+
+
+def draw_apart(model: nn.Module, group: Group) -> bool:
+    """Lets the model's dropout draw for each worker of the group by itself; whether there is any."""
+    drawing = [
+        module
+        for module in model.modules()
+        if isinstance(module, _DropoutNd | StochasticDepth) and module.p and module is not model
+    ]
+    for module in drawing:
+        _Drawing(module, group)
+    return bool(drawing)
+
+
+@torch.no_grad()
+def strange(model: nn.Module, group: Group, shape: Sequence[int], like: Tensor) -> str:
+    """Why two workers together would not be the two apart; empty where they are.
+
+    Each gets a few images of noise (`shape`: n, 3, S, S; dtype, device and memory order as of `like`), one darker than
+    the other, and every module's outputs are compared. The model is in training mode.
+    """
+    noise = torch.Generator().manual_seed(0)
+    parts = [(torch.randn(*shape, generator=noise) * scale).to(like) for scale in (1.0, 3.0)]
+    seeds = (1, 2)
+    apart = []
+    for part, seed in zip(parts, seeds, strict=True):
+        group.begin([len(part)], [seed])
+        apart.append(_magnitudes(model, part))
+    group.begin([len(part) for part in parts], seeds)
+    try:
+        together = _magnitudes(model, torch.cat(parts))
+    except (RuntimeError, ValueError) as error:
+        return f"it fails on two at a time ({' '.join(str(error).split())})"
+    for name, calls in together.items():
+        expected = [torch.cat(of) for of in zip(*(found.get(name, []) for found in apart), strict=True)]
+        for one, other in zip(calls, expected, strict=True):
+            if not (one - other).abs().max() <= _TOLERANCE * other.abs().max():
+                return f"its module {name or 'as a whole'} mixes images, or draws random numbers of its own"
+    return ""
+
+
+def _magnitudes(model: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
+    """Mean magnitude of each image in the outputs of every module, by its name, call by call."""
+    found: dict[str, list[Tensor]] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, tuple):  # attention, and its weights
+                output = output[0]
+            if isinstance(output, Tensor) and output.dim() and len(output) == len(x):
+                found.setdefault(name, []).append(output.double().abs().flatten(1).mean(1).cpu())
+
+        return hook
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules()]
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+class GroupSize:
+    """How many of a process's `workers`, of `images` each, are computed together.
+
+    That is the number `given`; or the fastest of several that are tried in the first steps, as far as what backward
+    keeps fits into `room` bytes. `speeds` then has the images per second of each. `why` says why there is no group.
+    """
+
+    def __init__(
+        self,
+        workers: range,
+        given: int | None,
+        *,
+        images: int,
+        device: torch.device,
+        room: float = 0.0,
+        why: str = "",
+    ):
+        count = len(workers)
+        self.size = max(1, min(given or 1, count))
+        self.speeds: dict[int, float] = {}
+        self.why = why
+        self._first, self._images, self._device, self._room = workers.start, images, device, room
+        halves = {-(-count // (1 << times)) for times in range(count.bit_length())}
+        larger = sorted(size for size in halves if 1 < size <= MOST_IMAGES / images)
+        self._to_try = [1, *larger] if larger and given is None else []
+        self._tried: dict[int, float] = {}
+        self._seconds: list[float] = []
+        self._kept = 0  # bytes of one worker
+
+    @property
+    def most(self) -> int:
+        """The largest that may come."""
+        return max([self.size, *self._to_try])
+
+    def groups(self, workers: Sequence[int]) -> Iterator[list[int]]:
+        """The `workers` of a step (a short one has not all) in groups, each of the size that is the right one then.
+
+        A group begins at a multiple of its size, counted from the process's first worker.
+        """
+        rest = list(workers)
+        while rest:
+            place = (rest[0] - self._first) // self.size
+            group = [worker for worker in rest if (worker - self._first) // self.size == place]
+            yield group
+            del rest[: len(group)]
+
+    @contextmanager
+    def timed(self, images: int) -> Iterator[None]:
+        """Around forward and backward of a group with so many images."""
+        if not self._to_try or images != self.size * self._images:
+            yield
+            return
+        self._wait()
+        began = time.perf_counter()
+        with self._kept_noted() if not self._kept else nullcontext():
+            yield
+        self._wait()
+        self._note(images, time.perf_counter() - began)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _note(self, images: int, seconds: float) -> None:
+        self._seconds.append(seconds)
+        if len(self._seconds) < _RUNS:
+            return
+        size = self._to_try.pop(0)
+        self._tried[size] = images / min(self._seconds[1:])
+        self._seconds.clear()
+        fast = max(self._tried.values()) * (1 - _GAIN)
+        if self._to_try and self._tried[size] >= fast and self._fits(self._to_try[0]):
+            self.size = self._to_try[0]
+        else:
+            self._to_try.clear()
+            self.size = min(size for size, speed in self._tried.items() if speed >= fast)
+            self.speeds = self._tried
+
+    def _fits(self, size: int) -> bool:
+        return size * self._kept * _MORE_MEMORY <= self._room
+
+    @contextmanager
+    def _kept_noted(self) -> Iterator[None]:
+        storages: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, nn.Parameter):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()  # itself would keep an output alive, which keeps it
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            yield
+        self._kept = sum(storages.values())
+
+
+def room_for_groups(device: torch.device, processes_here: int) -> float:
+    """Bytes that a process may take for larger groups, as one of several on this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory() / processes_here
