@@ -1,104 +1,68 @@
-"""`hvd-lb`: the command group, and how errors look: one line, exit code 2, no traceback."""
+"""`hvd-lb`: what ends it before its time ends it in one line, from the first moment on. The commands: `commands`."""
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import signal
 import sys
 from contextlib import suppress
-
-import rich_click as click
-from click.exceptions import NoArgsIsHelpError
-
-from hvd_lb.errors import UserError
-from hvd_lb_cli.lazy import LazyGroup
-from hvd_lb_cli.output.terminal import to_nowhere, tolerate_any_letter
-
-# Threads that wait for each other give up their core: on a shared machine, spinning ones made a step five times
-# slower. Read when torch is loaded, here and in the ranks.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-_COMMANDS = {
-    "train": "hvd_lb_cli.train:train",
-    "simulate": "hvd_lb_cli.simulate:simulate",
-    "compare": "hvd_lb_cli.compare:compare",
-    "recipes": "hvd_lb_cli.recipes:recipes",
-    "data": "hvd_lb_cli.data.group:data",
-    "doctor": "hvd_lb_cli.doctor.command:doctor",
-}
+from types import FrameType
 
 
-@click.group(cls=LazyGroup, lazy=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="hvd-lb", prog_name="hvd-lb")
-def cli() -> None:
-    """Train image models with very large minibatches on many GPUs, without losing accuracy.
+class Interrupted(KeyboardInterrupt):
+    """By one of the signals below. A class of its own: Python ends itself by SIGINT once it saw the plain one."""
 
-    The recipe fixes the mathematics, the hardware only fixes the speed.
+
+class _Signals:
+    """SIGINT, SIGTERM and SIGHUP, which nohup may have ignored, end a command by Interrupted.
+
+    While modules are loaded they end it at once: what loads them may take any exception for one of its own.
     """
+
+    def __init__(self) -> None:
+        self.number, self.loading = 0, True
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.loading:
+            tell_interrupted(number)
+            os._exit(128 + number)
+        self.number = number
+        raise Interrupted
 
 
 def main() -> None:
     """Entry point of the console script."""
-    tolerate_any_letter()
+    signals = _Signals()
+    from hvd_lb_cli.commands import run
+
+    signals.loading = False
     try:
-        _check_start(sys.argv[1:])
-        status = cli.main(prog_name="hvd-lb", standalone_mode=False)
-        print(end="", flush=True)
-    except UserError as error:
-        _fail(str(error), 2)
-    except NoArgsIsHelpError as error:
-        print(error.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
-        _fail(error.format_message(), 2)
-    except BrokenPipeError:  # `hvd-lb data verify | head`: whoever reads has seen enough
-        _end(128 + signal.SIGPIPE)
-    except OSError as error:  # a full disk, a folder that went away
-        given = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)  # it is the name itself
-        _fail(
-            f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""),
-            2 if given else 1,
-        )
-    except RuntimeError as error:
-        if "home directory" not in str(error):  # what pathlib says of ~ and ~NAME
+        status = run(sys.argv[1:])
+    except BaseException as error:
+        if not signals.number and not isinstance(error, KeyboardInterrupt):
             raise
-        _fail("a path begins with ~, and there is no such home directory: write it out, or set HOME", 2)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted", 130)
-    else:
-        _end(status if isinstance(status, int) else 0)
-
-
-def _check_start(arguments: list[str]) -> None:
-    """UserError for what no command could make sense of."""
-    for before, word in zip(["", *arguments], arguments, strict=False):
-        if word == "" or re.fullmatch("--[a-z0-9-]+=", word):
-            option = word.rstrip("=") or (before if before.startswith("--") else "an argument")
-            raise UserError(
-                f"{option} is empty: leave it out, or give a value (is a variable of the shell not set?)"
-            )
-    try:
-        os.getcwd()
-    except OSError:
-        raise UserError("the working directory is gone: change to one that is there") from None
-
-
-def _fail(message: str, status: int) -> None:
-    with suppress(OSError):
-        print(f"hvd-lb: error: {' '.join(message.split())}", file=sys.stderr)
-    _end(status)
-
-
-def _end(status: int) -> None:
-    """With this exit status also where nobody reads what is left to be written."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
-            stream.flush()
-        except OSError:
-            to_nowhere(stream)
+        _end_by_signals()
+        number = signals.number or signal.SIGINT
+        tell_interrupted(number)
+        status = 128 + number
+    _end_by_signals()
     sys.exit(status)
+
+
+def tell_interrupted(number: int) -> None:
+    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    with suppress(OSError):
+        os.write(2, f"hvd-lb: error: interrupted{by}\n".encode())
+
+
+def _end_by_signals() -> None:
+    """What is left needs no word: a signal ends it as it would any program."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

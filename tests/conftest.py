@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvd_lb_cli.main import main
+from hvd_lb_cli.commands import run as run_command
 
 # Tests share the machine: one thread each, as OpenMP's threads spin while they wait for a core.
 torch.set_num_threads(1)
@@ -99,9 +99,8 @@ def hvd_lb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
     def run(*arguments: object) -> Said:
         monkeypatch.setattr(sys, "argv", ["hvd-lb", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
+        status = run_command(sys.argv[1:])
         captured = capsys.readouterr()
-        return Said(int(end.value.code or 0), captured.out, captured.err)
+        return Said(status, captured.out, captured.err)
 
     return run

@@ -6,12 +6,12 @@ import sys
 
 import rich_click as click
 
-from hvd_lb_cli.main import cli
+from hvd_lb_cli.commands import cli
 
 # In a process of its own: here torch is loaded already.
 ALL_HELP = """
 import contextlib, io, json, sys
-from hvd_lb_cli.main import cli
+from hvd_lb_cli.commands import cli
 for words in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
         cli.main([*words, "--help"], prog_name="hvd-lb", standalone_mode=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,18 +23,33 @@ Ask = Callable[[list[str], str], Mapping[str, str | UserError]]
 def ask_all(
     commands: dict[str, list[str]], question: str, seconds: float
 ) -> dict[str, subprocess.CompletedProcess[str] | None]:
-    """Run one command per host, all at once, with the question on stdin; None for one that did not end in time."""
+    """Run one command per host, all at once, with the question on stdin; None for one that did not end in time.
+
+    Who is interrupted leaves none behind.
+    """
+    asked: list[subprocess.Popen[str]] = []
+    interrupted = threading.Event()
 
     def ask(host: str) -> subprocess.CompletedProcess[str] | None:
-        try:
-            return subprocess.run(
-                commands[host], input=question, capture_output=True, text=True, timeout=seconds, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return None
+        pipe = subprocess.PIPE
+        with subprocess.Popen(commands[host], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+            asked.append(process)
+            try:
+                out, err = process.communicate(question, 0 if interrupted.is_set() else seconds)
+            except subprocess.TimeoutExpired:
+                return None
+            finally:
+                process.kill()
+            return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     with ThreadPoolExecutor(max_workers=min(64, len(commands))) as pool:
-        return dict(zip(commands, pool.map(ask, commands), strict=True))
+        try:
+            return dict(zip(commands, pool.map(ask, commands), strict=True))
+        except BaseException:
+            interrupted.set()
+            for process in asked:
+                process.kill()
+            raise
 
 
 def explain_failure(
