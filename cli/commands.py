@@ -23,6 +23,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _COMMANDS = {
     "train": "hvd_lb_cli.train:train",
     "simulate": "hvd_lb_cli.simulate:simulate",
+    "status": "hvd_lb_cli.watch.status:status",
+    "logs": "hvd_lb_cli.watch.logs:logs",
+    "stop": "hvd_lb_cli.watch.stop:stop",
     "compare": "hvd_lb_cli.compare:compare",
     "recipes": "hvd_lb_cli.recipes:recipes",
     "data": "hvd_lb_cli.data.group:data",
@@ -40,7 +43,7 @@ def cli() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Does what the words after `hvd-lb` say; the exit status. KeyboardInterrupt, or click's Abort, when interrupted."""
+    """Does what the words after `hvd-lb` say; the exit status. KeyboardInterrupt or Abort when interrupted."""
     tolerate_any_letter()
     try:
         _check_start(arguments)

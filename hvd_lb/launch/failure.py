@@ -48,7 +48,7 @@ class RankFailure:
 
 def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: int) -> RankFailure:
     """What the process said that failed first, else how it ended; `status` is the launcher's."""
-    errors = [error for path in sorted(logs.glob("error-*.json")) if (error := _error(path))]
+    errors = read_errors(logs)
     # When one process fails Horovod's other processes fail in turn, with an error of Horovod's own.
     own = sorted((e for e in errors if e["kind"] != "HorovodInternalError"), key=lambda error: error["time"])
     if own:
@@ -82,6 +82,12 @@ def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: 
     host = host_of_rank(hosts, 0)
     log = logs / log_name(0, host) if processes == 1 and not _last_line(text) else launcher_log
     return RankFailure(_how(status, log), 0 if processes == 1 else None, host, log)
+
+
+def read_errors(logs: Path) -> list[dict[str, Any]]:
+    """What ranks wrote that failed, the first one first."""
+    errors = [error for path in logs.glob("error-*.json") if (error := _error(path))]
+    return sorted(errors, key=lambda error: (error["time"], error["rank"]))
 
 
 def _error(path: Path) -> dict[str, Any] | None:

@@ -58,8 +58,11 @@ class StopRequests:
         over = threading.Event()
 
         def look() -> None:
-            while not self._signal and not over.is_set():
-                if (text := read_wish(self._file)).isdecimal():
+            while not over.is_set():
+                text = read_wish(self._file)
+                if text == AT_ONCE:  # also where the launching process is gone, or stands still
+                    os._exit(128 + signal.SIGTERM)
+                if text.isdecimal():
                     self._signal = self._signal or int(text)
                 over.wait(_LOOK_SECONDS)
 

@@ -69,6 +69,11 @@ class RunDirectory:
         return self.logs / "launching.json"
 
     @property
+    def submitted(self) -> Path:
+        """As which job of a batch system the run was submitted."""
+        return self.logs / "submitted.json"
+
+    @property
     def launching_log(self) -> Path:
         """What that process says."""
         return self.logs / "launching.log"

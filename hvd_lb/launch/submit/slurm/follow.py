@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hvd_lb.errors import UserError
+from hvd_lb.launch.submit.slurm.queue import job_state, note
 from hvd_lb.launch.submit.slurm.script import log_file
 
 _INTERRUPTED = 130
@@ -37,6 +38,7 @@ def submit(
     """
     log_file(output, "%j").parent.mkdir(parents=True, exist_ok=True)
     job = _sbatch(script, environment)
+    note(output, job)
     log = log_file(output, job)
     say(f"job {job} submitted; its log is {log}")
     try:
@@ -77,7 +79,7 @@ def _follow(job: str, log: Path, say: Callable[[str], None], poll_seconds: float
     """Tell changes of its state and what it writes, until it has ended; its exit status."""
     last_words, position, ended = "", 0, 0
     while True:
-        state = _state(job)
+        state = job_state(job)
         position = _show(log, position)
         if state and (words := _words(state)) != last_words:
             say(f"job {job}: {words}")
@@ -88,16 +90,6 @@ def _follow(job: str, log: Path, say: Callable[[str], None], poll_seconds: float
             _show(log, position)
             return _exit_status(state or {})
         time.sleep(poll_seconds)
-
-
-def _state(job: str) -> dict[str, str] | None:
-    """What Slurm says of a job, nothing when it does not answer now; None for one it no longer knows."""
-    done = subprocess.run(
-        ["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True, check=False
-    )
-    if "Invalid job id" in done.stderr:
-        return None
-    return dict(re.findall(r"(\w+)=(\S*)", done.stdout))
 
 
 def _words(state: Mapping[str, str]) -> str:
