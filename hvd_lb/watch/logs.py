@@ -114,6 +114,8 @@ def _begin_of_last(path: Path, lines: int) -> int:
     try:
         with path.open("rb") as stream:
             position = end = stream.seek(0, os.SEEK_END)
+            if not lines:
+                return end
             wanted = lines + 1  # the line feed before them
             while position > max(0, end - _MOST):
                 size = min(_BLOCK, position)

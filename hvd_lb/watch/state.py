@@ -58,7 +58,7 @@ class RunState:
 def find_runs(folder: Path) -> list[Path]:
     """The run directories in `folder`, or itself if it is one; by name. UserError where there is no such folder."""
     if not folder.is_dir():
-        raise UserError(f"{printable(str(folder))} is no folder: expected one with run directories in it")
+        raise UserError(f"{printable(str(folder))} is no folder: expected one with runs in it")
     return sorted(_runs(folder, 0))
 
 

@@ -37,7 +37,11 @@ def job_state(job: str, log: Path | None = None) -> dict[str, str] | None:
     With `log` also for one that writes to another file: numbers of jobs are used again, and by other clusters.
     """
     done = subprocess.run(
-        ["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True, check=False
+        ["scontrol", "--oneliner", "show", "job", job],
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",  # of names of files
+        check=False,
     )
     if "Invalid job id" in done.stderr or (
         log and done.stdout and f" StdOut={log} " not in f"{done.stdout} "
