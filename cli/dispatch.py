@@ -31,7 +31,7 @@ from hvd_lb.machine.gpus import SHOWN_BY
 from hvd_lb.machine.placement import Placement, choose_device, choose_placement, default_gpus
 from hvd_lb.report.text import count
 from hvd_lb.resolve import check_options, explain, resolve
-from hvd_lb.world.launched import refuse_torchrun
+from hvd_lb.world.launched import refuse_several
 from hvd_lb_cli.arguments import without_secrets
 from hvd_lb_cli.options.given import refuse_options
 from hvd_lb_cli.options.train import TrainOptions
@@ -45,7 +45,7 @@ _OF_THE_EXCHANGE = {"allreduce", "fusion_threshold", "cycle_time", "autotune", "
 def dispatch(context: click.Context, options: TrainOptions) -> int:
     """Train, go on, print what would be run, or submit; the exit status. `context` is that of `train`."""
     console = plain_console()
-    refuse_torchrun(os.environ)
+    refuse_several(os.environ, "hvd-lb train")
     target = find_target(options.launch, options.device, os.environ)
     refuse_unused(context, target, options.submit)
     if is_submission(target, options):

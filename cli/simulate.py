@@ -94,9 +94,9 @@ def simulate(
     from hvd_lb.machine.placement import choose_device, choose_placement
     from hvd_lb.resolve import explain, resolve
     from hvd_lb.simulate import rehearse
-    from hvd_lb.world.launched import refuse_torchrun
+    from hvd_lb.world.launched import refuse_several
 
-    refuse_torchrun(os.environ)
+    refuse_several(os.environ, "hvd-lb simulate")
     started = time.monotonic()
     console = plain_console()
     device_name = choose_device(device)

@@ -1,4 +1,7 @@
-"""A loop of your own: `horovodrun -np 2 python examples/foreign_loop.py` trains ShuffleNet on made-up images."""
+"""A loop of your own trains ShuffleNet on made-up images.
+
+`horovodrun -np 2 python examples/foreign_loop.py`, or `torchrun --nproc-per-node 2 examples/foreign_loop.py`.
+"""
 
 import torch
 import torch.nn.functional as F

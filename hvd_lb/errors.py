@@ -1,4 +1,4 @@
-"""The error a user can cause and put right: one line, shown without a traceback, exit code 2."""
+"""The error a user can cause and put right, and the one that another process has caused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Says in one line what was given, what was expected and what to do."""
+    """Says in one line what was given, what was expected and what to do: no traceback, exit code 2."""
+
+
+class ExchangeError(RuntimeError):
+    """The processes of a job could not exchange tensors: one of them, most likely not this one, has ended or hangs."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

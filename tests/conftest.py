@@ -1,11 +1,11 @@
-"""Shared by all tests: real runs and real Horovod jobs."""
+"""Shared by all tests: real runs and jobs."""
 
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ pytest.register_assert_rewrite("real_runs")
 
 @dataclass(frozen=True)
 class Job:
-    """What a Horovod job has left behind; `output` holds both of its streams."""
+    """What a job has left behind; `output` holds both of its streams."""
 
     returncode: int
     output: str
@@ -33,34 +33,47 @@ def horovodrun() -> Callable[..., Job]:
     launcher = Path(sys.executable).with_name("horovodrun")
     if importlib.util.find_spec("horovod") is None or not launcher.exists():
         pytest.skip("Horovod is not installed; docker/build-horovod.sh builds it")
-    root = Path(__file__).parents[1]
 
     def run(script: Path, np: int, *args: object, timeout: float = 90) -> Job:
-        command = [launcher, "--gloo", "-np", np, "-H", f"localhost:{np}", "--network-interface", "lo"]
-        command += [sys.executable, script, *args]
-        paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-        job = subprocess.Popen(
-            [str(part) for part in command],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = job.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            job.send_signal(signal.SIGTERM)  # horovodrun takes its workers with it
-            try:
-                output, _ = job.communicate(timeout=15)
-            except subprocess.TimeoutExpired:
-                os.killpg(job.pid, signal.SIGKILL)
-                output, _ = job.communicate()
-            pytest.fail(f"{script} was still running after {timeout} s; its output:\n{output}")
-        return Job(job.returncode, output)
+        options = ["--gloo", "-np", np, "-H", f"localhost:{np}", "--network-interface", "lo"]
+        return _run([launcher, *options, sys.executable, script, *args], timeout)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[..., Job]:
+    """torchrun(script, np, *args, timeout=90): the same by torchrun."""
+
+    def run(script: Path, np: int, *args: object, timeout: float = 90) -> Job:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return _run([*launcher, "--nproc-per-node", np, script, *args], timeout)
+
+    return run
+
+
+def _run(command: Sequence[object], timeout: float) -> Job:
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    job = subprocess.Popen(
+        [str(part) for part in command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = job.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        job.send_signal(signal.SIGTERM)  # the launcher takes its processes with it
+        try:
+            output, _ = job.communicate(timeout=15)
+        except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGKILL)
+            output, _ = job.communicate()
+        pytest.fail(f"{command} was still running after {timeout} s; its output:\n{output}")
+    return Job(job.returncode, output)
 
 
 @pytest.fixture

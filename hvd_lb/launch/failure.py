@@ -15,6 +15,8 @@ from hvd_lb.launch.hosts import Host, host_of_rank
 from hvd_lb.launch.launch_plan import TIMEOUT
 from hvd_lb.launch.rank.names import log_name
 
+# What the other processes of a job say when one of them has failed: Horovod's error, and ours for torch.distributed.
+_OF_OTHERS = ("HorovodInternalError", "ExchangeError")
 # How mpirun and srun tell which process ended, and how.
 _ENDINGS = (
     re.compile(r"Process name: \[\[\d+,1\],(?P<rank>\d+)\]\s*\n\s*Exit code: +(?P<code>\d+)"),
@@ -49,8 +51,7 @@ class RankFailure:
 def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: int) -> RankFailure:
     """What the process said that failed first, else how it ended; `status` is the launcher's."""
     errors = read_errors(logs)
-    # When one process fails Horovod's other processes fail in turn, with an error of Horovod's own.
-    own = sorted((e for e in errors if e["kind"] != "HorovodInternalError"), key=lambda error: error["time"])
+    own = sorted((e for e in errors if e["kind"] not in _OF_OTHERS), key=lambda error: error["time"])
     if own:
         return _from_error_file(own[0], logs, hosts)
     explained = {error["rank"] for error in errors}

@@ -2,7 +2,8 @@
 
 Sums and maxima, never means: the normaliser of a gradient is the global minibatch and is applied once, by the optimizer
 (paper remark 3). Every method except the ranks is collective: all processes call it with the same name,
-shapes and dtypes.
+shapes and dtypes. What is asynchronous they may start in any order: names tell what belongs together. Reductions are of
+int32, int64, fp16, fp32 and fp64.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Protocol
 
-from hvd_lb.world.launched import launched, refuse_worlds_of_one
+from hvd_lb.world.engine import EngineName, choose_engine
+from hvd_lb.world.launched import launched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,23 +70,29 @@ class World(Protocol):
 _current: World | None = None
 
 
-def init() -> World:
+def init(engine: EngineName = "auto") -> World:
     """Joins the job this process was launched into, or makes a world of one; later calls return the same.
 
-    A job is what horovodrun or mpirun has made of several processes. Raises `UserError` where Horovod is missing then
-    or does not fit torch, and where several processes were started that Horovod cannot connect (torchrun).
+    A job is what horovodrun, mpirun, torchrun or srun has made of several processes, or RANK, WORLD_SIZE, MASTER_ADDR
+    and MASTER_PORT tell of. `engine` is what exchanges tensors: Horovod, or torch.distributed; auto takes Horovod where
+    it is installed and the launcher tells it how processes meet (horovodrun, mpirun), else torch. Raises `UserError`
+    where Horovod is asked for and cannot be had, and where the other processes do not come.
     """
     global _current
     if _current is None:
-        refuse_worlds_of_one(os.environ)
-        if launched(os.environ):
+        place = launched(os.environ)
+        if place is None:
+            from hvd_lb.world.solo import Solo
+
+            _current = Solo()
+        elif choose_engine(engine, place)[0] == "horovod":
             from hvd_lb.world.horovod import HorovodWorld
 
             _current = HorovodWorld()
         else:
-            from hvd_lb.world.solo import Solo
+            from hvd_lb.world.torch_distributed import TorchWorld
 
-            _current = Solo()
+            _current = TorchWorld(place)
     return _current
 
 

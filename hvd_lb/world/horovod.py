@@ -52,10 +52,10 @@ class HorovodWorld:
         self.size: int = self._hvd.size()
         self.local_rank: int = self._hvd.local_rank()
         self.local_size: int = self._hvd.local_size()
-        if (place := launched(os.environ)) and place[1] != self.size:
+        if (place := launched(os.environ)) and place.size != self.size:
             raise UserError(
-                f"{place[1]} processes were started, and Horovod found {self.size}: it was built without MPI, so start "
-                f"them with horovodrun, or {HOW_TO_BUILD} with MPI"
+                f"{place.size} processes were started, and Horovod found {self.size}: it was built without MPI, so "
+                f"start them with horovodrun, or {HOW_TO_BUILD} with MPI"
             )
 
     def allreduce_async(self, tensor: Tensor, name: str) -> HorovodHandle:

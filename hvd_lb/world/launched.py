@@ -7,47 +7,75 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from hvd_lb.errors import UserError
 
-# Rank and number of processes: horovodrun (Gloo), Open MPI's mpirun, the PMI launchers of MPICH, Intel and Cray MPI,
-# and srun --mpi=pmix.
+
+@dataclass(frozen=True)
+class Place:
+    """One of `size` processes that `launcher` has started; `local_rank` counts those of a host, None: not told."""
+
+    launcher: str
+    rank: int
+    size: int
+    local_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class _Variables:
+    """The variables of a launcher; all of `also` are set as well where it is this one."""
+
+    launcher: str
+    rank: str
+    size: str
+    local_rank: str
+    also: tuple[str, ...] = ()
+
+
+# The innermost first: srun and mpirun may start one torchrun a host, and a batch job any of them.
 _LAUNCHERS = (
-    ("HOROVOD_RANK", "HOROVOD_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("PMI_RANK", "PMI_SIZE"),
-    ("PMIX_RANK", "SLURM_STEP_NUM_TASKS"),
+    _Variables("horovodrun", "HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK"),
+    _Variables("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("TORCHELASTIC_RUN_ID",)),
+    _Variables(
+        "mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"
+    ),  # Open MPI
+    _Variables("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel and Cray MPI; Flux
+    _Variables("srun --mpi=pmix", "PMIX_RANK", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    # What torch itself reads, set by hand, or by an operator of Kubernetes.
+    _Variables("RANK and WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("MASTER_ADDR", "MASTER_PORT")),
+    _Variables("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    _Variables("RANK and WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
 )
-# Those that start processes which Horovod cannot connect.
-_OTHERS = {"torchrun": ("RANK", "WORLD_SIZE"), "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")}
 
 _OF_A_JOB = re.compile(
     r"HOROVOD_((LOCAL_|CROSS_)?(RANK|SIZE)|HOSTNAME|CONTROLLER|CPU_OPERATIONS|GLOO_(RENDEZVOUS_.*|IFACE))"
     r"|OMPI_(?!MCA_).*|OMPI_MCA_(ess|orte|pmix|initial_wdir).*|PMI2?_.*|PMIX_(?!MCA_).*"
+    r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
 )
 
 
-def launched(environment: Mapping[str, str]) -> tuple[int, int] | None:
-    """Rank and number of processes of the job that a launcher known to Horovod has made; None for one process."""
-    return next(filter(None, (_several(environment, *names) for names in _LAUNCHERS)), None)
+def launched(environment: Mapping[str, str]) -> Place | None:
+    """The place of this process in the job that a launcher has made of several; None for one process."""
+    return next((place for place in _places(environment) if place.size > 1), None)
 
 
-def refuse_worlds_of_one(environment: Mapping[str, str]) -> None:
-    """UserError where several processes were started that would each train for itself."""
-    for launcher, (rank, size) in _OTHERS.items():
-        if not launched(environment) and (place := _several(environment, rank, size)):
-            raise UserError(
-                f"{launcher} started this as one of {place[1]} processes ({size}={place[1]}), and each would train for "
-                f"itself: start them with horovodrun -np {place[1]}, or unset {size} for one process alone"
-            )
+def launched_alone(environment: Mapping[str, str]) -> str | None:
+    """The variables, as NAME=VALUE, that tell of a job of one process, where none tell of several."""
+    if launched(environment):
+        return None
+    for known in _LAUNCHERS:
+        if environment.get(known.size) == "1" and known.rank in environment:
+            return f"{known.rank}={environment[known.rank]} and {known.size}=1"
+    return None
 
 
-def refuse_torchrun(environment: Mapping[str, str]) -> None:
-    """UserError where torchrun has started `hvd-lb` itself, which starts the processes of a run."""
-    if place := _several(environment, *_OTHERS["torchrun"]):
+def refuse_several(environment: Mapping[str, str], command: str) -> None:
+    """UserError where a launcher has started several of a command that is one process."""
+    if place := launched(environment):
         raise UserError(
-            f"torchrun started this as one of {place[1]} processes (WORLD_SIZE={place[1]}), and hvd-lb starts its own: "
-            "call it without torchrun, or unset WORLD_SIZE where that is left from another job"
+            f"{place.launcher} started this as one of {place.size} processes, and `{command}` is one: call it without, "
+            "or unset those variables where they are left from another job"
         )
 
 
@@ -56,9 +84,16 @@ def without_job(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not _OF_A_JOB.fullmatch(name)}
 
 
-def _several(environment: Mapping[str, str], rank: str, size: str) -> tuple[int, int] | None:
-    try:
-        place = int(environment[rank]), int(environment[size])
-    except (KeyError, ValueError):  # left over, or made by hand
-        return None
-    return place if place[1] > 1 else None
+def _places(environment: Mapping[str, str]) -> list[Place]:
+    places = []
+    for known in _LAUNCHERS:
+        rank, size = _number(environment, known.rank), _number(environment, known.size)
+        if rank is not None and size is not None and all(name in environment for name in known.also):
+            places.append(Place(known.launcher, rank, size, _number(environment, known.local_rank)))
+    return places
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    """None for what is not set, or left over and not whole, or made by hand."""
+    value = environment.get(name, "")
+    return int(value) if re.fullmatch("[0-9]{1,9}", value, re.ASCII) else None

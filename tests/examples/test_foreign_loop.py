@@ -1,7 +1,6 @@
-"""The example is run as its first line says."""
+"""The example is run as its first lines say."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,9 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "foreign_loop.py"
 
 
 @pytest.mark.slow
-def test_foreign_loop(horovodrun: Callable) -> None:
-    job = horovodrun(EXAMPLE, 2, timeout=180)
+@pytest.mark.parametrize("launcher", ["horovodrun", "torchrun"])
+def test_foreign_loop(launcher: str, request: pytest.FixtureRequest) -> None:
+    job = request.getfixturevalue(launcher)(EXAMPLE, 2, timeout=180)
     assert job.returncode == 0, job.output
     losses = [float(loss) for loss in re.findall(r"epoch \d+: loss ([\d.]+)", job.output)]
     assert len(losses) == 8

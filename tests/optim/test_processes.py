@@ -1,4 +1,4 @@
-"""DistributedOptimizer and the world in real Horovod jobs; the checks are in ranks/checks.py."""
+"""DistributedOptimizer and the world in real jobs of both engines; the checks are in ranks/checks.py."""
 
 import ast
 import json
@@ -20,17 +20,22 @@ def decorated(*decorators: str) -> list[str]:
 pytestmark = pytest.mark.slow
 
 
-def run(horovodrun: Callable, processes: int) -> tuple[dict[str, int], str]:
+def run(launcher: Callable, processes: int) -> tuple[dict[str, int], str]:
     """(check → number of processes in which it failed, all output) of one job."""
-    job = horovodrun(WORKER, processes, timeout=240)
+    job = launcher(WORKER, processes, timeout=240)
     lines = [line.partition("CHECK ")[2] for line in job.output.splitlines() if "CHECK " in line]
     assert job.returncode == 0, job.output
     return dict(map(json.loads, lines)), job.output
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=lambda p: f"{p} processes")
-def job(request: pytest.FixtureRequest, horovodrun: Callable) -> tuple[dict[str, int], str]:
-    return run(horovodrun, request.param)
+@pytest.fixture(
+    scope="module",
+    params=[("horovodrun", 2), ("horovodrun", 3), ("torchrun", 2), ("torchrun", 3)],
+    ids=lambda param: f"{param[0]} of {param[1]}",
+)
+def job(request: pytest.FixtureRequest) -> tuple[dict[str, int], str]:
+    launcher, processes = request.param
+    return run(request.getfixturevalue(launcher), processes)
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +49,14 @@ def test_check(job: tuple[dict[str, int], str], check: str) -> None:
     assert failures.get(check) == 0, output
 
 
-@pytest.mark.parametrize("processes", [1, 3])
-def test_the_program_in_docs_library_runs(horovodrun: Callable, tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(("launcher", "processes"), [("horovodrun", 1), ("horovodrun", 3), ("torchrun", 3)])
+def test_the_program_in_docs_library_runs(
+    request: pytest.FixtureRequest, tmp_path: Path, launcher: str, processes: int
+) -> None:
     page = (Path(__file__).parents[2] / "docs" / "library.md").read_text("utf-8")
     program = tmp_path / "program.py"
     program.write_text("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
-    job = horovodrun(program, processes, timeout=240)
+    job = request.getfixturevalue(launcher)(program, processes, timeout=240)
     assert job.returncode == 0, job.output
 
 

@@ -1,15 +1,13 @@
 """Which job a process is of, by what launchers leave in its environment."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from hvd_lb.errors import UserError
-from hvd_lb.world.launched import launched, refuse_torchrun, refuse_worlds_of_one, without_job
+from hvd_lb.world.launched import Place, launched, launched_alone, refuse_several, without_job
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
+MPIRUN = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
 
 
 @pytest.mark.parametrize(
@@ -21,35 +19,57 @@ TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN
         ({"PMI_RANK": "1"}, None),
         ({"PMIX_RANK": "1"}, None),
         ({"HOROVOD_RANK": "1"}, None),
+        ({"RANK": "1"}, None),
+        ({"WORLD_SIZE": "8"}, None),
+        ({"SLURM_PROCID": "0"}, None),
         ({"HOROVOD_RANK": "0", "HOROVOD_SIZE": "1"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
         ({"PMI_RANK": "x", "PMI_SIZE": "many"}, None),
         ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
         # jobs
-        ({"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2"}, (1, 2)),
-        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}, (0, 4)),
-        ({"PMI_RANK": "3", "PMI_SIZE": "4"}, (3, 4)),
-        ({"PMIX_RANK": "3", "SLURM_STEP_NUM_TASKS": "4"}, (3, 4)),
-        ({"PMI_RANK": "0", "PMI_SIZE": "1", "HOROVOD_RANK": "1", "HOROVOD_SIZE": "2"}, (1, 2)),
-        ({"HOROVOD_RANK": "0", "HOROVOD_SIZE": "1", "PMI_RANK": "1", "PMI_SIZE": "2"}, (1, 2)),
+        ({"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2"}, Place("horovodrun", 1, 2)),
+        (MPIRUN, Place("mpirun", 0, 4, 0)),
+        ({"PMI_RANK": "3", "PMI_SIZE": "4"}, Place("mpirun", 3, 4)),
+        (SRUN | {"PMIX_RANK": "3"}, Place("srun --mpi=pmix", 3, 4, 1)),
+        (SRUN, Place("srun", 3, 4, 1)),
+        (TORCHRUN, Place("torchrun", 1, 2, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Place("RANK and WORLD_SIZE", 1, 2)),
+        # one in another
+        (
+            {"PMI_RANK": "0", "PMI_SIZE": "1", "HOROVOD_RANK": "1", "HOROVOD_SIZE": "2"},
+            Place("horovodrun", 1, 2),
+        ),
+        ({"HOROVOD_RANK": "0", "HOROVOD_SIZE": "1", "PMI_RANK": "1", "PMI_SIZE": "2"}, Place("mpirun", 1, 2)),
+        (SRUN | TORCHRUN, Place("torchrun", 1, 2, 1)),
+        (MPIRUN | TORCHRUN, Place("torchrun", 1, 2, 1)),
+        (SRUN | MPIRUN, Place("mpirun", 0, 4, 0)),
+        # of a pod's own, in which mpirun or srun has started processes
+        (MPIRUN | {"RANK": "0", "WORLD_SIZE": "8"}, Place("mpirun", 0, 4, 0)),
+        (SRUN | {"RANK": "0", "WORLD_SIZE": "8"}, Place("srun", 3, 4, 1)),
+        (
+            SRUN | {"RANK": "7", "WORLD_SIZE": "8", "MASTER_ADDR": "h1", "MASTER_PORT": "29500"},
+            Place("RANK and WORLD_SIZE", 7, 8),
+        ),
     ],
 )
-def test_a_job_has_several_processes(environment: dict[str, str], place: tuple[int, int] | None) -> None:
+def test_a_job_has_several_processes(environment: dict[str, str], place: Place | None) -> None:
     assert launched(environment) == place
 
 
-def test_processes_that_would_each_train_for_themselves() -> None:
+def test_a_job_of_one_process_is_told_by_its_variables() -> None:
+    assert launched_alone({"RANK": "0", "WORLD_SIZE": "1"}) == "RANK=0 and WORLD_SIZE=1"
+    assert launched_alone({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}) == (
+        "SLURM_PROCID=0 and SLURM_STEP_NUM_TASKS=1"
+    )
+    assert launched_alone({"RANK": "0"}) is launched_alone({}) is launched_alone(TORCHRUN) is None
+
+
+def test_a_command_of_one_process_refuses_to_be_several() -> None:
     with pytest.raises(
-        UserError, match=r"torchrun started this as one of 2 processes.*horovodrun -np 2.*unset WORLD_SIZE"
+        UserError, match=r"srun started this as one of 4 processes, and `hvd-lb simulate` is one"
     ):
-        refuse_worlds_of_one(TORCHRUN)
-    with pytest.raises(UserError, match="srun started this as one of 4 processes"):
-        refuse_worlds_of_one({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"})
-    with pytest.raises(UserError, match="hvd-lb starts its own"):
-        refuse_torchrun(TORCHRUN)
-    for alone in ({}, TORCHRUN | {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "8"}, {"SLURM_PROCID": "0"}):
-        refuse_worlds_of_one(alone)
-        refuse_torchrun(alone)
-    refuse_worlds_of_one(TORCHRUN | {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2"})
+        refuse_several(SRUN, "hvd-lb simulate")
+    refuse_several({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, "hvd-lb simulate")
 
 
 def test_what_tells_of_another_job_is_not_inherited() -> None:
@@ -72,24 +92,15 @@ def test_what_tells_of_another_job_is_not_inherited() -> None:
             "PMI2_RANK",
             "PMIX_RANK",
             "PMIX_NAMESPACE",
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "MASTER_ADDR",
+            "TORCHELASTIC_USE_AGENT_STORE",
         ],
         "1",
     )
     kept = dict.fromkeys(
-        ["HOROVOD_CYCLE_TIME", "OMPI_MCA_btl", "PMIX_MCA_gds", "PATH", "RANK", "SLURM_JOB_ID", "PMIXED"], "1"
+        ["HOROVOD_CYCLE_TIME", "OMPI_MCA_btl", "PMIX_MCA_gds", "PATH", "RANKS", "SLURM_JOB_ID", "PMIXED"], "1"
     )
     assert without_job(inherited | kept) == kept
-
-
-@pytest.mark.slow
-def test_init_under_torchrun_is_one_line() -> None:
-    code = "import hvd_lb; hvd_lb.init()"
-    ended = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **TORCHRUN},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 1
-    assert "torchrun started this as one of 2 processes" in ended.stderr.splitlines()[-1]

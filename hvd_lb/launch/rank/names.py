@@ -10,7 +10,7 @@ from hvd_lb.world.launched import launched
 def this_rank() -> int:
     """The rank that the launcher gave this process; 0 for one on its own."""
     place = launched(os.environ)
-    return place[0] if place else 0
+    return place.rank if place else 0
 
 
 def log_name(rank: int, host: str) -> str:

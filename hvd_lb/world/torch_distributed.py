@@ -1,0 +1,272 @@
+"""The processes of a job by torch.distributed: NCCL for CUDA tensors, Gloo for those on the CPU.
+
+torch matches collectives by the order in which a process calls them, `World` by their names, as Horovod does: backward
+fills buckets in another order where a branch of the network is not taken. So rank 0's order is everybody's. Before it
+starts an exchange it tells the others which, by a broadcast of eight bytes; they start theirs when it is its turn. All
+of that happens in Gloo's threads, so no process waits for it but where it waits for the sum itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import itertools
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import (
+    AllreduceOptions,
+    BroadcastOptions,
+    PrefixStore,
+    ProcessGroupGloo,
+    ReduceOp,
+    Store,
+    Work,
+)
+
+from hvd_lb.errors import ExchangeError, UserError
+from hvd_lb.world.launched import Place
+from hvd_lb.world.rendezvous import JOIN_SECONDS, join
+
+# Long enough for the slowest step, short enough that a hang does not last the night.
+_WAIT = timedelta(seconds=1800)
+# Those that Horovod adds up, too.
+_NUMBERS = (torch.int32, torch.int64, torch.float16, torch.float32, torch.float64)
+_worlds = itertools.count()  # all processes make equally many
+
+
+class TorchHandle:
+    """A collective that is under way, or waits for its turn."""
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        self._tensor, self._name = tensor, name
+        self._begun = threading.Event()
+        self._work: Work | None = None
+        self._error: Exception | None = None
+
+    def begin(self, start: Callable[[], Work] | None) -> None:
+        """Now it is its turn; None: there is nothing to do."""
+        try:
+            self._work = start() if start else None
+        except RuntimeError as error:
+            self._error = error
+        self._begun.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._begun.set()
+
+    @property
+    def done(self) -> bool:
+        return self._begun.is_set() and (self._work is None or self._work.is_completed())
+
+    def wait(self) -> Tensor:
+        """Sleeps until it is done. On a GPU only the present stream waits, as for any of its kernels."""
+        self._begun.wait()
+        try:
+            if self._error:
+                raise self._error
+            if self._work:
+                self._work.wait()
+        except RuntimeError as error:
+            raise ExchangeError(
+                f"{self._name}: another process has ended, or is not reached ({_first_line(error)})"
+            ) from error
+        return self._tensor
+
+
+class TorchWorld:
+    """The `size` processes of which this one is at `place`.
+
+    Which CUDA device a process uses is the caller's choice, as in a `HorovodWorld`. Raises `UserError` where the others
+    do not come. `ExchangeError` surfaces where one of them has ended.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.rank, self.size = place.rank, place.size
+        store, address = join(place)
+        self._store = PrefixStore(f"hvd_lb/{next(_worlds)}", store)
+        hosts = _hosts(self._store, place)
+        here = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
+        self.local_size = len(here)
+        self.local_rank = here.index(self.rank) if place.local_rank is None else place.local_rank
+        self._gloo: Any = _gloo(PrefixStore("gloo", self._store), self.rank, self.size, address)
+        self._nccl: Any = None
+        self._stream: Any = None  # a torch.cuda.Stream, with self._nccl
+        self._changed = threading.RLock()
+        self._waiting: dict[int, tuple[TorchHandle, Callable[[], Work]]] = {}  # for their turn, by key
+        self._turn: int | None = None  # the key of what rank 0 has started and this process has not come to
+        self._asking = False
+        self._last: list[TorchHandle] = []
+        atexit.register(self._end)
+
+    def allreduce_async(self, tensor: Tensor, name: str) -> TorchHandle:
+        return self._reduce(tensor, name, ReduceOp.SUM)
+
+    def maximum_async(self, tensor: Tensor, name: str) -> TorchHandle:
+        return self._reduce(tensor, name, ReduceOp.MAX)
+
+    def _reduce(self, tensor: Tensor, name: str, operation: Any) -> TorchHandle:
+        if tensor.dtype not in _NUMBERS:
+            raise ValueError(f"{name}: a reduction of {tensor.dtype}; expected one of {_NUMBERS}")
+        options = AllreduceOptions()
+        options.reduceOp, options.timeout = operation, _WAIT
+        return self._start(tensor, name, lambda group: group.allreduce([tensor], options))
+
+    def allreduce(self, tensor: Tensor, name: str) -> Tensor:
+        return self.allreduce_async(tensor, name).wait()
+
+    def broadcast(self, tensor: Tensor, name: str) -> Tensor:
+        # The same memory as bytes, so any dtype will do. (What is not contiguous is refused, not copied.)
+        data = tensor.detach()
+        data = data.reshape(-1).view(torch.uint8) if data.is_contiguous() else data
+        self._start(data, name, lambda group: group.broadcast([data], _from_rank_0())).wait()
+        return tensor
+
+    def broadcast_bytes(self, data: bytes, name: str) -> bytes:
+        length = int(self.broadcast(torch.tensor([len(data)]), f"{name}.length").item())
+        if self.rank == 0:
+            buffer = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[:length]
+        else:
+            buffer = torch.empty(length, dtype=torch.uint8)
+        return self.broadcast(buffer, f"{name}.bytes").numpy().tobytes()
+
+    def barrier(self) -> None:
+        self.allreduce(torch.zeros(1), "hvd_lb.barrier")
+
+    def shutdown(self) -> None:
+        """Returns when all processes have called it, or one has ended."""
+        with suppress(ExchangeError):
+            self.barrier()
+        atexit.unregister(self._end)
+        self._gloo = self._nccl = None
+
+    def _start(self, tensor: Tensor, name: str, collective: Callable[[Any], Work]) -> TorchHandle:
+        """Starts a collective, or notes it until it is its turn."""
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: the tensor has gaps or is transposed; expected a contiguous one")
+        handle = TorchHandle(tensor, name)
+        if not tensor.numel():
+            handle.begin(None)
+            return handle
+        start = self._on_gpu(tensor, collective) if tensor.is_cuda else partial(collective, self._gloo)
+        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big", signed=True)
+        with self._changed:
+            self._last = [*(other for other in self._last if not other.done), handle]
+            if self.rank == 0:
+                self._gloo.broadcast([torch.tensor([key])], _from_rank_0())
+                handle.begin(start)
+            elif self._turn == key:
+                self._turn = None
+                handle.begin(start)
+                self._ask()
+            elif key in self._waiting:
+                raise ValueError(
+                    f"{name} is under way already: a name is free again when its sum was waited for"
+                )
+            else:
+                self._waiting[key] = handle, start
+                self._ask()
+        return handle
+
+    def _ask(self) -> None:
+        """Have `_told` called with what rank 0 starts next, if this process has something that waits for its turn."""
+        if self._waiting and self._turn is None and not self._asking:
+            self._asking = True
+            key = torch.zeros(1, dtype=torch.int64)
+            self._gloo.broadcast([key], _from_rank_0()).get_future().add_done_callback(
+                partial(self._told, key)
+            )
+
+    def _told(self, key: Tensor, future: Any) -> None:
+        with self._changed:
+            self._asking = False
+            try:
+                future.value()
+            except RuntimeError as error:
+                for handle, _ in self._waiting.values():
+                    handle.fail(error)
+                self._waiting.clear()
+                return
+            self._turn = int(key)
+            if self._turn in self._waiting:
+                handle, start = self._waiting.pop(self._turn)
+                self._turn = None
+                handle.begin(start)
+                self._ask()
+
+    def _on_gpu(self, tensor: Tensor, collective: Callable[[Any], Work]) -> Callable[[], Work]:
+        """Starts it on the GPU from any thread, after the kernels that the present stream has been given so far."""
+        device = tensor.device
+        if self._nccl is None:
+            from torch.distributed import ProcessGroupNCCL
+
+            options = ProcessGroupNCCL.Options()
+            options._timeout = _WAIT
+            self._nccl = ProcessGroupNCCL(PrefixStore("nccl", self._store), self.rank, self.size, options)
+            self._stream = torch.cuda.Stream(device)
+        ready = torch.cuda.current_stream(device).record_event()
+
+        def start() -> Work:
+            with torch.cuda.device(device), torch.cuda.stream(self._stream):
+                self._stream.wait_event(ready)
+                return collective(self._nccl)
+
+        return start
+
+    def _end(self) -> None:
+        """At the end of the program: one that leaves in the middle of an exchange ends at once.
+
+        The others wait for it, and Gloo's threads here for them: none would end.
+        """
+        if any(not handle.done for handle in self._last):
+            print(f"rank {self.rank} ends in the middle of an exchange with the others", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def _from_rank_0() -> BroadcastOptions:
+    options = BroadcastOptions()
+    options.rootRank, options.rootTensor, options.timeout = 0, 0, _WAIT
+    return options
+
+
+def _hosts(store: Store, place: Place) -> list[str]:
+    """The host of each rank, once all have come. UserError that names those that do not."""
+    keys = [f"host/{rank}" for rank in range(place.size)]
+    store.set(keys[place.rank], socket.gethostname())
+    try:
+        store.wait(keys, timedelta(seconds=JOIN_SECONDS))
+    except RuntimeError:
+        absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        raise UserError(
+            f"{len(absent)} of {place.size} ranks did not come within {JOIN_SECONDS} s: {', '.join(absent[:20])}"
+            f"{' …' if len(absent) > 20 else ''}; where {place.launcher}'s variables are left from another job, unset "
+            "them"
+        ) from None
+    return [host.decode() for host in store.multi_get(keys)]
+
+
+def _gloo(store: Store, rank: int, size: int, address: str) -> Any:
+    """Gloo's processes, connected on GLOO_SOCKET_IFNAME, or else on the interface of `address`."""
+    gloo: Any = ProcessGroupGloo  # of which torch's types tell less than there is
+    options = gloo._Options()
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    where = {"interface": interface} if interface else {"hostname": address}
+    options._devices, options._timeout = [gloo.create_device(**where)], _WAIT
+    return gloo(store, rank, size, options)
+
+
+def _first_line(error: Exception) -> str:
+    """Without torch's general advice."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).partition(". This is ")[0]

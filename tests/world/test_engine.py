@@ -1,0 +1,45 @@
+"""Which engine a job gets."""
+
+from __future__ import annotations
+
+import pytest
+
+from hvd_lb.errors import UserError
+from hvd_lb.world import engine
+from hvd_lb.world.engine import choose_engine
+from hvd_lb.world.launched import Place
+
+
+@pytest.fixture
+def no_horovod(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise UserError("Horovod is not installed, but several processes need it: build it")
+
+    monkeypatch.setattr(engine, "import_horovod", missing)
+
+
+@pytest.fixture
+def horovod(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "import_horovod", lambda: None)
+
+
+@pytest.mark.usefixtures("horovod")
+def test_horovod_is_the_default_wherever_it_can_connect_processes() -> None:
+    assert choose_engine("auto", None) == ("horovod", "")
+    for launcher in ("horovodrun", "mpirun", "srun --mpi=pmix"):
+        assert choose_engine("auto", Place(launcher, 0, 2))[0] == "horovod"
+    for launcher in ("torchrun", "srun", "RANK and WORLD_SIZE"):
+        assert choose_engine("auto", Place(launcher, 0, 2)) == ("torch", f"started by {launcher}")
+        with pytest.raises(UserError, match=rf"{launcher} started .*horovodrun -np 2"):
+            choose_engine("horovod", Place(launcher, 0, 2))
+    assert choose_engine("torch", Place("horovodrun", 0, 2))[0] == "torch"
+
+
+@pytest.mark.usefixtures("no_horovod")
+def test_without_horovod_it_is_torch() -> None:
+    for place in (None, Place("mpirun", 0, 2)):
+        assert choose_engine("auto", place) == ("torch", "Horovod is not installed")
+        with pytest.raises(UserError, match="not installed"):
+            choose_engine("horovod", place)
+    with pytest.raises(UserError, match="not installed"):  # horovodrun is Horovod's own
+        choose_engine("auto", Place("horovodrun", 0, 2))
