@@ -30,7 +30,7 @@ from hvd_lb.data.loading.contract import Preprocessing
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.data.prepare.pack import pack
 
-SERVER = Path(__file__).parents[1] / "tests" / "data" / "remote" / "web_server.py"
+SERVER = Path(__file__).parents[1] / "tests" / "web_server.py"
 SIDE = 224
 
 

@@ -90,6 +90,9 @@ def _aws_profile(name: str) -> tuple[Mapping[str, str], Mapping[str, str]]:
 
 
 def _of_google() -> Credentials:
+    if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
+        url = emulator if "://" in emulator else f"http://{emulator}"
+        return Credentials(f"{_ANONYMOUS} (STORAGE_EMULATOR_HOST)", {"base_url": url, "skip_signature": True})
     if name := _first(_GOOGLE_NATIVE):
         return Credentials(name, {})
     if Path(_GOOGLE_FILE).expanduser().is_file():

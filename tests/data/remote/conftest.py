@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
+from image_files import photo
 from web_server import StaticServer, serving
 
 from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.prepare.pack import pack
 from hvd_lb.data.remote import store
 
-Make = Callable[..., Path]
 _FAST = (0.001, 0.002)
 
 
@@ -34,12 +37,24 @@ def _own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     store._connected.cache_clear()
 
 
-@pytest.fixture
-def packed(tmp_path: Path, make_dataset: Make) -> Path:
+@pytest.fixture(scope="session")
+def packed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `hvd-lb data pack` makes of 33 + 33 images, in some shards."""
-    folder = tmp_path / "www" / "packed"
-    pack(open_dataset(str(make_dataset(tmp_path / "set", 11))), folder, source="set", shard_bytes=30_000)
-    return folder
+    folder = tmp_path_factory.mktemp("packed")
+    for split, name, i in itertools.product(("train", "val"), ("ant", "bee", "cat"), range(11)):
+        place = folder / "set" / split / name / (f"{i}.JPEG" if i % 2 else f"{i}.png")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        photo(20 + i, 30, i).save(place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HVD_LB_CACHE", str(folder / "cache"))
+        pack(open_dataset(str(folder / "set")), folder / "packed", source="set", shard_bytes=30_000)
+    return folder / "packed"
+
+
+@pytest.fixture
+def packed(packed_once: Path, tmp_path: Path) -> Path:
+    """A copy of it: WWW/packed."""
+    return Path(shutil.copytree(packed_once, tmp_path / "www" / "packed"))
 
 
 @pytest.fixture
@@ -48,24 +63,29 @@ def web(packed: Path) -> Iterator[StaticServer]:
         yield server
 
 
-@pytest.fixture
-def s3(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The packed folder as s3://pictures/some/packed at an S3 server; its URL."""
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The URL of an empty one."""
     moto = pytest.importorskip("moto.server")
-    obstore = pytest.importorskip("obstore")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, packed: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The packed folder as s3://pictures/some/packed at an S3 server; its URL."""
+    obstore = pytest.importorskip("obstore")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
+    urlopen(Request(f"{s3_server}/moto-api/reset", method="POST")).close()
+    urlopen(Request(f"{s3_server}/pictures", method="PUT")).close()
     bucket = store._connected("s3://pictures", "")
-    from urllib.request import Request, urlopen
-
-    urlopen(Request(f"http://{host}:{port}/pictures", method="PUT")).close()
     for path in packed.iterdir():
         obstore.put(bucket, f"some/packed/{path.name}", path.read_bytes())
-    yield f"http://{host}:{port}"
-    server.stop()
+    return s3_server
