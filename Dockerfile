@@ -27,7 +27,7 @@ WORKDIR /src
 # By itself, so that libraries are installed anew when these change, and not with every edit of setup.cfg.
 FROM tools AS requirements
 COPY setup.cfg ./
-RUN python -c 'import configparser as c; s = c.ConfigParser(); s.read("setup.cfg"); print(s["options"]["install_requires"])' \
+RUN python -c 'import configparser as c; s = c.ConfigParser(); s.read("setup.cfg"); print(s["options"]["install_requires"], s["options.extras_require"]["remote"])' \
         > /requirements.txt
 
 FROM tools AS libraries
