@@ -14,7 +14,6 @@ from web_server import serving
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(find_spec("horovod") is None, reason="needs Horovod"),
     pytest.mark.skipif(find_spec("obstore") is None, reason="needs obstore"),
 ]
 
@@ -24,7 +23,7 @@ RUN = (
     "--per-gpu-batch",
     8,
     "--processes",
-    2,
+    1,
     "--reproducible",
     "--device",
     "cpu",
