@@ -25,10 +25,6 @@ def describe(job: Job, launch: LaunchPlan, run: RunDirectory) -> str:
         job.to_json(),
         _END,
     ]
-    if launch.during:
-        lines.append(
-            "# Not to copy: processes meet at a rendezvous server that hvd-lb runs; its address belongs into job.json."
-        )
     # What the launcher itself must have; the processes find it in the job's file.
     for name, value in launch.environment.items():
         if name.startswith("OMPI_"):

@@ -48,25 +48,32 @@ class RankFailure:
         return f"{who} on {self.host} failed: {self.message} (full log: {self.log})"
 
 
-def find_failure(logs: Path, launcher_log: Path, hosts: Sequence[Host], status: int) -> RankFailure:
-    """What the process said that failed first, else how it ended; `status` is the launcher's."""
+def find_failure(
+    logs: Path, launcher_log: Path, hosts: Sequence[Host], status: int, *, agents: bool = False
+) -> RankFailure:
+    """What the process said that failed first, else how it ended; `status` is the launcher's.
+
+    What Slurm says is of tasks: each is a rank, or with `agents` a host.
+    """
     errors = read_errors(logs)
     own = sorted((e for e in errors if e["kind"] not in _OF_OTHERS), key=lambda error: error["time"])
     if own:
         return _from_error_file(own[0], logs, hosts)
     explained = {error["rank"] for error in errors}
     endings = [json.loads(line) for line in _text(logs / "endings.jsonl").splitlines()]
-    if found := _in_record(endings, explained, logs, hosts, launcher_log):
-        return found
     text = _text(launcher_log)
     if failed := _NODE_FAILURE.search(text):
         return RankFailure(
             "the node failed", _first_rank(failed["host"], hosts), failed["host"], launcher_log
         )
     if never := _NEVER_STARTED.search(text):
-        rank = int(never["rank"])
-        message = f"Slurm did not start it: {never['said']}"
-        return RankFailure(message, rank, host_of_rank(hosts, rank), launcher_log)
+        task = int(never["rank"])
+        host = hosts[task].name if agents else host_of_rank(hosts, task)
+        rank = _first_rank(host, hosts) if agents else task
+        return RankFailure(f"Slurm did not start it: {never['said']}", rank, host, launcher_log)
+    # After Slurm's own words: when a node is lost it ends all others, too.
+    if found := _in_record(endings, explained, logs, hosts, launcher_log):
+        return found
     matches = [match for pattern in _ENDINGS for match in pattern.finditer(text)]
     silent = [match for match in matches if int(match["rank"]) not in explained]
     if silent:

@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -31,8 +30,7 @@ _MANY_HOSTS = (
 class LaunchPlan:
     """`command(JOB.json)` starts all processes of a job, `environment` is set in each of them before anything else.
 
-    With `agents` it is a head, which heeds its launching process (`agent.head`). `during` is entered while they run, if
-    there is one; what it gives is added to their environment.
+    With `agents` it is a head, which heeds its launching process (`agent.head`).
     """
 
     starter: Literal["local", "ssh", "slurm"]
@@ -41,7 +39,6 @@ class LaunchPlan:
     interfaces: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     agents: bool = False
-    during: Callable[[], AbstractContextManager[Mapping[str, str]]] | None = None
 
 
 def rank_command(job_file: Path, python: str = sys.executable) -> list[str]:
@@ -49,10 +46,20 @@ def rank_command(job_file: Path, python: str = sys.executable) -> list[str]:
     return [python, "-P", "-m", "hvd_lb.launch.rank.entry", os.fspath(job_file)]
 
 
-def head_command(job_file: Path, address: str, ssh: Sequence[str] = ()) -> list[str]:
-    """The head of a job (`agent.head`): it listens on `address` and has an agent started on each host, one by one."""
+def head_command(
+    job_file: Path, address: str, ssh: Sequence[str] = (), srun: Sequence[str] = ()
+) -> list[str]:
+    """The head of a job (`agent.head`): it listens on `address` and has an agent started on each host.
+
+    One by one, over `ssh` where a host is another machine; or all at once by `srun`.
+    """
     head = [sys.executable, "-P", "-m", "hvd_lb.launch.agent.head", os.fspath(job_file), address]
-    return [*head, "each", *ssh]
+    return [*head, "all", *srun] if srun else [*head, "each", *ssh]
+
+
+def agent_command(job_file: Path, python: str = sys.executable) -> list[str]:
+    """The agent of a host, which is told the rest on stdin; its host's name follows, but in a task of Slurm."""
+    return [python, "-P", "-m", "hvd_lb.launch.agent.host", os.fspath(job_file)]
 
 
 def mpirun_command(

@@ -25,12 +25,9 @@ class RankProcesses:
     """A started job. What its launcher says goes to RUN/logs/launcher.log; each rank has a log of its own beside it."""
 
     def __init__(self, job: Job, launch: LaunchPlan, run: RunDirectory, lock: int):
-        self._run, self._hosts = run, launch.hosts
+        self._run, self._launch = run, launch
         self.log = run.logs / "launcher.log"
         self._during = ExitStack()
-        if launch.during:
-            more = self._during.enter_context(launch.during())
-            job = job.model_copy(update={"environment": {**job.environment, **more}})
         replace_text(run.job, job.to_json(), mode=0o600)
         environment = {**without_job(os.environ), **job.environment}
         inherited = [lock]
@@ -111,7 +108,8 @@ class RankProcesses:
 
     def failure(self, status: int) -> RankFailure:
         """Why the job ended with `status`."""
-        return find_failure(self._run.logs, self.log, self._hosts, status)
+        agents = self._launch.agents
+        return find_failure(self._run.logs, self.log, self._launch.hosts, status, agents=agents)
 
     def _say(self, **message: Any) -> None:
         with suppress(OSError):  # it has just ended

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +18,9 @@ from hosts import Host, lab
 from real_runs import finish, trained_steps, until
 from slurm import Cluster, slurm, start_node
 
-ROOT = Path(__file__).parents[2]
+from hvd_lb.launch.allreduce import installed_build
+
+CODE = os.environ.get("PYTHONPATH") or str(Path(__file__).parents[2])
 HVD_LB = [sys.executable, "-P", "-m", "hvd_lb_cli.main"]
 CORES = {"h1": 2, "h2": 2, "h3": 3}
 RECIPE = (
@@ -87,8 +91,8 @@ def batch(cluster: Cluster, script: str, folder: Path, *options: object) -> str:
     """What a batch script wrote, once the job has ended."""
     log = folder / "log"
     command = ["sbatch", "--parsable", f"--output={log}", *options]
-    job = cluster.run(command, input=script, env={"PYTHONPATH": str(ROOT), "SECRET": "geheim"}).stdout.strip()
-    until(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), every=0.3)
+    job = cluster.run(command, input=script, env={"PYTHONPATH": CODE, "SECRET": "geheim"}).stdout.strip()
+    until(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), 300, every=0.3)
     return log.read_text()
 
 
@@ -118,61 +122,46 @@ def assert_same(host: Host, *runs: Path) -> None:
     assert said.splitlines()[-1] == "bitwise identical", said
 
 
-LAUNCH = """
-import json, subprocess, sys
-from pathlib import Path
-from hvd_lb.launch.starters.rendezvous import rendezvous
-from hvd_lb.launch.starters.allocation import allocation, one_per_node, srun_command
+def test_ranks_fill_uneven_nodes_with_one_process_of_slurm_on_each(cluster: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train = [*HVD_LB, "train", *RECIPE, "--gpus", "7", "--steps", "2", "--env", "SECRET", "--output", run]
+    log = batch(
+        cluster, f"#!/bin/sh\nexec {shlex.join(map(str, train))}\n", tmp_path, "--nodes=3", "--ntasks=7"
+    )
+    assert "hosts: h1:2, h2:2, h3:3 (Slurm job" in log
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    ranks = json.loads((run / "logs" / "ranks.json").read_text())["ranks"]
+    assert [ranks[str(rank)]["host"] for rank in range(7)] == ["h1", "h1", "h2", "h2", "h3", "h3", "h3"]
+    assert all("pid" in ranks[str(rank)] for rank in range(7))
 
-address, worker = sys.argv[1:]
-hosts = allocation("cpu").nodes
-probe = [sys.executable, "-c", "import os; print(input(), os.environ['SLURMD_NODENAME'])"]
-asked = subprocess.run(
-    one_per_node([name for name, _ in hosts], probe), input="question\\n", stdout=subprocess.PIPE, text=True
+
+def test_open_mpi_has_a_task_for_each_rank(cluster: Cluster, tmp_path: Path) -> None:
+    if "pmix" not in cluster.run(["srun", "--mpi=list"], check=False).stdout or not installed_build().mpi:
+        pytest.skip("needs PMIx in Slurm and MPI in Horovod")
+    run = tmp_path / "run"
+    train = [*HVD_LB, "train", *RECIPE, "--steps", "2", "--allreduce", "halving-doubling", "--output", run]
+    log = batch(
+        cluster, f"#!/bin/sh\nexec {shlex.join(map(str, train))}\n", tmp_path, "--nodes=2", "--ntasks=4"
+    )
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2, log
+    assert not (run / "logs" / "ranks.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("signal_name", "told"), [("KILL", "ended by SIGKILL"), ("SEGV", "ended by SIGSEGV")]
 )
-with rendezvous(address, hosts, sum(slots for _, slots in hosts)) as environment:
-    Path(worker).with_suffix(".env").write_text(json.dumps(dict(environment)))
-    status = subprocess.run(srun_command(hosts, [sys.executable, worker])).returncode
-print("LAUNCH", json.dumps([hosts, sorted(asked.stdout.splitlines()), status]))
-"""
-WORKER = """
-import json, os, socket, sys
-from pathlib import Path
-sys.path.insert(0, ROOT)
-from hvd_lb.launch.rank.slurm import rank_environment
-
-assert "SECRET" not in os.environ
-os.environ.update(json.loads(Path(__file__).with_suffix(".env").read_text()))
-os.environ.update(rank_environment(os.environ), HOROVOD_GLOO_IFACE="eth0")
-import torch, horovod.torch as hvd
-hvd.init()
-total = hvd.allreduce(torch.tensor([2.0 ** hvd.rank()]), op=hvd.Sum).item()
-ranks = [hvd.rank(), hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), hvd.cross_size()]
-print("REPLY", json.dumps([*ranks, socket.gethostname(), total]))
-"""
-
-
-def said(text: str, word: str) -> list[object]:
-    """The JSON after a word, of all lines that begin with it, sorted."""
-    return sorted(json.loads(line.partition(word)[2]) for line in text.splitlines() if line.startswith(word))
-
-
-def test_ranks_fill_uneven_nodes_and_find_each_other_without_ssh(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "launch.py").write_text(LAUNCH)
-    (tmp_path / "worker.py").write_text(WORKER.replace("ROOT", repr(str(ROOT))))
-    script = f"#!/bin/sh\nexec {sys.executable} {tmp_path}/launch.py 10.77.0.2 {tmp_path}/worker.py\n"
-    log = batch(cluster, script, tmp_path, "--nodes=3", "--ntasks=7")
-    nodes = [["h1", 2], ["h2", 2], ["h3", 3]]
-    assert said(log, "LAUNCH") == [[nodes, [f"question {name}" for name in CORES], 0]], log
-    assert said(log, "REPLY") == [
-        [0, 0, 2, 0, 3, "h1", 127.0],
-        [1, 1, 2, 0, 3, "h1", 127.0],
-        [2, 0, 2, 1, 3, "h2", 127.0],
-        [3, 1, 2, 1, 3, "h2", 127.0],
-        [4, 0, 3, 2, 3, "h3", 127.0],
-        [5, 1, 3, 2, 3, "h3", 127.0],
-        [6, 2, 3, 0, 1, "h3", 127.0],
-    ], log
+def test_a_rank_that_ends_is_named_with_its_node(
+    cluster: Cluster, submit: Submit, tmp_path: Path, signal_name: str, told: str
+) -> None:
+    run = tmp_path / "run"
+    process = submit(run, "--no-slurm-requeue")
+    until(lambda: trained_steps(run) >= 2)
+    rank = json.loads((run / "logs" / "ranks.json").read_text())["ranks"]["3"]
+    cluster.run(["srun", "--jobid", job_of(cluster, run), "--overlap", "--nodelist=h2", "--nodes=1", "--ntasks=1",
+                 "kill", f"-{signal_name}", rank["pid"]])  # fmt: skip
+    out, _ = finish(process, 1)
+    assert "rank 3 on h2 failed" in out
+    assert told in out
 
 
 SEEN = """#!/bin/sh
@@ -217,7 +206,7 @@ def test_an_allocation_is_used_from_where_it_was_asked_for(
     (tmp_path / "seen").write_text(SEEN.format(python=sys.executable))
     (tmp_path / "seen").chmod(0o700)
     allocate = ["salloc", "--nodelist=h[1-2]", *options.split()]
-    environment = {"PYTHONPATH": str(ROOT)}
+    environment = {"PYTHONPATH": CODE}
     said = cluster.run([*allocate, tmp_path / "seen"], env=environment)  # runs on the head node
     assert sorted(said.stdout.splitlines()) == ["0 h1 0,1", "1 h1 0,1", "2 h2 0,1", "3 h2 0,1"], said
     idle(cluster)

@@ -25,10 +25,12 @@ def tell(logs: Path, rank: int, kind: str, message: str, time: float) -> None:
     (logs / f"error-{rank:04d}.json").write_text(json.dumps(content))
 
 
-def failure(logs: Path, said: str = "", status: int = 1, hosts: list[Host] = HOSTS) -> RankFailure:
+def failure(
+    logs: Path, said: str = "", status: int = 1, hosts: list[Host] = HOSTS, *, agents: bool = False
+) -> RankFailure:
     launcher = logs / "launcher.log"
     launcher.write_text(said)
-    return find_failure(logs, launcher, hosts, status)
+    return find_failure(logs, launcher, hosts, status, agents=agents)
 
 
 def test_the_first_error_of_its_own_counts_not_those_it_caused(logs: Path) -> None:
@@ -133,6 +135,18 @@ def test_what_srun_says_of_a_node_comes_before_the_ranks_that_it_ends(logs: Path
     assert (found.rank, found.host, found.message) == (2, "h2", "the node failed")
     found = failure(logs, f"srun: error: task 2 launch failed: Unspecified error\n{killed}")
     assert (found.rank, found.message) == (2, "Slurm did not start it: Unspecified error")
+
+
+def test_slurms_words_are_of_hosts_where_its_tasks_are_agents(logs: Path) -> None:
+    """When it loses one it ends the others, and their ends are noticed first."""
+    lost = {"time": 1.0, "host": "h1", "lost": "its agent was killed", "ranks": [0, 1]}
+    (logs / "endings.jsonl").write_text(json.dumps(lost) + "\n")
+    found = failure(logs, "all hosts: srun: error: task 1 launch failed: Unspecified error\n", agents=True)
+    assert (found.rank, found.host) == (2, "h2")
+    found = failure(logs, "all hosts: srun: error: Node failure on h2\n", agents=True)
+    assert (found.rank, found.message) == (2, "the node failed")
+    found = failure(logs, "", agents=True)
+    assert (found.rank, found.host) == (0, "h1")
 
 
 def test_who_neither_failed_nor_was_seen_to_end_was_lost(logs: Path) -> None:

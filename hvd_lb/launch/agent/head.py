@@ -35,7 +35,7 @@ from hvd_lb.launch.agent.places import name_ranks, ranks_by_host
 from hvd_lb.launch.agent.process import allow_open_files, dies_with_parent
 from hvd_lb.launch.agent.record import Record
 from hvd_lb.launch.hosts import is_this_machine
-from hvd_lb.launch.launch_plan import ON_COMMAND_LINES, TIMEOUT
+from hvd_lb.launch.launch_plan import ON_COMMAND_LINES, TIMEOUT, agent_command
 from hvd_lb.report.run_directory import RunDirectory
 
 #: The variable with the number of the inherited socket.
@@ -109,7 +109,7 @@ class Head:
     # Starting agents
 
     async def _start_each(self, host: _Host, line: bytes) -> None:
-        there = [sys.executable, "-P", "-m", "hvd_lb.launch.agent.host", os.fspath(self._job_file), host.name]
+        there = [*agent_command(self._job_file), host.name]
         if is_this_machine(host.name):
             await self._run(host.name, there, line, [host])
             return
@@ -128,7 +128,7 @@ class Head:
             await asyncio.sleep(random.uniform(0.5, 1.0) * attempt)
 
     async def _start_all(self, line: bytes) -> None:
-        await self._run(self._command[0], self._command, line, list(self._hosts.values()))
+        await self._run("all hosts", self._command, line, list(self._hosts.values()))
 
     async def _run(
         self, name: str, command: Sequence[str], line: bytes, hosts: list[_Host], attempt: int = _LOGIN_TRIES

@@ -6,16 +6,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.allreduce import needs_mpi
 from hvd_lb.launch.hosts import assign
-from hvd_lb.launch.launch_plan import LaunchPlan, rank_command
+from hvd_lb.launch.launch_plan import LaunchPlan, agent_command, head_command, rank_command
 from hvd_lb.launch.preflight import probe
 from hvd_lb.launch.preflight.ask import NOT_INSTALLED, Ask
 from hvd_lb.launch.preflight.cluster import Cluster
 from hvd_lb.launch.starters.allocation import PyxisContainer, one_per_node, srun_command
-from hvd_lb.launch.starters.rendezvous import rendezvous
 
 _ANSWER_SECONDS = 120.0
 
@@ -50,24 +50,30 @@ def over_srun(
 ) -> LaunchPlan:
     """`processes` on the nodes of an allocation, with `gpus` on each.
 
-    They meet at a rendezvous of this process, or through Open MPI.
+    By one step: of a task on each node, its agent; or of a task for each rank, where Open MPI has to find them.
     """
     hosts = assign(cluster.hosts, processes)
-    places = [(host.name, host.slots or 1) for host in hosts]
+    python = _python(container)
     mpi = _mpi_plugin() if needs_mpi(environment) else None
+
+    def agents(job_file: Path) -> list[str]:
+        agent = agent_command(job_file, python)
+        srun = one_per_node([host.name for host in hosts], agent, gpus=gpus, container=container)
+        return head_command(job_file, cluster.address, srun=srun)
+
+    def tasks(job_file: Path) -> list[str]:
+        places = [(host.name, host.slots or 1) for host in hosts]
+        return srun_command(
+            places, rank_command(job_file, python), gpus=gpus, mpi=mpi or "none", container=container
+        )
+
     return LaunchPlan(
         "slurm",
         hosts,
-        lambda job_file: srun_command(
-            places,
-            rank_command(job_file, _python(container)),
-            gpus=gpus,
-            mpi=mpi or "none",
-            container=container,
-        ),
+        tasks if mpi else agents,
         interfaces={host.name: cluster.interfaces[host.name] for host in hosts},
         environment=environment,
-        during=None if mpi else lambda: rendezvous(cluster.address),
+        agents=not mpi,
     )
 
 

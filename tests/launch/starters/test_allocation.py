@@ -1,6 +1,5 @@
 """A Slurm job's nodes and ranks, and srun's command line: what is read and written, exactly."""
 
-import socket
 from importlib.util import find_spec
 
 import pytest
@@ -219,13 +218,3 @@ def test_ranks_are_horovods(counts: list[int]) -> None:
             }
             rank += 1
     assert rank == len(assigned)
-
-
-def test_the_rendezvous_listens_on_its_address_alone() -> None:
-    from hvd_lb.launch.starters.rendezvous import rendezvous
-
-    with rendezvous("127.0.0.2") as environment:
-        port = int(environment["HOROVOD_GLOO_RENDEZVOUS_PORT"])
-        socket.create_connection(("127.0.0.2", port), timeout=5).close()
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", port), timeout=5)

@@ -14,6 +14,7 @@ from hvd_lb.launch.options import LaunchOptions
 from hvd_lb.launch.preflight.ask import explain_failure
 from hvd_lb.launch.preflight.cluster import Cluster
 from hvd_lb.launch.starters.local import local
+from hvd_lb.launch.starters.srun import over_srun
 from hvd_lb.launch.starters.ssh import on_host, over_ssh, ssh_command
 
 JOB = Path("/runs/a b;$(x)/logs/job.json")
@@ -90,6 +91,23 @@ def test_many_hosts_are_all_reached_from_here_by_open_mpi() -> None:
     command = mpirun_command(hosts, JOB, ["eth0"], ["ssh"])
     assert command[command.index("plm_rsh_no_tree_spawn") + 1] == "true"
     assert "plm_rsh_no_tree_spawn" not in mpirun_command(hosts[1:], JOB, ["eth0"], ["ssh"])
+
+
+def test_over_srun_one_task_a_node_starts_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = over_srun(cluster(), 3, 4, {})
+    command = launch.command(JOB)
+    assert command[: len(HEAD) + 2] == [*HEAD, "10.0.0.1", "all"]
+    srun = command[command.index("srun") :]
+    assert {"--nodelist=h1,h2", "--ntasks=2", "--gpus-per-node=4", "--input=all"} < set(srun)
+    assert srun[-5:] == [sys.executable, "-P", "-m", "hvd_lb.launch.agent.host", str(JOB)]
+    assert launch.agents
+    # Open MPI is started by Slurm itself, a task for each rank.
+    monkeypatch.setattr("hvd_lb.launch.starters.srun._mpi_plugin", lambda: "pmix")
+    launch = over_srun(cluster(), 3, 0, {"HOROVOD_CPU_OPERATIONS": "MPI"})
+    srun = launch.command(JOB)
+    assert {"--nodelist=h1,h1,h2", "--ntasks=3", "--mpi=pmix"} < set(srun)
+    assert srun[-5:] == RANK
+    assert not launch.agents
 
 
 def test_mpirun_cannot_be_given_a_key_with_spaces() -> None:
