@@ -119,15 +119,29 @@ def _submission(command: click.Command, options: TrainOptions, target: Target) -
     dropped = (
         (LAUNCH_OPTIONS - FORWARDED) | _options_of_systems(command) | set(SubmitOptions.__dataclass_fields__)
     )
+    resume, timeline = options.resume, options.launch.timeline
+    named = {"--resume": None if resume == "auto" else Path(resume), "--timeline": timeline}
+    elsewhere = {option: path.expanduser().absolute() for option, path in named.items() if path}
     line = [
-        *forwarded_arguments(sys.argv[1:], command, {*dropped, "device", "data", "val", "output", "recipe"}),
+        *forwarded_arguments(
+            sys.argv[1:],
+            command,
+            {*dropped, "device", "data", "val", "output", "recipe", "resume", "timeline"},
+        ),
         *("--data", absolute_spec(spec), "--device", device_name),
         *(("--val", absolute_spec(val)) if val is not None else ()),
         *(("--recipe", str(recipe_file or recipe)) if recipe else ()),
+        *(word for option, path in elsewhere.items() for word in (option, str(path))),
     ]
     # The same command finds its run again, as in default_output.
     digest = hashlib.sha256("\0".join(line).encode("utf-8", "surrogateescape")).hexdigest()[:8]
     folder = (options.output or Path("runs") / f"train-{digest}").expanduser().absolute()
+    if options.submit.image or target.kind == "submit-kubernetes":
+        for option, path in elsewhere.items():
+            if not path.is_relative_to(folder):
+                raise UserError(
+                    f"{option} {path}: containers have the folder of --output ({folder}); give a path in there"
+                )
     return Submission(
         arguments=(*line, "--output", str(folder)),
         name=folder.name,

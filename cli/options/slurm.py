@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import rich_click as click
@@ -94,7 +95,9 @@ def slurm_options(command: Callable[..., Any]) -> Callable[..., Any]:
             lines=tuple(arguments.pop("sbatch")),
             requeue=arguments.pop("slurm_requeue"),
             container_image=arguments.pop("container_image"),
-            container_mounts=tuple(arguments.pop("container_mount")),
+            container_mounts=tuple(
+                str(Path(folder).expanduser().absolute()) for folder in arguments.pop("container_mount")
+            ),
         )
         return command(slurm_options=options, **arguments)
 

@@ -80,8 +80,8 @@ def find_resume_point(
                 f"going on from checkpoint {checkpoint.path.name} instead; what is damaged is set aside"
             )
     else:
-        checkpoint = open_checkpoint(_checkpoint_path(Path(resume)))
-        if stored and checkpoint.path.parent != run.checkpoints.resolve():
+        checkpoint = open_checkpoint(_checkpoint_path(Path(resume).expanduser()))
+        if stored and checkpoint.path.parent.resolve() != run.checkpoints.resolve():
             raise UserError(
                 f"{run.path} holds a run already, and {resume} is a checkpoint of another: choose another --output"
             )

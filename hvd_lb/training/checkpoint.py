@@ -383,7 +383,7 @@ def _open(path: Path) -> Checkpoint:
             raise DamagedCheckpoint(
                 f"checkpoint {path} is damaged: {file.name} is truncated or changed; use another checkpoint"
             )
-    return Checkpoint(path.resolve(), state)
+    return Checkpoint(path, state)
 
 
 def _open_state(path: Path) -> dict[str, Any]:

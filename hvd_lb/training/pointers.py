@@ -23,12 +23,15 @@ _LONGEST = 64
 
 def followed(path: Path) -> Path:
     """The checkpoint that a path leads to, be it a link, a text file with the name, or the folder itself."""
+    path = path.absolute()
     with suppress(OSError, UnicodeDecodeError):
         if path.is_file() and path.stat().st_size <= _LONGEST:
             name = path.read_text("ascii").strip()
             if CHECKPOINT.fullmatch(name):
                 return path.with_name(name)
-    return path.resolve()
+        if path.is_symlink() and CHECKPOINT.fullmatch(name := os.readlink(path)):
+            return path.with_name(name)  # the folders before it stay as they were named
+    return path.resolve() if path.is_symlink() else path
 
 
 def announce(folder: Path, name: str, target: str) -> None:

@@ -198,7 +198,7 @@ class Trainer:
         )
         self.group_size = self._choose_group_size()
         # Whether the store has what this run begins with.
-        self.kept = bool(store and checkpoint and checkpoint.path.parent == store.folder.resolve())
+        self.kept = bool(store and checkpoint and checkpoint.path.parent.resolve() == store.folder.resolve())
         if checkpoint:
             self._load(checkpoint)
             if store and not self.kept:

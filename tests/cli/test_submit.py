@@ -104,6 +104,19 @@ def test_validation_images_are_named_so_that_they_are_found_there(typed: Run, tm
     assert "--val" in typed(*(of if of != "other/val" else "set/valid" for of in kubernetes)).out
 
 
+def test_other_paths_hold_anywhere_or_are_refused(typed: Run, tmp_path: Path) -> None:
+    command = ("train", "--gpus", 16, "--data", "digits", "--output", "out/run")
+    paths = ("--resume", "out/run/checkpoints/best", "--timeline=trace.json")
+    script = typed(*command, *paths, "--launcher", "slurm").out
+    assert f" --resume {tmp_path}/out/run/checkpoints/best --timeline {tmp_path}/trace.json " in script
+    assert "--resume" not in typed(*command, "--resume", "auto", "--launcher", "slurm").out
+    mounts = ("--launcher", "slurm", "--container-image", "x", "--container-mount", "scratch")
+    assert f" --container-mount {tmp_path}/scratch" in typed(*command, *mounts).out
+    kubernetes = (*command, "--launcher", "kubernetes", "--k8s-volume", f"pvc:runs:{tmp_path}/out")
+    assert f"--timeline {tmp_path}/trace.json: containers have" in typed(*kubernetes, *paths, status=2).err
+    assert f"{tmp_path}/out/run/trace.json" in typed(*kubernetes, "--timeline", "out/run/trace.json").out
+
+
 def test_the_same_command_names_the_same_run(typed: Run) -> None:
     command = ("train", "--gpus", 16, "--data", "digits", "--launcher", "slurm")
     first, again, other = (

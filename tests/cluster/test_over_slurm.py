@@ -155,7 +155,7 @@ def test_a_rank_that_ends_is_named_with_its_node(
 ) -> None:
     run = tmp_path / "run"
     process = submit(run, "--no-slurm-requeue")
-    until(lambda: trained_steps(run) >= 2)
+    until(lambda: trained_steps(run) >= 2, 240)
     rank = json.loads((run / "logs" / "ranks.json").read_text())["ranks"]["3"]
     cluster.run(["srun", "--jobid", job_of(cluster, run), "--overlap", "--nodelist=h2", "--nodes=1", "--ntasks=1",
                  "kill", f"-{signal_name}", rank["pid"]])  # fmt: skip

@@ -307,6 +307,19 @@ def test_a_disk_that_is_full_is_no_file_system_without_links(
         save(CheckpointStore(tmp_path), 1)
 
 
+def test_a_checkpoint_is_told_by_the_folders_that_were_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On other hosts a link may lead elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    save(CheckpointStore(tmp_path / "scratch" / "checkpoints"), 3)
+    (tmp_path / "runs").symlink_to(tmp_path / "scratch")
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "scratch" / "checkpoints" / "step-00000003")
+    for named in ("runs/checkpoints/last", "runs/checkpoints/step-00000003"):
+        assert open_checkpoint(Path(named)).path == tmp_path / "runs" / "checkpoints" / "step-00000003"
+    assert open_checkpoint(Path("elsewhere")).path.name == "step-00000003"
+
+
 def test_a_copy_that_followed_links_goes_on(tmp_path: Path) -> None:
     save(CheckpointStore(tmp_path / "run"), 2, 4, best=2)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
