@@ -20,8 +20,9 @@ _OPTIONS = (
         type=click.Choice(get_args(LauncherName)),
         default="auto",
         show_default=True,
-        help="How processes are started: auto takes the named hosts, else a Slurm, LSF or MPIJob allocation that this "
-        "is in, else this machine. Outside of an allocation, slurm and kubernetes write a job.",
+        help="How processes are started: auto takes the named hosts, else the allocation that this is in (Slurm, "
+        "MPIJob, LSF, PBS, Grid Engine, SkyPilot), else this machine. Outside of an allocation, slurm and kubernetes "
+        "write a job.",
     ),
     _option(
         "--hosts", metavar="H1:8,H2:8", help="Hosts and the processes each takes [its GPUs; on CPUs cores]"
@@ -29,7 +30,7 @@ _OPTIONS = (
     _option(
         "--hostfile",
         type=click.Path(path_type=Path),
-        help="A file of hosts in Open MPI's or Horovod's form: `h1 slots=8` or `h1:8` a line.",
+        help="A file of hosts: `h1 slots=8` or `h1:8` a line, or as PBS and Grid Engine write them.",
     ),
     _option(
         "--ssh-port", type=click.IntRange(1, 65535), help="Port of the hosts' sshd [as in ~/.ssh/config]"

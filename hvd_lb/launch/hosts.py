@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +26,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class Host:
-    """A machine and how many processes it takes; None: not said."""
+    """A machine and how many processes it takes; None: not said. `cpus` are then those that a job may have there."""
 
     name: str
     slots: int | None = None
+    cpus: int | None = None
 
     def __str__(self) -> str:
         return self.name if self.slots is None else f"{self.name}:{self.slots}"
@@ -42,44 +43,26 @@ def parse_hosts(text: str) -> list[Host]:
     )
 
 
-def read_hostfile(path: Path) -> list[Host]:
-    """The hosts of a file in Open MPI's or Horovod's form: `h1 slots=8`, `h1:8` or `h1` a line, # for comments."""
+def read_hostfile(path: Path, where: str = "") -> list[Host]:
+    """The hosts of a file; `where` says in errors which it is.
+
+    In the form of Open MPI or Horovod, `h1 slots=8`, `h1:8` or `h1` a line, # for comments; in that of PBS, a host on
+    as many lines as it has slots; in that of Grid Engine, `h1 8 queue processors`.
+    """
+    where = where or f"hostfile {path}"
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise UserError(
-            f"hostfile {path} cannot be read ({reason}): expected lines such as `h1 slots=8`"
-        ) from None
+        raise UserError(f"{where} cannot be read ({reason}): expected lines such as `h1 slots=8`") from None
     hosts = []
     for number, line in enumerate(lines, 1):
         fields = line.partition("#")[0].split()
         if fields:
-            hosts.append(_hostfile_line(fields, f"hostfile {path}, line {number}"))
+            hosts.append(_hostfile_line(fields, f"{where}, line {number}"))
     if not hosts:
-        raise UserError(f"hostfile {path} names no host: expected lines such as `h1 slots=8`")
-    return _distinct(hosts, f"hostfile {path}")
-
-
-def lsf_hosts(environment: Mapping[str, str]) -> list[Host] | None:
-    """The hosts of the LSF job this is in, or None: LSB_MCPU_HOSTS is "launch 1 h1 8 h2 8", the first without slots.
-
-    A host's slots are left open: LSF counts cores there, not GPUs.
-    """
-    fields = environment.get("LSB_MCPU_HOSTS", "").split()
-    if "LSB_JOBID" not in environment or not fields:
-        return None
-    try:
-        counts = dict(zip(fields[::2], map(int, fields[1::2]), strict=True))
-    except ValueError:
-        raise UserError(
-            f"LSB_MCPU_HOSTS is {environment['LSB_MCPU_HOSTS']!r}, expected hosts and counts, such as h1 8 h2 8: "
-            "unset it, or give --launcher local for this machine alone"
-        ) from None
-    first, *others = counts
-    # jobs that span several hosts are started from a batch host with one core, which takes no processes
-    names = others if others and counts[first] == 1 else list(counts)
-    return [Host(name) for name in names]
+        raise UserError(f"{where} names no host: expected lines such as `h1 slots=8`")
+    return _distinct(hosts, where)
 
 
 def assign(hosts: Sequence[Host], processes: int, more: str = NAME_MORE) -> list[Host]:
@@ -161,6 +144,8 @@ def _host(item: str, where: str) -> Host:
 
 def _hostfile_line(fields: list[str], where: str) -> Host:
     host = _host(fields[0], where)
+    if len(fields) == 4 and re.fullmatch("[0-9]{1,9}", fields[1], re.ASCII):
+        return Host(host.name, _slots(fields[1], where))
     for field in fields[1:]:
         key, _, value = field.partition("=")
         if key in ("slots", "max_slots", "max-slots") and re.fullmatch("[0-9]{1,9}", value, re.ASCII):
@@ -178,9 +163,16 @@ def _slots(text: str, where: str) -> int:
 
 
 def _distinct(hosts: Iterable[Host], where: str) -> list[Host]:
-    """Each host once, as it was first named; one that is named again brings further slots, as in Open MPI."""
+    """Each host once, as it was first named; one that is named again brings further slots, as in Open MPI.
+
+    Where none has a number and some are named again, each time is one slot, as in a file of PBS.
+    """
+    named = list(hosts)
+    again = len({host.name for host in named}) < len(named)
+    if again and all(host.slots is None for host in named):
+        named = [Host(host.name, 1) for host in named]
     merged: dict[str, Host] = {}
-    for host in hosts:
+    for host in named:
         before = merged.get(host.name)
         if before and (before.slots is None or host.slots is None):
             raise UserError(f"{where}: {host.name} is named twice: name it once, with all its slots")

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hvd_lb.errors import UserError
-from hvd_lb.launch.hosts import MPIJOB_HOSTFILE, Host, lsf_hosts, parse_hosts, read_hostfile
+from hvd_lb.launch.hosts import MPIJOB_HOSTFILE, Host, is_this_machine, parse_hosts, read_hostfile
 from hvd_lb.launch.options import LaunchOptions
 from hvd_lb.launch.starters import allocation as slurm
+from hvd_lb.launch.starters.batch_systems import batch_job
 from hvd_lb.machine.placement import NAME_MORE
 
 _NAMES_SECONDS = 60.0
@@ -57,8 +58,10 @@ def find_target(
             hosts = read_hostfile(MPIJOB_HOSTFILE)
             wait_for_names([host.name for host in hosts], _NAMES_SECONDS)
             return Target("ssh", hosts, f"MPIJob, {MPIJOB_HOSTFILE}")
-        if hosts := lsf_hosts(environment) or []:
-            return Target("ssh", hosts, f"LSF job {environment['LSB_JOBID']}")
+        if batch := batch_job(environment):
+            hosts, how = batch
+            here = len(hosts) == 1 and options.launcher == "auto" and is_this_machine(hosts[0].name)
+            return Target("local", how=how) if here else Target("ssh", hosts, how)
     if options.launcher == "ssh":
         raise UserError("--launcher ssh, but no hosts are named: give --hosts h1:8,h2:8 or --hostfile FILE")
     return Target("local")

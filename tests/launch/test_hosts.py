@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_lb.errors import UserError
-from hvd_lb.launch.hosts import Host, assign, host_of_rank, in_words, lsf_hosts, parse_hosts, read_hostfile
+from hvd_lb.launch.hosts import Host, assign, host_of_rank, in_words, parse_hosts, read_hostfile
 
 
 @pytest.mark.parametrize(
@@ -92,15 +92,17 @@ def test_many_hosts_are_few_words(hosts: list[str], words: str) -> None:
     assert in_words(hosts) == words
 
 
-def test_hosts_of_an_lsf_job() -> None:
-    assert lsf_hosts({}) is None
-    job = {"LSB_JOBID": "7", "LSB_MCPU_HOSTS": "batch1 1 g1 42 g2 42"}
-    assert lsf_hosts(job) == [Host("g1"), Host("g2")]
-    assert lsf_hosts({**job, "LSB_MCPU_HOSTS": "g1 8"}) == [Host("g1")]
-    assert lsf_hosts({**job, "LSB_MCPU_HOSTS": "g1 8 g2 8"}) == [Host("g1"), Host("g2")]
-    for text in ("g1", "g1 x", "g1 8 g2"):
-        with pytest.raises(UserError, match=f"LSB_MCPU_HOSTS is '{text}'"):
-            lsf_hosts({**job, "LSB_MCPU_HOSTS": text})
+def test_hostfiles_of_batch_systems(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("h2\nh1\nh2\nh2\n")  # PBS
+    assert read_hostfile(file) == [Host("h2", 3), Host("h1", 1)]
+    file.write_text(
+        "h1 8 gpu.q@h1 UNDEFINED\nh2.org 4 gpu.q@h2 <NULL>\nh1 2 all.q@h1 UNDEFINED\n"
+    )  # Grid Engine
+    assert read_hostfile(file) == [Host("h1", 10), Host("h2.org", 4)]
+    file.write_text("h1\nh1 slots=2\n")
+    with pytest.raises(UserError, match="h1 is named twice"):
+        read_hostfile(file)
 
 
 def test_hosts_are_filled_in_order_and_the_rest_is_left_out() -> None:

@@ -243,7 +243,8 @@ def _judge_processes(host: Host, answer: dict[str, Any], request: Request, devic
                 f"{len(gpus)} GPUs, but other hosts have none",
                 "leave out those, or --device cpu",
             )
-        return Finding("processes", "ok", f"{host.slots or answer['cores']} on {answer['cores']} cores")
+        slots = _with_slots(host, answer, device).slots
+        return Finding("processes", "ok", f"{slots} on {answer['cores']} cores")
     if len(gpus) < (host.slots or 1):
         fewer = "lower its slots in --hosts" if request.more == NAME_MORE else request.more
         fix = f"{fewer}, or see `hvd-lb doctor` there"
@@ -264,7 +265,8 @@ def _judge_processes(host: Host, answer: dict[str, Any], request: Request, devic
 
 
 def _with_slots(host: Host, answer: dict[str, Any], device: DeviceName) -> Host:
-    return Host(host.name, host.slots or (len(answer["gpus"]) if device == "cuda" else int(answer["cores"])))
+    found = len(answer["gpus"]) if device == "cuda" else host.cpus or int(answer["cores"])
+    return Host(host.name, host.slots or found)
 
 
 def _device(asked: str, answers: Mapping[str, dict[str, Any] | UserError]) -> DeviceName:
