@@ -222,7 +222,7 @@ def test_a_network_that_mixes_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
     with pytest.raises(UserError, match=r"--together 2: .*module 1 mixes images.*leave the option out"):
         make_trainer(small_recipe(together=2))
-    trainer = make_trainer(small_recipe())
+    trainer = make_trainer(small_recipe(together="auto"))
     run_steps(trainer, 2)
     (record,) = trainer.observer.groups  # type: ignore[attr-defined]
     assert record["together"] == 1
@@ -231,7 +231,7 @@ def test_a_network_that_mixes_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_where_a_run_does_not_look_for_a_size_by_itself() -> None:
     for changes in ({"reproducible": True}, {"compile": True}, {"precision": "fp16"}):
-        trainer = make_trainer(small_recipe(**changes))
+        trainer = make_trainer(small_recipe(together="auto", **changes))
         assert trainer.group_size.most == 1
     with pytest.raises(UserError, match="dropout cannot be compiled so"):
         make_trainer(small_recipe(model="squeezenet1_1", image_size=32, compile=True, together=2))
@@ -279,7 +279,7 @@ def test_one_worker_has_nothing_to_be_found() -> None:
 
 
 def test_a_run_finds_it_and_tells_once() -> None:
-    trainer = make_trainer(small_recipe(learning_rate=0.1))
+    trainer = make_trainer(small_recipe(learning_rate=0.1, together="auto"))
     apart = make_trainer(small_recipe(learning_rate=0.1, together=1))
     for of in (trainer, apart):
         run_steps(of, 12)

@@ -40,7 +40,8 @@ def small_data(images: int = 150, val: int = 37) -> Dataset:
 def small_recipe(**changes: Any) -> Recipe:
     base = {
         "model": "resnet8", "image_size": 8, "gpus": 4, "per_gpu_batch": 8, "epochs": 3, "precision": "fp64",
-        "eval_crop": 1.0, "learning_rate": 0.4, "warmup": "none", "eval_every": "never", "checkpoint_every": "never",
+        "eval_crop": 1.0, "learning_rate": 0.4, "warmup": "none", "together": 1, "eval_every": "never",
+        "checkpoint_every": "never",
     }  # fmt: skip
     return Recipe(**{**base, **changes})
 
