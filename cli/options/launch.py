@@ -71,6 +71,15 @@ _OPTIONS = (
         "OMP_PLACES) stays.",
     ),
     _option(
+        "--hang-timeout",
+        type=Finite(0, 1e6),
+        default=LaunchOptions.hang_timeout,
+        show_default=True,
+        metavar="SECONDS",
+        help="After so long without a step or a batch of an evaluation the run is ended, with the ranks that keep the "
+        "others waiting and where they are. 0: never.",
+    ),
+    _option(
         "--env",
         multiple=True,
         metavar="NAME[=VALUE]",
@@ -89,6 +98,7 @@ FORWARDED = {
     "autotune",
     "timeline",
     "pin",
+    "hang_timeout",
 }
 SSH_OPTIONS = {"hosts", "hostfile", "ssh_port", "ssh_key", "strict_host_keys", "network_interface"}
 

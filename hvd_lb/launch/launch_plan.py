@@ -13,8 +13,6 @@ from typing import Literal
 from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import Host
 
-# Long enough for the slowest step, short enough that a hang does not last the night (off by default in Horovod).
-_STALL_SECONDS = 1800
 # For Python to start from a cold network file system, on the last host; Gloo alone gives up after 30.
 _TIMEOUT_SECONDS = 600
 #: The variable that says otherwise.
@@ -100,6 +98,5 @@ def process_environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONUNBUFFERED": "1",
-        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(_STALL_SECONDS),
         TIMEOUT: str(_TIMEOUT_SECONDS),
     }

@@ -14,6 +14,11 @@ from hvd_lb.world.launched import without_job
 LauncherName = Literal["auto", "local", "ssh", "slurm", "kubernetes"]
 AllreduceName = Literal["auto", "ring", "hierarchical", "halving-doubling"]
 
+#: The variable with the seconds after which a rank reports that it does not go on; 0: never.
+HANG_TIMEOUT = "HVD_LB_HANG_TIMEOUT"
+# Long enough for the slowest step, short enough that a hang does not last the night (off by default in Horovod).
+_STALL_SECONDS = 1800.0
+
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 # Variables that tune the libraries of a run go with it to every host; others stay, as they may be secret or local.
 _CARRIED = (
@@ -52,13 +57,17 @@ class LaunchOptions:
     autotune: bool = False
     timeline: Path | None = None
     pin: bool = True
+    hang_timeout: float = 300.0  #: s without any progress before the job is ended; 0: never
     env: tuple[str, ...] = ()  #: NAME=VALUE, or NAME to take the value it has here
     dry_run: bool = False
 
 
 def environment(options: LaunchOptions, here: Mapping[str, str]) -> dict[str, str]:
     """Environment variables for every process of the job, beside its own; `here` is this process's environment."""
-    variables = carried_environment(here)
+    # Horovod's own end of ranks that wait for each other comes later, as it does not know for whom.
+    stall = max(_STALL_SECONDS, 2 * options.hang_timeout)
+    variables = {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": f"{stall:.0f}"} | carried_environment(here)
+    variables[HANG_TIMEOUT] = f"{options.hang_timeout:g}"
     if options.fusion_threshold is not None:
         variables["HOROVOD_FUSION_THRESHOLD"] = str(round(options.fusion_threshold * 2**20))
     if options.cycle_time is not None:

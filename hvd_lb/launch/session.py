@@ -21,8 +21,10 @@ from hvd_lb.data.files.reading import retried
 from hvd_lb.data.images import fingerprint_note, refuse_other_images
 from hvd_lb.errors import UserError
 from hvd_lb.exact.reproducible import rounding_environment
+from hvd_lb.launch.hang.reports import HangReports
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan, process_environment
+from hvd_lb.launch.options import HANG_TIMEOUT
 from hvd_lb.launch.processes import RankProcesses
 from hvd_lb.launch.resume import ResumePoint, find_resume_point
 from hvd_lb.launch.stopping import AT_ONCE, heeded_signals, read_wish
@@ -195,8 +197,13 @@ def _watch(
         processes = RankProcesses(job, launch, run, lock)
         try:
             with RunView(run, display, resume_point.first_record) as view:
-                asked = False
+                asked, hung = False, None
+                hangs = HangReports(
+                    run, launch.hosts, job.processes, float(job.environment.get(HANG_TIMEOUT, 0))
+                )
                 while (status := processes.wait(_LOOK_SECONDS)) is None and len(received) < 2:
+                    if hung := hangs.look():
+                        break
                     _heed(read_wish(run.stop), received)
                     if received and not asked:
                         asked = _ask_to_stop(processes, received[0], display)
@@ -214,8 +221,8 @@ def _watch(
             goes_on = "there" if stopped else "from the last checkpoint"
             console.print(f"stopped {where}; the same command goes on {goes_on}")
             return 128 + number
-    if status:
-        failure = retried(partial(processes.failure, status), str(run.logs))
+    if status or hung:
+        failure = hung or retried(partial(processes.failure, status or 0), str(run.logs))
         # Told first: where the disk is full, nothing can be summed up.
         print(f"hvd-lb: error: {failure}", file=sys.stderr)
         _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began, console)

@@ -110,6 +110,10 @@ class RunDirectory:
         """Where a rank that fails says why."""
         return self.logs / f"error-{rank:04d}.json"
 
+    def hang(self, rank: int) -> Path:
+        """Where a rank that does not go on says what it does; gone when it does go on."""
+        return self.logs / f"hang-{rank:04d}.json"
+
     def lock(self) -> DirectoryLock:
         """Hold the directory, creating it. UserError when it cannot be written, or another run holds it."""
         try:
@@ -137,7 +141,7 @@ class RunDirectory:
 
 # In logs/. Not there: what a scheduler prints, which has the number of its job in its name.
 _OF_ONE_START = (
-    *("*.log", "error-*.json", "job.json", "launching.json", "progress.json", "stopped.json"),
+    *("*.log", "error-*.json", "hang-*.json", "job.json", "launching.json", "progress.json", "stopped.json"),
     *("ranks.json", "endings.jsonl"),
 )
 

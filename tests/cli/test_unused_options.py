@@ -28,7 +28,19 @@ PAIRS = {"container_port": "image", "container_mount": "container_image"}
 # Where each option of `train` is read that is no field of the recipe. `hosts` and `hostfile` make it ssh.
 TRAIN = {
     **dict.fromkeys(
-        ("recipe", "device", "output", "resume", "processes", "launcher", "pin", "env", "dry_run"), EVERYWHERE
+        (
+            "recipe",
+            "device",
+            "output",
+            "resume",
+            "processes",
+            "launcher",
+            "pin",
+            "hang_timeout",
+            "env",
+            "dry_run",
+        ),
+        EVERYWHERE,
     ),
     **dict.fromkeys(("allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"), EVERYWHERE),
     **dict.fromkeys(("hosts", "hostfile"), {"ssh"}),
@@ -69,6 +81,7 @@ VALUES = {
     "k8s_grace": "60", "k8s_patch": str(ROOT / "hvd_lb/recipes/digits.yaml"),
     "slurm_time": "1:00", "slurm_memory": "4G", "container_port": "2222",
     "ssh_port": "22", "per_node": "4", "slurm_cpus_per_task": "4", "fusion_threshold": "1", "cycle_time": "1",
+    "hang_timeout": "60",
     "allreduce": "ring", "launcher": "auto", "device": "cpu", "processes": "2", "hosts": "h1:2",
 }  # fmt: skip
 

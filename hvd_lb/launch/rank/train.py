@@ -19,8 +19,10 @@ from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.loading.shared_pixels import shared
 from hvd_lb.errors import UserError
 from hvd_lb.launch.agent.channel import tell
+from hvd_lb.launch.hang.watch import watched
 from hvd_lb.launch.hosts import Host, host_of_rank
 from hvd_lb.launch.job import Job
+from hvd_lb.launch.options import HANG_TIMEOUT
 from hvd_lb.launch.stopping import StopRequests
 from hvd_lb.machine.placement import loader_threads
 from hvd_lb.plan.hosting import hosted
@@ -30,9 +32,10 @@ from hvd_lb.report.run_directory import RunDirectory, write_json
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
 from hvd_lb.training.trainer import Trainer
 from hvd_lb.world import World
+from hvd_lb.world.stages import Stage, Stages
 
 
-def train(job: Job, world: World, stop_requested: StopRequests, cores: int) -> None:
+def train(job: Job, world: World, stop_requested: StopRequests, cores: int, stages: Stages) -> None:
     """This process's part of the job; it has so many `cores` for itself."""
     device = _ready(job, world)
     directory = RunDirectory(job.output)
@@ -65,13 +68,16 @@ def train(job: Job, world: World, stop_requested: StopRequests, cores: int) -> N
             store=CheckpointStore(directory.checkpoints, recipe.keep_checkpoints),
             checkpoint=checkpoint,
             stop_requested=stop_requested,
+            stages=stages,
         )
         trainer.fit()
+        stages.enter(Stage.ENDING)
         if world.rank == 0 and (trainer.step < trainer.end or trainer.state.evaluation_due):
             write_json(directory.stopped, {"signal": trainer.stopped_by, "steps": trainer.step})
     finally:
         observer.close()
-    world.barrier()
+    with stages.within(Stage.NETWORK):
+        world.barrier()
 
 
 def _rank_times(job: Job) -> RankTimes:
@@ -100,7 +106,8 @@ def _device(job: Job, world: World) -> torch.device:
 def main(job_file: str, rank: int, host: str, cores: int) -> None:
     """`rank` and `host` are those that the launcher gave this process, `cores` its share of the host's."""
     job = Job.from_json(Path(job_file).read_text("utf-8"))
-    stop_requested = StopRequests(RunDirectory(job.output).stop)
+    directory, stages = RunDirectory(job.output), Stages()
+    stop_requested = StopRequests(directory.stop)
     try:
         tell("arrived")
         world = worlds.init()
@@ -114,11 +121,14 @@ def main(job_file: str, rank: int, host: str, cores: int) -> None:
 
             measure_network(job, world, _ready(job, world), host)
         else:
-            with stop_requested.watched() if rank == 0 else nullcontext():
-                train(job, world, stop_requested, cores)
+            with (
+                stop_requested.watched() if rank == 0 else nullcontext(),
+                watched(directory, rank, stages, float(os.environ.get(HANG_TIMEOUT, 0))),
+            ):
+                train(job, world, stop_requested, cores, stages)
     except BaseException as error:
         with suppress(OSError):  # the disk is full
-            _write_error(RunDirectory(job.output), rank, host, error)
+            _write_error(directory, rank, host, error)
             traceback.print_exc()
             sys.stderr.flush()
         # At once, without Horovod's shutdown: it would wait for the others, who are waiting for this process.

@@ -1,0 +1,81 @@
+"""Whether a job hangs, and which ranks keep the others waiting: from what ranks report that do not go on.
+
+Those that wait for others are not to blame. Those are that do something else, and those that report nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from hvd_lb.launch.hosts import Host, host_of_rank
+from hvd_lb.launch.rank.names import log_name
+from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.world.stages import Stage
+
+_LOOK_SECONDS = 1.0
+# Ranks come to a wait one after the other: for those that have not reported yet this share of the timeout is waited.
+_GRACE = 0.25
+_MOST_NAMED = 3
+
+
+class HangReports:
+    """The reports of a job's ranks, looked at now and then."""
+
+    def __init__(self, run: RunDirectory, hosts: Sequence[Host], processes: int, timeout: float):
+        self._run, self._hosts, self._processes, self._timeout = run, hosts, processes, timeout
+        self._looked = 0.0
+        self._first: float | None = None  # when a report of a rank that waits for others was there first
+
+    def look(self) -> str | None:
+        """What hangs, in one line; None while all goes on, or may still do so."""
+        now = time.monotonic()
+        if not self._timeout or now - self._looked < _LOOK_SECONDS:
+            return None
+        self._looked = now
+        reports = self._reports()
+        waiting = [of for of in reports.values() if of["stage"] == Stage.NETWORK]
+        self._first = (self._first or now) if waiting else None
+        if not reports or any(of["until"] > time.time() for of in reports.values()):
+            return None
+        graceful = self._first is not None and now - self._first >= _GRACE * self._timeout
+        if len(reports) < self._processes and not graceful:
+            return None
+        late = [rank for rank in range(self._processes) if reports.get(rank) not in waiting]
+        step = max(of["step"] for of in waiting or reports.values())
+        if late:
+            names = [self._late(rank, reports.get(rank), step, bool(waiting)) for rank in late]
+            more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+            who = ", ".join(names[:_MOST_NAMED]) + more
+        else:
+            who = f"all ranks wait for each other in step {step}, as the network is cut or they wait for other things"
+        return f"no step for {self._timeout:g} s: {who}; stacks in {self._run.logs}"
+
+    def _reports(self) -> dict[int, dict[str, Any]]:
+        found = {}
+        for path in self._run.logs.glob("hang-*.json"):
+            try:
+                report = json.loads(path.read_bytes())
+                found[int(report["rank"])] = {name: report[name] for name in ("stage", "step", "until")}
+            except (OSError, ValueError, LookupError, TypeError):  # it goes on just now
+                continue
+        return found
+
+    def _late(self, rank: int, report: dict[str, Any] | None, step: int, awaited: bool) -> str:
+        host = host_of_rank(self._hosts, rank)
+        if report:
+            why = report["stage"]
+        elif b"\nTimeout (" in self._log(rank, host):
+            why = "within a library"
+        else:
+            why = "stopped or unreachable"
+        where = f"has not arrived in step {step}" if awaited else f"does not go on in step {step}"
+        return f"rank {rank} on {host} {where} ({why})"
+
+    def _log(self, rank: int, host: str) -> bytes:
+        try:
+            return b"\n" + (self._run.logs / log_name(rank, host)).read_bytes()
+        except OSError:
+            return b""

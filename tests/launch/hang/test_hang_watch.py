@@ -1,0 +1,51 @@
+"""A rank that does not go on reports that, and takes it back when it does."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hvd_lb.launch.hang.watch import watched
+from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.world.stages import Stage, Stages
+
+
+def until(condition: object, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("stage", "taken", "patient"),
+    [(Stage.DATA, 3, False), (Stage.NETWORK, 0, True), (Stage.CHECKPOINT, 3, True)],
+)
+def test_it_reports_what_it_does_until_it_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], stage: Stage, taken: int, patient: bool
+) -> None:
+    (tmp_path / "logs").mkdir()
+    run, stages = RunDirectory(tmp_path), Stages()
+    stages.step, stages.taken = 7, taken
+    with watched(run, 2, stages, 0.5):
+        for _ in range(10):  # it goes on
+            stages.enter(stage)
+            time.sleep(0.1)
+        assert not run.hang(2).exists()
+        until(run.hang(2).exists)
+        report = json.loads(run.hang(2).read_text())
+        assert (report["rank"], report["step"], report["stage"]) == (2, 7, stage)
+        assert (report["until"] > time.time() + 1000) == patient
+        assert "test_it_reports_what_it_does_until_it_goes_on" in capfd.readouterr().err
+        stages.enter(stage)
+        until(lambda: not run.hang(2).exists())
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "hvd-lb hang"])
+
+
+def test_without_a_timeout_nobody_watches(tmp_path: Path) -> None:
+    with watched(RunDirectory(tmp_path), 0, Stages(), 0.0):
+        assert not [thread for thread in threading.enumerate() if thread.name == "hvd-lb hang"]
