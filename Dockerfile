@@ -69,7 +69,9 @@ COPY docker/sshd.conf /etc/ssh/sshd_config.d/hvd-lb.conf
 COPY docker/ssh.conf /etc/ssh/ssh_config.d/hvd-lb.conf
 COPY docker/entry.sh /usr/local/bin/hvd-lb-entry
 COPY --from=libraries /opt/hvd-lb /opt/hvd-lb
-ENV PATH=/opt/hvd-lb/bin:$PATH HOME=/home/hvd-lb NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# The driver is mounted where the loader finds it, but for clusters (GKE) that mount it as /usr/local/nvidia.
+ENV PATH=/opt/hvd-lb/bin:$PATH:/usr/local/nvidia/bin LD_LIBRARY_PATH=/usr/local/nvidia/lib64 \
+    HOME=/home/hvd-lb NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=package /package /
 WORKDIR /work
 USER 1000:1000

@@ -1,4 +1,4 @@
-"""Before containers are started: whether each host has Docker, NVIDIA's runtime where GPUs are asked for, and the data.
+"""Before containers are started: whether each host has Docker, its GPUs where they are asked for, and the data.
 
 Asked by a few lines of shell, as these hosts need no Python. The rest is for the preflight inside.
 """
@@ -6,7 +6,6 @@ Asked by a few lines of shell, as these hosts need no Python. The rest is for th
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from collections.abc import Iterator, Sequence
 
@@ -16,16 +15,18 @@ from hvd_lb.launch.preflight.ask import SSH_FAILED, ask_all, explain_failure
 from hvd_lb.launch.preflight.judge import PreflightReport
 from hvd_lb.launch.starters.ssh import Reach
 from hvd_lb.launch.submit.command import Submission
-from hvd_lb.launch.submit.docker.commands import explain
+from hvd_lb.launch.submit.docker.commands import FIND_GPUS, explain
 
 _ANSWER_SECONDS = 60.0
 # Arguments: the paths that have to be there. Docker's own words, when it fails, say why.
-_SCRIPT = """
+_SCRIPT = (
+    FIND_GPUS
+    + """
 docker version --format 'server {{.Server.Version}}' || exit $?
-docker info --format 'runtimes {{range $name, $_ := .Runtimes}}{{$name}} {{end}}'
-command -v nvidia-container-runtime-hook >/dev/null && echo 'runtimes nvidia'
+if runtime; then echo 'gpus NVIDIA runtime'; elif cdi; then echo 'gpus CDI devices'; fi
 for path do [ -r "$path" ] || printf 'missing %s\\n' "$path"; done
 """
+)
 
 
 def probe_command(submission: Submission) -> list[str]:
@@ -65,12 +66,13 @@ def judge(
         return
     yield Finding("Docker", "ok", server)
     if submission.device == "cuda":
-        runtimes = " ".join(value for key, value in said if key == "runtimes")
-        if re.search(r"\bnvidia\b", runtimes):
-            yield Finding("GPUs", "ok", "NVIDIA's runtime is there")
+        if way := next((value for key, value in said if key == "gpus"), None):
+            yield Finding("GPUs", "ok", f"by {way}")
         else:
             fix = "install the NVIDIA Container Toolkit there, or use --device cpu"
-            yield Finding("GPUs", "wrong", "Docker there has no NVIDIA runtime", fix)
+            yield Finding(
+                "GPUs", "wrong", "Docker there has neither NVIDIA's runtime nor its CDI devices", fix
+            )
     missing = [value for key, value in said if key == "missing"]
     for path in missing:
         yield Finding(

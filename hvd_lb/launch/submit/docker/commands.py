@@ -16,9 +16,22 @@ from hvd_lb.launch.submit.command import Submission
 SHARED_MEMORY = "8g"
 LABEL = "hvd-lb.run"
 
-# The output is made by who starts the container, and belongs to them; InfiniBand is used where the host has it.
-_SCRIPT = (
-    'mkdir -p -- "$1" && shift && if [ -d /dev/infiniband ]; then set -- --device /dev/infiniband "$@"; fi && '
+#: Shell functions: whether Docker gives containers GPUs by NVIDIA's runtime, or as CDI devices.
+FIND_GPUS = (
+    "runtime() { command -v nvidia-container-runtime-hook >/dev/null || "
+    "docker info --format '{{json .Runtimes}}' | grep -q '\"nvidia\"'; }; "
+    "cdi() { grep -qs nvidia.com/gpu /etc/cdi/* /var/run/cdi/* || "
+    "docker info --format '{{json .}}' | grep -q '\"nvidia.com/gpu='; }; "
+)
+# Arguments: the device, the output, and those of `docker run`. The output is made by who starts the container, and
+# belongs to them; inside, too, they have their groups, through which they may read the data. InfiniBand is used where
+# the host has it. All in one line, as the whole is shown by --dry-run.
+_SCRIPT = FIND_GPUS + (
+    'device=$1; mkdir -p -- "$2" || exit; shift 2; '
+    'for group in $(id -G); do set -- --group-add "$group" "$@"; done; '
+    'if [ -d /dev/infiniband ]; then set -- --device /dev/infiniband "$@"; fi; '
+    'if [ "$device" != cuda ]; then :; elif ! runtime && cdi; then set -- --device nvidia.com/gpu=all "$@"; '
+    'else set -- --gpus all "$@"; fi; '
     'exec docker run --user "$(id -u):$(id -g)" "$@"'
 )
 _HOST_PROCESS = ("python", "-m", "hvd_lb.launch.submit.docker.host")
@@ -36,12 +49,11 @@ def run_command(submission: Submission, run: str, host: str) -> list[str]:
         if path is not None:
             mounts += ["--mount", _mount(path, read_only=True)]
     return [
-        *("sh", "-c", _SCRIPT, "sh", str(submission.output)),
+        *("sh", "-c", _SCRIPT, "sh", submission.device, str(submission.output)),
         *("--rm", "--interactive", "--name", container_name(run, host), "--label", f"{LABEL}={run}"),
         *("--network", "host", "--shm-size", SHARED_MEMORY),
         *("--ulimit", "memlock=-1", "--ulimit", "stack=67108864"),
         *("--security-opt", "no-new-privileges", "--log-driver", "none"),
-        *(("--gpus", "all") if submission.device == "cuda" else ()),
         *mounts,
         *("--entrypoint", "hvd-lb-entry", submission.image, *_HOST_PROCESS),
     ]
@@ -86,6 +98,8 @@ _MEANINGS = (
      "systemctl start docker"),
     (r"Unable to find image", "no image {image} there and none to pull: check its name, or `docker pull` or `docker "
      "load` it there ({last})"),
+    (r"nvidia.com/gpu=all", "Docker there uses no CDI devices: set the feature `cdi` in /etc/docker/daemon.json, or "
+     "install the NVIDIA Container Toolkit's runtime ({last})"),
     (r"could not select device driver|nvidia-container-cli|[Uu]nknown runtime", "Docker cannot give it GPUs: install "
      "the NVIDIA Container Toolkit and driver, or use --device cpu ({last})"),
     (r"(?m)bind source path does not exist: (?P<path>.*?)\.?$", "no {path} there: it has to be at the same path on "

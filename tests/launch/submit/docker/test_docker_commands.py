@@ -10,6 +10,7 @@ import subprocess
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -51,15 +52,14 @@ def test_what_starts_a_container() -> None:
     assert command == [
         "sh",
         "-c",
-        'mkdir -p -- "$1" && shift && if [ -d /dev/infiniband ]; then set -- --device /dev/infiniband "$@"; fi && '
-        'exec docker run --user "$(id -u):$(id -g)" "$@"',
+        docker_run._SCRIPT,
         "sh",
+        "cuda",
         "/home/ada/runs/one",
         *words("--rm --interactive --name hvd-lb-42-h1 --label hvd-lb.run=42 --network host --shm-size 8g"),
         *words(
             "--ulimit memlock=-1 --ulimit stack=67108864 --security-opt no-new-privileges --log-driver none"
         ),
-        *words("--gpus all"),
         *("--mount", "type=bind,source=/home/ada/runs/one,target=/home/ada/runs/one"),
         *("--mount", "type=bind,source=/data/imagenet,target=/data/imagenet,readonly"),
         *words("--entrypoint hvd-lb-entry ghcr.io/hvd-lb/hvd-lb:0.1.0"),
@@ -69,7 +69,7 @@ def test_what_starts_a_container() -> None:
 
 def test_on_the_cpu_no_gpus_are_asked_for_and_named_data_needs_no_folder() -> None:
     command = run_command(replace(PLAIN, device="cpu", data=None), "42", "h1")
-    assert "--gpus" not in command
+    assert command[4] == "cpu"
     assert command.count("--mount") == 1
 
 
@@ -175,6 +175,14 @@ FAILURES = [
     ),
     (
         125,
+        'docker: Error response from daemon: error gathering device information while adding custom device '
+        '"nvidia.com/gpu=all": no such file or directory',
+        "Docker there uses no CDI devices: set the feature `cdi` in /etc/docker/daemon.json, or install the NVIDIA "
+        'Container Toolkit\'s runtime (error gathering device information while adding custom device '
+        '"nvidia.com/gpu=all": no such file or directory)',
+    ),
+    (
+        125,
         "docker: Error response from daemon: invalid mount config for type \"bind\": bind source path does not exist: "
         "/data/imagenet.\nSee 'docker run --help'.",
         "no /data/imagenet there: it has to be at the same path on all hosts",
@@ -223,10 +231,10 @@ SERVER = "server 28.1.0\n"
 @pytest.mark.parametrize(
     ("run", "wrong"),
     [
-        (answer(SERVER + "runtimes io.containerd.runc.v2 nvidia runc \n"), None),
-        (answer(SERVER + "runtimes runc \nruntimes nvidia\n"), None),
-        (answer(SERVER + "runtimes runc \n"), "Docker there has no NVIDIA runtime"),
-        (answer(SERVER + "runtimes nvidia \nmissing /data/x\n"), "no readable /data/x there"),
+        (answer(SERVER + "gpus NVIDIA runtime\n"), None),
+        (answer(SERVER + "gpus CDI devices\n"), None),
+        (answer(SERVER), "Docker there has neither NVIDIA's runtime nor its CDI devices"),
+        (answer(SERVER + "gpus NVIDIA runtime\nmissing /data/x\n"), "no readable /data/x there"),
         (answer("", "sh: 1: docker: not found", 127), "no docker there: install Docker Engine"),
         (
             answer("", "permission denied while trying to connect to the Docker daemon socket", 1),
@@ -261,3 +269,58 @@ def test_the_shell_that_asks_takes_any_path_as_it_is(tmp_path: Path) -> None:
     )
     assert [line for line in did.stdout.splitlines() if "missing" in line] == [f"missing {run.recipe}"]
     assert not (tmp_path / "pwned").exists()
+
+
+# What `docker info` says as JSON where NVIDIA's runtime is configured, where CDI devices are known, and elsewhere.
+INFO = {
+    "runtime": '{"Runtimes":{"nvidia":{"path":"x"},"runc":{"path":"runc"}}}',
+    "cdi": '{"Runtimes":{"runc":{}},"DiscoveredDevices":[{"Source":"cdi","ID":"nvidia.com/gpu=all"}]}',
+    "none": '{"Runtimes":{"runc":{"path":"runc"}}}',
+}
+
+
+@pytest.mark.parametrize(
+    ("info", "device", "asked", "found"),
+    [
+        ("runtime", "cuda", ["--gpus", "all"], ["gpus NVIDIA runtime"]),
+        ("cdi", "cuda", ["--device", "nvidia.com/gpu=all"], ["gpus CDI devices"]),
+        ("none", "cuda", ["--gpus", "all"], []),  # then Docker says what is missing
+        ("cdi", "cpu", [], ["gpus CDI devices"]),
+    ],
+)
+def test_gpus_are_asked_for_in_the_way_that_docker_has(
+    docker: Path,
+    tmp_path: Path,
+    info: str,
+    device: Literal["cpu", "cuda"],
+    asked: list[str],
+    found: list[str],
+) -> None:
+    program = tmp_path / "bin" / "docker"
+    program.write_text(
+        f"#!/usr/bin/env python3\nimport json, sys\nif sys.argv[1] == 'info': print({INFO[info]!r})\n"
+        "elif sys.argv[1] == 'version': print('server 1')\n"
+        f"else: json.dump(sys.argv[1:], open({str(docker)!r}, 'w'))\n"
+    )
+    submission = replace(PLAIN, device=device, output=tmp_path / "runs", data=None)
+    subprocess.run(run_command(submission, "42", "h1"), check=True)
+    seen = json.loads(docker.read_text())
+    given = [word for word in seen if word in ("--gpus", "all", "--device", "nvidia.com/gpu=all")]
+    assert given == asked
+    said = subprocess.run(probe_command(submission), capture_output=True, text=True, check=True).stdout
+    assert [line for line in said.splitlines() if line.startswith("gpus")] == found
+
+
+def test_inside_one_has_the_groups_that_one_has_outside(docker: Path, tmp_path: Path) -> None:
+    """A file that is readable through a group stays so."""
+    (tmp_path / "bin" / "id").write_text(
+        "#!/bin/sh\ncase $1 in -G) echo 100 2001 2002;; *) echo 100;; esac\n"
+    )
+    (tmp_path / "bin" / "id").chmod(0o755)
+    subprocess.run(
+        run_command(replace(PLAIN, device="cpu", output=tmp_path / "runs"), "42", "h1"), check=True
+    )
+    seen = json.loads(docker.read_text())
+    groups = [value for flag, value in zip(seen, seen[1:], strict=False) if flag == "--group-add"]
+    assert sorted(groups) == ["100", "2001", "2002"]
+    assert seen[seen.index("--user") + 1] == "100:100"
