@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import rich_click as click
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.submit.kubernetes.options import (
+    KindName,
     KubernetesOptions,
     parse_annotation,
     parse_gpu_resource,
@@ -56,6 +57,13 @@ def _name(option: str) -> _Parsed:
 
 _option = functools.partial(click.option, panel="Kubernetes")
 _OPTIONS = (
+    _option(
+        "--k8s-kind",
+        type=click.Choice(get_args(KindName)),
+        default=_DEFAULTS.kind,
+        show_default=True,
+        help="The job of the cluster: an MPIJob of the MPI operator, or a TrainJob of Kubeflow Trainer 2.",
+    ),
     _option(
         "--k8s-namespace",
         type=_Parsed("NAME", parse_namespace),
@@ -182,6 +190,7 @@ def kubernetes_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def wrapper(**arguments: Any) -> Any:
         options = KubernetesOptions(
+            kind=arguments.pop("k8s_kind"),
             namespace=arguments.pop("k8s_namespace"),
             volumes=tuple(arguments.pop("k8s_volume")),
             shared_memory=arguments.pop("k8s_shm"),

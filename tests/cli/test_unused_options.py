@@ -69,7 +69,7 @@ TRAIN = {
                 "k8s_service_account",
                 "k8s_label",
             ),
-            *("k8s_annotation", "k8s_grace", "k8s_patch"),
+            *("k8s_annotation", "k8s_grace", "k8s_patch", "k8s_kind"),
         ),
         {"submit-kubernetes"},
     ),
@@ -78,7 +78,7 @@ ROOT = Path(__file__).parents[2]
 VALUES = {
     "k8s_volume": "pvc:a:/b", "k8s_shm": "1Gi", "k8s_cpus": "4", "k8s_memory": "4Gi", "k8s_resource": "a/b=1",
     "k8s_node_selector": "a=b", "k8s_gpu_resource": "a/b", "k8s_label": "a=b", "k8s_annotation": "a=b",
-    "k8s_grace": "60", "k8s_patch": str(ROOT / "hvd_lb/recipes/digits.yaml"),
+    "k8s_grace": "60", "k8s_kind": "trainjob", "k8s_patch": str(ROOT / "hvd_lb/recipes/digits.yaml"),
     "slurm_time": "1:00", "slurm_memory": "4G", "container_port": "2222",
     "ssh_port": "22", "per_node": "4", "slurm_cpus_per_task": "4", "fusion_threshold": "1", "cycle_time": "1",
     "hang_timeout": "60",

@@ -19,21 +19,21 @@ LABEL = "hvd-lb.run"
 #: Shell functions: whether Docker gives containers GPUs by NVIDIA's runtime, or as CDI devices.
 FIND_GPUS = (
     "runtime() { command -v nvidia-container-runtime-hook >/dev/null || "
-    "docker info --format '{{json .Runtimes}}' | grep -q '\"nvidia\"'; }; "
+    'docker info --format "{{json .Runtimes}}" | grep -qw nvidia; }; '
     "cdi() { grep -qs nvidia.com/gpu /etc/cdi/* /var/run/cdi/* || "
-    "docker info --format '{{json .}}' | grep -q '\"nvidia.com/gpu='; }; "
+    'docker info --format "{{json .}}" | grep -q nvidia.com/gpu=; }; '
 )
-# Arguments: the device, the output, and those of `docker run`. The output is made by who starts the container, and
-# belongs to them; inside, too, they have their groups, through which they may read the data. InfiniBand is used where
-# the host has it. All in one line, as the whole is shown by --dry-run.
-_SCRIPT = FIND_GPUS + (
-    'device=$1; mkdir -p -- "$2" || exit; shift 2; '
-    'for group in $(id -G); do set -- --group-add "$group" "$@"; done; '
+# Arguments: the output, and those of `docker run`. The output is made by who starts the container, and belongs to them;
+# inside, too, they have their groups, through which they may read the data. InfiniBand is used where the host has it.
+# All in one line, as --dry-run shows it.
+_PREPARE = (
+    'mkdir -p -- "$1" || exit; shift; for group in $(id -G); do set -- --group-add "$group" "$@"; done; '
     'if [ -d /dev/infiniband ]; then set -- --device /dev/infiniband "$@"; fi; '
-    'if [ "$device" != cuda ]; then :; elif ! runtime && cdi; then set -- --device nvidia.com/gpu=all "$@"; '
-    'else set -- --gpus all "$@"; fi; '
-    'exec docker run --user "$(id -u):$(id -g)" "$@"'
 )
+_ASK_FOR_GPUS = (
+    'if ! runtime && cdi; then set -- --device nvidia.com/gpu=all "$@"; else set -- --gpus all "$@"; fi; '
+)
+_RUN = 'exec docker run --user "$(id -u):$(id -g)" "$@"'
 _HOST_PROCESS = ("python", "-m", "hvd_lb.launch.submit.docker.host")
 
 
@@ -44,12 +44,13 @@ def run_command(submission: Submission, run: str, host: str) -> list[str]:
     """
     if submission.image is None:
         raise ValueError("a submission without an image has no containers")
+    gpus = FIND_GPUS + _ASK_FOR_GPUS if submission.device == "cuda" else ""
     mounts = ["--mount", _mount(submission.output, read_only=False)]
     for path in (submission.data, submission.recipe):
         if path is not None:
             mounts += ["--mount", _mount(path, read_only=True)]
     return [
-        *("sh", "-c", _SCRIPT, "sh", submission.device, str(submission.output)),
+        *("sh", "-c", _PREPARE + gpus + _RUN, "sh", str(submission.output)),
         *("--rm", "--interactive", "--name", container_name(run, host), "--label", f"{LABEL}={run}"),
         *("--network", "host", "--shm-size", SHARED_MEMORY),
         *("--ulimit", "memlock=-1", "--ulimit", "stack=67108864"),

@@ -28,11 +28,11 @@ _TRIES = 30
 def submit(documents: Sequence[Manifest], say: Callable[[str], None], *, poll_seconds: float = 2.0) -> int:
     """Start the job, or join it where it runs already, show its log, and return the exit status of the run.
 
-    `documents` are what it is made of, the job itself first. One of this run that has ended is replaced. Ctrl-C leaves
+    `documents` are what it is made of, the job itself last. One of this run that has ended is replaced. Ctrl-C leaves
     the job running (130). UserError when kubectl, the cluster or the operator is not there, the cluster refuses the
     job, or another run has its name.
     """
-    cluster = _SubmittedJob(documents[0], say, poll_seconds)
+    cluster = _SubmittedJob(documents[-1], say, poll_seconds)
     cluster.check_operator()
     start(cluster, documents)
     try:
@@ -45,12 +45,12 @@ def submit(documents: Sequence[Manifest], say: Callable[[str], None], *, poll_se
 
 def start(cluster: _SubmittedJob, documents: Sequence[Manifest]) -> None:
     """Create the job unless it runs already, in place of one of this run that has ended."""
-    job = documents[0]
+    job = documents[-1]
     name = f"{job['kind']} {cluster.name}"
     found = [cluster.find(document) for document in documents]
     for document, present in zip(documents, found, strict=True):
         _refuse_others(document, present)
-    there = found[0]
+    there = found[-1]
     if there is not None and cluster.kind.ending(there) is None:
         ours = job["metadata"]["annotations"].get(COMMAND)
         if there["metadata"].get("annotations", {}).get(COMMAND) != ours:
@@ -62,7 +62,9 @@ def start(cluster: _SubmittedJob, documents: Sequence[Manifest]) -> None:
         return
     if there is not None:
         cluster.say(f"{name} has ended: starting it again")
-    for document in (document for document, present in zip(documents, found, strict=True) if present):
+    for document in (
+        document for document, present in [*zip(documents, found, strict=True)][::-1] if present
+    ):
         # In the foreground: with the old pods still there, the operator would not make new ones.
         cluster.run("delete", resource(document), cluster.name, "--cascade=foreground", "--wait=true")
     # Not `apply`, which would change a job that somebody else has made in this moment.

@@ -60,8 +60,23 @@ MPIJOB = JobKind(
 )
 
 
+_REPLICATED = "jobset.sigs.k8s.io/replicatedjob-name"
+TRAINJOB = JobKind(
+    name="TrainJob",
+    api_version="trainer.kubeflow.org/v1alpha1",
+    operator="Kubeflow Trainer 2",
+    job_label="jobset.sigs.k8s.io/jobset-name",
+    leader_job="{name}-launcher-0",
+    is_leader=lambda pod: _label(pod, _REPLICATED) == "launcher",
+    computes=lambda pod: _label(pod, _REPLICATED) == "node",
+    nodes=lambda job: int(job["spec"]["trainer"]["numNodes"]),
+    suspended=lambda job: bool(job["spec"].get("suspend")),
+    ends=("Complete", "Failed"),
+)
+
+
 def kind_of(job: Manifest) -> JobKind:
-    return {kind.name: kind for kind in (MPIJOB,)}[job["kind"]]
+    return {kind.name: kind for kind in (MPIJOB, TRAINJOB)}[job["kind"]]
 
 
 def resource(document: Manifest) -> str:

@@ -13,11 +13,13 @@ from hvd_lb.launch.submit.kubernetes.mpijob import mpijob
 from hvd_lb.launch.submit.kubernetes.options import KubernetesOptions
 from hvd_lb.launch.submit.kubernetes.patch import patched
 from hvd_lb.launch.submit.kubernetes.pod import Manifest
+from hvd_lb.launch.submit.kubernetes.trainjob import trainjob
 
 
 def manifests(submission: Submission, options: KubernetesOptions) -> list[Manifest]:
-    """The documents of a run, the job first; UserError when the run could not work that way."""
-    return patched([mpijob(submission, options)], options.patch)
+    """The documents of a run in the order they are made, the job last; UserError when the run could not work so."""
+    made = trainjob(submission, options) if options.kind == "trainjob" else [mpijob(submission, options)]
+    return patched(made, options.patch)
 
 
 def to_yaml(documents: Sequence[Manifest]) -> str:

@@ -7,6 +7,8 @@ mounts one key pair, made for this job, in all pods. Worker pods run the image's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hvd_lb.launch.submit.command import Submission
 from hvd_lb.launch.submit.kubernetes import pod
 from hvd_lb.launch.submit.kubernetes.kinds import MPIJOB
@@ -14,6 +16,7 @@ from hvd_lb.launch.submit.kubernetes.names import job_name, run_annotations
 from hvd_lb.launch.submit.kubernetes.options import KubernetesOptions
 from hvd_lb.launch.submit.kubernetes.pod import Manifest
 from hvd_lb.launch.submit.kubernetes.volumes import (
+    Volume,
     checked_volumes,
     output_place,
     pod_volumes,
@@ -26,24 +29,9 @@ SSH_PORT = 12345
 
 def mpijob(submission: Submission, options: KubernetesOptions) -> Manifest:
     """The MPIJob of a run; UserError when the run could not work that way."""
-    keys = f"{pod.home(options)}/.ssh"
     volumes = checked_volumes(submission, options.volumes)
     output = output_place(submission, volumes)
     command = launcher_command(submission)
-    launcher = {
-        "envFrom": [{"secretRef": {"name": secret}} for secret in options.secrets],
-        "command": [pod.literal(word) for word in command],
-        "resources": {"requests": {"cpu": "2", "memory": "4Gi"}},
-        "volumeMounts": volume_mounts(volumes),
-    }
-    worker = {
-        "command": sshd_command(keys),
-        # Ready, and with a host name that resolves, when sshd answers. Never asked again: it may be slow under load.
-        "startupProbe": {"tcpSocket": {"port": SSH_PORT}, "periodSeconds": 2, "failureThreshold": 60},
-        "lifecycle": pod.ending_with_a_checkpoint(submission),
-        "resources": pod.computing_resources(submission, options),
-        "volumeMounts": pod.computing_mounts(volumes),
-    }
     return {
         "apiVersion": MPIJOB.api_version,
         "kind": MPIJOB.name,
@@ -53,7 +41,7 @@ def mpijob(submission: Submission, options: KubernetesOptions) -> Manifest:
         "spec": {
             "slotsPerWorker": pod.slots(submission),
             "mpiImplementation": "OpenMPI",
-            "sshAuthMountPath": keys,
+            "sshAuthMountPath": f"{pod.home(options)}/.ssh",
             "launcherCreationPolicy": "WaitForWorkersReady",
             # Not tried again by itself: the same command goes on from the last checkpoint.
             "runPolicy": {"cleanPodPolicy": "Running", "backoffLimit": 0},
@@ -62,7 +50,7 @@ def mpijob(submission: Submission, options: KubernetesOptions) -> Manifest:
                     "replicas": 1,
                     "restartPolicy": "Never",
                     "template": pod.pod(
-                        pod.container(submission, options, "launcher", launcher),
+                        launcher_container(submission, options, volumes, "launcher"),
                         options,
                         pod_volumes(volumes),
                         {},
@@ -72,7 +60,7 @@ def mpijob(submission: Submission, options: KubernetesOptions) -> Manifest:
                     "replicas": submission.nodes,
                     "restartPolicy": "Never",
                     "template": pod.pod(
-                        pod.container(submission, options, "worker", worker),
+                        worker_container(submission, options, volumes, "worker"),
                         options,
                         pod.computing_volumes(volumes, options),
                         pod.computing(options),
@@ -81,6 +69,34 @@ def mpijob(submission: Submission, options: KubernetesOptions) -> Manifest:
             },
         },
     }
+
+
+def launcher_container(
+    submission: Submission, options: KubernetesOptions, volumes: Sequence[Volume], name: str
+) -> Manifest:
+    """What starts the ranks: it needs no GPU."""
+    more = {
+        "envFrom": [{"secretRef": {"name": secret}} for secret in options.secrets],
+        "command": [pod.literal(word) for word in launcher_command(submission)],
+        "resources": {"requests": {"cpu": "2", "memory": "4Gi"}},
+        "volumeMounts": volume_mounts(volumes),
+    }
+    return pod.container(submission, options, name, more)
+
+
+def worker_container(
+    submission: Submission, options: KubernetesOptions, volumes: Sequence[Volume], name: str
+) -> Manifest:
+    """A host for ranks: an sshd that waits for them."""
+    more = {
+        "command": sshd_command(f"{pod.home(options)}/.ssh"),
+        # Ready, and with a host name that resolves, when sshd answers. Never asked again: it may be slow under load.
+        "startupProbe": {"tcpSocket": {"port": SSH_PORT}, "periodSeconds": 2, "failureThreshold": 60},
+        "lifecycle": pod.ending_with_a_checkpoint(submission),
+        "resources": pod.computing_resources(submission, options),
+        "volumeMounts": pod.computing_mounts(volumes),
+    }
+    return pod.container(submission, options, name, more)
 
 
 def launcher_command(submission: Submission) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.submit.kubernetes.volumes import SUBDOMAIN, Volume
@@ -17,6 +17,9 @@ _KEY = rf"({SUBDOMAIN}/)?{_WORD}"
 _QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|[MGTP]|[KMGTP]i)?"
 _RESERVED = ("hvd-lb-", "app.kubernetes.io/name", "training.kubeflow.org/", "trainer.kubeflow.org/")
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
+
+
+KindName = Literal["mpijob", "trainjob"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Toleration:
 class KubernetesOptions:
     """Where the pods run, what they are given and what is mounted in them."""
 
+    kind: KindName = "mpijob"
     namespace: str = "default"
     volumes: tuple[Volume, ...] = ()
     shared_memory: str = "16Gi"  #: size of a worker pod's /dev/shm; counts as its memory

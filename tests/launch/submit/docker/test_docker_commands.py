@@ -52,9 +52,8 @@ def test_what_starts_a_container() -> None:
     assert command == [
         "sh",
         "-c",
-        docker_run._SCRIPT,
+        docker_run._PREPARE + docker_run.FIND_GPUS + docker_run._ASK_FOR_GPUS + docker_run._RUN,
         "sh",
-        "cuda",
         "/home/ada/runs/one",
         *words("--rm --interactive --name hvd-lb-42-h1 --label hvd-lb.run=42 --network host --shm-size 8g"),
         *words(
@@ -69,7 +68,7 @@ def test_what_starts_a_container() -> None:
 
 def test_on_the_cpu_no_gpus_are_asked_for_and_named_data_needs_no_folder() -> None:
     command = run_command(replace(PLAIN, device="cpu", data=None), "42", "h1")
-    assert command[4] == "cpu"
+    assert "gpu" not in command[2]
     assert command.count("--mount") == 1
 
 
@@ -273,9 +272,9 @@ def test_the_shell_that_asks_takes_any_path_as_it_is(tmp_path: Path) -> None:
 
 # What `docker info` says as JSON where NVIDIA's runtime is configured, where CDI devices are known, and elsewhere.
 INFO = {
-    "runtime": '{"Runtimes":{"nvidia":{"path":"x"},"runc":{"path":"runc"}}}',
-    "cdi": '{"Runtimes":{"runc":{}},"DiscoveredDevices":[{"Source":"cdi","ID":"nvidia.com/gpu=all"}]}',
-    "none": '{"Runtimes":{"runc":{"path":"runc"}}}',
+    "runtime": {"Runtimes": {"nvidia": {"path": "x"}, "runc": {"path": "runc"}}},
+    "cdi": {"Runtimes": {"runc": {}}, "DiscoveredDevices": [{"Source": "cdi", "ID": "nvidia.com/gpu=all"}]},
+    "none": {"Runtimes": {"runc": {"path": "runc"}}},
 }
 
 
@@ -298,9 +297,10 @@ def test_gpus_are_asked_for_in_the_way_that_docker_has(
 ) -> None:
     program = tmp_path / "bin" / "docker"
     program.write_text(
-        f"#!/usr/bin/env python3\nimport json, sys\nif sys.argv[1] == 'info': print({INFO[info]!r})\n"
-        "elif sys.argv[1] == 'version': print('server 1')\n"
-        f"else: json.dump(sys.argv[1:], open({str(docker)!r}, 'w'))\n"
+        f"#!/usr/bin/env python3\nimport json, sys\ninfo, words = {INFO[info]!r}, sys.argv[1:]\n"
+        "if words[0] == 'info': print(json.dumps(info['Runtimes'] if '.Runtimes' in words[2] else info))\n"
+        "elif words[0] == 'version': print('server 1')\n"
+        f"else: json.dump(words, open({str(docker)!r}, 'w'))\n"
     )
     submission = replace(PLAIN, device=device, output=tmp_path / "runs", data=None)
     subprocess.run(run_command(submission, "42", "h1"), check=True)
