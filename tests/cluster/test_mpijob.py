@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hosts import Host, lab
 from pods import hostfile, launcher_environment, mounted_secret, worker_names
-from real_runs import until
+from real_runs import trained_steps, until
 
 from hvd_lb.launch.submit.command import Submission
 from hvd_lb.launch.submit.kubernetes.mpijob import mpijob
@@ -44,6 +44,12 @@ def mount_points(*paths: str) -> Iterator[None]:
 def command(job: dict[str, Any], role: str) -> list[str]:
     (container,) = job["spec"]["mpiReplicaSpecs"][role]["template"]["spec"]["containers"]
     return [word.replace("$$", "$") for word in container["command"]]
+
+
+def hook(job: dict[str, Any]) -> list[str]:
+    """What Kubernetes runs in a worker pod before it ends it."""
+    (container,) = job["spec"]["mpiReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+    return [*container["lifecycle"]["preStop"]["exec"]["command"]]
 
 
 @contextmanager
@@ -105,3 +111,29 @@ def test_the_pods_of_a_manifest_train_and_end_with_the_simulated_weights(tmp_pat
             **plain,
         )
         assert "bitwise identical" in launcher.run(["hvd-lb", "compare", run, simulated], **plain).stdout
+
+
+def test_a_worker_pod_that_is_told_to_end_ends_the_run_with_a_checkpoint_first(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "long"
+    run.parent.mkdir()
+    arguments = ("train", *RECIPE, "--gpus", "2", "--epochs", "200", "--output", str(run))
+    volume = Volume("host", "", str(run.parent), str(run.parent))
+    job = mpijob(
+        Submission(arguments, "long", "cpu", 2, 1, run, image="any"),
+        KubernetesOptions(volumes=(volume,), root=True),
+    )
+    with pods(job, tmp_path) as (launcher, workers):
+        environment = {**launcher_environment(job), "PATH": f"{BIN}:{os.environ['PATH']}"}
+        pipe = subprocess.PIPE
+        process = launcher.start(command(job, "Launcher"), env=environment, stdout=pipe, stderr=pipe)
+        until(lambda: trained_steps(run) >= 3 or process.poll() is not None, 300)
+        # In a pod sshd is the first process.
+        (sshd,) = workers[1].run(["pgrep", "-o", "-f", "^/usr/sbin/sshd -D -e -p 12345"]).stdout.split()
+        *words, first = hook(job)
+        assert first == "1"
+        done = workers[1].run([*words, sshd], timeout=200)
+        assert done.returncode == 0
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + 15, out + err
+    assert "with a checkpoint; the same command goes on there" in out
+    assert list((run / "checkpoints").glob("step-*"))
