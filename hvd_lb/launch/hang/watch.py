@@ -1,12 +1,13 @@
 """A rank that goes on no more says so: what it does and since when, and in its log where its threads are.
 
 That is all it does: whether the job hangs, and because of whom, the launching process sees from all reports
-(`reports`). Nothing is written as long as all goes on.
+(`reports`). One that takes long over a step says that it does go on. Else nothing is written.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -39,22 +40,32 @@ def watched(run: RunDirectory, rank: int, stages: Stages, timeout: float) -> Ite
 
 
 def _watch(run: RunDirectory, rank: int, stages: Stages, timeout: float, over: threading.Event) -> None:
-    reported: float | None = None  # the beginning of the stage
+    began, position = (
+        time.monotonic(),
+        -1,
+    )  # of the present step; evaluations and the like belong to the one before
+    reported, renewed, hung = False, -math.inf, None
     while not over.wait(min(_LOOK_SECONDS, timeout / 10)):
         # Written by C when this thread cannot run for so long, as a library holds Python's lock.
         faulthandler.dump_traceback_later(timeout)
-        stage, since = stages.now
-        seconds = time.monotonic() - since
+        now, (stage, since) = time.monotonic(), stages.now
+        if position != stages.taken:
+            began, position = now, stages.taken
+        seconds = now - since
         tell("stage", stage=stage, step=stages.step, seconds=round(seconds, 1))
-        if reported == since:
-            continue
+        report = {"rank": rank, "step": stages.step, "stage": stage, "seconds": seconds}
         with suppress(OSError):
             if seconds >= timeout:
-                patience = _PATIENCE_SECONDS if stage in _TAKES_LONG or not stages.taken else 0.0
-                faulthandler.dump_traceback()
-                report = {"rank": rank, "step": stages.step, "stage": stage, "seconds": seconds}
-                write_json(run.hang(rank), {**report, "until": time.time() + max(0.0, patience - seconds)})
-                reported = since
-            elif reported is not None:
+                if hung != since:
+                    long = stage in _TAKES_LONG or not stages.taken
+                    left = max(0.0, _PATIENCE_SECONDS - seconds) if long else 0.0
+                    write_json(run.hang(rank), {**report, "until": time.time() + left})
+                    hung, reported = since, True
+                    faulthandler.dump_traceback()
+            elif now - began >= timeout / 2:  # a slow step, which does go on: those that wait may know
+                if now - renewed >= timeout / 2 or hung is not None:
+                    write_json(run.hang(rank), {**report, "until": time.time() + timeout})
+                    renewed, reported, hung = now, True, None
+            elif reported:
                 run.hang(rank).unlink(missing_ok=True)
-                reported = None
+                reported, hung = False, None

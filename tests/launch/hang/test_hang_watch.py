@@ -31,19 +31,38 @@ def test_it_reports_what_it_does_until_it_goes_on(
     (tmp_path / "logs").mkdir()
     run, stages = RunDirectory(tmp_path), Stages()
     stages.step, stages.taken = 7, taken
-    with watched(run, 2, stages, 0.5):
+    with watched(run, 2, stages, 1.0):
         for _ in range(10):  # it goes on
             stages.enter(stage)
+            stages.taken += taken > 0
             time.sleep(0.1)
-        assert not run.hang(2).exists()
-        until(run.hang(2).exists)
+        assert not run.hang(2).exists() or not taken
+        until(lambda: run.hang(2).exists() and json.loads(run.hang(2).read_text())["seconds"] >= 1)
         report = json.loads(run.hang(2).read_text())
         assert (report["rank"], report["step"], report["stage"]) == (2, 7, stage)
         assert (report["until"] > time.time() + 1000) == patient
         assert "test_it_reports_what_it_does_until_it_goes_on" in capfd.readouterr().err
         stages.enter(stage)
+        stages.taken += 1
         until(lambda: not run.hang(2).exists())
     until(lambda: not [thread for thread in threading.enumerate() if thread.name == "hvd-lb hang"])
+
+
+def test_a_slow_step_that_goes_on_asks_those_that_wait_for_patience(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    run, stages = RunDirectory(tmp_path), Stages()
+    stages.taken = 1
+    with watched(run, 0, stages, 2.0):
+        for microbatch in range(50):
+            stages.enter(Stage.COMPUTE)
+            time.sleep(0.1)
+            if microbatch > 25:  # more than twice as long as it is waited for without a sign of life
+                assert json.loads(run.hang(0).read_text())["until"] > time.time()
+        stages.taken += 1
+        until(lambda: not run.hang(0).exists())
+    assert capfd.readouterr().err == ""
 
 
 def test_without_a_timeout_nobody_watches(tmp_path: Path) -> None:
