@@ -86,8 +86,8 @@ def allocation(
         return Allocation(list(zip(names, tasks_per_node(environ), strict=True)), 0)
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"this looks like a Slurm job on {nodes}, but its variables are not whole ({error}): run hvd-lb in the "
-            "job's own shell, or give --launcher local for this machine alone"
+            f"this looks like a Slurm job on {nodes}, but what is known of it is not whole ({error}): run hvd-lb "
+            "in the job's own shell, or give --launcher local for this machine alone"
         ) from None
 
 
@@ -102,7 +102,7 @@ def _gpus(names: Sequence[str], job: str) -> int:
     The controller says it: variables tell the batch script of its own node, and other processes what was asked for.
     """
     there = gpus_of_nodes(_scontrol("show", "job", "--details", "--oneliner", job))
-    counts = [there.get(name, 0) for name in names]
+    counts = [there[name] for name in names]
     if len(set(counts)) > 1:
         each = ", ".join(f"{count} on {name}" for name, count in zip(names, counts, strict=True))
         raise UserError(

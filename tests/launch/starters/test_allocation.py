@@ -82,6 +82,12 @@ def test_nodes_with_different_numbers_of_gpus_are_refused_in_slurms_words(scontr
     assert "--hosts" not in str(error.value)
 
 
+def test_a_controller_that_says_nothing_of_a_node_is_not_taken_for_no_gpus(scontrol: dict[str, str]) -> None:
+    scontrol["show job"] = "JobId=7 Nodes=h1 CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:0-1)"
+    with pytest.raises(UserError, match="not whole.*h2"):
+        allocation("cuda", {**JOB, "SLURM_TASKS_PER_NODE": "1(x2)"})
+
+
 @pytest.mark.parametrize(
     ("resources", "gpus"),
     [
@@ -129,7 +135,7 @@ def test_variables_that_are_not_whole_are_told_in_one_line(
 ) -> None:
     monkeypatch.setattr("hvd_lb.launch.starters.allocation.expand_nodes", lambda nodes: [nodes])
     for tasks in ("1", "x"):
-        with pytest.raises(UserError, match="are not whole.*--launcher local"):
+        with pytest.raises(UserError, match="not whole.*--launcher local"):
             allocation("cpu", {"SLURM_JOB_NODELIST": "h1", "SLURM_STEP_NUM_TASKS": tasks, **left})
 
 
