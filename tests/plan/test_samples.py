@@ -33,7 +33,9 @@ def epoch_ids(plan: SamplePlan, epoch: int) -> list[int]:
 @given(plans, st.integers(0, 3))
 def test_keep_serves_every_image_once(plan: SamplePlan, epoch: int) -> None:
     assert sorted(epoch_ids(plan, epoch)) == list(range(plan.images))
-    assert sum(plan.step_images(step) for step in range(plan.steps_per_epoch)) == plan.images
+    images = [plan.step_images(step) for step in range(plan.steps_per_epoch)]
+    assert sum(images) == plan.images
+    assert 0 < images[-1] <= plan.global_batch
     assert plan.dropped_per_epoch == 0
 
 
@@ -63,6 +65,7 @@ def test_processes_share_the_step_whatever_their_number(plan: SamplePlan, proces
     assert max(counts) - min(counts) <= 1
     assert sum(counts) == plan.step_images(last)
     assert plan.active_workers(last) == sum(count > 0 for count in counts)
+    assert plan.smallest_microbatch == min(filter(None, counts))
 
 
 @settings(max_examples=60, deadline=None)
@@ -114,6 +117,10 @@ def test_a_minibatch_larger_than_the_data_names_the_largest(
         SamplePlan(images, gpus, per_gpu, 0)
     kept: LastBatch = "keep"
     assert SamplePlan(images, gpus, per_gpu, 0, kept).steps_per_epoch == 1
+
+
+def test_an_epoch_of_whole_steps_has_no_rest_to_keep() -> None:
+    assert SamplePlan(60, 4, 5, 0, "keep").steps_per_epoch == SamplePlan(60, 4, 5, 0).steps_per_epoch == 3
 
 
 def test_imagenet_with_256_gpus() -> None:

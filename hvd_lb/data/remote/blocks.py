@@ -147,20 +147,20 @@ def _key(address: Address, state: ObjectState) -> str:
 
 def _make_room(folder: Path, own: set[Path], limit: float | None, wanted: int) -> float:
     """How many bytes of `own` files may be kept, after others that nobody uses were removed for them, oldest first."""
-    others = sorted(
-        (stat.st_mtime_ns, stat.st_size, path)
-        for path in folder.iterdir()
-        if path not in own and (stat := path.stat())
-    )
+    there: dict[Path, os.stat_result] = {}
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process makes room, too
+            there[path] = path.stat()
     if limit is None:
-        taken = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+        taken = sum(stat.st_blocks * 512 for stat in there.values())
         limit = (shutil.disk_usage(folder).free + taken) / 2
-    used = sum(size for _, size, _ in others)
-    for _, size, path in others:
+    others = {path: stat for path, stat in there.items() if path not in own}
+    used = sum(stat.st_size for stat in others.values())
+    for path, stat in sorted(others.items(), key=lambda of: of[1].st_mtime_ns):
         if used + wanted <= limit:
             break
         if _discard(path):
-            used -= size
+            used -= stat.st_size
     return max(0.0, limit - used)
 
 

@@ -7,6 +7,7 @@ piece of the very object that was indexed, or an error that names it.
 from __future__ import annotations
 
 import hashlib
+import random
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -149,7 +150,7 @@ def _patiently(address: Address, waits: tuple[float, ...], ask: Callable[[], T])
                 raise UserError(
                     f"{address}: cannot be read ({_reason(error)}, {len(waits) + 1} times)"
                 ) from None
-            time.sleep(seconds)
+            time.sleep(seconds * random.uniform(0.75, 1.25))  # so that threads do not all come back at once
     raise AssertionError
 
 

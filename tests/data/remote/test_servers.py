@@ -41,6 +41,8 @@ def test_a_web_server_has_the_same_data_set(packed: Path, web: StaticServer) -> 
         assert remote.name == "packed"
         assert remote.fingerprint() == local.fingerprint()
         assert contents(remote) == contents(local)
+        assert isinstance(remote, IndexedDataset)
+        assert remote.train.most_threads == 256
     named = open_dataset(ranges(packed, f"{web.url}/packed"), val=f"{web.url}/packed/val-000000.tar")
     assert named.train.labels.tolist() == local.train.labels.tolist()
     assert named.train.name(3) == local.train.name(3).replace(str(packed), f"{web.url}/packed")
