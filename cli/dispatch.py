@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,8 +43,13 @@ from hvd_lb_cli.submit import is_submission, refuse_unused, submit
 _OF_THE_EXCHANGE = {"allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"}
 
 
-def dispatch(context: click.Context, options: TrainOptions) -> int:
-    """Train, go on, print what would be run, or submit; the exit status. `context` is that of `train`."""
+def dispatch(
+    context: click.Context, options: TrainOptions, leave: Callable[[Path], None] | None = None
+) -> int:
+    """Train, go on, print what would be run, or submit; the exit status. `context` is that of `train`.
+
+    `leave` is called with the run directory when all is checked.
+    """
     console = plain_console()
     refuse_several(os.environ, "hvd-lb train")
     target = find_target(options.launch, options.device, os.environ)
@@ -116,6 +122,12 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
     rows = [*explain(resolved), ("processes", share)]
     if cluster:
         rows.append(("hosts", f"{in_words(launch_plan.hosts)} ({target.how}), by {launch_plan.starter}"))
+
+    def ready() -> None:
+        print_rows(console, rows)
+        if leave:
+            leave(run_directory(options.output, resolved.recipe).path)
+
     return run_job(
         resolved,
         placement,
@@ -124,7 +136,7 @@ def dispatch(context: click.Context, options: TrainOptions) -> int:
         resume=options.resume,
         command=without_secrets(sys.argv),
         console=console,
-        on_ready=lambda: print_rows(console, rows),
+        on_ready=ready,
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import rich_click as click
 
+from hvd_lb.errors import nearest
+
 
 class LazyGroup(click.RichGroup):
     """Finds commands by name in `lazy`, as "module:function"; commands added as usual come first."""
@@ -25,3 +27,12 @@ class LazyGroup(click.RichGroup):
         module, _, function = self._lazy[name].partition(":")
         command: click.Command = getattr(import_module(module), function)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            more = nearest(args[0], self.list_commands(ctx))
+            raise click.UsageError(f"{error.message.rstrip('.')}{more}", ctx) from None

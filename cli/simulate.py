@@ -17,6 +17,7 @@ from hvd_lb.report.text import count, duration, speed
 from hvd_lb_cli.arguments import without_secrets
 from hvd_lb_cli.options.given import refuse_options
 from hvd_lb_cli.options.recipe import recipe_options, run_options
+from hvd_lb_cli.options.topics import TopicCommand
 from hvd_lb_cli.output.show import index_progress, print_rows
 from hvd_lb_cli.output.terminal import outliving_readers, plain_console
 
@@ -39,7 +40,14 @@ class _Duration(click.ParamType[float]):
         return float(match[1]) * _UNITS[match[2]]
 
 
-@click.command()
+# What `--help` shows.
+_FIRST = (
+    *("data", "gpus", "per_gpu_batch", "model", "epochs", "steps", "learning_rate"),
+    *("whole", "budget", "recipe", "device", "output", "resume"),
+)
+
+
+@click.command(cls=TopicCommand, first_options=_FIRST)
 @click.option(
     "--run",
     "whole",

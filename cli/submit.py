@@ -52,7 +52,13 @@ def is_submission(target: Target, train: TrainOptions) -> bool:
     options = train.submit
     if options.image is not None and train.slurm.container_image is not None:
         raise UserError("--image is for Docker and --container-image for Pyxis: give one of them")
+    if options.image is not None and options.detach and not target.kind.startswith("submit"):
+        raise UserError(
+            "--detach is not for containers of --image, which end with this process: run it in tmux"
+        )
     if target.kind.startswith("submit"):
+        if options.detach and not (options.submit or train.launch.dry_run):
+            raise UserError("--detach only prints a job without --submit: give both, or neither")
         return True
     if options.submit:
         raise UserError(
@@ -176,14 +182,17 @@ def submit(command: click.Command, options: TrainOptions, target: Target) -> int
         image = options.submit.image or f"{PUBLISHED_IMAGE}:{__version__}"
         documents = kubernetes.manifests(replace(submission, image=image), options.kubernetes)
         if options.submit.submit and not dry_run:
-            return kubectl.submit(documents, click.echo)
+            return kubectl.submit(documents, click.echo, follow=not options.submit.detach)
         click.echo(kubernetes.to_yaml(documents), nl=False)
         return 0
     if target.kind == "submit-slurm":
         program = [sys.executable, "-P", "-m", "hvd_lb_cli.main"]
         batch = slurm_script.script(submission, options.slurm, program)
         if options.submit.submit and not dry_run:
-            return slurm_submit.submit(batch, submission.output, submission.environment, click.echo)
+            follow = not options.submit.detach
+            return slurm_submit.submit(
+                batch, submission.output, submission.environment, click.echo, follow=follow
+            )
         click.echo(batch, nl=False)
         return 0
     environment = carried_environment(os.environ) | dict(submission.environment)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import rich_click as click
 
+from hvd_lb_cli.detached import detached
 from hvd_lb_cli.options.kubernetes import kubernetes_options
 from hvd_lb_cli.options.launch import launch_options
 from hvd_lb_cli.options.recipe import recipe_options, run_options
 from hvd_lb_cli.options.slurm import slurm_options
 from hvd_lb_cli.options.submit import submit_options
+from hvd_lb_cli.options.topics import TopicCommand
 from hvd_lb_cli.options.train import TrainOptions
 from hvd_lb_cli.output.terminal import outliving_readers
 
@@ -22,19 +25,28 @@ if TYPE_CHECKING:
     from hvd_lb_cli.options.submit import SubmitOptions
 
 
-@click.command()
+# What `--help` shows of a hundred options.
+_FIRST = (
+    *("data", "gpus", "per_gpu_batch", "model", "epochs", "learning_rate"),
+    *("recipe", "device", "processes", "output", "resume", "detach"),
+    *("hosts", "image", "submit", "dry_run"),
+)
+
+
+@click.command(cls=TopicCommand, first_options=_FIRST)
 @run_options
 @click.option(
     "--processes",
     type=click.IntRange(min=1),
+    metavar="P",
     help="Processes p that share the virtual workers [default: one per GPU; on CPUs one per core]",
     panel="The run",
 )
+@recipe_options
 @launch_options
 @submit_options
 @slurm_options
 @kubernetes_options
-@recipe_options
 @click.pass_context
 def train(
     context: click.Context,
@@ -55,13 +67,11 @@ def train(
     hvd-lb train --data digits --gpus 2 --device cpu
     hvd-lb train --data /data/imagenet --gpus 8 --per-gpu-batch 32
     hvd-lb train --data /data/imagenet --gpus 256 --processes 8
-    hvd-lb train --data digits --gpus 4 --device cpu --reproducible
+    hvd-lb train --data /data/imagenet --gpus 8 --detach
     hvd-lb train --data /data/imagenet --gpus 256 --hostfile hosts --output /shared/runs/8k
     hvd-lb train --data /data/imagenet --gpus 256 --launcher slurm --slurm-partition gpu --submit
     hvd-lb train --data /data/imagenet --gpus 16 --hosts h1:8,h2:8 --image ghcr.io/hvd-lb/hvd-lb
     """
-    from hvd_lb_cli.dispatch import dispatch  # here: --help needs none of it
-
     train_options = TrainOptions(
         options,
         recipe,
@@ -74,5 +84,11 @@ def train(
         slurm_options,
         kubernetes_options,
     )
-    with outliving_readers():
-        return dispatch(context, train_options)
+
+    def work(leave: Callable[[Path], None] | None = None) -> int:
+        from hvd_lb_cli.dispatch import dispatch  # here: --help needs none of it
+
+        with outliving_readers():
+            return dispatch(context, train_options, leave)
+
+    return detached(work) if submit_options.detach and not launch_options.dry_run else work()

@@ -14,6 +14,17 @@ from hvd_lb_cli.options.kinds import Target
 
 _HIDDEN = {"description"}
 _NOT_GIVEN = None
+# The panels of `--help`, each from the field that it begins with.
+SECTIONS = {
+    "data": "Data",
+    "gpus": "Minibatch and length",
+    "model": "Model",
+    "learning_rate": "Learning rate",
+    "momentum": "Optimizer",
+    "reproducible": "Exactness",
+    "threads": "Speed",
+    "eval_every": "Checkpoints and records",
+}
 
 
 class _Choice(click.ParamType[Any]):
@@ -78,9 +89,13 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(options=options, **arguments)
 
     decorated: Callable[..., Any] = wrapper
-    for name, field in reversed(Recipe.model_fields.items()):
+    panel, options = "", []
+    for name, field in Recipe.model_fields.items():
+        panel = SECTIONS.get(name, panel)
         if name not in _HIDDEN:
-            decorated = _field_option(name, field)(decorated)
+            options.append(_field_option(name, field, panel))
+    for option in reversed(options):
+        decorated = option(decorated)
     return decorated
 
 
@@ -119,7 +134,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _field_option(name: str, field: FieldInfo) -> Callable[..., Any]:
+def _field_option(name: str, field: FieldInfo, panel: str) -> Callable[..., Any]:
     flag = "--" + name.replace("_", "-")
     kind = _bare(field.annotation)
     note = (
@@ -130,7 +145,7 @@ def _field_option(name: str, field: FieldInfo) -> Callable[..., Any]:
     settings: dict[str, Any] = {
         "default": _NOT_GIVEN,
         "help": f"{field.description}{note}",
-        "panel": "Recipe: what is computed",
+        "panel": panel,
     }
     if kind is bool:
         return click.option(f"{flag}/--no-{name.replace('_', '-')}", **settings)

@@ -15,16 +15,24 @@ PUBLISHED_IMAGE = "ghcr.io/hvd-lb/hvd-lb"
 
 @dataclass(frozen=True)
 class SubmitOptions:
-    """Options of `train` that only matter for runs in containers and for jobs that are submitted."""
+    """Options of `train` for runs in containers, for jobs that are submitted, and for who does not wait for them."""
 
     image: str | None = None
     container_port: int = 12345
     per_node: int = 8
     submit: bool = False
+    detach: bool = False
 
 
 _option = functools.partial(click.option, panel="Containers and jobs")
 _OPTIONS = (
+    click.option(
+        "--detach",
+        is_flag=True,
+        help="Go on without this terminal once all is checked; see `hvd-lb status`, `logs` and `stop`. Jobs are "
+        "submitted and not followed.",
+        panel="The run",
+    ),
     _option(
         "--image",
         metavar="NAME",

@@ -52,7 +52,7 @@ def stop(run: Path, at_once: bool, no_wait: bool) -> int:
     if no_wait:
         return 0
     with plain_console().status(Text("waiting")) as waiting:
-        while state.state in AT_WORK:
+        while state.alive:  # until the same command can be typed again
             time.sleep(_LOOK_SECONDS)
             (state,) = look([run])
             waiting.update(Text(f"waiting: step {state.steps or 0:,}"))

@@ -37,6 +37,7 @@ class RunState:
     run: str
     state: Word
     reason: str
+    alive: bool = False
     steps: int | None = None
     total_steps: int | None = None
     epochs: float | None = None
@@ -142,6 +143,7 @@ class _Seen:
             run=str(self._run.path),
             state=word,
             reason=reason,
+            alive=bool(self.alive),
             steps=steps,
             total_steps=total,
             epochs=summary.get("epochs") if summary else steps / per_epoch if steps and per_epoch else None,

@@ -24,6 +24,11 @@ def dies_with_parent(sign: signal.Signals = signal.SIGKILL) -> Callable[[], None
     return prepare
 
 
+def outlives_parent() -> None:
+    """Takes back, for this process, what `dies_with_parent` did."""
+    _libc.prctl(_PR_SET_PDEATHSIG, 0)
+
+
 def allow_open_files(needed: int) -> str | None:
     """Raise this process's limit of open files to `needed`, for its children, too; why not, where that cannot be."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -25,22 +25,31 @@ _INTERRUPTED = 130
 _TRIES = 30
 
 
-def submit(documents: Sequence[Manifest], say: Callable[[str], None], *, poll_seconds: float = 2.0) -> int:
+def submit(
+    documents: Sequence[Manifest],
+    say: Callable[[str], None],
+    *,
+    follow: bool = True,
+    poll_seconds: float = 2.0,
+) -> int:
     """Start the job, or join it where it runs already, show its log, and return the exit status of the run.
 
     `documents` are what it is made of, the job itself last. One of this run that has ended is replaced. Ctrl-C leaves
-    the job running (130). UserError when kubectl, the cluster or the operator is not there, the cluster refuses the
-    job, or another run has its name.
+    the job running (130), and without `follow` it is left at once (0). UserError when kubectl, the cluster or the
+    operator is not there, the cluster refuses the job, or another run has its name.
     """
     cluster = _SubmittedJob(documents[-1], say, poll_seconds)
     cluster.check_operator()
     start(cluster, documents)
+    status = 0
     try:
-        return cluster.follow()
+        if follow:
+            return cluster.follow()
     except KeyboardInterrupt:
-        for line in farewell(cluster.kind, cluster.namespace, cluster.name):
-            say(line)
-        return _INTERRUPTED
+        status = _INTERRUPTED
+    for line in farewell(cluster.kind, cluster.namespace, cluster.name):
+        say(line)
+    return status
 
 
 def start(cluster: _SubmittedJob, documents: Sequence[Manifest]) -> None:

@@ -29,11 +29,13 @@ def submit(
     environment: Mapping[str, str],
     say: Callable[[str], None] = print,
     *,
+    follow: bool = True,
     poll_seconds: float = 5.0,
 ) -> int:
     """Submit the script of a run that writes to `output`, show its log, and return its exit status.
 
-    `environment` are variables for the job, beside those of this process. Ctrl-C leaves the job as it is (130).
+    `environment` are variables for the job, beside those of this process. Ctrl-C leaves the job as it is (130), and
+    without `follow` it is left at once (0).
     UserError where there is no sbatch, or it refuses the script.
     """
     log_file(output, "%j").parent.mkdir(parents=True, exist_ok=True)
@@ -41,16 +43,21 @@ def submit(
     note(output, job)
     log = log_file(output, job)
     say(f"job {job} submitted; its log is {log}")
+    status = 0
     try:
-        return _follow(job, log, say, poll_seconds)
+        if follow:
+            return _follow(job, log, say, poll_seconds)
     except KeyboardInterrupt:
-        for line in (
-            f"job {job} goes on.",
-            f"follow it:               tail -F {shlex.quote(os.fspath(log))}",
-            f"end with a checkpoint:   scancel {job}",
-        ):
-            say(line)
-        return _INTERRUPTED
+        say(f"job {job} goes on.")
+        status = _INTERRUPTED
+    run = shlex.quote(os.fspath(output))
+    for line in (
+        f"see how it is:           hvd-lb status {run}",
+        f"follow it:               tail -F {shlex.quote(os.fspath(log))}",
+        f"end with a checkpoint:   hvd-lb stop {run}, or scancel {job}",
+    ):
+        say(line)
+    return status
 
 
 def _sbatch(script: str, environment: Mapping[str, str]) -> str:
