@@ -39,6 +39,7 @@ TRAIN = {
             "hang_timeout",
             "env",
             "dry_run",
+            "detach",
         ),
         EVERYWHERE,
     ),
