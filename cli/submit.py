@@ -57,8 +57,6 @@ def is_submission(target: Target, train: TrainOptions) -> bool:
             "--detach is not for containers of --image, which end with this process: run it in tmux"
         )
     if target.kind.startswith("submit"):
-        if options.detach and not (options.submit or train.launch.dry_run):
-            raise UserError("--detach only prints a job without --submit: give both, or neither")
         return True
     if options.submit:
         raise UserError(
@@ -178,6 +176,8 @@ def submit(command: click.Command, options: TrainOptions, target: Target) -> int
     """Print or submit the job, or run it in containers; the exit status."""
     submission = _submission(command, options, target)
     dry_run = options.launch.dry_run
+    if options.submit.detach and not options.submit.submit and not dry_run:
+        raise UserError("--detach has nothing to leave where a job is only printed: give --submit as well")
     if target.kind == "submit-kubernetes":
         image = options.submit.image or f"{PUBLISHED_IMAGE}:{__version__}"
         documents = kubernetes.manifests(replace(submission, image=image), options.kubernetes)
