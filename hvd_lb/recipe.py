@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 Precision = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
 
 
-def _check_together(value: int | str) -> int | str:
-    if value != "auto" and not (isinstance(value, int) and 1 <= value <= _MOST_GPUS):
+def _check_together(value: Any) -> Any:
+    if value != "auto" and not (type(value) is int and 1 <= value <= _MOST_GPUS):
         raise ValueError(f"expected auto or a number of virtual workers from 1 to {_MOST_GPUS:,}")
     return value
 
@@ -125,7 +125,7 @@ EveryOrMinutes = Annotated[str, AfterValidator(_check_every_or_minutes)]
 Colour = Annotated[tuple[float, float, float], _listed(3)]
 CropScale = Annotated[tuple[float, float], _listed(2), _range(1)]
 CropRatio = Annotated[tuple[float, float], _listed(2), _range(1000)]
-Together = Annotated[int | Literal["auto"], AfterValidator(_check_together)]
+Together = Annotated[int | Literal["auto"], BeforeValidator(_check_together)]
 Epochs = Annotated[
     tuple[float, ...],
     _listed(),

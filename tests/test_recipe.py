@@ -112,3 +112,19 @@ def test_the_period_of_evaluations_counts_where_they_change_the_statistics() -> 
     with_it = [Recipe(recompute_bn=9, eval_every=every).mathematics() for every in ("1epoch", "7steps")]
     assert with_it[0] != with_it[1]
     assert Recipe(eval_every="7steps").mathematics() == Recipe().mathematics()
+
+
+@pytest.mark.parametrize("value", [0, -1, 2**21, True, 2.0, "x", "4", [1]])
+def test_workers_together_are_a_number_or_auto(value: object) -> None:
+    with pytest.raises(UserError, match="together.*expected auto or a number of virtual workers from 1 to"):
+        make_recipe({"together": value})
+
+
+def test_groups_belong_to_reproducible_runs_only() -> None:
+    """And only where there are any: older recipes, which have no such field, are the same run."""
+    for values in ({"together": 4}, {"reproducible": True}, {"reproducible": True, "together": 1}):
+        recipe = make_recipe(values)
+        assert "together" not in recipe.mathematics()
+        assert recipe.fixed_group == 1
+    recipe = make_recipe({"reproducible": True, "together": 4})
+    assert recipe.mathematics()["together"] == recipe.fixed_group == 4

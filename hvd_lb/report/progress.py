@@ -211,18 +211,15 @@ def _metrics(record: dict[str, Any]) -> str:
 
 
 def together_line(record: dict[str, Any]) -> str:
-    """`4 virtual workers computed together from step 9 on: 812 images/s (1: 540, 2: 700, 4: 812)`."""
-    size, why = record.get("together"), record.get("why")
+    """`from step 9 on 4 virtual workers … are computed together, which is fastest (1: 540 images/s, …)`."""
+    size, why, speeds = record.get("together"), record.get("why"), record.get("images_per_second")
+    alone = "virtual workers are computed one by one"
     if why:
-        return f"virtual workers are computed one by one: {why}"
-    speeds = dict(record.get("images_per_second") or {})
-    tried = ", ".join(f"{of}: {speed(value)}" for of, value in speeds.items())
-    what = (
-        f"{size} virtual workers of a process are computed together"
-        if size != 1
-        else ("virtual workers are computed one by one")
-    )
-    return f"from step {record['step'] + 1} on {what}, which is fastest ({tried})"
+        return f"{alone}: {why}"
+    tried = speeds.items() if isinstance(speeds, dict) else ()
+    figures = ", ".join(f"{of}: {speed(value)}" for of, value in tried if isinstance(value, int | float))
+    what = alone if size == 1 else f"{size} virtual workers of a process are computed together"
+    return f"from step {record['step'] + 1} on {what}, which is fastest ({figures})"
 
 
 def _rolled_back(record: dict[str, Any]) -> str:

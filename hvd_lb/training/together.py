@@ -11,8 +11,9 @@ rounding. (Batch norm over slices is known as ghost batch norm: Hoffer et al. 20
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -172,8 +173,8 @@ def _magnitudes(model: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
 class GroupSize:
     """How many of a process's `workers`, of `images` each, are computed together.
 
-    That is the number `given`; or the fastest of several that are tried in the first steps, as far as what backward
-    keeps fits into `room` bytes. `speeds` then has the images per second of each. `why` says why there is no group.
+    That is the number `given`; or the fastest of several that are tried in the first steps, as far as there is `room`
+    for the bytes that backward keeps. `speeds` then has the images per second of each. `why` says why no group is made.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class GroupSize:
         *,
         images: int,
         device: torch.device,
-        room: float = 0.0,
+        room: Callable[[], float] = lambda: math.inf,
         why: str = "",
     ):
         count = len(workers)
@@ -248,7 +249,7 @@ class GroupSize:
             self.speeds = self._tried
 
     def _fits(self, size: int) -> bool:
-        return size * self._kept * _MORE_MEMORY <= self._room
+        return size * self._kept * _MORE_MEMORY <= self._room()
 
     @contextmanager
     def _kept_noted(self) -> Iterator[None]:
@@ -266,7 +267,11 @@ class GroupSize:
 
 
 def room_for_groups(device: torch.device, processes_here: int) -> float:
-    """Bytes that a process may take for larger groups, as one of several on this machine."""
+    """Bytes that a process may take for what backward keeps of a group, as one of several on this machine."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return available_memory() / processes_here
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        return available_memory() / processes_here
+    except OSError:  # no Linux
+        return math.inf

@@ -229,7 +229,7 @@ class Trainer:
             1 if why else given,
             images=recipe.per_gpu_batch,
             device=self.device,
-            room=room_for_groups(self.device, self.world.local_size),
+            room=partial(room_for_groups, self.device, self.world.local_size),
             why=why,
         )
 

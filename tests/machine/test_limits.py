@@ -123,3 +123,12 @@ def test_a_cache_in_memory_keeps_to_the_limit(monkeypatch: pytest.MonkeyPatch) -
         SharedFile(path, 5001)
     assert not path.exists()
     SharedFile(path, 5000).unlink()
+
+
+def test_a_process_hosts_whole_groups() -> None:
+    assert choose_placement("cpu", gpus=7, processes=3, threads=1, group=3).processes == 3
+    with pytest.raises(
+        UserError, match=r"--processes 4 for 7 virtual workers, with .* --together 3: expected 1 to 3"
+    ):
+        choose_placement("cpu", gpus=7, processes=4, threads=1, group=3)
+    assert choose_placement("cpu", gpus=2, processes=None, threads=1, group=2).processes == 1

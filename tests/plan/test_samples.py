@@ -68,6 +68,16 @@ def test_processes_share_the_step_whatever_their_number(plan: SamplePlan, proces
     assert plan.smallest_microbatch == min(filter(None, counts))
 
 
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 9))
+def test_groups_are_hosted_whole(workers: int, group: int, processes: int) -> None:
+    processes = min(processes, -(-workers // group))
+    ranges = [hosted(rank, processes, workers, group) for rank in range(processes)]
+    assert [worker for own in ranges for worker in own] == list(range(workers))
+    assert all(len(own) and own.start % group == 0 for own in ranges)
+    groups = [-(-len(own) // group) for own in ranges]
+    assert max(groups) - min(groups) <= 1
+
+
 @settings(max_examples=60, deadline=None)
 @given(plans, st.integers(0, 3), st.integers(1, 12), st.sampled_from(["drop", "keep"]))
 def test_what_a_step_sees_does_not_depend_on_processes(

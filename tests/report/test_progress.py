@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hvd_lb.report.progress import RunView, open_display
+from hvd_lb.report.progress import RunView, open_display, together_line
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb_cli.output.terminal import plain_console
 
@@ -28,6 +28,9 @@ RECORDS = [
     {"kind": "eval", "step": 1},
     {"kind": "eval", "step": 1, "epoch": 0, "top1_error": 1, "top5_error": None, "loss": None, "images": 10},
     {"kind": "repeat", "step": 1},
+    {"kind": "together", "step": 1},
+    {"kind": "together", "step": 1, "together": [], "images_per_second": {"1": "x", "2": None}, "why": 0},
+    {"kind": "together", "step": 1, "images_per_second": 3},
     {"kind": "rollback", "step": 1},
     {"kind": "rollback", "step": 1, "to": 0},
     {"kind": "rollback", "step": 1, "to": 0, "left_out": True, "images": [1, 2]},
@@ -108,3 +111,26 @@ def test_what_cannot_be_read_just_now_is_left_out(
     watching.update()
     assert "evaluation: top-1 error 1.00 %" in shown.getvalue()
     assert "a.jpg cannot be decoded" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (
+            {"together": 4, "images_per_second": {"1": 540.2, "4": 812.0}, "why": ""},
+            "from step 9 on 4 virtual workers of a process are computed together, which is fastest "
+            "(1: 540 images/s, 4: 812 images/s)",
+        ),
+        (
+            {"together": 1, "images_per_second": {"1": 812.0, "2": 540.2}, "why": ""},
+            "from step 9 on virtual workers are computed one by one, which is fastest "
+            "(1: 812 images/s, 2: 540 images/s)",
+        ),
+        (
+            {"together": 1, "images_per_second": {}, "why": "its module 1 mixes images"},
+            "virtual workers are computed one by one: its module 1 mixes images",
+        ),
+    ],
+)
+def test_how_many_are_computed_together(record: dict[str, Any], expected: str) -> None:
+    assert together_line({"kind": "together", "step": 8, **record}) == expected

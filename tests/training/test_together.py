@@ -242,7 +242,7 @@ def test_where_a_run_does_not_look_for_a_size_by_itself() -> None:
 
 def tried(workers: int, seconds: dict[int, float], room: float = 1e12, images: int = 8) -> GroupSize:
     """Of which a group of so many takes so long."""
-    size = GroupSize(range(5, 5 + workers), None, images=images, device=CPU, room=room)
+    size = GroupSize(range(5, 5 + workers), None, images=images, device=CPU, room=lambda: room)
     now = [0.0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "perf_counter", lambda: now[0])
