@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import rich_click as click
@@ -32,6 +33,7 @@ from hvd_lb.machine.gpus import SHOWN_BY
 from hvd_lb.machine.placement import Placement, choose_device, choose_placement, default_gpus
 from hvd_lb.report.text import count
 from hvd_lb.resolve import check_options, explain, resolve
+from hvd_lb.world.engine import choose_engine
 from hvd_lb.world.launched import refuse_several
 from hvd_lb_cli.arguments import without_secrets
 from hvd_lb_cli.options.given import refuse_options
@@ -40,7 +42,8 @@ from hvd_lb_cli.output.show import index_progress, print_preflight, print_rows
 from hvd_lb_cli.output.terminal import plain_console
 from hvd_lb_cli.submit import is_submission, refuse_unused, submit
 
-_OF_THE_EXCHANGE = {"allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"}
+_OF_HOROVOD = {"fusion_threshold", "cycle_time", "autotune", "timeline"}
+_OF_THE_EXCHANGE = {"engine", "allreduce", *_OF_HOROVOD}
 
 
 def dispatch(
@@ -105,6 +108,9 @@ def dispatch(
             context, _OF_THE_EXCHANGE, "is about the exchange between processes, and this run has one"
         )
     launch_plan = plan_launch(target, cluster, placement, options.launch, container)
+    if launch_plan.engine == "torch":
+        why = f"is Horovod's own, and this run has torch.distributed ({launch_plan.why_engine})"
+        refuse_options(context, _OF_HOROVOD, why)
     if options.launch.dry_run:
         directory = run_directory(options.output, resolved.recipe)
         resume_point = resume_point_of(directory, resolved, placement, options.resume)
@@ -120,6 +126,8 @@ def dispatch(
         return 0
     share = f"{placement.processes} on {placement.device}, {count(placement.threads, 'thread')} each"
     rows = [*explain(resolved), ("processes", share)]
+    if launch_plan.why_engine:
+        rows.append(("engine", f"{launch_plan.engine}, {launch_plan.why_engine}"))
     if cluster:
         rows.append(("hosts", f"{in_words(launch_plan.hosts)} ({target.how}), by {launch_plan.starter}"))
 
@@ -160,11 +168,19 @@ def plan_launch(
     variables = environment(options, os.environ)
     mpirun = cluster.mpirun if cluster else shutil.which("mpirun") is not None
     several_hosts = cluster is not None and len(cluster.hosts) > 1
+    engine, why = choose_engine(options.engine, None) if placement.processes > 1 else ("horovod", "")
     variables |= allreduce_environment(
-        options.allreduce, placement.device, several_hosts=several_hosts, mpirun=mpirun
+        options.allreduce, placement.device, several_hosts=several_hosts, mpirun=mpirun, engine=engine
     )
     if cluster and target.kind == "slurm":
-        return over_srun(cluster, placement.processes, target.gpus, variables, container)
-    if cluster:
-        return over_ssh(cluster, placement.processes, options, variables)
-    return local(placement.processes, variables)
+        plan = over_srun(cluster, placement.processes, target.gpus, variables, container)
+    elif cluster:
+        plan = over_ssh(cluster, placement.processes, options, variables)
+    else:
+        plan = local(placement.processes, variables)
+    if engine == "torch":
+        from hvd_lb.world.rendezvous import serve  # here: it loads all of torch.distributed
+
+        during = partial(serve, cluster.address if cluster else "127.0.0.1")
+        plan = replace(plan, during=during)
+    return replace(plan, engine=engine, why_engine=why)

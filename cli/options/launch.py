@@ -11,6 +11,7 @@ from typing import Any, get_args
 import rich_click as click
 
 from hvd_lb.launch.options import AllreduceName, LauncherName, LaunchOptions
+from hvd_lb.world.engine import EngineName
 from hvd_lb_cli.options.kinds import Finite
 
 _option = functools.partial(click.option, panel="Where it runs")
@@ -46,6 +47,14 @@ _OPTIONS = (
         "--network-interface",
         metavar="NAME",
         help="Interface for the processes' traffic [the one by which a host reaches the others]",
+    ),
+    _option(
+        "--engine",
+        type=click.Choice(get_args(EngineName)),
+        default="auto",
+        show_default=True,
+        help="What adds up gradients between processes: auto takes Horovod where it is installed and fits this torch, "
+        "else torch.distributed (NCCL, Gloo). With --reproducible both give the same bits.",
     ),
     _option(
         "--allreduce",
@@ -92,6 +101,7 @@ LAUNCH_OPTIONS = {option.name for option in fields(LaunchOptions)}
 #: Those that mean the same where the command runs in the end.
 FORWARDED = {
     "network_interface",
+    "engine",
     "allreduce",
     "fusion_threshold",
     "cycle_time",

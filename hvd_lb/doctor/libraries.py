@@ -69,6 +69,9 @@ def check_horovod(
     horovod: Answer, installed: str | None, build: dict[str, Any], torch: Answer, horovodrun: str | None
 ) -> Iterator[Finding]:
     """Four lines: the library, its controllers, its tensor operations, its launcher."""
+    if isinstance(horovod, ProbeError) and installed is None:
+        yield Finding("Horovod", "missing", "not installed; several processes use torch.distributed", _SET_UP)
+        return
     if isinstance(horovod, ProbeError):
         yield _broken("Horovod", horovod, installed, _SET_UP)
         return

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from hvd_lb.doctor.ask import ProbeError, ask, last_line
 from hvd_lb.doctor.finding import Finding
+from hvd_lb.doctor.libraries import installed_version
 
 #: Largest relative difference of the weights after ten fp32 steps. Rounding alone gives 1e-7; GPU kernels may
 #: add in any order and use TF32.
@@ -61,9 +62,13 @@ def attempt(name: str, trial: Callable[[], str]) -> Finding:
 
 def try_allreduce(device: str, processes: int) -> str:
     """Every process adds its own numbers; all must get the sum, also of a tensor larger than a buffer."""
-    launcher = [sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", str(processes)]
-    launcher += ["-H", f"localhost:{processes}", "--network-interface", "lo"]
-    run_process([*launcher, sys.executable, "-m", "hvd_lb.doctor.trials", "allreduce", device], seconds=180)
+    if installed_version("horovod"):
+        launcher = [sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", str(processes)]
+        launcher += ["-H", f"localhost:{processes}", "--network-interface", "lo", sys.executable]
+    else:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", str(processes)]
+    run_process([*launcher, "-m", "hvd_lb.doctor.trials", "allreduce", device], seconds=180)
     return f"{processes} processes agree"
 
 

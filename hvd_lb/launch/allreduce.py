@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hvd_lb.errors import UserError
 from hvd_lb.launch.options import AllreduceName
 from hvd_lb.world.build import built_with, import_horovod
+from hvd_lb.world.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,13 @@ def installed_build() -> HorovodBuild:
 
 
 def allreduce_environment(
-    name: AllreduceName, device: str, *, several_hosts: bool, mpirun: bool, build: HorovodBuild | None = None
+    name: AllreduceName,
+    device: str,
+    *,
+    several_hosts: bool,
+    mpirun: bool,
+    build: HorovodBuild | None = None,
+    engine: Engine = "horovod",
 ) -> dict[str, str]:
     """The variables that select an allreduce (paper section 4); UserError with the reason where it cannot be had.
 
@@ -36,6 +43,8 @@ def allreduce_environment(
     """
     refuse = f"--allreduce {name} cannot be had here: "
     if name in ("hierarchical", "halving-doubling"):
+        if engine == "torch":
+            raise UserError(refuse + "torch.distributed has none: use --engine horovod, or --allreduce ring")
         build = build or installed_build()
         if name == "hierarchical" and (device != "cuda" or not build.nccl):
             raise UserError(

@@ -12,6 +12,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from hvd_lb.recipe import Recipe
+from hvd_lb.world.engine import Engine
 
 
 class Job(BaseModel):
@@ -27,6 +28,7 @@ class Job(BaseModel):
     pin: bool  #: each rank to its share of its host's cores
     checkpoint: Path | None
     data_fingerprint: str  #: a host whose copy of the data is another would make another run
+    engine: Engine  #: what exchanges tensors, if there are several processes
     starter: Literal["local", "ssh", "slurm"]
     hosts: list[tuple[str, int]]  #: filled with ranks in this order
     interfaces: dict[str, str]  #: network interface of each host

@@ -6,12 +6,14 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import Host
+from hvd_lb.world.engine import Engine
 
 # For Python to start from a cold network file system, on the last host; Gloo alone gives up after 30.
 _TIMEOUT_SECONDS = 600
@@ -28,7 +30,8 @@ _MANY_HOSTS = (
 class LaunchPlan:
     """`command(JOB.json)` starts all processes of a job, `environment` is set in each of them before anything else.
 
-    With `agents` it is a head, which heeds its launching process (`agent.head`).
+    With `agents` it is a head, which heeds its launching process (`agent.head`). `during` is entered while they run, if
+    there is one; what it gives is added to their environment.
     """
 
     starter: Literal["local", "ssh", "slurm"]
@@ -37,6 +40,9 @@ class LaunchPlan:
     interfaces: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     agents: bool = False
+    engine: Engine = "horovod"
+    why_engine: str = ""  #: in a few words, where it is not what one would expect
+    during: Callable[[], AbstractContextManager[Mapping[str, str]]] | None = None
 
 
 def rank_command(job_file: Path, python: str = sys.executable) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from hvd_lb.errors import UserError
+from hvd_lb.world.engine import EngineName
 from hvd_lb.world.launched import without_job
 
 LauncherName = Literal["auto", "local", "ssh", "slurm", "kubernetes"]
@@ -51,6 +52,7 @@ class LaunchOptions:
     ssh_key: Path | None = None
     strict_host_keys: bool = False  #: refuse hosts that are not in known_hosts; else new ones are noted there
     network_interface: str | None = None  #: None: the one by which each host reaches the others
+    engine: EngineName = "auto"
     allreduce: AllreduceName = "auto"
     fusion_threshold: float | None = None  #: MB
     cycle_time: float | None = None  #: ms

@@ -28,6 +28,9 @@ class RankProcesses:
         self._run, self._launch = run, launch
         self.log = run.logs / "launcher.log"
         self._during = ExitStack()
+        if launch.during:
+            more = self._during.enter_context(launch.during())
+            job = job.model_copy(update={"environment": {**job.environment, **more}})
         replace_text(run.job, job.to_json(), mode=0o600)
         environment = {**without_job(os.environ), **job.environment}
         inherited = [lock]

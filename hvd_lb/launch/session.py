@@ -90,6 +90,7 @@ def make_job(
         pin=placement.pin,
         checkpoint=resume_point.checkpoint.path if resume_point.checkpoint else None,
         data_fingerprint=resolved.dataset.fingerprint(),
+        engine=launch.engine,
         starter=launch.starter,
         hosts=[(host.name, host.slots or 1) for host in launch.hosts],
         interfaces=dict(launch.interfaces),

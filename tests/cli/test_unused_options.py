@@ -43,7 +43,9 @@ TRAIN = {
         ),
         EVERYWHERE,
     ),
-    **dict.fromkeys(("allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"), EVERYWHERE),
+    **dict.fromkeys(
+        ("engine", "allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"), EVERYWHERE
+    ),
     **dict.fromkeys(("hosts", "hostfile"), {"ssh"}),
     **dict.fromkeys(("ssh_port", "ssh_key", "strict_host_keys"), {"ssh"}),
     "network_interface": EVERYWHERE - {"local"},
@@ -83,7 +85,7 @@ VALUES = {
     "slurm_time": "1:00", "slurm_memory": "4G", "container_port": "2222",
     "ssh_port": "22", "per_node": "4", "slurm_cpus_per_task": "4", "fusion_threshold": "1", "cycle_time": "1",
     "hang_timeout": "60",
-    "allreduce": "ring", "launcher": "auto", "device": "cpu", "processes": "2", "hosts": "h1:2",
+    "allreduce": "ring", "engine": "torch", "launcher": "auto", "device": "cpu", "processes": "2", "hosts": "h1:2",
 }  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def test_horovod_must_fit_torch_and_the_gpus() -> None:
     no_nccl = {**HOROVOD, "nccl": False}
     assert horovod_states(no_nccl) == fine
     assert horovod_states(no_nccl, torch=GPU_TORCH) == [*fine[:2], ("wrong", True), fine[3]]
-    assert horovod_states(GONE, None) == [("missing", True)]
+    assert horovod_states(GONE, None) == [("missing", False)]  # torch.distributed does it
     assert horovod_states(ProbeError("ImportError: libmpi.so.40"), "0.28.1") == [("wrong", True)]
 
 

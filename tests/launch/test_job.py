@@ -16,6 +16,7 @@ def test_a_job_is_read_as_it_was_written() -> None:
         pin=True,
         checkpoint=Path("/runs/\udcff/checkpoints/last"),
         data_fingerprint="f",
+        engine="torch",
         starter="ssh",
         hosts=[("h1", 2)],
         interfaces={"h1": "eth0"},

@@ -41,6 +41,7 @@ def measure_network(placement: Placement, launch: LaunchPlan, output: Path) -> N
             pin=placement.pin,
             checkpoint=None,
             data_fingerprint="",
+            engine=launch.engine,
             starter=launch.starter,
             hosts=[(host.name, host.slots or 1) for host in launch.hosts],
             interfaces=dict(launch.interfaces),

@@ -209,10 +209,6 @@ def _judge_versions(answer: dict[str, Any], here: dict[str, Any]) -> Finding:
     ]
     if not different and answer["horovod"] != here["horovod"]:
         different = [f"Horovod built as {_build(answer['horovod'])}, here {_build(here['horovod'])}"]
-    if answer["versions"]["horovod"] == "none" == here["versions"]["horovod"]:
-        return Finding(
-            "versions", "wrong", "no Horovod", "run `make train` or docker/build-horovod.sh to build it"
-        )
     if different:
         return Finding(
             "versions", "wrong", ", ".join(different), "install the same on all hosts, or use --image"

@@ -32,7 +32,9 @@ def main(job_file: str) -> None:
     rank = this_rank()
     host, local_rank, local_size = place_of_rank([Host(name, slots) for name, slots in job["hosts"]], rank)
     if interface := job["interfaces"].get(host):
-        os.environ["HOROVOD_GLOO_IFACE"] = interface
+        os.environ["HOROVOD_GLOO_IFACE"] = os.environ["GLOO_SOCKET_IFNAME"] = (
+            interface  # Horovod's and torch's
+        )
         if nccl.socket_interfaces(os.environ) is None:
             os.environ[nccl.NAME] = f"={interface}"  # this one, and not those whose names begin like it
     cores, pinned = max(1, usable_cores() // local_size), ""

@@ -110,7 +110,7 @@ def main(job_file: str, rank: int, host: str, cores: int) -> None:
     stop_requested = StopRequests(directory.stop)
     try:
         tell("arrived")
-        world = worlds.init()
+        world = worlds.init(job.engine)
         if (world.rank, world.size) != (rank, job.processes):
             raise UserError(
                 f"rank {rank} of {job.processes} found itself to be rank {world.rank} of {world.size}: "

@@ -10,19 +10,14 @@ from hvd_lb.launch.allreduce import needs_mpi
 from hvd_lb.launch.hosts import Host
 from hvd_lb.launch.launch_plan import LaunchPlan, head_command, mpirun_command, rank_command
 from hvd_lb.launch.preflight.probe import unknown_to_itself
-from hvd_lb.world.build import import_horovod
 
 _HERE = "localhost"
 
 
 def local(processes: int, environment: Mapping[str, str]) -> LaunchPlan:
-    """So many processes here. UserError when several are asked for and no Horovod could connect them."""
+    """So many processes here. UserError when several are asked for that would not find each other."""
     if processes == 1:
         return LaunchPlan("local", [Host(_HERE, 1)], rank_command, environment=environment)
-    try:
-        import_horovod()
-    except UserError as error:
-        raise UserError(f"{error}; or use --processes 1 or `hvd-lb simulate`") from None
     if nameless := unknown_to_itself():
         raise UserError(f"several processes cannot find each other on this machine: {nameless}")
     hosts = [Host(_HERE, processes)]
