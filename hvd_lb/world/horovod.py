@@ -15,7 +15,7 @@ from hvd_lb.world.build import HOW_TO_BUILD, import_horovod
 from hvd_lb.world.launched import launched
 
 # Between two looks at a reduction: nothing at first, when most are done; then this share of what was waited, up to a
-# bound in seconds. So waiting is prolonged by little, and a core is used for a hundredth of it.
+# bound in seconds. So waiting is prolonged by little, and takes some hundredths of a core.
 _AT_ONCE, _SHARE, _LONGEST = 50e-6, 1 / 16, 1e-3
 
 

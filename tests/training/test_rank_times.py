@@ -92,9 +92,9 @@ def test_the_slow_one_of_three_is_named_with_its_reason(tmp_path: Path, where: s
     assert sum((r["slowest"], r["host"], r["reason"]) == (rank, f"h{rank}", reason) for r in found) >= 4
     told = [record["message"] for record in records if record["kind"] == "warning"]
     words = {"data": "waiting for data", "compute": "computing"}[reason]
-    assert told
-    assert told[0].startswith(f"rank {rank} on h{rank} is ")
-    assert told[0].endswith(f"slower than the median: {words}")
+    mine = [message for message in told if message.startswith(f"rank {rank} on h{rank} is ")]
+    assert mine
+    assert mine[0].endswith(f"slower than the median: {words}")
 
 
 def test_one_process_tells_no_ranks(tmp_path: Path) -> None:

@@ -76,11 +76,13 @@ def test_the_one_that_hangs_is_named_and_the_run_ends(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("HVD_LB_TEST_HANG", how)
     run = tmp_path / "run"
-    words_typed = ("--gpus", 3, "--processes", processes, "--steps", 60, "--hang-timeout", 8)
+    words_typed = ("--gpus", 3, "--processes", processes, "--steps", 60, "--hang-timeout", 15)
     process = start("train", *SMALL, *words_typed, "--checkpoint-every", "2steps", "--output", run)
     _, err = finish(process, 1)
-    assert f"hvd-lb: error: no step for 8 s: {words}; stacks in {run / 'logs'}\n" in err
-    assert json.loads((run / "summary.json").read_text())["exit_reason"].startswith("failed: no step for 8 s")
+    assert f"hvd-lb: error: no step for 15 s: {words}; stacks in {run / 'logs'}\n" in err
+    assert json.loads((run / "summary.json").read_text())["exit_reason"].startswith(
+        "failed: no step for 15 s"
+    )
     assert (run / "checkpoints" / "step-00000002" / "state.json").exists()
     assert not processes_of(run)
     log = (run / "logs" / f"rank-{processes - 1:04d}-localhost.log").read_text()
