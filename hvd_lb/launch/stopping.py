@@ -1,6 +1,6 @@
 """Ending a run with a checkpoint: by a signal to a rank, or by a file through which the launching process asks.
 
-The launching process cannot signal the ranks: horovodrun lies between, and would end them. So it writes
+The launching process does not signal the ranks, which no launcher but our own would hand on: it writes
 RUN/logs/stop, which a thread of rank 0 looks for. `hvd-lb stop` writes it on whatever machine, and the launching
 process looks for it, too. A scheduler's signal may reach any rank directly.
 """

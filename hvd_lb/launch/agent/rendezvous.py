@@ -19,8 +19,6 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
-#: Of clients that do not say who they are: each scope is met in once.
-ANY = "any"
 _HOLD_SECONDS = 10.0  # Horovod looks at its clock between two requests
 _REQUEST_SECONDS = 10.0  # for a client to send its request, or to take its answer
 _BACKLOG = 1024
@@ -52,7 +50,7 @@ class Rendezvous:
         self.requests = 0  #: so far
 
     def environment(self, client: str) -> dict[str, str]:
-        """What Horovod has to find in the environment of `client`, a name of its own for each, or ANY."""
+        """What Horovod has to find in the environment of `client`, a name of its own for each."""
         address, port = self._listener.getsockname()
         return {
             "HOROVOD_GLOO_RENDEZVOUS_ADDR": f"{address}:{port}/{self._secret}/{client}",
@@ -147,7 +145,7 @@ class Rendezvous:
             case "DELETE":
                 self._change(full, None)
                 self._change(f"{meeting}/rank_{key}", None)
-                self._meetings[name, scope] += name != ANY
+                self._meetings[name, scope] += 1
                 self._answer(client, 200)
             case _:
                 self._answer(client, 405)

@@ -7,6 +7,7 @@ hosts, `judge` judges. NAME is what the asker calls this host; in a Slurm job it
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import json
 import os
 import platform
@@ -42,7 +43,7 @@ def answer(name: str, request: dict[str, Any]) -> dict[str, Any]:
         "versions": versions(),
         "horovod": horovod_build(),
         "mpirun": shutil.which("mpirun"),
-        "nameless": unknown_to_itself(),
+        "nameless": unknown_to_itself(alone=not peers),
         "cores": usable_cores(),
         "cpu": describe_cpu(),
         "gpus": gpus(environment),
@@ -72,13 +73,22 @@ def horovod_build() -> dict[str, Any]:
     return {name: built.get(name) for name in ("torch", "gloo", "mpi", "nccl")} if built else {}
 
 
-def unknown_to_itself() -> str | None:
-    """Why processes that look up the name of their own host would fail, Gloo's with a SIGSEGV; None when it has one."""
+def unknown_to_itself(*, alone: bool = True) -> str | None:
+    """Why processes that look up the name of their own host would fail; None when they would not.
+
+    Gloo's end with a SIGSEGV where it has no address. Where it is a loopback address, as Debian sets it up, processes of
+    other hosts cannot connect: Horovod opens a second set of connections by it, whatever interface it was told.
+    """
     name = socket.gethostname()
     try:
-        socket.getaddrinfo(name, None)
+        address = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]
     except OSError:
         return f"its own name, {name}, has no address: put it into /etc/hosts there"
+    if not alone and ipaddress.ip_address(str(address).partition("%")[0]).is_loopback:
+        return (
+            f"its own name, {name}, is a loopback address there ({address}), where Horovod's processes on other hosts "
+            "would look for it: give it the address of its network in /etc/hosts"
+        )
     return None
 
 

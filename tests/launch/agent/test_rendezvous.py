@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -12,13 +14,27 @@ from urllib.parse import urlsplit
 import pytest
 
 from hvd_lb.launch.agent import rendezvous as module
-from hvd_lb.launch.starters.rendezvous import rendezvous
 
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    with rendezvous("127.0.0.1") as environment:
-        yield environment["HOROVOD_GLOO_RENDEZVOUS_ADDR"].removesuffix(f"/{module.ANY}")
+    """Of a rendezvous in a thread, without the name of a client."""
+
+    async def open_() -> module.Rendezvous:
+        return module.Rendezvous()
+
+    async def close() -> None:
+        server.close()
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server = asyncio.run_coroutine_threadsafe(open_(), loop).result()
+    yield server.environment("0")["HOROVOD_GLOO_RENDEZVOUS_ADDR"].removesuffix("/0")
+    asyncio.run_coroutine_threadsafe(close(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
 def ask(

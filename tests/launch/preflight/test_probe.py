@@ -53,6 +53,25 @@ def test_another_host_that_is_a_loopback_address_here_is_found() -> None:
     assert "loopback" in probe.interface(None, ["127.0.1.1"])["unreached"]["127.0.1.1"]
 
 
+@pytest.mark.parametrize("address", ["127.0.1.1", "::1"])
+def test_a_host_whose_own_name_is_a_loopback_address_is_of_no_use_to_others(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    """As Debian's installer writes it into /etc/hosts."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    assert probe.unknown_to_itself() is None
+    said = probe.unknown_to_itself(alone=False)
+    assert said
+    assert f"{socket.gethostname()}, is a loopback address there ({address})" in said
+
+
+def test_a_host_whose_own_name_is_one_of_its_network_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.7", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    assert probe.unknown_to_itself(alone=False) is None
+
+
 def test_what_nccl_was_told_decides_where_nobody_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         probe, "_addresses", lambda: {"lo": "127.0.0.1", "eth0": "10.0.0.1", "ib0": "10.1.0.1"}
