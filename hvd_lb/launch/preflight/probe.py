@@ -36,6 +36,7 @@ def answer(name: str, request: dict[str, Any]) -> dict[str, Any]:
     """
     environment = {**os.environ, **request["environment"]}
     peers = [host for host in request["hosts"] if host != name]
+    towards_peers = interface(request["interface"], peers, nccl.socket_interfaces(environment))
     return {
         "name": name,
         "hostname": socket.gethostname(),
@@ -43,11 +44,11 @@ def answer(name: str, request: dict[str, Any]) -> dict[str, Any]:
         "versions": versions(),
         "horovod": horovod_build(),
         "mpirun": shutil.which("mpirun"),
-        "nameless": unknown_to_itself(alone=not peers),
+        "nameless": unknown_to_itself(alone=towards_peers.get("address", "127.").startswith("127.")),
         "cores": usable_cores(),
         "cpu": describe_cpu(),
         "gpus": gpus(environment),
-        "interface": interface(request["interface"], peers, nccl.socket_interfaces(environment)),
+        "interface": towards_peers,
         "data": None if request["data"] is None else os.access(request["data"], os.R_OK | os.X_OK),
         "output": shares(request["marker"], name),
     }
@@ -76,7 +77,7 @@ def horovod_build() -> dict[str, Any]:
 def unknown_to_itself(*, alone: bool = True) -> str | None:
     """Why processes that look up the name of their own host would fail; None when they would not.
 
-    Gloo's end with a SIGSEGV where it has no address. Where it is a loopback address, as Debian sets it up, processes of
+    Gloo's end with a SIGSEGV where it has no address. Where it is a loopback address, as Debian sets it up, those of
     other hosts cannot connect: Horovod opens a second set of connections by it, whatever interface it was told.
     """
     name = socket.gethostname()
