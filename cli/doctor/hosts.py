@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import rich_click as click
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from hvd_lb.data.spec import data_folder
 from hvd_lb.launch.hosts import in_words
-from hvd_lb.launch.options import LaunchOptions
+from hvd_lb.launch.options import LaunchOptions, carried_environment
 from hvd_lb.launch.preflight.judge import Request, preflight
 from hvd_lb.launch.starters.ssh import asking_over_ssh, reach_over_ssh
 from hvd_lb.launch.submit.command import Submission
@@ -38,7 +39,10 @@ def examine_hosts(
                 submission, [host.name for host in hosts], reach_over_ssh(options), options
             )
         else:
-            request = Request(device, folder, folder_of_output, options.network_interface)
+            variables = carried_environment(os.environ)
+            request = Request(
+                device, folder, folder_of_output, options.network_interface, environment=variables
+            )
             report = preflight(hosts, request, asking_over_ssh(options))
     print_preflight(console, report)
     if report.problems:

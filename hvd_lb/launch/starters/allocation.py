@@ -81,7 +81,8 @@ def allocation(
     step = environ.get("SLURM_STEP_ID", _STEPS_OF_THE_JOB[0]) not in _STEPS_OF_THE_JOB
     names = [environ["SLURMD_NODENAME"]] if step and "SLURMD_NODENAME" in environ else expand_nodes(nodes)
     try:
-        if device != "cpu" and (gpus := _gpus(names, environ["SLURM_JOB_ID"])):
+        job = environ["SLURM_JOB_ID"]
+        if device != "cpu" and (gpus := _gpus(names, job)):
             return Allocation([(name, gpus) for name in names], gpus)
         return Allocation(list(zip(names, tasks_per_node(environ), strict=True)), 0)
     except (KeyError, ValueError) as error:

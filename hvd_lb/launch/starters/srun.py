@@ -18,6 +18,7 @@ from hvd_lb.launch.preflight.cluster import Cluster
 from hvd_lb.launch.starters.allocation import PyxisContainer, one_per_node, srun_command
 
 _ANSWER_SECONDS = 120.0
+_SECONDS_PER_HOST = 0.5  # all read Python from one file system
 
 
 def asking_over_srun(gpus: int, container: PyxisContainer | None = None) -> Ask:
@@ -26,14 +27,17 @@ def asking_over_srun(gpus: int, container: PyxisContainer | None = None) -> Ask:
     def ask(hosts: list[str], question: str) -> dict[str, str | UserError]:
         probing = [_python(container), "-P", "-m", "hvd_lb.launch.preflight.probe"]
         command = one_per_node(hosts, probing, gpus=gpus, container=container)
+        answers: dict[str, str | UserError]
+        seconds = _ANSWER_SECONDS + _SECONDS_PER_HOST * len(hosts)
         try:
             completed = subprocess.run(
-                command, input=question, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False
+                command, input=question, capture_output=True, text=True, timeout=seconds, check=False
             )
-        except subprocess.TimeoutExpired:
-            return {host: UserError("no answer in time: is the node up?") for host in hosts}
-        answers: dict[str, str | UserError] = {host: _why_silent(host, completed.stderr) for host in hosts}
-        for line in completed.stdout.splitlines():
+            said, answers = completed.stdout, {host: _why_silent(host, completed.stderr) for host in hosts}
+        except subprocess.TimeoutExpired as late:  # what is there by then is bytes, also of text
+            said = (late.stdout or b"").decode("utf-8", "replace")
+            answers = {host: UserError("no answer in time: is the node up?") for host in hosts}
+        for line in said.splitlines():
             if line.startswith(probe.ANSWER):
                 answers[probe.parse(line)["name"]] = line
         return answers
