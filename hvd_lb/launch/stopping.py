@@ -32,7 +32,7 @@ def read_wish(file: Path) -> str:
     try:
         # Opening the folder asks the server: a client of NFS may else hold for a minute that there is no such file.
         os.close(os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY))
-        return file.read_bytes().decode("ascii", "replace")
+        return file.read_bytes().decode("ascii", "replace").strip()
     except OSError:
         return ""
 

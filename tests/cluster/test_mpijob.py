@@ -128,7 +128,7 @@ def test_a_worker_pod_that_is_told_to_end_ends_the_run_with_a_checkpoint_first(t
         process = launcher.start(command(job, "Launcher"), env=environment, stdout=pipe, stderr=pipe)
         until(lambda: trained_steps(run) >= 3 or process.poll() is not None, 300)
         # In a pod sshd is the first process.
-        (sshd,) = workers[1].run(["pgrep", "-o", "-f", "^/usr/sbin/sshd -D -e -p 12345"]).stdout.split()
+        (sshd,) = workers[1].run(["pgrep", "-o", "-f", "sshd.*-p 12345"]).stdout.split()
         *words, first = hook(job)
         assert first == "1"
         done = workers[1].run([*words, sshd], timeout=200)

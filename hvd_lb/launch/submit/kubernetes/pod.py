@@ -18,7 +18,7 @@ _MEMORY = "shared-memory"
 # Arguments: the file by which a run is asked to stop (launch/stopping), and the process whose children are waited for.
 _PRE_STOP = """stop=$1 pid=$2
 busy() { [ "`cat /proc/$pid/task/*/children`" ]; }
-busy && echo 15 > "$stop"
+busy && printf 15 > "$stop"
 while busy; do sleep 1; done"""
 
 Manifest = dict[str, Any]

@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_lb.errors import UserError
+from hvd_lb.launch.stopping import read_wish
 from hvd_lb.launch.submit.command import Submission
 from hvd_lb.launch.submit.kubernetes.manifest import to_yaml
 from hvd_lb.launch.submit.kubernetes.mpijob import SSH_PORT, mpijob
@@ -531,7 +532,7 @@ def test_the_hook_asks_the_run_to_stop_and_waits_for_it(tmp_path: Path) -> None:
             assert not children.read_text()
             assert stop.exists() == asked
             parent.stdin.close()
-    assert stop.read_text() == "15\n"
+    assert read_wish(stop) == "15"
 
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
