@@ -70,6 +70,10 @@ def rows(state: RunState) -> list[tuple[str, str]]:
         found.append(("since", f"{moment(state.since)}, start {state.start}"))
     if state.last_sign_of_life and state.state == "lost":
         found.append(("last sign of life", f"{moment(state.last_sign_of_life)} by the file system's clock"))
+    if state.slowest:
+        times = figure(state.slowest["slower"], ".2f")
+        where = f"rank {state.slowest['rank']} on {printable(str(state.slowest['host']))}"
+        found.append(("slowest rank", f"{where}, {times} × the median ({state.slowest['reason']})"))
     if state.last_warning:
         found.append(("last warning", printable(state.last_warning)))
     found += [("error", printable(error)) for error in state.errors]

@@ -44,6 +44,7 @@ class RunState:
     images_per_second: float | None = None
     seconds_left: float | None = None
     evaluation: dict[str, Any] | None = None
+    slowest: dict[str, Any] | None = None
     last_warning: str | None = None
     errors: list[str] = field(default_factory=list)
     processes: int | None = None
@@ -150,6 +151,7 @@ class _Seen:
             images_per_second=rate if word in AT_WORK else summary.get("images_per_second"),
             seconds_left=left,
             evaluation=_last(records, "eval") or None,
+            slowest=_slowest(_last(records, "ranks")),
             last_warning=_last(records, "warning").get("message"),
             errors=error_lines(self._run.logs),
             processes=facts.get("processes"),
@@ -204,6 +206,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _last(records: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
     return next((record for record in reversed(records) if record.get("kind") == kind), {})
+
+
+def _slowest(ranks: dict[str, Any]) -> dict[str, Any] | None:
+    """Of a record of all ranks, the one that takes longest."""
+    if not isinstance(ranks.get("slowest"), int) or not ranks.get("slower"):
+        return None
+    return {"rank": ranks["slowest"], **{name: ranks.get(name) for name in ("host", "slower", "reason")}}
 
 
 def _steps_done(records: Sequence[dict[str, Any]], progress: dict[str, Any]) -> int | None:

@@ -180,6 +180,13 @@ def test_an_evaluation_far_back_in_a_large_file_is_found(run: RunDirectory) -> N
     assert state(run).steps == 6006
 
 
+def test_the_slowest_rank_is_told(run: RunDirectory) -> None:
+    launched(run)
+    ranks = {"kind": "ranks", "epoch": 0, "step": 9, "median": 1.0, "slowest": 1, "slower": 1.8, "host": "h2"}
+    run.metrics.write_text(json.dumps({**ranks, "reason": "data", "data": [0.0, 1.0]}) + "\n")
+    assert state(run).slowest == {"rank": 1, "host": "h2", "slower": 1.8, "reason": "data"}
+
+
 def test_runs_are_found_below_a_folder_and_through_links(tmp_path: Path, make: Callable[..., Path]) -> None:
     scratch = make("scratch/far/x")
     runs = [make("runs/b"), make("runs/a"), make("runs/sweep/lr-1/c")]
