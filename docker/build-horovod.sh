@@ -3,13 +3,14 @@
 #
 #   docker/build-horovod.sh PYTHON        e.g. docker/build-horovod.sh .venv/bin/python
 #
-# NCCL and Gloo always (Gloo alone when torch is a CPU build), MPI where mpicxx is found. No system CUDA is needed
-# or looked at. The wheel is kept in ${HVD_LB_CACHE:-${XDG_CACHE_HOME:-~/.cache}/hvd-lb}/wheels/KEY with a checksum;
+# NCCL and Gloo always (Gloo alone when torch is a CPU build), MPI where mpicxx is found. No system CUDA is needed,
+# nor looked at unless HVD_LB_CUDA_HOME names one. Without a network: docker/offline.py. The wheel is kept in ${HVD_LB_CACHE:-${XDG_CACHE_HOME:-~/.cache}/hvd-lb}/wheels/KEY with a checksum;
 # KEY hashes all that goes in (docker/horovod_parts.py), so a second call takes a second.
 # The wheel's path goes to stdout, progress to stderr. Exit 2: something has to be installed first, the line says what.
 #
 # Environment: HOROVOD_WITHOUT_MPI=1 leaves MPI out, HOROVOD_BUILD_CUDA_CC_LIST and HOROVOD_BUILD_ARCH_FLAGS name
-# GPU and CPU targets, HVD_LB_BUILD_JOBS the number of compilers at once, CC and CXX the compiler.
+# GPU and CPU targets, HVD_LB_CUDA_HOME an installed CUDA toolkit to take in place of PyPI's,
+# HVD_LB_BUILD_JOBS the number of compilers at once, CC and CXX the compiler.
 set -euo pipefail
 
 say() { printf 'build-horovod: %s\n' "$*" >&2; }
@@ -137,7 +138,7 @@ build() {
     if [[ -n $mpi ]]; then export HOROVOD_WITH_MPI=1; else export HOROVOD_WITHOUT_MPI=1; fi
     if [[ -n $cuda ]]; then
         local toolkit=$work/toolkit
-        "$tools/python" "$here/horovod_parts.py" toolkit "$toolkit"
+        "$tools/python" "$here/horovod_parts.py" toolkit --system="${HVD_LB_CUDA_HOME:-}" "$toolkit"
         export CUDA_HOME=$toolkit CUDA_PATH=$toolkit CUDAToolkit_ROOT=$toolkit HOROVOD_CUDA_HOME=$toolkit
         export HOROVOD_GPU=CUDA HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_NCCL_LINK=SHARED
         export HOROVOD_NCCL_INCLUDE=$toolkit/nccl/include HOROVOD_NCCL_LIB=$toolkit/nccl/lib
@@ -196,7 +197,7 @@ trap 'exit 143' TERM
 
 mpi=$(mpi_version)
 parts describe --mpi "$mpi" --architectures "${HOROVOD_BUILD_CUDA_CC_LIST:-}" \
-    --arch-flags="${HOROVOD_BUILD_ARCH_FLAGS:-}" >"$work/description.json" || exit 2
+    --arch-flags="${HOROVOD_BUILD_ARCH_FLAGS:-}" --system="${HVD_LB_CUDA_HOME:-}" >"$work/description.json" || exit 2
 key=$(parts key "$work/description.json")
 wheels=${HVD_LB_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/hvd-lb}/wheels
 mkdir -p -- "$wheels" || refuse "cannot write $wheels: set HVD_LB_CACHE to a folder that you may write"

@@ -11,16 +11,20 @@ import json
 import platform
 import re
 import runpy
+import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
 HOROVOD = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 # torch 2.14's headers need C++20. The standard is set in the CMake files, so CXXFLAGS cannot raise it.
+# group_table.h names std::string, which newer compilers' <vector> no longer brings along.
 PATCHES = {
     "CMakeLists.txt": ("set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)"),
     "horovod/torch/CMakeLists.txt": ("set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)"),
+    "horovod/common/group_table.h": ("#include <queue>", "#include <queue>\n#include <string>"),
 }
 BUILD_TOOLS = (
     "cmake>=4,<5",
@@ -32,9 +36,10 @@ BUILD_TOOLS = (
     "psutil",
     "pyyaml",
 )
+# What compiles for CUDA; PyPI has no whole compiler of an older one.
 CUDA_TOOLS = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime")
 # Compute capabilities for the toolkit of a CUDA major version; the last is also kept as PTX.
-ARCHITECTURES = {13: "75,80,86,90,100,110,120"}
+ARCHITECTURES = {12: "70,75,80,86,90", 13: "75,80,86,90,100,110,120"}
 
 
 class BuildError(Exception):
@@ -45,7 +50,7 @@ def torch_versions() -> dict[str, str | None]:
     """The version and CUDA version of the installed torch, without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise BuildError(f"{sys.executable} has no torch: install torch 2.14.1 there first")
+        raise BuildError(f"{sys.executable} has no torch: pip install torch first")
     values = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
     return {"torch": str(values["__version__"]), "cuda": values.get("cuda")}
 
@@ -59,13 +64,22 @@ def cpu_flags() -> str:
     return " ".join(f"-m{flag}" for flag in ("f16c", "avx", "fma") if flag in have)
 
 
-def describe(mpi: str, architectures: str, arch_flags: str) -> dict[str, object]:
-    """Everything that goes into the wheel. Its hash names the cache entry."""
+def describe(mpi: str, architectures: str, arch_flags: str, system: str = "") -> dict[str, object]:
+    """Everything that goes into the wheel. Its hash names the cache entry.
+
+    `system` is the folder of an installed CUDA toolkit, which is used in place of PyPI's wheels.
+    """
     versions = torch_versions()
     cuda = versions["cuda"]
+    toolkit = system_toolkit(Path(system), cuda) if system and cuda is not None else None
     if cuda is not None and int(cuda.split(".")[0]) not in ARCHITECTURES:
         raise BuildError(
-            f"torch {versions['torch']} is for CUDA {cuda}, expected CUDA 13: install torch 2.14.1 from PyPI"
+            f"torch {versions['torch']} is for CUDA {cuda}, expected CUDA 12 or 13: install a torch of PyPI"
+        )
+    if cuda is not None and toolkit is None and int(cuda.split(".")[0]) < 13:
+        raise BuildError(
+            f"torch {versions['torch']} is for CUDA {cuda}, of which PyPI has no compiler: set HVD_LB_CUDA_HOME to an "
+            "installed toolkit, or do without Horovod (hvd-lb train --engine torch)"
         )
     here = Path(__file__).resolve().parent
     scripts = hashlib.sha256()
@@ -79,6 +93,7 @@ def describe(mpi: str, architectures: str, arch_flags: str) -> dict[str, object]
         "abi": sysconfig.get_config_var("SOABI"),
         "platform": f"{platform.system()}-{platform.machine()}-{'-'.join(platform.libc_ver())}",
         "mpi": mpi or None,
+        "toolkit": toolkit,
         "nccl": cuda is not None,
         "gloo": True,
         "architectures": (architectures or ARCHITECTURES[int(cuda.split(".")[0])]) if cuda else None,
@@ -97,25 +112,53 @@ def cache_key(description: dict[str, object]) -> str:
     return f"horovod-{description['horovod']}-torch-{description['torch']}-{description['abi']}-{digest}"
 
 
-def requirements(description: dict[str, object]) -> list[str]:
-    """What the throw-away build environment installs: no compiler of CUDA is expected on the machine."""
+def system_toolkit(folder: Path, cuda: str) -> str:
+    """The CUDA version of an installed toolkit; BuildError where it is none, or not of torch's major version."""
+    try:
+        said = subprocess.run(
+            [folder / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        raise BuildError(
+            f"HVD_LB_CUDA_HOME={folder} has no bin/nvcc that runs: name a CUDA toolkit"
+        ) from None
+    found = re.search(r"release (\d+\.\d+)", said)
+    version = found.group(1) if found else "unknown"
+    if version.split(".")[0] != cuda.split(".")[0]:
+        raise BuildError(
+            f"HVD_LB_CUDA_HOME={folder} is CUDA {version}, torch is for {cuda}: name a toolkit of CUDA "
+            f"{cuda.split('.')[0]}, or leave HVD_LB_CUDA_HOME out to take PyPI's wheels"
+        )
+    return version
+
+
+def requirements(description: Mapping[str, object]) -> list[str]:
+    """What the throw-away build environment installs; without a `toolkit` that the machine has, CUDA's compiler too."""
     cuda = description["cuda"]
     if cuda is None:
         return list(BUILD_TOOLS)
     major, minor = str(cuda).split(".")[:2]
-    tools = [f"{name}=={major}.{minor}.*" for name in CUDA_TOOLS]
-    if find_wheel_folder("nccl/include/nccl.h") is None:
+    tools = [] if description.get("toolkit") else [f"{name}=={major}.{minor}.*" for name in CUDA_TOOLS]
+    if nccl_folder() is None:
         tools.append(f"nvidia-nccl-cu{major}")
     return [*BUILD_TOOLS, *tools]
 
 
-def find_wheel_folder(inside: str) -> Path | None:
-    """The first `nvidia` folder on the path that holds the file `inside`."""
-    for entry in sys.path:
-        folder = Path(entry) / "nvidia"
-        if (folder / inside).exists():
-            return folder
-    return None
+def wheel_folders(*beginnings: str) -> list[Path]:
+    """Those of NVIDIA's wheels on the path: up to CUDA 12 each library has its own, then `cu13` holds them all."""
+    parents = [Path(entry) / "nvidia" for entry in sys.path if (Path(entry) / "nvidia").is_dir()]
+    return [
+        folder
+        for parent in parents
+        for folder in sorted(parent.iterdir())
+        if folder.name.startswith(beginnings)
+    ]
+
+
+def nccl_folder() -> Path | None:
+    return next(
+        (folder for folder in wheel_folders("nccl") if (folder / "include" / "nccl.h").exists()), None
+    )
 
 
 def link_tree(source: Path, target: Path) -> None:
@@ -129,24 +172,25 @@ def link_tree(source: Path, target: Path) -> None:
             place.symlink_to(entry.resolve())
 
 
-def make_toolkit(target: Path, cuda_major: int) -> None:
-    """Gives the CUDA and NCCL wheels the shape of an installed toolkit: bin, include, nvvm, lib64.
+def make_toolkit(target: Path, system: Path | None = None) -> None:
+    """Gives the CUDA and NCCL wheels, or an installed toolkit and NCCL's wheel, one shape: bin, include, nvvm, lib64.
 
     The wheels lack the names the linker looks for (libcudart.so, libnccl.so), so those are links too.
     """
-    for entry in sys.path:
-        cuda = Path(entry) / "nvidia" / f"cu{cuda_major}"
-        for inside, place in {"bin": "bin", "include": "include", "nvvm": "nvvm", "lib": "lib64"}.items():
-            if (cuda / inside).is_dir():
-                link_tree(cuda / inside, target / place)
-    nccl = find_wheel_folder("nccl/include/nccl.h")
+    nccl = nccl_folder()
     if nccl is None:
         raise BuildError("the NCCL wheel has no nccl.h: reinstall torch")
-    link_tree(nccl / "nccl" / "include", target / "nccl" / "include")
-    link_tree(nccl / "nccl" / "lib", target / "nccl" / "lib")
+    shape = {"bin": "bin", "include": "include", "nvvm": "nvvm", "lib": "lib64", "lib64": "lib64"}
+    for source in [system] if system else wheel_folders("cu", "nvtx", "nvjitlink"):
+        for inside, place in shape.items():
+            if (source / inside).is_dir():
+                link_tree(source / inside, target / place)
+    for part in ("include", "lib"):
+        link_tree(nccl / part, target / "nccl" / part)
     for needed in ("bin/nvcc", "include/cuda_runtime.h", "include/cublas_v2.h", "nvvm/bin/cicc"):
         if not (target / needed).exists():
-            raise BuildError(f"the CUDA wheels have no {needed}: reinstall torch")
+            missing = f"{system} has" if system else "the CUDA wheels have"
+            raise BuildError(f"{missing} no {needed}: reinstall {'it' if system else 'torch'}")
     for folder, name in (("lib64", "libcudart.so"), ("nccl/lib", "libnccl.so")):
         plain = target / folder / name
         if not plain.exists():
@@ -171,22 +215,24 @@ def main() -> None:
     command.add_argument("--mpi", default="")
     command.add_argument("--architectures", default="")
     command.add_argument("--arch-flags", default="")
+    command.add_argument("--system", default="")
     for name in ("key", "requirements"):
         commands.add_parser(name).add_argument("description", type=Path)
-    commands.add_parser("toolkit").add_argument("target", type=Path)
+    command = commands.add_parser("toolkit")
+    command.add_argument("target", type=Path)
+    command.add_argument("--system", default="")
     commands.add_parser("patch").add_argument("source", type=Path)
     commands.add_parser("sdist")
     arguments = parser.parse_args()
     if arguments.command == "describe":
-        described = describe(arguments.mpi, arguments.architectures, arguments.arch_flags)
+        described = describe(arguments.mpi, arguments.architectures, arguments.arch_flags, arguments.system)
         print(json.dumps(described, indent=1, sort_keys=True))
     elif arguments.command == "key":
         print(cache_key(json.loads(arguments.description.read_text())))
     elif arguments.command == "requirements":
         print("\n".join(requirements(json.loads(arguments.description.read_text()))))
     elif arguments.command == "toolkit":
-        cuda = torch_versions()["cuda"]
-        make_toolkit(arguments.target, int(str(cuda).split(".")[0]))
+        make_toolkit(arguments.target, Path(arguments.system) if arguments.system else None)
     elif arguments.command == "patch":
         patch(arguments.source)
     else:

@@ -15,6 +15,7 @@ from hvd_lb.data.images import Dataset
 from hvd_lb.data.loading.shared_pixels import check_cache
 from hvd_lb.data.spec import absolute_spec, data_spec, is_named
 from hvd_lb.errors import UserError
+from hvd_lb.machine.packages import untried
 from hvd_lb.plan.samples import SamplePlan
 from hvd_lb.recipe import OPTIONS, Recipe, check_fields, load_values, merged_recipe, preset_names
 from hvd_lb.schedule import Schedule
@@ -227,6 +228,9 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
     if recipe.reproducible:
         threads = f"{recipe.threads} thread" + ("s" if recipe.threads != 1 else "")
         rows.append(("reproducible", f"bitwise the same on any number of processes of {threads} each"))
+    if newer := untried():
+        compare = "hvd-lb doctor --selftest compares it with what it should compute"
+        rows.append(("warning", f"{' and '.join(newer)}: newer than hvd-lb was tried with; {compare}"))
     if recipe.recompute_bn:
         rows.append(("batch norm", f"statistics from {recipe.recompute_bn:,} images before each evaluation"))
     return rows

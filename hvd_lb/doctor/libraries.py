@@ -10,6 +10,7 @@ from typing import Any
 
 from hvd_lb.doctor.ask import Answer, ProbeError
 from hvd_lb.doctor.finding import Finding, State
+from hvd_lb.machine.packages import untried
 
 _SET_UP = "run `make train`, or install the wheel whose path docker/build-horovod.sh PYTHON prints"
 
@@ -23,14 +24,15 @@ def check_python(version: tuple[int, ...]) -> Finding:
 
 def check_torch(torch: Answer) -> Finding:
     if isinstance(torch, ProbeError):
-        return _broken("torch", torch, installed_version("torch"), "pip install torch==2.14.1")
+        return _broken("torch", torch, installed_version("torch"), "pip install torch")
     built = f"for CUDA {torch['cuda']}" if torch["cuda"] else "for the CPU only"
-    return Finding("torch", "ok", f"{torch['version']}, {built}", required=True)
+    newer = "; newer than hvd-lb was tried with: --selftest compares" if untried() else ""
+    return Finding("torch", "ok", f"{torch['version']}, {built}{newer}", required=True)
 
 
 def check_torchvision(torchvision: Answer) -> Finding:
     if isinstance(torchvision, ProbeError):
-        fix = "pip install torchvision==0.29.1, which fits torch 2.14.1"
+        fix = "pip install --upgrade torchvision, which then fits this torch"
         return _broken("torchvision", torchvision, installed_version("torchvision"), fix)
     return Finding("torchvision", "ok", str(torchvision["version"]), required=True)
 
@@ -61,7 +63,7 @@ def check_gpus(gpus: Answer, torch: Answer, visible: str | None) -> Finding:
         return Finding("GPUs", "ok" if usable else "missing", shown)
     if usable == len(gpus["names"]):
         return Finding("GPUs", "ok", detail)
-    fix = "install torch 2.14.1 from PyPI (built for CUDA 13) and a driver that fits"
+    fix = "install a torch of PyPI (2.11 and newer are built for CUDA 13) and a driver that fits"
     return Finding("GPUs", "wrong", f"torch works on {usable} of: {detail}", fix, required=True)
 
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -246,9 +246,17 @@ def wheels(tmp_path: Path, parts: ModuleType, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
-def test_the_wheels_become_a_toolkit(wheels: Path, parts: ModuleType) -> None:
+def apart(folder: Path) -> None:
+    """As the wheels of CUDA 12 are: a folder for each library."""
+    for built, library in (("torch", "cuda_runtime"), ("build", "cuda_nvcc")):
+        (folder / built / "nvidia/cu13").rename(folder / built / "nvidia" / library)
+
+
+@pytest.mark.parametrize("lie", [lambda folder: None, apart], ids=["CUDA 13", "CUDA 12"])
+def test_the_wheels_become_a_toolkit(lie: Callable[[Path], None], wheels: Path, parts: ModuleType) -> None:
+    lie(wheels)
     toolkit = wheels / "toolkit"
-    parts.make_toolkit(toolkit, 13)
+    parts.make_toolkit(toolkit)
     assert (toolkit / "bin").is_dir()
     assert not (toolkit / "bin").is_symlink()
     expected = {
@@ -266,7 +274,56 @@ def test_the_wheels_become_a_toolkit(wheels: Path, parts: ModuleType) -> None:
 def test_a_toolkit_without_its_compiler_is_refused(wheels: Path, parts: ModuleType) -> None:
     (wheels / "build/nvidia/cu13/bin/nvcc").unlink()
     with pytest.raises(parts.BuildError, match="bin/nvcc"):
-        parts.make_toolkit(wheels / "toolkit", 13)
+        parts.make_toolkit(wheels / "toolkit")
+
+
+def installed_toolkit(folder: Path, release: str) -> Path:
+    nvcc = folder / "cuda/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.1\n")
+    nvcc.chmod(0o755)
+    for name in ("include/cuda_runtime.h", "include/cublas_v2.h", "nvvm/bin/cicc", "lib64/libcudart.so.13"):
+        (folder / "cuda" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "cuda" / name).write_text("system")
+    return folder / "cuda"
+
+
+def test_an_installed_toolkit_takes_the_place_of_the_wheels(wheels: Path, parts: ModuleType) -> None:
+    system = installed_toolkit(wheels, "13.1")
+    parts.make_toolkit(wheels / "toolkit", system)
+    texts = {
+        name: (wheels / "toolkit" / name).read_text()
+        for name in ("lib64/libcudart.so", "nccl/lib/libnccl.so")
+    }
+    assert texts == {"lib64/libcudart.so": "system", "nccl/lib/libnccl.so": "torch"}
+    assert parts.system_toolkit(system, "13.0") == "13.1"
+    assert not [name for name in parts.requirements({"cuda": "13.0", "toolkit": "13.1"}) if "cuda" in name]
+
+
+@pytest.mark.parametrize(
+    ("release", "said"), [("12.8", "is CUDA 12.8, torch is for 13.0"), (None, "has no bin/nvcc")]
+)
+def test_another_toolkit_is_refused(
+    release: str | None, said: str, tmp_path: Path, parts: ModuleType
+) -> None:
+    system = installed_toolkit(tmp_path, release) if release else tmp_path
+    with pytest.raises(parts.BuildError, match=said):
+        parts.system_toolkit(system, "13.0")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "said"),
+    [
+        ("12.8", "is for CUDA 12.8, of which PyPI has no compiler: set HVD_LB_CUDA_HOME"),
+        ("11.8", "is for CUDA 11.8, expected CUDA 12 or 13"),
+    ],
+)
+def test_a_torch_that_nothing_can_be_built_for(
+    cuda: str, said: str, parts: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "torch_versions", lambda: {"torch": "2.9.1", "cuda": cuda})
+    with pytest.raises(parts.BuildError, match=said):
+        parts.describe("", "", "")
 
 
 def test_the_patch_is_applied_once_or_not_at_all(tmp_path: Path, parts: ModuleType) -> None:
@@ -281,7 +338,11 @@ def test_the_patch_is_applied_once_or_not_at_all(tmp_path: Path, parts: ModuleTy
 
 
 @pytest.mark.parametrize(
-    ("cuda", "asked"), [(None, set()), ("13.0", {"nvidia-cuda-nvcc==13.0.*", "nvidia-nvvm==13.0.*"})]
+    ("cuda", "asked"),
+    [
+        (None, set()),
+        ("13.0", {"nvidia-cuda-nvcc==13.0.*", "nvidia-nvvm==13.0.*"}),
+    ],
 )
 def test_cuda_tools_are_of_the_version_of_torch(cuda: str | None, asked: set[str], parts: ModuleType) -> None:
     found = {name for name in parts.requirements({"cuda": cuda}) if name.startswith("nvidia")}
