@@ -45,7 +45,14 @@ def calls() -> Iterator[tuple[str, ast.Call, str]]:
 def test_no_console_knows_markup() -> None:
     """Consoles are made in one place; columns and spinners read markup whatever their console says."""
     found = list(calls())
-    assert {file for file, _, name in found if name == "Console"} == {"cli/output/terminal.py"}
+    consoles = [(file, call) for file, call, name in found if name == "Console"]
+    # The second one writes launching.log.
+    assert {file for file, _ in consoles} == {"cli/output/terminal.py", "hvd_lb/report/launching.py"}
+    for _, call in consoles:
+        assert [word.value.value for word in call.keywords if word.arg in ("markup", "emoji")] == [
+            False,
+            False,
+        ]
     assert not [file for file, _, name in found if name in ("from_markup", "render_markup", "rprint")]
     columns = [call for _, call, name in found if name == "TextColumn"]
     assert len(columns) >= 3
@@ -58,7 +65,7 @@ def test_no_console_knows_markup() -> None:
     texts = [(file, call) for file, call in spinners if isinstance(call.args[0], ast.Call)]
     assert len(texts) >= 5
     for file, call in spinners:
-        if not isinstance(call.args[0], ast.Subscript):  # a bar's task
+        if not isinstance(call.args[0], ast.Subscript | ast.DictComp):  # a bar's task, a dictionary
             assert isinstance(call.args[0], ast.Call), f"{file}:{call.lineno}"
             assert call.args[0].func.id == "Text", f"{file}:{call.lineno}"
 
@@ -158,16 +165,16 @@ def test_work_goes_on_when_nobody_reads(monkeypatch: pytest.MonkeyPatch, number:
 
 READERS = """
 import sys
-from hvd_lb_cli import main
+from hvd_lb_cli import commands, main
 from hvd_lb_cli.output.terminal import outliving_readers
 
-def command(**_):
+def command(*_, **__):
     print("first", flush=True)
     sys.stdin.readline()
     {body}
     return 3
 
-main.cli.main = command
+commands.cli.main = command
 main.main()
 """
 
@@ -179,7 +186,7 @@ main.main()
         ("with outliving_readers(): print('x' * 100_000, flush=True)", 3),
         ("print('x', flush=True)", 128 + signal.SIGPIPE),
         ("print('x')", 128 + signal.SIGPIPE),
-        ("raise main.UserError('no')", 2),
+        ("raise commands.UserError('no')", 2),
     ],
 )
 def test_the_exit_status_when_the_reader_is_gone(body: str, status: int, unbuffered: str) -> None:

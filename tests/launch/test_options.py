@@ -9,6 +9,10 @@ from hvd_lb.launch.options import LaunchOptions, environment
 FULL = HorovodBuild(mpi=True, nccl=True)
 
 
+# What every run has, by --hang-timeout.
+PATIENCE = {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "1800", "HVD_LB_HANG_TIMEOUT": "300"}
+
+
 def test_options_become_horovods_variables() -> None:
     options = LaunchOptions(
         fusion_threshold=64,
@@ -18,7 +22,7 @@ def test_options_become_horovods_variables() -> None:
         env=("A=b=c", "NCCL_DEBUG=INFO"),
     )
     here = {"NCCL_DEBUG": "WARN", "NCCL_IB_HCA": "mlx5", "AWS_SECRET_ACCESS_KEY": "s", "PATH": "/bin"}
-    assert environment(options, here) == {
+    assert environment(options, here) == PATIENCE | {
         "HOROVOD_FUSION_THRESHOLD": str(64 * 2**20),
         "HOROVOD_CYCLE_TIME": "2.5",
         "HOROVOD_AUTOTUNE": "1",
@@ -37,11 +41,11 @@ def test_horovods_variables_go_along_but_not_those_that_say_who_a_process_is() -
         "HOROVOD_GLOO_RENDEZVOUS_ADDR": "h9",
         "HOROVOD_HOSTNAME": "x",
     }
-    assert environment(LaunchOptions(), {**tuning, **place}) == tuning
+    assert environment(LaunchOptions(), {**tuning, **place}) == PATIENCE | tuning
 
 
 def test_a_variable_without_a_value_is_handed_on() -> None:
-    assert environment(LaunchOptions(env=("TOKEN",)), {"TOKEN": "t"}) == {"TOKEN": "t"}
+    assert environment(LaunchOptions(env=("TOKEN",)), {"TOKEN": "t"}) == PATIENCE | {"TOKEN": "t"}
     with pytest.raises(UserError, match="TOKEN is not set here"):
         environment(LaunchOptions(env=("TOKEN",)), {})
 

@@ -136,7 +136,7 @@ def test_the_trainer_evaluates_the_model_as_it_is(smoothing: float, monkeypatch:
     train, val = noise(64, 0), noise(29, 1)
     recipe = Recipe(
         model="resnet8", image_size=4, gpus=2, per_gpu_batch=8, epochs=2, precision="fp64", eval_crop=1.0,
-        learning_rate=0.5, label_smoothing=smoothing, warmup="none",
+        learning_rate=0.5, label_smoothing=smoothing, warmup="none", together=1,
     )  # fmt: skip
     told = Evaluations()
     trainer = Trainer(recipe, Dataset("noise", train, val), Solo(), device=CPU, threads=1, observer=told)

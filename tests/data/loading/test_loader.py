@@ -251,10 +251,7 @@ def test_pixels_on_a_gpu_are_those_of_the_cpu(kind: str, make_photo: Callable, e
             assert y.tolist() == [0, 1, 2]
 
 
-def test_threads_for_loading_are_the_recipes_else_a_share_of_the_cores(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("hvd_lb.machine.placement.usable_cores", lambda: 16)
+def test_threads_for_loading_are_the_recipes_else_a_share_of_the_cores() -> None:
     for values, threads in (
         ({}, 3),
         ({"reproducible": True}, 4),
@@ -262,7 +259,7 @@ def test_threads_for_loading_are_the_recipes_else_a_share_of_the_cores(
         ({"loader_threads": 1, "reproducible": True}, 1),
     ):
         recipe = make_recipe(values)
-        found = loader_threads(recipe.loader_threads, 3, processes_here=4, reproducible=recipe.reproducible)
+        found = loader_threads(recipe.loader_threads, 3, 4, reproducible=recipe.reproducible)
         assert found == threads
 
 

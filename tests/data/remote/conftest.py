@@ -6,12 +6,15 @@ import itertools
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
 from image_files import photo
+from real_runs import until
 from web_server import StaticServer, serving
 
 from hvd_lb.data.dataset import open_dataset
@@ -63,6 +66,14 @@ def web(packed: Path) -> Iterator[StaticServer]:
         yield server
 
 
+def listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The URL of an empty one."""
@@ -71,6 +82,7 @@ def s3_server() -> Iterator[str]:
     server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    until(partial(listens, host, port), 30, every=0.05)
     yield f"http://{host}:{port}"
     server.stop()
 
