@@ -94,6 +94,8 @@ class Head:
         else:
             starting = [self._start_each(host, line) for host in self._hosts.values()]
         tasks = [asyncio.create_task(work) for work in (*starting, self._watch(), *self._controlled())]
+        for task in tasks:
+            task.add_done_callback(self._look_at)
         await self._over.wait()
         for task in tasks:
             task.cancel()
@@ -105,6 +107,12 @@ class Head:
         self._record.table(self._described(), now=True)
         self._record.close()
         return int(self._failed)
+
+    def _look_at(self, task: asyncio.Task[Any]) -> None:
+        """A fault of this head ends the job: nobody would know that it waits in vain."""
+        if not task.cancelled() and (error := task.exception()):
+            print(f"the head failed: {type(error).__name__}: {error}", flush=True)
+            self.stop()
 
     # Starting agents
 
@@ -139,6 +147,7 @@ class Head:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            bufsize=0,  # what was not read in time is not written again when the pipe is closed
             preexec_fn=dies_with_parent(signal.SIGTERM),
         ) as process:
             try:
