@@ -94,10 +94,9 @@ def test_train_on_two_processes_equals_simulate(start: Start, tmp_path: Path) ->
 def test_variables_of_another_job_are_not_inherited(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
-    """As in a shell that mpirun, horovodrun or srun has started."""
+    """As left behind by mpirun, horovodrun or srun; with a number of processes they would be a job's, and refused."""
     for launcher in ("HOROVOD", "OMPI_COMM_WORLD", "PMI", "PMIX", "HOROVOD_LOCAL", "HOROVOD_CROSS"):
         monkeypatch.setenv(f"{launcher}_RANK", "1")
-        monkeypatch.setenv(f"{launcher}_SIZE", "3")
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "192.0.2.1")
     monkeypatch.setenv("HOROVOD_CONTROLLER", "mpi")
