@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help train quick test test-cluster cluster-packages check bench clean
+.PHONY: help train quick test test-long test-cluster cluster-packages check bench clean
 
 # Leave empty to take the first of python3, python3.12, python3.11 that will do.
 PYTHON ?=
@@ -27,8 +27,11 @@ train: $(STAMP)  ## train a small ResNet on handwritten digits with two Horovod 
 quick: $(STAMP)  ## run the unit tests, those of less than a second each, on all cores
 	@$(BIN)/python -m pytest -q -n auto -m "not slow and not cluster and not gpu" --durations=5 --durations-min=0.5 $(ARGS)
 
-test: $(STAMP)  ## run all tests but those of test-cluster
-	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not cluster" $(ARGS)
+test: $(STAMP)  ## run all tests but those of test-long and test-cluster
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not cluster and not long" $(ARGS)
+
+test-long: $(STAMP)  ## run those that wait for minutes: hangs, runs watched and stopped from elsewhere
+	@$(BIN)/python -m pytest -m long $(ARGS)
 
 test-cluster: cluster-packages $(STAMP)  ## run real hosts, Slurm and Docker on this machine and test on them (root)
 	@wheel=$$(docker/build-horovod.sh $(BIN)/python)

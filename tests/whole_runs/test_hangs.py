@@ -10,6 +10,7 @@ import pytest
 from real_runs import SMALL, Start, finish, processes_of
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("horovod") is None, reason="needs Horovod"),
 ]

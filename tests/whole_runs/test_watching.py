@@ -15,6 +15,7 @@ import pytest
 from real_runs import SMALL, Start, finish, kill, kill_all, processes_of, trained_steps, until
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("horovod") is None, reason="needs Horovod"),
 ]
