@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from hvd_lb.data.loading.shared_pixels import shared
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.machine.cpu import usable_cores
 from hvd_lb.machine.placement import loader_threads
+from hvd_lb.machine.process import peak_memory
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.resolve import Resolved
 from hvd_lb.training.trainer import Trainer
@@ -176,5 +175,4 @@ def _probe(trainer: Trainer, images: int) -> float:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_memory()

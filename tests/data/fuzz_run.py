@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.prepare.verify import verify
+from hvd_lb.machine.process import peak_memory
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.training.trainer import Trainer
@@ -52,7 +52,7 @@ def main(folder: str, loader: Any) -> None:
         "bad": told.bad,
         "evaluated": told.images,
         "finite": all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters()),
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak": peak_memory(),
     }
     print(json.dumps(found))
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -32,3 +33,14 @@ def test_a_process_that_has_ended_is_no_more_also_before_it_is_waited_for() -> N
 @pytest.mark.parametrize("other", [{"host": "h2"}, {"machine": "another boot"}])
 def test_of_another_machine_or_boot_nothing_is_said(other: dict[str, Any]) -> None:
     assert is_running({**this_process(), **other}) is None
+
+
+def test_the_most_memory_is_that_of_this_program_alone() -> None:
+    """Asked in a child of one that holds 300 MB: `getrusage` there would count them."""
+    held = b"x" * 300_000_000
+    asked = (
+        "from hvd_lb.machine.process import peak_memory as p; a = p(); b = b'x' * 100_000_000; print(a, p())"
+    )
+    before, after = map(int, subprocess.check_output([sys.executable, "-c", asked]).split())
+    assert before < len(held) // 2
+    assert 90_000_000 < after - before < 110_000_000

@@ -87,7 +87,7 @@ def test_the_slow_one_of_three_is_named_with_its_reason(tmp_path: Path, where: s
     found = [record for record in records if record["kind"] == "ranks"]
     assert [record["step"] for record in found] == [0, 1, 2, 3, 4, 5]
     spent = {name: [sum(of) for of in zip(*(r[name] for r in found), strict=True)] for name in SPENT}
-    assert spent[reason][rank] == max(spent[reason]) > 6 * SLEEP
+    assert spent[reason][rank] == max(spent[reason]) >= 6 * SLEEP
     assert spent["network"][rank] == min(spent["network"])  # the others wait for it
     assert sum((r["slowest"], r["host"], r["reason"]) == (rank, f"h{rank}", reason) for r in found) >= 4
     told = [record["message"] for record in records if record["kind"] == "warning"]

@@ -161,8 +161,11 @@ def test_the_first_that_fails_ends_all_and_is_told_from_those_that_were_ended(
 
 def test_who_does_not_heed_sigterm_is_killed(start: Callable[..., Run]) -> None:
     run = start(
-        "import os, signal, sys\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        f"if os.environ['HOROVOD_RANK'] == '2': sys.exit(1)\n{WAIT}"
+        "import os, pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "here = pathlib.Path(__file__).parent; (here / os.environ['HOROVOD_RANK']).touch()\n"
+        "while os.environ['HOROVOD_RANK'] == '2':\n"
+        "    if all((here / rank).exists() for rank in '01'): sys.exit(1)\n"
+        f"    time.sleep(0.1)\n{WAIT}"
     )
     assert run.wait() == 1
     assert {entry["status"] for entry in run.endings} == {1, -signal.SIGKILL}
