@@ -16,10 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_lb.data.decoding.stand_in import sizes
-from hvd_lb.data.images import Images
-from hvd_lb.data.loading.contract import Preprocessing
-from hvd_lb.data.loading.open import open_loader
-from hvd_lb.data.options import LoaderKind
+from hvd_lb.data.loading.open import Loaders
 from hvd_lb.plan.augment import CentreWindows, Microbatch, Origin, Windows
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.training.bad_images import BadImages
@@ -47,31 +44,25 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates models on `images`, cut centrally, in batches of `batch_size`."""
+    """Evaluates models on the images of `loaders`, cut centrally, in batches of the size of these."""
 
-    images: Images
+    loaders: Loaders
     windows: CentreWindows
-    preprocessing: Preprocessing
-    batch_size: int
-    loader: LoaderKind
-    threads: int
-    read_threads: int | None
-    prefetch: int
     device: torch.device
     dtype: torch.dtype
     memory_format: torch.memory_format
-    max_pixels: int
     bad_images: BadImages
 
     def own(self, rank: int, processes: int) -> range:
         """Numbers of the batches of process `rank`."""
-        return hosted(rank, processes, -(-len(self.images) // self.batch_size))
+        return hosted(rank, processes, -(-len(self.loaders.images) // self.loaders.batch_size))
 
     def batches(self, rank: int, processes: int, origin: Origin) -> Iterator[Microbatch]:
         """The batches of process `rank`."""
+        images, size = self.loaders.images, self.loaders.batch_size
         for batch in self.own(rank, processes):
-            ids = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.images)))
-            windows = self.windows.windows(*sizes(self.images, ids))
+            ids = np.arange(batch * size, min((batch + 1) * size, len(images)))
+            windows = self.windows.windows(*sizes(images, ids))
             yield Microbatch(ids, windows, replace(origin, number=batch), self._draw)
 
     def _draw(self, ids: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> Windows:
@@ -96,22 +87,7 @@ class Evaluator:
         asked: Handle | None = None
         # One row a batch (right, right among five, images, loss), 0 for those of other processes: adding 0 is exact.
         figures = torch.zeros(len(self.own(0, 1)), 4, dtype=torch.float64, device=self.device)
-        with (
-            autocast,
-            open_loader(
-                self.loader,
-                self.images,
-                self.batches(world.rank, world.size, origin),
-                self.preprocessing,
-                batch_size=self.batch_size,
-                device=self.device,
-                threads=self.threads,
-                read_threads=self.read_threads,
-                prefetch=self.prefetch,
-                max_pixels=self.max_pixels,
-                on_stand_ins=self.bad_images.on_stand_ins,
-            ) as loader,
-        ):
+        with autocast, self.loaders.open(self.batches(world.rank, world.size, origin)) as loader:
             for done, (batch, (x, y)) in enumerate(zip(own, loader, strict=True)):
                 self._heed(asked)
                 wish = torch.tensor([stop_requested()])
@@ -127,7 +103,7 @@ class Evaluator:
         self._heed(asked)
         world.allreduce(figures, "hvd_lb.evaluation")
         left_out = self.bad_images.settle()
-        self.bad_images.check(left_out, len(self.images), "validation")
+        self.bad_images.check(left_out, len(self.loaders.images), "validation")
         top1, top5, count, loss_sum = figures.sum(0).tolist()
         return Evaluation(100 * (1 - top1 / count), 100 * (1 - top5 / count), loss_sum / count, int(count))
 

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import torch
 
 from hvd_lb.data.decoding.stand_in import StandIn, sizes
-from hvd_lb.data.images import Dataset, refuse_other_images
+from hvd_lb.data.images import Dataset, Images, refuse_other_images
 from hvd_lb.data.loading.contract import Batch, Loader, Preprocessing
-from hvd_lb.data.loading.open import open_loader
+from hvd_lb.data.loading.open import Loaders
 from hvd_lb.errors import UserError
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.exact.reproducible import deterministic_kernels, fast_kernels, rounding_environment
@@ -152,7 +152,6 @@ class Trainer:
         self.workers = hosted(world.rank, world.size, recipe.gpus, recipe.fixed_group)
         self.windows = recipe.random_windows()
         self.recomputation = Recomputation(recipe, dataset.train, self.windows)
-        self.preprocessing = Preprocessing(recipe.image_size, recipe.mean, recipe.std, recipe.antialias)
         self.dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
 
@@ -195,6 +194,15 @@ class Trainer:
             statistics=running_statistics(self.model, world, terms, self.group),
             bad_images=BadImages.of(recipe, world, observer.bad_images),
             device=device,
+        )
+        self.loaders = self._loaders(dataset.train)
+        self.evaluator = Evaluator(
+            self._loaders(dataset.val),
+            recipe.centre_windows(),
+            device,
+            self.dtype,
+            self.memory_format,
+            self.state.bad_images,
         )
         self.group_size = self._choose_group_size()
         # Whether the store has what this run begins with.
@@ -454,19 +462,18 @@ class Trainer:
 
     def batches(self) -> Loader:
         """This process's microbatches as tensors, from the present step to the end."""
-        return self._open(self.microbatches(), of_group=self.group_size.most)
+        return self.loaders.open(self.microbatches(), more=self.group_size.most - 1)
 
-    def _open(self, microbatches: Iterator[Microbatch], of_group: int = 1) -> Loader:
-        return open_loader(
+    def _loaders(self, images: Images) -> Loaders:
+        return Loaders(
             self.recipe.loader,
-            self.dataset.train,
-            microbatches,
-            self.preprocessing,
+            images,
+            Preprocessing(self.recipe.image_size, self.recipe.mean, self.recipe.std, self.recipe.antialias),
             batch_size=self.recipe.per_gpu_batch,
             device=self.device,
             threads=self.threads,
             read_threads=self.recipe.read_threads,
-            prefetch=self.recipe.prefetch + of_group - 1,
+            prefetch=self.recipe.prefetch,
             max_pixels=self.recipe.max_pixels,
             on_stand_ins=self.state.bad_images.on_stand_ins,
         )
@@ -576,7 +583,7 @@ class Trainer:
         anew, full = self.recomputation, self.recipe.per_gpu_batch
         mine = hosted(self.world.rank, self.world.size, anew.count)
         epoch = self._position()["epoch"]
-        with self._open(anew.microbatches(epoch, self.step, mine)) as loader:
+        with self.loaders.open(anew.microbatches(epoch, self.step, mine)) as loader:
             for number, (images, _) in zip(mine, loader, strict=True):
                 self.stages.enter(Stage.EVALUATION)
                 self._forward([images], [anew.seed(self.step, number)])
@@ -597,25 +604,12 @@ class Trainer:
         A stop gives it up: then the checkpoint says that it is still due.
         """
         self.state.statistics.publish(self.step)
-        evaluator = Evaluator(
-            images=self.dataset.val,
-            windows=self.recipe.centre_windows(),
-            preprocessing=self.preprocessing,
-            batch_size=self.recipe.per_gpu_batch,
-            loader=self.recipe.loader,
-            threads=self.threads,
-            read_threads=self.recipe.read_threads,
-            prefetch=self.recipe.prefetch,
-            device=self.device,
-            dtype=self.dtype,
-            memory_format=self.memory_format,
-            max_pixels=self.recipe.max_pixels,
-            bad_images=self.state.bad_images,
-        )
         self.model.eval()
         origin = Origin("eval", **self._position(), number=0)
         try:
-            evaluation = evaluator(self.forward, self.world, self.autocast(), origin, self._ask_evaluating)
+            evaluation = self.evaluator(
+                self.forward, self.world, self.autocast(), origin, self._ask_evaluating
+            )
         except Stopped as stopped:
             self.stopped_by = stopped.number
             if not saved:

@@ -15,6 +15,7 @@ from torch import nn
 
 from hvd_lb.data.images import ArrayImages, Dataset
 from hvd_lb.data.loading.contract import Preprocessing
+from hvd_lb.data.loading.open import Loaders
 from hvd_lb.plan.augment import CentreWindows, Origin
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import SilentObserver
@@ -46,10 +47,11 @@ def evaluate(images: ArrayImages, table: torch.Tensor, batch_size: int, world: W
     def forward(x: torch.Tensor) -> torch.Tensor:
         return table[x[:, 0, 0, 0].round().long()]
 
+    loaders = Loaders("torchvision", images, LEVELS, batch_size=batch_size, device=CPU, threads=1)
+    bad_images = BadImages(world, False, 0.0, lambda records: None)
     evaluator = Evaluator(
-        images, CentreWindows(1.0), LEVELS, batch_size, "torchvision", 1, None, 2, CPU, torch.float64,
-        torch.contiguous_format, 1000, BadImages(world, False, 0.0, lambda records: None),
-    )  # fmt: skip
+        loaders, CentreWindows(1.0), CPU, torch.float64, torch.contiguous_format, bad_images
+    )
     return evaluator(forward, world, nullcontext(), Origin("eval", 0, 0, 0))
 
 

@@ -63,8 +63,8 @@ class Loader(Protocol):
     ) -> None: ...
 
 
-Decode = Callable[[Images, Iterator[RawBatch], Repair], Iterator[Decoded]]
-"""Turns what was read into tensors on the device, in order; one generator a loader."""
+Decode = Callable[[Iterator[RawBatch], Repair], Iterator[Decoded]]
+"""Turns what was read of some images into tensors on the device, in order; one generator a loader."""
 
 Prepare = Callable[[Images, int, np.ndarray], np.ndarray]
 """Makes of an image file's bytes what the decoder takes; BadImage where it is found out that they are broken."""

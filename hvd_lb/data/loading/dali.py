@@ -16,8 +16,9 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -35,12 +36,24 @@ from hvd_lb.errors import UserError
 _PREFETCH = 2
 
 
-def dali_decoder(preprocessing: Preprocessing, batch_size: int, device: torch.device, threads: int) -> Decode:
-    """Decodes image files on `device` with `threads` CPU threads; for GPUs it takes decoded images, too."""
+def dali_decoder(
+    images: Images, preprocessing: Preprocessing, batch_size: int, device: torch.device, threads: int
+) -> Decode:
+    """Decodes `images` on `device` with `threads` CPU threads; for GPUs it takes decoded images, too.
 
-    def decode(images: Images, batches: Iterator[RawBatch], repair: Repair) -> Iterator[Decoded]:
+    A pipeline that came to the end of its microbatches is kept for the next ones: on GPUs making one takes long.
+    """
+    kept: deque[_Reusable] = deque(maxlen=1)  # who opens several loaders at a time keeps each open for long
+
+    def pipeline() -> _Reusable:
+        with suppress(IndexError):
+            return kept.pop()
+        return _Reusable(images.encoded, preprocessing, batch_size, device, threads)
+
+    def decode(batches: Iterator[RawBatch], repair: Repair) -> Iterator[Decoded]:
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        outputs = _outputs(images, batches, repair, preprocessing, batch_size, device, threads, stream)
+        single = _Single(images, preprocessing, device)
+        outputs = _outputs(images, _Feed(batches, repair), pipeline, kept.append, single, stream)
         if stream is not None:
             return _on_gpu(images, outputs, stream)
         return _on_cpu(images, outputs, preprocessing, batch_size, threads)
@@ -76,20 +89,16 @@ def _on_gpu(images: Images, outputs: Outputs, stream: torch.cuda.Stream) -> Iter
 
 def _outputs(
     images: Images,
-    batches: Iterator[RawBatch],
-    repair: Repair,
-    preprocessing: Preprocessing,
-    batch_size: int,
-    device: torch.device,
-    threads: int,
+    feed: _Feed,
+    take: Callable[[], _Reusable],
+    keep: Callable[[_Reusable], None],
+    single: _Single,
     stream: torch.cuda.Stream | None,
 ) -> Outputs:
-    feed = _Feed(batches, repair)
-    pipeline = _pipeline(feed, images.encoded, preprocessing, batch_size, device, threads)
-    single = _Single(images, preprocessing, device)
+    pipeline = take().begin(feed)
     while True:
         try:
-            output = pipeline.run(stream)[0]
+            output = pipeline.run(stream)
         except StopIteration:
             break
         except RuntimeError as error:
@@ -99,7 +108,7 @@ def _outputs(
             for position, batch in enumerate(feed.in_flight):
                 if (without := single.without_refused(batch)) is not batch:
                     bad = without.bad()
-                    feed.in_flight[position] = repair(without, bad) if bad else without
+                    feed.in_flight[position] = feed.repair(without, bad) if bad else without
                     break
             else:
                 first = feed.in_flight[0].microbatch
@@ -108,11 +117,13 @@ def _outputs(
                     f"DALI failed on {name} and the {len(first) - 1} after it: {_cause(error)}"
                 ) from error
             feed.rewind()
-            pipeline = _pipeline(feed, images.encoded, preprocessing, batch_size, device, threads)
+            pipeline = take().begin(feed)
             continue
         yield feed.in_flight.popleft(), output
     if feed.failure is not None:
         raise feed.failure
+    pipeline.end()
+    keep(pipeline)
 
 
 Inputs = tuple[list[np.ndarray], np.ndarray, np.ndarray]
@@ -123,7 +134,7 @@ class _Feed:
     """Gives the pipeline its inputs; what the reading raises waits until the batches before it are out."""
 
     def __init__(self, batches: Iterator[RawBatch], repair: Repair) -> None:
-        self._batches, self._repair = batches, repair
+        self._batches, self.repair = batches, repair
         self._again: deque[RawBatch] = deque()
         self.in_flight: deque[RawBatch] = deque()
         self.failure: Exception | None = None
@@ -144,7 +155,7 @@ class _Feed:
         try:
             batch = next(self._batches)
             bad = batch.bad()
-            return self._repair(batch, bad) if bad else batch
+            return self.repair(batch, bad) if bad else batch
         except StopIteration:
             raise
         except Exception as error:
@@ -157,6 +168,40 @@ def _inputs(batch: RawBatch) -> Inputs:
     anchor = np.stack([windows.x, windows.y], axis=1)
     shape = np.stack([windows.width, windows.height], axis=1)
     return [content for content in batch.data if not isinstance(content, BadImage)], anchor, shape
+
+
+class _Reusable:
+    """A pipeline for one feed after another."""
+
+    def __init__(self, *of: Any) -> None:
+        self._source = _Source()
+        self._pipeline = _pipeline(self._source, *of)
+
+    def begin(self, feed: Callable[[], Inputs]) -> Self:
+        self._source.feed = feed
+        return self
+
+    def run(self, stream: torch.cuda.Stream | None) -> Any:
+        """The output for the next inputs; StopIteration after the last."""
+        return self._pipeline.run(stream)[0]
+
+    def end(self) -> None:
+        """After StopIteration: there may be another feed."""
+        self._pipeline.reset()
+        self._source.feed = _nothing
+
+
+class _Source:
+    """What a pipeline calls; it does not know the pipeline, so that both go with the last reference to the pipeline."""
+
+    feed: Callable[[], Inputs]
+
+    def __call__(self) -> Inputs:
+        return self.feed()
+
+
+def _nothing() -> Inputs:
+    raise StopIteration
 
 
 def _pipeline(

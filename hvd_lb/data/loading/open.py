@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,50 +23,79 @@ from hvd_lb.data.options import MAX_PIXELS, LoaderKind
 from hvd_lb.plan.augment import Microbatch
 
 
-def open_loader(
-    kind: LoaderKind,
-    images: Images,
-    microbatches: Iterable[Microbatch],
-    preprocessing: Preprocessing,
-    *,
-    batch_size: int,
-    device: torch.device,
-    threads: int,
-    read_threads: int | None = None,
-    prefetch: int = PREFETCH,
-    max_pixels: int = MAX_PIXELS,
-    on_stand_ins: OnStandIns | None = None,
-) -> Loader:
-    """A loader of `kind` for microbatches of at most `batch_size` images, decoding with `threads` threads.
+class Loaders:
+    """Opens loaders of `kind` for microbatches of at most `batch_size` images, decoding with `threads` threads.
 
+    What takes long to make is kept for the next loader: a DALI pipeline whose loader came to its end.
     `prefetch` microbatches are kept ready. Images are read ahead of these (`hvd_lb.data.loading.raw_batches`) by
     `read_threads` threads, or by as many as help.
     An image that cannot be decoded, or has more than `max_pixels` pixels, is an error. With `on_stand_ins`
     another image stands in: it is called with the stand-ins right before the consumer gets their microbatch.
     """
-    if min(threads, threads if read_threads is None else read_threads, batch_size, prefetch) < 1:
-        raise ValueError(
-            f"threads={threads}, read_threads={read_threads}, batch_size={batch_size}, prefetch={prefetch}: "
-            "expected positive numbers"
+
+    def __init__(
+        self,
+        kind: LoaderKind,
+        images: Images,
+        preprocessing: Preprocessing,
+        *,
+        batch_size: int,
+        device: torch.device,
+        threads: int,
+        read_threads: int | None = None,
+        prefetch: int = PREFETCH,
+        max_pixels: int = MAX_PIXELS,
+        on_stand_ins: OnStandIns | None = None,
+    ) -> None:
+        if min(threads, threads if read_threads is None else read_threads, batch_size, prefetch) < 1:
+            raise ValueError(
+                f"threads={threads}, read_threads={read_threads}, batch_size={batch_size}, prefetch={prefetch}: "
+                "expected positive numbers"
+            )
+        if device == torch.device("cuda"):
+            device = torch.device(
+                "cuda", torch.cuda.current_device()
+            )  # this thread's, not the decoding one's
+        prepare: Prepare
+        # Imported when chosen: DALI exists for fewer platforms than torchvision.
+        if kind == "dali" and (images.encoded or device.type == "cuda"):  # else there is nothing for it to do
+            from hvd_lb.data.loading.dali import dali_decoder as decoder
+
+            prepare = as_plain
+        else:
+            from hvd_lb.data.loading.torchvision import torchvision_decoder as decoder
+
+            prepare = _as_it_is
+        self.images, self.batch_size = images, batch_size
+        self._threads, self._read_threads, self._prefetch = threads, read_threads, prefetch
+        self._read = read = partial(_contents, images, prepare, max_pixels)
+        self._decode = decoder(images, preprocessing, batch_size, device, threads)
+        self._repair: Repair = Substitute(images, lambda ids: list(read(ids))) if on_stand_ins else refuse
+        self._on_stand_ins = on_stand_ins or _ignore
+
+    def open(self, microbatches: Iterable[Microbatch], more: int = 0) -> Loader:
+        """A loader for these, which keeps `more` of them ready than others do."""
+        most = self.images.most_threads if isinstance(self.images, IndexedImages) else MOST_THREADS
+        batches = RawBatches(
+            self._read,
+            microbatches,
+            self.batch_size,
+            threads=self._read_threads,
+            start=self._threads,
+            most=most,
         )
-    if device == torch.device("cuda"):
-        device = torch.device("cuda", torch.cuda.current_device())  # this thread's, not the decoding one's
-    prepare: Prepare
-    # Imported when chosen: DALI exists for fewer platforms than torchvision.
-    if kind == "dali" and (images.encoded or device.type == "cuda"):  # else there is nothing for it to do
-        from hvd_lb.data.loading.dali import dali_decoder as decoder
+        return ThreadedLoader(batches, self._decode, self._repair, self._on_stand_ins, self._prefetch + more)
 
-        prepare = as_plain
-    else:
-        from hvd_lb.data.loading.torchvision import torchvision_decoder as decoder
 
-        prepare = _as_it_is
-    read = partial(_contents, images, prepare, max_pixels)
-    repair: Repair = Substitute(images, lambda ids: list(read(ids))) if on_stand_ins else refuse
-    most = images.most_threads if isinstance(images, IndexedImages) else MOST_THREADS
-    batches = RawBatches(read, microbatches, batch_size, threads=read_threads, start=threads, most=most)
-    decode = decoder(preprocessing, batch_size, device, threads)
-    return ThreadedLoader(images, batches, decode, repair, on_stand_ins or _ignore, prefetch)
+def open_loader(
+    kind: LoaderKind,
+    images: Images,
+    microbatches: Iterable[Microbatch],
+    preprocessing: Preprocessing,
+    **options: Any,
+) -> Loader:
+    """A single loader of `Loaders(kind, images, preprocessing, **options)`."""
+    return Loaders(kind, images, preprocessing, **options).open(microbatches)
 
 
 def _ignore(stand_ins: Sequence[StandIn]) -> None:

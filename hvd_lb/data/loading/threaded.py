@@ -11,7 +11,6 @@ from typing import Self
 import torch
 
 from hvd_lb.data.decoding.stand_in import OnStandIns, Repair
-from hvd_lb.data.images import Images
 from hvd_lb.data.loading.contract import PREFETCH, Batch, Decode
 from hvd_lb.data.loading.raw_batches import RawBatches
 from hvd_lb.data.loading.readahead import ReadAhead
@@ -22,7 +21,6 @@ class ThreadedLoader:
 
     def __init__(
         self,
-        images: Images,
         batches: RawBatches,
         decode: Decode,
         repair: Repair,
@@ -30,7 +28,7 @@ class ThreadedLoader:
         prefetch: int = PREFETCH,
     ) -> None:
         self._on_stand_ins = on_stand_ins
-        self._ready = ReadAhead(decode(images, batches, repair), prefetch, "hvd-lb decode")
+        self._ready = ReadAhead(decode(batches, repair), prefetch, "hvd-lb decode")
         self._close = weakref.finalize(self, _close, batches, self._ready)  # also when it is just dropped
         # Before the interpreter ends, and before DALI's own exit function, registered earlier, pulls its pipelines
         # from under a running thread.

@@ -24,11 +24,11 @@ Finish = Callable[[Sequence[np.ndarray], Windows], torch.Tensor]
 
 
 def torchvision_decoder(
-    preprocessing: Preprocessing, batch_size: int, device: torch.device, threads: int
+    images: Images, preprocessing: Preprocessing, batch_size: int, device: torch.device, threads: int
 ) -> Decode:
     """Decodes and resizes on the CPU with `threads` threads; for a GPU the microbatch is normalised there."""
 
-    def decode(images: Images, batches: Iterator[RawBatch], repair: Repair) -> Iterator[Decoded]:
+    def decode(batches: Iterator[RawBatch], repair: Repair) -> Iterator[Decoded]:
         def cut(batch: RawBatch) -> list[np.ndarray | BadImage]:
             decode_in = pool.map if images.encoded else map
             return list(decode_in(partial(_window, images, batch), range(len(batch.data))))

@@ -129,8 +129,8 @@ def _by_dali(images: Images, threads: int, max_pixels: int) -> Iterator[Part]:
 
     batches = _read_ahead(images, as_plain, threads, max_pixels)
     told: list[StandIn] = []
-    decode = dali_decoder(_TINY, _MOST_IMAGES, torch.device("cpu"), threads)
-    with ThreadedLoader(images, batches, decode, _Fill(images), told.extend) as loader:
+    decode = dali_decoder(images, _TINY, _MOST_IMAGES, torch.device("cpu"), threads)
+    with ThreadedLoader(batches, decode, _Fill(images), told.extend) as loader:
         for ids, _ in zip(_parts(images), loader, strict=True):
             failures = [Failure(of.image, of.path, of.reason) for of in told]
             told.clear()
