@@ -195,7 +195,12 @@ class DistributedOptimizer(Optimizer):
             count = torch.tensor([operator.index(images)])
             total = self.world.allreduce_async(count, f"{self._name}.images")
         if self._phase is not Phase.REDUCED:
-            self._finish()
+            try:
+                self._finish()
+            except FixedPointOverflow:  # on all processes; the next step needs the name of the count again
+                if total is not None:
+                    total.wait()
+                raise
         if total is not None:
             self._divisor = int(total.wait().item())
         else:
