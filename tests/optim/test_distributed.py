@@ -8,6 +8,7 @@ import gc
 import io
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -30,19 +31,37 @@ def terms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 DEFAULTS: dict[str, object] = {}
 
 
+@dataclass(frozen=True)
+class Noted(Done):
+    """A reduction whose name is free again when it was waited for, as in Horovod."""
+
+    name: str
+    under_way: set[str]
+
+    def wait(self) -> Tensor:
+        self.under_way.discard(self.name)
+        return self.tensor
+
+
 class Recorder(Solo):
     """A world that notes what is exchanged; its sums multiply by `size`, as equal processes would."""
 
     def __init__(self, size: int = 1) -> None:
         self.size = size
         self.started: list[str] = []
+        self.under_way: set[str] = set()
 
     def allreduce_async(self, tensor: Tensor, name: str) -> Done:
         self.started.append(name)
-        return Done(self.allreduce(tensor, name))
+        return self._start(self.allreduce(tensor, name), name)
 
     def maximum_async(self, tensor: Tensor, name: str) -> Done:
-        return Done(tensor)
+        return self._start(tensor, name)
+
+    def _start(self, tensor: Tensor, name: str) -> Noted:
+        assert name not in self.under_way
+        self.under_way.add(name)
+        return Noted(tensor, name, self.under_way)
 
     def allreduce(self, tensor: Tensor, name: str) -> Tensor:
         return tensor.mul_(self.size)
@@ -684,7 +703,7 @@ class TestAutograd:
 class TestFixedPoint:
     def make(self, **options: object) -> tuple[nn.Sequential, DistributedOptimizer]:
         model = convnet().float()
-        return model, wrap(model, bucket_bytes=1000, **{"reproducible_terms": 5, **options})
+        return model, wrap(model, Recorder(), bucket_bytes=1000, **{"reproducible_terms": 5, **options})
 
     def test_the_order_of_microbatches_changes_no_bit(self) -> None:
         data = [(x.float(), y) for x, y in batches(5)]
@@ -720,6 +739,7 @@ class TestFixedPoint:
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
         assert all(p.grad is None for p in model.parameters())
         assert opt.steps == 2
+        assert not opt.world.under_way
         for m, o in ((model, opt), (twin, other)):
             m[1].reset_running_stats()
             (loss_sum(m, (x, y)) * (1e6 if m is model else 1)).backward()
