@@ -125,7 +125,7 @@ def dispatch(
         )
         return 0
     share = f"{placement.processes} on {placement.device}, {count(placement.threads, 'thread')} each"
-    rows = [*explain(resolved), ("processes", share)]
+    rows = [*explain(resolved, placement.device), ("processes", share)]
     if launch_plan.why_engine:
         rows.append(("engine", f"{launch_plan.engine}, {launch_plan.why_engine}"))
     if cluster:

@@ -115,7 +115,7 @@ def simulate(
     placement = choose_placement(
         device_name, gpus=resolved.recipe.gpus, processes=1, threads=resolved.recipe.threads
     )
-    plan = [*explain(resolved), ("memory", _memory(resolved.recipe))]
+    plan = [*explain(resolved, device_name), ("memory", _memory(resolved.recipe))]
     if whole:
         with outliving_readers():
             return run_job(

@@ -42,6 +42,7 @@ class Resolved:
     why: str
     plan: SamplePlan
     schedule: Schedule
+    chosen: frozenset[str] = frozenset()  #: the fields that options, or a recipe asked for, name
 
     @property
     def total_steps(self) -> int:
@@ -69,6 +70,7 @@ def resolve(
     from hvd_lb.training.models import check_input  # here and below: needs torch, which --help does not
 
     given = check_options(options, recipe)
+    chosen = frozenset({**given, **options})
     spec = data_spec(options, given, fallback_data)
     val = options.get("val", given.get("val"))
     val_fraction = options.get("val_fraction", given.get("val_fraction"))
@@ -114,7 +116,7 @@ def resolve(
         # One image alone in a short last step can be trained on (`allow_single_values`); always one makes no sense.
         min(2, resolved.per_gpu_batch),
     )
-    return Resolved(resolved, dataset, preset, why, plan, resolved.lr_schedule(plan.steps_per_epoch))
+    return Resolved(resolved, dataset, preset, why, plan, resolved.lr_schedule(plan.steps_per_epoch), chosen)
 
 
 def check_options(options: Mapping[str, Any], recipe: str | None) -> Mapping[str, Any]:
@@ -194,8 +196,8 @@ def _check_recompute_bn(recipe: Recipe, plan: SamplePlan) -> None:
         )
 
 
-def explain(resolved: Resolved) -> list[tuple[str, str]]:
-    """What a run will do, as (topic, sentence) for a person."""
+def explain(resolved: Resolved, device: str) -> list[tuple[str, str]]:
+    """What a run will do on `device`, cpu or cuda, as (topic, sentence) for a person."""
     recipe, plan = resolved.recipe, resolved.plan
     dropped = plan.dropped_per_epoch
     rest = (
@@ -228,6 +230,14 @@ def explain(resolved: Resolved) -> list[tuple[str, str]]:
     if recipe.reproducible:
         threads = f"{recipe.threads} thread" + ("s" if recipe.threads != 1 else "")
         rows.append(("reproducible", f"bitwise the same on any number of processes of {threads} each"))
+    if device == "cuda" and recipe.precision == "fp32" and "precision" not in resolved.chosen:
+        layout = "" if recipe.channels_last else " --channels-last"
+        rows.append(
+            (
+                "note",
+                f"fp32 leaves a GPU's tensor cores idle: --precision bf16{layout} uses them, with other rounding",
+            )
+        )
     if newer := untried():
         compare = "hvd-lb doctor --selftest compares it with what it should compute"
         rows.append(("warning", f"{' and '.join(newer)}: newer than hvd-lb was tried with; {compare}"))

@@ -115,7 +115,7 @@ def test_a_folder_with_the_name_of_a_built_in_set() -> None:
     built_in = resolve({"data": "digits"}, recipe=None, default_gpus=1)
     assert len(built_in.dataset.train) == 1438
     assert ("", "the built-in data set; what lies here by that name would be --data ./digits") in explain(
-        built_in
+        built_in, "cpu"
     )
     own = resolve({"data": "./digits", "per_gpu_batch": 4}, recipe=None, default_gpus=1)
     assert len(own.dataset.train) == 8
@@ -146,3 +146,27 @@ def test_a_link_is_told_as_it_was_typed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     assert absolute_spec("data") == absolute_spec("./data/") == str(tmp_path / "data")
     assert absolute_spec("digits") == "digits"
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [
+        ("cuda", {}, "--precision bf16 --channels-last uses"),
+        ("cuda", {"channels_last": True}, "--precision bf16 uses"),
+        ("cuda", {"precision": "fp32"}, None),
+        ("cuda", {"precision": "tf32"}, None),
+        ("cpu", {}, None),
+    ],
+)
+def test_on_a_gpu_a_faster_precision_is_named_unless_one_was_chosen(
+    device: str, options: dict[str, Any], expected: str | None
+) -> None:
+    resolved = resolve({**DIGITS, **options}, recipe=None, default_gpus=1)
+    notes = [sentence for topic, sentence in explain(resolved, device) if "tensor cores" in sentence]
+    assert len(notes) == (expected is not None)
+    assert all((expected or "") in note for note in notes)
+
+
+def test_a_recipe_that_names_its_precision_has_chosen_it() -> None:
+    resolved = resolve(DIGITS, recipe=written("precision: fp32"), default_gpus=1)
+    assert "tensor cores" not in str(explain(resolved, "cuda"))

@@ -472,6 +472,7 @@ class Trainer:
             batch_size=self.recipe.per_gpu_batch,
             device=self.device,
             threads=self.threads,
+            memory_format=self.memory_format,
             read_threads=self.recipe.read_threads,
             prefetch=self.recipe.prefetch,
             max_pixels=self.recipe.max_pixels,

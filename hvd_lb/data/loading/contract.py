@@ -41,7 +41,7 @@ class Decoded(NamedTuple):
 
 
 class Loader(Protocol):
-    """Iterates (x float32 (b, 3, S, S) contiguous, y int64 (b,)) on the device, in the microbatches' order.
+    """Iterates (x float32 (b, 3, S, S), y int64 (b,)) on the device, in the microbatches' order.
 
     Also a context manager. UserError for an image that cannot be read, or cannot be decoded and not be replaced.
     """

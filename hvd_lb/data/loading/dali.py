@@ -30,14 +30,23 @@ from hvd_lb.data.decoding.plain import as_pixels
 from hvd_lb.data.decoding.stand_in import Content, RawBatch, Repair
 from hvd_lb.data.images import Images
 from hvd_lb.data.loading.contract import Decode, Decoded, Preprocessing
+from hvd_lb.data.loading.device import loading_stream
 from hvd_lb.data.loading.resize import Finisher
 from hvd_lb.errors import UserError
 
 _PREFETCH = 2
 
+# The share of a batch's JPEGs that goes to a GPU's own decoder. DALI's default, fixed here: pixels depend on it.
+_HARDWARE_SHARE = 0.65
+
 
 def dali_decoder(
-    images: Images, preprocessing: Preprocessing, batch_size: int, device: torch.device, threads: int
+    images: Images,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    device: torch.device,
+    threads: int,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Decode:
     """Decodes `images` on `device` with `threads` CPU threads; for GPUs it takes decoded images, too.
 
@@ -51,11 +60,13 @@ def dali_decoder(
         return _Reusable(images.encoded, preprocessing, batch_size, device, threads)
 
     def decode(batches: Iterator[RawBatch], repair: Repair) -> Iterator[Decoded]:
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         single = _Single(images, preprocessing, device)
-        outputs = _outputs(images, _Feed(batches, repair), pipeline, kept.append, single, stream)
-        if stream is not None:
-            return _on_gpu(images, outputs, stream)
+        feed = _Feed(batches, repair)
+        if device.type == "cuda":
+            stream = loading_stream(device)
+            outputs = _outputs(images, feed, pipeline, kept.append, single, stream)
+            return _on_gpu(images, outputs, stream, memory_format)
+        outputs = _outputs(images, feed, pipeline, kept.append, single, None)
         return _on_cpu(images, outputs, preprocessing, batch_size, threads)
 
     return decode
@@ -76,15 +87,24 @@ def _on_cpu(
             yield Decoded(x, torch.from_numpy(images.labels[batch.microbatch.image_ids]), batch.stand_ins)
 
 
-def _on_gpu(images: Images, outputs: Outputs, stream: torch.cuda.Stream) -> Iterator[Decoded]:
+def _on_gpu(
+    images: Images, outputs: Outputs, stream: torch.cuda.Stream, memory_format: torch.memory_format
+) -> Iterator[Decoded]:
     for batch, output in outputs:
-        # Python may let go of DALI's memory before the consumer's kernels have run; only torch's own allocator can wait
-        # for those (record_stream in ThreadedLoader).
         with torch.cuda.stream(stream):
-            x = batch.microbatch.windows.augmented_batch(torch.from_dlpack(output.as_tensor()).clone())
+            x = batch.microbatch.windows.augmented_batch(_own(output, memory_format))
             y = torch.from_numpy(images.labels[batch.microbatch.image_ids]).to(stream.device)
         stream.synchronize()
         yield Decoded(x, y, batch.stand_ins)
+
+
+def _own(output: Any, memory_format: torch.memory_format) -> torch.Tensor:
+    """A copy of what `_finished` makes, (b, 3, S, S) in this format.
+
+    Python may let go of DALI's memory before the consumer's kernels have run; only torch's own allocator can wait for
+    those (record_stream in ThreadedLoader).
+    """
+    return torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2).clone(memory_format=memory_format)
 
 
 def _outputs(
@@ -221,29 +241,34 @@ def _pipeline(
         prefetch_queue_depth=ahead,
         exec_dynamic=True,
     )
-    absolute: dict[str, Any] = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "WH"}
     with pipeline:
         data, anchor, shape = fn.external_source(source=feed, num_outputs=3, batch=True)
-        if encoded:
-            cut = fn.decoders.image_slice(
-                data,
-                anchor,
-                shape,
-                device="mixed" if on_gpu else "cpu",
-                output_type=types.DALIImageType.RGB,
-                adjust_orientation=False,
-                jpeg_fancy_upsampling=True,  # on GPUs too, as libjpeg does on CPUs
-                **absolute,
-            )
-        else:
-            data = fn.reinterpret(data, layout="HWC")
-            cut = fn.slice(data.gpu() if on_gpu else data, anchor, shape, **absolute)
-        pipeline.set_outputs(_finished(cut, preprocessing) if on_gpu else cut)
+        windows = _windows(data, anchor, shape, encoded, on_gpu)
+        pipeline.set_outputs(_finished(windows, preprocessing) if on_gpu else windows)
     return pipeline
 
 
+def _windows(data: Any, anchor: Any, shape: Any, encoded: bool, on_gpu: bool) -> Any:
+    """uint8 (height, width, 3) each."""
+    absolute: dict[str, Any] = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "WH"}
+    if not encoded:
+        data = fn.reinterpret(data, layout="HWC")
+        return fn.slice(data.gpu() if on_gpu else data, anchor, shape, **absolute)
+    return fn.decoders.image_slice(
+        data,
+        anchor,
+        shape,
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.DALIImageType.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,  # on GPUs too, as libjpeg does on CPUs
+        hw_decoder_load=_HARDWARE_SHARE,
+        **absolute,
+    )
+
+
 def _finished(windows: Any, preprocessing: Preprocessing) -> Any:
-    """What `hvd_lb.data.loading.resize` does on CPUs, but for augmentations."""
+    """What `hvd_lb.data.loading.resize` does on CPUs, but for augmentations: float32 (S, S, 3) each."""
     resized: Any = fn.resize(
         windows,
         size=[preprocessing.image_size, preprocessing.image_size],
@@ -253,7 +278,7 @@ def _finished(windows: Any, preprocessing: Preprocessing) -> Any:
     return fn.crop_mirror_normalize(
         resized,
         dtype=types.DALIDataType.FLOAT,
-        output_layout="CHW",
+        output_layout="HWC",
         mean=[255 * value for value in preprocessing.mean],
         std=[255 * value for value in preprocessing.std],
     )

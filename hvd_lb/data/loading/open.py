@@ -27,6 +27,7 @@ class Loaders:
     """Opens loaders of `kind` for microbatches of at most `batch_size` images, decoding with `threads` threads.
 
     What takes long to make is kept for the next loader: a DALI pipeline whose loader came to its end.
+    On GPUs, tensors come in `memory_format`; on CPUs they are contiguous.
     `prefetch` microbatches are kept ready. Images are read ahead of these (`hvd_lb.data.loading.raw_batches`) by
     `read_threads` threads, or by as many as help.
     An image that cannot be decoded, or has more than `max_pixels` pixels, is an error. With `on_stand_ins`
@@ -42,6 +43,7 @@ class Loaders:
         batch_size: int,
         device: torch.device,
         threads: int,
+        memory_format: torch.memory_format = torch.contiguous_format,
         read_threads: int | None = None,
         prefetch: int = PREFETCH,
         max_pixels: int = MAX_PIXELS,
@@ -69,7 +71,7 @@ class Loaders:
         self.images, self.batch_size = images, batch_size
         self._threads, self._read_threads, self._prefetch = threads, read_threads, prefetch
         self._read = read = partial(_contents, images, prepare, max_pixels)
-        self._decode = decoder(images, preprocessing, batch_size, device, threads)
+        self._decode = decoder(images, preprocessing, batch_size, device, threads, memory_format)
         self._repair: Repair = Substitute(images, lambda ids: list(read(ids))) if on_stand_ins else refuse
         self._on_stand_ins = on_stand_ins or _ignore
 
