@@ -15,6 +15,7 @@ from hvd_lb.data.sources.lists import SUFFIXES, ListSource
 from hvd_lb.data.sources.places import MANIFEST
 from hvd_lb.data.sources.shards import (
     COMPRESSED,
+    ShardSource,
     divided,
     is_pattern,
     named_shards,
@@ -92,6 +93,15 @@ def _sources(spec: str, val: str | None) -> Sources:
     if isinstance(train, FolderSource) and isinstance(images, FolderSource):
         _refuse_same(train.root, images.root)
         train, images = replace(train, others=(images.root,)), replace(images, others=(train.root,))
+    elif isinstance(train, ListSource) and isinstance(images, ListSource):
+        _refuse_same(train.path, images.path)
+        images = replace(images, training=train)
+    elif isinstance(train, ShardSource) and isinstance(images, ShardSource):
+        both = sorted(set(train.shards) & set(images.shards)) if train.root == images.root else []
+        if both:
+            raise UserError(
+                f"{train.root / both[0]}: is named for training and for validation; leave it out of one of them"
+            )
     return replace(found, train=train, val=images, notes=())
 
 
@@ -262,7 +272,7 @@ def _lists(folder: Path, train: Path, alone: bool) -> Sources:
     lists = [] if alone else [entry.name for entry in folder.iterdir() if _is_list(entry)]
     found = find_partners(train.name, lists, folder)
     name = found.get("val") or found.get("test")
-    val = ListSource(folder / name) if name else None
+    val = ListSource(folder / name, training=ListSource(train)) if name else None
     notes = (
         () if name in (None, expected) else (f"{train.name} is trained on, {name} is the validation split",)
     )
@@ -309,7 +319,7 @@ def _validation(spec: str) -> Source:
 def _refuse_same(train: Path, val: Path) -> None:
     if train.resolve() == val.resolve():
         raise UserError(
-            f"{val}: is the folder that is trained on ({train}), so nothing would be validated; give another, or "
+            f"{val}: is what is trained on ({train}), so nothing would be validated; give another, or "
             "--val-fraction 0.1 to hold out a tenth of it"
         )
 

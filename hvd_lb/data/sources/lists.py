@@ -43,13 +43,14 @@ class Entry:
 class ListSource:
     """The images of a list, by their paths relative to the folder `images`, else to that of the list.
 
-    `classes` are those of the training split where this is the other one.
+    `classes` are those of the training split, and `training` is that split's list, where this is the other one.
     """
 
     path: Path
     classes: Classes | None = None
     cheap: int = 20_000
     images: Path | None = None
+    training: ListSource | None = None
 
     @property
     def root(self) -> Path:
@@ -81,7 +82,7 @@ class ListSource:
         folders = sorted({os.path.dirname(os.fsdecode(name)) or "." for name in names})
         watched = [own, *(file_state(self.root, folder) for folder in folders)]
         known = states.digest(len(names) <= self.cheap)
-        stamp = stamped([*classes, "", names.content, names.ends, labels, known])
+        stamp = stamped([*classes, "", *remarks, names.content, names.ends, labels, known])
         return Listing(
             stamp,
             watched,
@@ -101,9 +102,23 @@ class ListSource:
                     f"in line {one.line}; leave one out"
                 )
             repeated += 1
-        if not repeated:
-            return []
-        return [f"{self.path.name}: lines that repeat others, whose images count again: {repeated:,}"]
+        remarks = []
+        if repeated:
+            remarks.append(
+                f"{self.path.name}: lines that repeat others, whose images count again: {repeated:,}"
+            )
+        if self.training and (shared := self._shared(entries)):
+            remarks.append(
+                f"{self.path.name}: {shared:,} of its {len(entries.names):,} images are trained on, too "
+                f"({self.training.path.name}): its accuracy will look better than it is"
+            )
+        return remarks
+
+    def _shared(self, entries: _Entries) -> int:
+        """How many of the images are trained on, too."""
+        assert self.training
+        trained = _Entries.of(read_list(self.training.path)).hashes(self.training.root)
+        return int(np.isin(entries.hashes(self.root), trained).sum())
 
     def _numbered(self, entries: _Entries) -> tuple[list[str], np.ndarray]:
         """Classes, and labels int64 (N,)."""
@@ -166,20 +181,24 @@ class _Entries:
         """Positions of the same file, however its path is written: its first, and one after that, in the order of
         these.
         """
-        above = os.fsencode(os.path.abspath(root))
-
-        def path(name: bytes) -> bytes:
-            return os.path.normpath(os.path.join(above, name))
-
-        sums = np.fromiter((hash(path(name)) for name in self.names), np.int64, len(self.names))
-        ordered = np.sort(sums)
+        hashes = self.hashes(root)
+        ordered = np.sort(hashes)
         doubled = ordered[1:][ordered[1:] == ordered[:-1]]
-        suspects = np.flatnonzero(np.isin(sums, doubled)) if len(doubled) else doubled
+        suspects = np.flatnonzero(np.isin(hashes, doubled)) if len(doubled) else doubled
         first: dict[bytes, int] = {}
         for position in suspects.tolist():
-            before = first.setdefault(path(self.names[position]), position)
+            before = first.setdefault(_whole(root, self.names[position]), position)
             if before != position:
                 yield before, position
+
+    def hashes(self, root: Path) -> np.ndarray:
+        """int64 (N,), of this process: the same for the same file, however its path is written."""
+        above = Path(os.path.abspath(root))
+        return np.fromiter((hash(_whole(above, name)) for name in self.names), np.int64, len(self.names))
+
+
+def _whole(root: Path, name: bytes) -> bytes:
+    return os.path.normpath(os.path.join(os.fsencode(os.path.abspath(root)), name))
 
 
 def read_list(path: Path) -> Iterator[Entry]:

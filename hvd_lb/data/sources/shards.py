@@ -29,7 +29,9 @@ from hvd_lb.data.sources.tar_scan import Scan, scan_object, scan_shard
 from hvd_lb.errors import UserError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tar.lz4")
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_GLOB = "*?["
 _MOST_SHARDS = 1_000_000
 _NUMBERED = re.compile(
     r"(?P<prefix>(?:.*[-_.])?(?P<split>train|training|val|valid|validation)[-_.]?)(?P<number>\d+)\.tar",
@@ -133,10 +135,13 @@ def is_pattern(spec: str) -> bool:
 
 
 def named_shards(spec: str) -> ShardSource:
-    """Of `DIR/train-{0000..0146}.tar`, `DIR/train-*.tar` or one tar file. UserError for those that are not there."""
+    """Of `DIR/train-{0000..0146}.tar`, `DIR/train-{a,b}.tar`, `DIR/train-*.tar`, `DIR/train-[0-9].tar` or one tar file.
+
+    UserError for those that are not there.
+    """
     root, pattern = divided(spec)
     names = _expanded(pattern)
-    if any(mark in pattern for mark in "*?"):
+    if any(mark in pattern for mark in _GLOB) and not (isinstance(root, Path) and (root / pattern).exists()):
         there = names_in(root) if isinstance(root, Address) or root.is_dir() else []
         present = [name for name in there if not name.startswith(".")]
         names = [name for pattern in names for name in fnmatch.filter(present, pattern)]
@@ -160,7 +165,7 @@ def sibling(source: ShardSource) -> ShardSource | None:
         wanted = renamed(source.name, word)
         if wanted is None:
             return None
-        pieces = re.split(r"(?:\{\d+\.\.\d+\}|[*?])+", wanted)
+        pieces = re.split(r"(?:\{[^{}]*\}|\[[^\]]*\]|[*?])+", wanted)
         of = re.compile(r"\d+".join(map(re.escape, pieces)), re.IGNORECASE)
         names = sorted(filter(of.fullmatch, names_in(source.root)), key=by_number)
         if names:
@@ -227,20 +232,25 @@ def divided(spec: str) -> tuple[Place, str]:
 
 
 def _expanded(pattern: str) -> list[str]:
-    pieces, choices = _RANGE.split(pattern), []
-    for first, last in zip(pieces[1::3], pieces[2::3], strict=True):
-        if int(last) < int(first) or int(last) - int(first) >= _MOST_SHARDS:
-            raise UserError(
-                f"{{{first}..{last}}}: expected an increasing range of at most {_MOST_SHARDS} shards"
-            )
-        padded = any(number.startswith("0") and number != "0" for number in (first, last))  # as bash has it
-        width = max(len(first), len(last)) if padded else 0
-        choices.append([f"{number:0{width}}" for number in range(int(first), int(last) + 1)])
-    texts = pieces[::3]
+    """With one of the choices in each pair of braces, in all ways, as bash has it."""
+    texts = _BRACES.split(pattern)
+    choices = [_choices(inside) for inside in texts[1::2]]
     return [
-        "".join(itertools.chain(*zip(texts, (*chosen, ""), strict=True)))
+        "".join(itertools.chain(*zip(texts[::2], (*chosen, ""), strict=True)))
         for chosen in itertools.product(*choices)
     ]
+
+
+def _choices(inside: str) -> list[str]:
+    """Of `0..12` and `a,b`."""
+    if not (numbers := _RANGE.fullmatch(inside)):
+        return inside.split(",") if "," in inside else [f"{{{inside}}}"]
+    first, last = numbers.groups()
+    if int(last) < int(first) or int(last) - int(first) >= _MOST_SHARDS:
+        raise UserError(f"{{{inside}}}: expected an increasing range of at most {_MOST_SHARDS} shards")
+    padded = any(number.startswith("0") and number != "0" for number in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    return [f"{number:0{width}}" for number in range(int(first), int(last) + 1)]
 
 
 def _check_sizes(root: Place, sizes: dict[str, int]) -> None:

@@ -166,7 +166,7 @@ def test_a_link_to_what_holds_the_validation_images_is_refused(
 def test_a_validation_split_that_is_the_training_split_is_refused(folder: Path) -> None:
     (folder / "val").rename(folder / "other")
     (folder / "val").symlink_to("train")
-    with pytest.raises(UserError, match="val: is the folder that is trained on"):
+    with pytest.raises(UserError, match="val: is what is trained on"):
         open_dataset(str(folder))
 
 

@@ -167,13 +167,39 @@ def test_numbers_keep_their_order_beyond_ten(folder: Path) -> None:
 
 
 def test_lines_that_repeat_others_are_said(folder: Path) -> None:
-    for split in ("train", "val"):
-        write(folder / f"{split}.csv", [["a.png", "x"], ["b c.png", "y"], ["a.png", "x"], ["./a.png", "x"]])
+    write(folder / "train.csv", [["a.png", "x"], ["b c.png", "y"], ["a.png", "x"], ["./a.png", "x"]])
+    photo(20, 30).save(folder / "c.png")
+    write(folder / "val.csv", [["c.png", "x"], ["c.png", "x"], ["./c.png", "x"]])
     data = open_dataset(str(folder))
     assert len(data.train) == 4
     assert data.notes == tuple(
         f"{split}.csv: lines that repeat others, whose images count again: 2" for split in ("train", "val")
     )
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_validation_images_that_are_trained_on_are_said(folder: Path, given: bool) -> None:
+    other = folder / "lists" / "val.csv" if given else folder / "val.csv"
+    other.parent.mkdir(exist_ok=True)
+    above = "../" if given else ""
+    write(folder / "train.csv", [["a.png", "x"], ["b c.png", "y"]])
+    for content, told in (
+        (
+            [[f"{above}./a.png", "x"], [f"{above}c.png", "y"]],
+            "val.csv: 1 of its 2 images are trained on, too (train.csv)",
+        ),
+        ([[f"{above}c.png", "y"]], ""),
+    ):
+        photo(20, 30).save(folder / "c.png")
+        write(other, content)
+        data = open_dataset(str(folder / "train.csv"), val=str(other) if given else None)
+        assert [note[: len(told)] for note in data.notes] == [told] * bool(told)
+
+
+def test_a_list_does_not_validate_itself(folder: Path) -> None:
+    write(folder / "train.csv", [["a.png", "x"]])
+    with pytest.raises(UserError, match="train.csv: is what is trained on"):
+        open_dataset(str(folder / "train.csv"), val=str(folder / "train.csv"))
 
 
 def test_other_encodings_are_told(folder: Path) -> None:

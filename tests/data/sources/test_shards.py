@@ -71,6 +71,7 @@ def test_foreign_shards(kind: int, tmp_path: Path) -> None:
         tmp_path,
         tmp_path / "imagenet1k-train-{0000..0000}.tar",
         tmp_path / "imagenet1k-train-*.tar",
+        tmp_path / "imagenet1k-train-[0-9]*.tar",
     ):
         data = open_dataset(str(spec))
         assert data.train.classes == ["ant", "bee"]
@@ -78,6 +79,34 @@ def test_foreign_shards(kind: int, tmp_path: Path) -> None:
         assert data.train.labels.tolist() == [1, 0, 1]
         assert data.train.read(np.array([1]))[0].tobytes() == png(1, 22)
         assert data.val.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        ("train-{1,3}.tar", ["train-1.tar", "train-3.tar"]),
+        ("{train,train}-[12].tar", ["train-1.tar", "train-2.tar"]),
+        ("train-[!1].tar", ["train-2.tar", "train-3.tar"]),
+        ("[train]-1.tar", ["[train]-1.tar"]),
+        ("train-{3,4}.tar", None),
+        ("tra{i}n-1.tar", None),
+    ],
+)
+def test_shards_are_named_as_in_a_shell(tmp_path: Path, pattern: str, named: list[str] | None) -> None:
+    for name in ("train-1", "train-2", "train-3", "[train]-1"):
+        write_tar(tmp_path / f"{name}.tar", samples("x", b"0"))
+    if named is None:
+        with pytest.raises(UserError, match="no such file"):
+            named_shards(str(tmp_path / pattern))
+    else:
+        assert list(named_shards(str(tmp_path / pattern)).shards) == named
+
+
+def test_a_shard_is_not_both_trained_on_and_validated_with(tmp_path: Path) -> None:
+    for number in range(3):
+        write_tar(tmp_path / f"x-{number}.tar", samples([str(number)], b"0"))
+    with pytest.raises(UserError, match="x-1.tar: is named for training and for validation"):
+        open_dataset(str(tmp_path / "x-{0..1}.tar"), val=str(tmp_path / "x-{1..2}.tar"))
 
 
 def test_shards_that_webdataset_wrote(tmp_path: Path) -> None:
