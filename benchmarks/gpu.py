@@ -1,9 +1,10 @@
 """One GPU: is it right, how fast is it, and against whom. Everything of hvd-lb that only a GPU can tell.
 
-    python benchmarks/gpu.py [--device cuda] [--rows right,steps,...] [--output gpu.json]
+    python benchmarks/gpu.py [--device cuda] [--rows tests,steps,...] [--minutes 8] [--output gpu.json]
 
-Rows run in processes of their own, most valuable first, so that a failure ends one of them; the results are written as
-JSON after every row. Peers (a bare torch loop of the same network and batch, torchvision's DataLoader) are measured in
+Rows run in processes of their own, most valuable first, so that a failure ends one of them, and one that takes too long
+leaves time for the others; the results are written as JSON after every row. After `--minutes` it ends. Peers (a bare
+torch loop of the same network and batch, torchvision's DataLoader) are measured in
 the same process, in turns. `--device cpu --small` runs all of it in small, to find mistakes before a GPU is paid for.
 """
 
@@ -13,14 +14,16 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -119,18 +122,18 @@ def autocast(bench: Bench, precision: str) -> Any:
 
 def bare_step(
     bench: Bench,
-    ready: list[tuple[Tensor, Tensor]],
+    ready: Iterable[tuple[Tensor, Tensor]],
     precision: str,
     channels_last: bool,
     microbatches: int = 1,
     **options: Any,
 ) -> Step:
-    """Forward, backward and torch's SGD: what anybody would write for one GPU."""
+    """Forward, backward and torch's SGD: what anybody would write for one GPU. A list begins again at its end."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network = build_model(bench.model, 1000, seed=0).to(bench.device).to(memory_format=layout).train()
     optimizer = torch.optim.SGD(lb.parameter_groups(network), 1e-4, 0.9, nesterov=True, **options)
     scaler = torch.amp.GradScaler(bench.device.type, enabled=precision == "fp16")
-    endless = itertools.cycle(ready)
+    endless = itertools.cycle(ready) if isinstance(ready, list) else iter(ready)
 
     def step() -> None:
         tf32 = precision == "tf32"
@@ -175,6 +178,45 @@ def graphed_step(bench: Bench, ready: list[tuple[Tensor, Tensor]]) -> Step:
 
 
 # Rows
+
+
+def doctor(bench: Bench) -> Iterator[dict[str, Any]]:
+    """What this machine has and lacks."""
+    from hvd_lb.doctor.examine import examine
+
+    yield from map(asdict, examine())
+
+
+def selftest(bench: Bench) -> Iterator[dict[str, Any]]:
+    """A sum, DALI's pixels, and training on every device, tried."""
+    from hvd_lb.doctor.selftest import selftest as trials
+
+    yield from map(asdict, trials())
+
+
+def tests(bench: Bench) -> Iterator[dict[str, Any]]:
+    """The tests marked gpu; on the CPU the same tests there."""
+    root = Path(__file__).parents[1]
+    chosen = ["-m", "gpu", root / "tests"]
+    if bench.device.type == "cpu":
+        files = root.glob("tests/**/test_*.py")
+        chosen = ["-k", "cpu", *(file for file in files if "from devices import" in file.read_text())]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        *map(str, chosen),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    lines = done.stdout.strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    yield {"code": done.returncode, "result": lines[-1] if lines else done.stderr[-500:], "failed": failed}
+    if done.returncode:
+        yield {"said": done.stdout[-6000:]}
 
 
 def right(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -400,7 +442,6 @@ def loaders(bench: Bench) -> Iterator[dict[str, Any]]:
                 x = x.to(bench.device, non_blocking=True)
                 yield x.float().div_(255).sub_(mean).div_(std), y.to(bench.device, non_blocking=True)
 
-        ready = bench.batches(images)
         for name, make in (
             ("hvd-lb dali", lambda: ours("dali")),
             ("hvd-lb torchvision", lambda: ours("torchvision")),
@@ -409,15 +450,13 @@ def loaders(bench: Bench) -> Iterator[dict[str, Any]]:
             for what in ("tensors", "training"):
                 side = make()
                 made = bench.trainer(1, images, precision="bf16", channels_last=True)
-                train = whole_step(made, [])
-                bare = bare_step(bench, ready, "bf16", True, fused=True)
+                bare = bare_step(bench, side, "bf16", True, fused=True)
 
                 def one(side: Iterator[Any] = side, what: str = what, name: str = name, made: Trainer = made,
-                        bare: Step = bare, train: Step = train) -> None:  # fmt: skip
+                        bare: Step = bare) -> None:  # fmt: skip
                     if what == "tensors":
                         next(side)
                     elif name == "DataLoader":
-                        ready[:] = [next(side)] * len(ready)
                         bare()
                     else:
                         with made.kernels():
@@ -440,7 +479,7 @@ def loaders(bench: Bench) -> Iterator[dict[str, Any]]:
                 finally:
                     if hasattr(side, "close"):
                         side.close()
-                    del side, one
+                    del side, one, bare
         if bench.device.type == "cuda":
             yield from decoding_alone(bench, folder, images)
 
@@ -455,6 +494,43 @@ def decoding_alone(bench: Bench, folder: Path, images: int) -> Iterator[dict[str
         "side": "torchvision decode_jpeg on the GPU",
         "images_per_second": round(1000 * images / run["decode_jpeg"], 1),
     }
+
+
+def decoder(bench: Bench) -> Iterator[dict[str, Any]]:
+    """What DALI's settings are worth: the share that a GPU's own JPEG decoder takes, and room for the largest image."""
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import Pipeline
+
+    on_gpu, images = bench.device.type == "cuda", 16 if bench.small else bench.large
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = make_jpegs(Path(temporary) / "jpeg", images)
+        files = [np.fromfile(file, np.uint8) for file in sorted((folder / "train").rglob("*.jpg"))]
+        settings: list[dict[str, Any]] = [{"hw_decoder_load": share} for share in (0.0, 0.65, 0.9, 1.0)]
+        settings.append(
+            {"hw_decoder_load": 0.65, "preallocate_width_hint": 500, "preallocate_height_hint": 375}
+        )
+        settings.append({"hw_decoder_load": 0.65, "device_memory_padding": 0, "host_memory_padding": 0})
+        for setting in settings:
+            with Pipeline(images, 16, 0 if on_gpu else None, exec_dynamic=True) as pipeline:
+                data = fn.external_source(source=lambda: files, batch=True)
+                decode = fn.decoders.image(data, device="mixed" if on_gpu else "cpu", **setting)
+                pipeline.set_outputs(fn.resize(decode, size=[224, 224], interp_type=types.INTERP_LINEAR))
+            took = bench.take_turns({"dali": pipeline.run})["dali"]
+            yield {**setting, "images_per_second": round(1000 * images / took, 1)}
+
+
+def simulated(bench: Bench) -> Iterator[dict[str, Any]]:
+    """256 virtual workers of 32 images on one GPU: a step of 8,192 images, as `simulate --gpus 256` takes it."""
+    workers, images, group = (8, 8, 4) if bench.small else (256, 32, 8)
+    ready = bench.batches(images, 8)
+    sides = {
+        name: whole_step(
+            bench.trainer(workers, images, precision="bf16", channels_last=True, together=together), ready
+        )
+        for name, together in (("apart", 1), (f"together {group}", group))
+    }
+    bench.warm_up, bench.turns, bench.steps = 1, 1, 1
+    yield figures(bench, sides, workers * images, workers=workers, images=images)
 
 
 def processes(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -489,24 +565,58 @@ def processes(bench: Bench) -> Iterator[dict[str, Any]]:
         }
 
 
+class ThroughTheHost:
+    """A world whose sums of GPU tensors are formed on the CPU: NCCL refuses two processes on one GPU."""
+
+    def __init__(self, world: Any) -> None:
+        self._world = world
+        self.rank, self.size = world.rank, world.size
+        self.local_rank, self.local_size = world.local_rank, world.local_size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._world, name)
+
+    def allreduce_async(self, tensor: Tensor, name: str) -> Any:
+        return Returning(tensor, self._world.allreduce_async(tensor.cpu(), name))
+
+    def maximum_async(self, tensor: Tensor, name: str) -> Any:
+        return Returning(tensor, self._world.maximum_async(tensor.cpu(), name))
+
+    def allreduce(self, tensor: Tensor, name: str) -> Tensor:
+        return self.allreduce_async(tensor, name).wait()
+
+    def broadcast(self, tensor: Tensor, name: str) -> Tensor:
+        return tensor.copy_(self._world.broadcast(tensor.cpu(), name))
+
+
+class Returning:
+    """A sum under way on the CPU, which `tensor` gets."""
+
+    def __init__(self, tensor: Tensor, handle: Any) -> None:
+        self._tensor, self._handle = tensor, handle
+
+    def wait(self) -> Tensor:
+        return self._tensor.copy_(self._handle.wait())
+
+
 def steps_of_a_rank(bench: Bench) -> dict[str, Any]:
     """Six reproducible steps of four virtual workers; a digest of the weights, and the time of a step in float mode."""
     import hashlib
 
     from hvd_lb.plan.hosting import hosted
 
-    world = lb.current()
+    world = ThroughTheHost(lb.current())
     images = 8
     ready = bench.batches(images, 4)
     mine = [ready[worker] for worker in hosted(world.rank, world.size, 4)]
-    made = bench.trainer(4, images, reproducible=True, learning_rate=0.1)
+    made = bench.trainer(4, images, world, reproducible=True, learning_rate=0.1)
     run = whole_step(made, mine)
     for _ in range(6):
         run()
     digest = hashlib.sha256()
     for parameter in made.model.parameters():
         digest.update(parameter.detach().cpu().numpy().tobytes())
-    step = whole_step(bench.trainer(4, images, precision="bf16", channels_last=True), mine)
+    step = whole_step(bench.trainer(4, images, world, precision="bf16", channels_last=True), mine)
     for _ in range(3):
         step()
     bench.wait()
@@ -518,9 +628,13 @@ def steps_of_a_rank(bench: Bench) -> dict[str, Any]:
 
 
 ROWS: dict[str, Row] = {
-    "right": right, "steps": steps, "loaders": loaders, "virtual": virtual, "waits": waits, "launches": launches,
-    "processes": processes, "reproducible": reproducible, "update": update,
+    "doctor": doctor, "selftest": selftest, "tests": tests, "right": right, "steps": steps, "loaders": loaders,
+    "virtual": virtual, "waits": waits, "launches": launches, "processes": processes, "reproducible": reproducible,
+    "simulated": simulated, "decoder": decoder, "update": update,
 }  # fmt: skip
+
+
+LONGER = {"tests": 150.0}  #: seconds for these, at least
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -542,7 +656,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny networks, to try the script out")
     parser.add_argument("--rows", default=",".join(ROWS), help="names, separated by commas")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--seconds", type=float, default=90, help="limit for a row")
+    parser.add_argument("--seconds", type=float, default=75, help="limit for a row")
+    parser.add_argument("--minutes", type=float, default=8, help="limit for all of them")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -560,27 +675,35 @@ def main() -> None:
         return
     results: dict[str, Any] = {"machine": machine(options.device)}
     print(json.dumps(results["machine"]), flush=True)
+    end = time.monotonic() + 60 * options.minutes
     for name in options.rows.split(","):
         command = [sys.executable, __file__, "--device", options.device, "--one", name]
         command += ["--small"] if options.small else []
-        began = time.perf_counter()
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-            try:
-                code: object = subprocess.run(
-                    command, stdout=out, stderr=errors, timeout=options.seconds, check=False
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code = f"more than {options.seconds:.0f} s"
-            out.seek(0)
-            errors.seek(0)
-            found = [json.loads(line) for line in out if line.startswith("{")]
-            if code:
-                found.append({"error": str(code), "last": errors.read()[-1500:]})
-        results[name] = found
+        began = time.monotonic()
+        limit = max(options.seconds, LONGER.get(name, 0.0))
+        results[name] = run_row(command, min(limit, end - began))
         options.output.write_text(json.dumps(results, indent=1))
-        print(
-            f"== {name} ({time.perf_counter() - began:.0f} s)", *map(json.dumps, found), sep="\n", flush=True
-        )
+        lines = map(json.dumps, results[name])
+        print(f"== {name} ({time.monotonic() - began:.0f} s)", *lines, sep="\n", flush=True)
+
+
+def run_row(command: list[str], seconds: float) -> list[dict[str, Any]]:
+    """What a row has found in so many seconds; then it is ended with all that it started."""
+    if seconds < 1:
+        return [{"error": "no time was left"}]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=out, stderr=errors, start_new_session=True)
+        try:
+            code: object = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = f"more than {seconds:.0f} s"
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        out.seek(0)
+        errors.seek(0)
+        found = [json.loads(line) for line in out if line.startswith("{") and line.endswith("}\n")]
+        return found + ([{"error": str(code), "last": errors.read()[-1500:]}] if code else [])
 
 
 if __name__ == "__main__":

@@ -39,13 +39,20 @@ def main(images: int, files: int) -> None:
 
 
 def synthetic(folder: Path, images: int) -> None:
+    began = time.perf_counter()
+    write_index(folder, images)
+    print(f"{images:,} images: index written in {time.perf_counter() - began:,.0f} s")
+    for who in ("first", "rank", "launching process"):
+        subprocess.run([sys.executable, __file__, "open", str(folder / "data"), who], check=True)
+
+
+def write_index(folder: Path, images: int) -> None:
     """Class folders without files, and an index that says otherwise."""
     from hvd_lb.data.files.rows import Table
     from hvd_lb.data.index import store
     from hvd_lb.data.sources.folders import FolderSource
     from hvd_lb.data.sources.source import file_state
 
-    began = time.perf_counter()
     for split, count in (("train", images), ("val", VAL)):
         root = folder / "data" / split
         for label in range(CLASSES):
@@ -64,9 +71,6 @@ def synthetic(folder: Path, images: int) -> None:
         facts = {**asdict(sample), "images": count, "counts": counts, "kinds": {"JPEG": count}}
         (index / "facts.json").write_text(json.dumps(facts))
         store.write_watched(index, [file_state(root, name) for name in names])
-    print(f"{images:,} images: index written in {time.perf_counter() - began:,.0f} s")
-    for who in ("first", "rank", "launching process"):
-        subprocess.run([sys.executable, __file__, "open", str(folder / "data"), who], check=True)
 
 
 def write_rows(index: Path, count: int) -> np.ndarray:
