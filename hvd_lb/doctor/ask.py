@@ -8,6 +8,9 @@ import json
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
@@ -20,16 +23,43 @@ Answer = dict[str, Any] | ProbeError  #: what asking gave
 
 def ask(probe: str, timeout: float = 120) -> dict[str, Any]:
     """The answer of `probe` (of hvd_lb.doctor.probe) from a process of its own; ProbeError when there is none."""
+    answer = ask_all([probe], timeout)[probe]
+    if isinstance(answer, ProbeError):
+        raise answer
+    return answer
+
+
+def ask_all(probes: Sequence[str], timeout: float = 120) -> dict[str, Answer]:
+    """What each of several answers, asked at once. An interruption ends them, and waits for none."""
+    deadline = time.monotonic() + timeout
+    with ExitStack() as stack:
+        asked = {probe: stack.enter_context(_asked(probe)) for probe in probes}
+        answers: dict[str, Answer] = {}
+        for probe, process in asked.items():
+            try:
+                output, errors = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+                answers[probe] = _answer(process.returncode, output, errors)
+            except subprocess.TimeoutExpired:
+                answers[probe] = ProbeError(f"no answer within {timeout:.0f} s")
+        return answers
+
+
+@contextmanager
+def _asked(probe: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "hvd_lb.doctor.probe", probe]
-    try:
-        completed = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        raise ProbeError(f"no answer within {timeout:.0f} s") from None
-    if completed.returncode < 0:
-        raise ProbeError(f"the process died of {signal.Signals(-completed.returncode).name}")
-    lines = completed.stdout.splitlines()
-    if completed.returncode > 0 or not lines:
-        raise ProbeError(last_line(completed.stderr) or f"exit code {completed.returncode}")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _answer(status: int, output: str, errors: str) -> Answer:
+    if status < 0:
+        return ProbeError(f"the process died of {signal.Signals(-status).name}")
+    lines = output.splitlines()
+    if status > 0 or not lines:
+        return ProbeError(last_line(errors) or f"exit code {status}")
     answer: dict[str, Any] = json.loads(lines[-1])
     return answer
 

@@ -9,11 +9,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hvd_lb.doctor import libraries, machine
-from hvd_lb.doctor.ask import Answer, ProbeError, ask, last_line
+from hvd_lb.doctor.ask import ask_all, last_line
 from hvd_lb.doctor.finding import Finding
 from hvd_lb.machine.cache_folder import cache_folder
 from hvd_lb.machine.cpu import usable_cores
@@ -24,8 +23,7 @@ _LIBRARIES = ("torch", "torchvision", "horovod", "dali", "gpus")
 
 def examine() -> Iterator[Finding]:
     """All findings about this machine and this interpreter, in the order of the table."""
-    with ThreadPoolExecutor(max_workers=min(len(_LIBRARIES), os.cpu_count() or 1)) as pool:
-        answers = dict(zip(_LIBRARIES, pool.map(_answer, _LIBRARIES), strict=True))
+    answers = ask_all(_LIBRARIES)
     torch, horovod = answers["torch"], answers["horovod"]
     yield libraries.check_python(sys.version_info[:3])
     yield libraries.check_torch(torch)
@@ -47,13 +45,6 @@ def examine() -> Iterator[Finding]:
     yield machine.check_cores(usable_cores())
     yield machine.check_memory(available_memory())
     yield machine.check_shared_memory(Path("/dev/shm"), torch)
-
-
-def _answer(library: str) -> Answer:
-    try:
-        return ask(library)
-    except ProbeError as error:
-        return error
 
 
 def _first_output_line(*command: str) -> str | None:
