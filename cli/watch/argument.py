@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,19 @@ class _Run(click.Path):
         if not is_run(path):
             raise UserError(
                 f"{printable(str(path))} holds no run: expected a run directory, such as `hvd-lb status` lists"
+                f"{_waiting_jobs()}"
             )
         return path
+
+
+def _waiting_jobs() -> str:
+    """What to type for those of Kubernetes, which have no run directory yet; nothing where there is no kubectl."""
+    if not shutil.which("kubectl"):
+        return ""
+    return (
+        "; jobs that wait in Kubernetes: `kubectl get mpijobs -A -l app.kubernetes.io/name=hvd-lb` lists them, "
+        "`kubectl -n NAMESPACE delete mpijobs NAME` ends one"
+    )
 
 
 RUN = _Run()

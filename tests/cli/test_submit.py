@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from real_runs import Start, finish
 
 from hvd_lb_cli.arguments import forwarded_arguments, without_secrets
 from hvd_lb_cli.train import train
@@ -156,6 +157,34 @@ def test_containers_over_ssh_are_told_before_any_is_started(typed: Run) -> None:
     assert " h2 " in second
     assert inner.startswith("hvd-lb train --data digits --device cpu --output")
     assert "TOKEN=t" not in first + second + inner
+
+
+@pytest.mark.slow
+def test_a_detached_submission_is_submitted_once_and_not_followed(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs, run = tmp_path / "bin", tmp_path / "run"
+    programs.mkdir()
+    (programs / "sbatch").write_text(f"#!/bin/sh\ncat >> '{tmp_path}/script'\necho 7\n")
+    (programs / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    command = ("train", "--data", "digits", "--gpus", 8, "--launcher", "slurm", "--detach", "--output", run)
+    _, err = finish(start(*command), 2)
+    assert err == (
+        "hvd-lb: error: --detach has nothing to leave where a job is only printed: give --submit as well\n"
+    )
+    assert not run.exists()
+    out, err = finish(start(*command, "--submit"))
+    assert out.splitlines() == [
+        f"job 7 submitted; its log is {run}/logs/slurm-7.out",
+        f"see how it is:           hvd-lb status {run}",
+        f"follow it:               tail -F {run}/logs/slurm-7.out",
+        f"end with a checkpoint:   hvd-lb stop {run}, or scancel 7",
+    ]
+    assert err == ""
+    script = (tmp_path / "script").read_text()
+    assert script.count("#!/bin/bash") == 1
+    assert "--detach" not in script
 
 
 @pytest.mark.parametrize(

@@ -66,13 +66,19 @@ def test_one_run_in_words_and_for_scripts(hvd_lb: HvdLb, run: RunDirectory) -> N
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "stop"])
-def test_what_is_no_run_is_said_in_one_line(hvd_lb: HvdLb, tmp_path: Path, command: str) -> None:
+def test_what_is_no_run_is_said_in_one_line(
+    hvd_lb: HvdLb, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", os.fspath(tmp_path))
     for path in (tmp_path, tmp_path / "nowhere"):
         said = hvd_lb(command, path)
         assert said.status == 2
         assert said.err == (
             f"hvd-lb: error: {path} holds no run: expected a run directory, such as `hvd-lb status` lists\n"
         )
+    (tmp_path / "kubectl").write_text("#!/bin/sh\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    assert "; jobs that wait in Kubernetes: `kubectl get mpijobs -A " in hvd_lb(command, tmp_path).err
 
 
 def test_logs_begin_with_the_errors(hvd_lb: HvdLb, run: RunDirectory) -> None:

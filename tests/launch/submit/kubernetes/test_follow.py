@@ -465,6 +465,13 @@ def test_ctrl_c_leaves_the_job_and_says_what_to_type(kubectl: Kubectl, stage: st
     assert not kubectl.called("delete")
 
 
+def test_without_following_a_job_is_left_at_once(kubectl: Kubectl) -> None:
+    assert submit([JOB], kubectl.said.append, follow=False) == 0
+    assert not kubectl.called("logs")
+    assert kubectl.said[0] == f"MPIJob {NAME} submitted to namespace vision"
+    assert kubectl.said[1:] == farewell(MPIJOB, "vision", NAME)
+
+
 def test_the_farewell_can_be_typed() -> None:
     assert farewell(MPIJOB, "vision", NAME) == [
         f"MPIJob {NAME} runs on.",
