@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hvd_lb.data.spec import data_folder, data_spec
-from hvd_lb.launch.allreduce import allreduce_environment
+from hvd_lb.launch.allreduce import allreduce_environment, needs_mpi
 from hvd_lb.launch.dry_run import describe
 from hvd_lb.launch.hosts import in_words
 from hvd_lb.launch.launch_plan import LaunchPlan
@@ -130,6 +130,10 @@ def dispatch(
         rows.append(("engine", f"{launch_plan.engine}, {launch_plan.why_engine}"))
     if cluster:
         rows.append(("hosts", f"{in_words(launch_plan.hosts)} ({target.how}), by {launch_plan.starter}"))
+    if launch_plan.engine == "horovod" and needs_mpi(launch_plan.environment):
+        rows.append(("controller", f"MPI, which --allreduce {options.launch.allreduce} needs"))
+    elif launch_plan.engine == "horovod" and cluster and placement.processes > 1:
+        rows.append(("controller", "Gloo, as nothing here needs MPI"))
 
     def ready() -> None:
         print_rows(console, rows)

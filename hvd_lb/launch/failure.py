@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lb.launch.hosts import Host, host_of_rank
-from hvd_lb.launch.launch_plan import TIMEOUT
+from hvd_lb.launch.options import START_TIMEOUT
 from hvd_lb.launch.rank.names import log_name
 
 # What the other processes of a job say when one of them has failed: Horovod's error, and ours for torch.distributed.
@@ -173,7 +173,9 @@ def _ended(rank: int, status: int, logs: Path, hosts: Sequence[Host], launcher_l
 
 def _late(rank: int, others: int, seconds: str, logs: Path, hosts: Sequence[Host]) -> RankFailure:
     more = f" (nor did {others} more)" if others else ""
-    message = f"it did not meet the other ranks within {seconds} s{more}: is it still starting? see {TIMEOUT}"
+    message = (
+        f"it did not meet the other ranks within {seconds} s{more}: is it still starting? see {START_TIMEOUT}"
+    )
     host = host_of_rank(hosts, rank)
     return RankFailure(message, rank, host, logs / log_name(rank, host))
 

@@ -13,12 +13,11 @@ from typing import Literal
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import Host
+from hvd_lb.launch.options import START_TIMEOUT
 from hvd_lb.world.engine import Engine
 
 # For Python to start from a cold network file system, on the last host; Gloo alone gives up after 30.
 _TIMEOUT_SECONDS = 600
-#: The variable that says otherwise.
-TIMEOUT = "HOROVOD_GLOO_TIMEOUT_SECONDS"
 #: What an interpreter reads before it runs anything: the rest is in the job's file.
 ON_COMMAND_LINES = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 _MANY_HOSTS = (
@@ -104,5 +103,5 @@ def process_environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONUNBUFFERED": "1",
-        TIMEOUT: str(_TIMEOUT_SECONDS),
+        START_TIMEOUT: str(_TIMEOUT_SECONDS),
     }

@@ -15,6 +15,8 @@ from hvd_lb.world.launched import without_job
 LauncherName = Literal["auto", "local", "ssh", "slurm", "kubernetes"]
 AllreduceName = Literal["auto", "ring", "hierarchical", "halving-doubling"]
 
+#: The variable with the seconds for which ranks are waited for at the start; Horovod's own.
+START_TIMEOUT = "HOROVOD_GLOO_TIMEOUT_SECONDS"
 #: The variable with the seconds after which a rank reports that it does not go on; 0: never.
 HANG_TIMEOUT = "HVD_LB_HANG_TIMEOUT"
 # Long enough for the slowest step, short enough that a hang does not last the night (off by default in Horovod).
@@ -69,7 +71,6 @@ def environment(options: LaunchOptions, here: Mapping[str, str]) -> dict[str, st
     # Horovod's own end of ranks that wait for each other comes later, as it does not know for whom.
     stall = max(_STALL_SECONDS, 2 * options.hang_timeout)
     variables = {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": f"{stall:.0f}"} | carried_environment(here)
-    variables[HANG_TIMEOUT] = f"{options.hang_timeout:g}"
     if options.fusion_threshold is not None:
         variables["HOROVOD_FUSION_THRESHOLD"] = str(round(options.fusion_threshold * 2**20))
     if options.cycle_time is not None:
@@ -78,7 +79,12 @@ def environment(options: LaunchOptions, here: Mapping[str, str]) -> dict[str, st
         variables["HOROVOD_AUTOTUNE"] = "1"
     if options.timeline is not None:
         variables["HOROVOD_TIMELINE"] = str(options.timeline.expanduser().absolute())
-    return variables | named_environment(options.env, here)
+    variables |= named_environment(options.env, here)
+    variables[HANG_TIMEOUT] = f"{options.hang_timeout:g}"
+    seconds = variables.get(START_TIMEOUT, "1")
+    if not re.fullmatch("[1-9][0-9]{0,5}", seconds):
+        raise UserError(f"{START_TIMEOUT}={seconds}: expected whole seconds from 1 to 999999, such as 600")
+    return variables
 
 
 def carried_environment(here: Mapping[str, str]) -> dict[str, str]:

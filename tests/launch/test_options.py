@@ -44,6 +44,20 @@ def test_horovods_variables_go_along_but_not_those_that_say_who_a_process_is() -
     assert environment(LaunchOptions(), {**tuning, **place}) == PATIENCE | tuning
 
 
+@pytest.mark.parametrize("seconds", ["abc", "", "0", "-1", "1.5", "1e3", "9999999", " 60"])
+def test_a_time_that_horovod_would_misread_is_refused(seconds: str) -> None:
+    """It takes the digits at the beginning, and 0 where there are none."""
+    with pytest.raises(UserError, match=r"HOROVOD_GLOO_TIMEOUT_SECONDS=.*: expected whole seconds"):
+        environment(LaunchOptions(), {"HOROVOD_GLOO_TIMEOUT_SECONDS": seconds})
+    with pytest.raises(UserError, match="expected whole seconds"):
+        environment(LaunchOptions(env=(f"HOROVOD_GLOO_TIMEOUT_SECONDS={seconds}",)), {})
+
+
+def test_the_hang_timeout_is_that_of_its_option() -> None:
+    named = ("HVD_LB_HANG_TIMEOUT=abc",)
+    assert environment(LaunchOptions(env=named), {})["HVD_LB_HANG_TIMEOUT"] == "300"
+
+
 def test_a_variable_without_a_value_is_handed_on() -> None:
     assert environment(LaunchOptions(env=("TOKEN",)), {"TOKEN": "t"}) == PATIENCE | {"TOKEN": "t"}
     with pytest.raises(UserError, match="TOKEN is not set here"):

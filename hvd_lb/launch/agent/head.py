@@ -35,7 +35,8 @@ from hvd_lb.launch.agent.places import name_ranks, ranks_by_host
 from hvd_lb.launch.agent.process import allow_open_files, dies_with_parent
 from hvd_lb.launch.agent.record import Record
 from hvd_lb.launch.hosts import is_this_machine
-from hvd_lb.launch.launch_plan import ON_COMMAND_LINES, TIMEOUT, agent_command
+from hvd_lb.launch.launch_plan import ON_COMMAND_LINES, agent_command
+from hvd_lb.launch.options import START_TIMEOUT
 from hvd_lb.report.run_directory import RunDirectory
 
 #: The variable with the number of the inherited socket.
@@ -76,7 +77,7 @@ class Head:
         self._changed = True
         self._values: dict[str, bytes] = {}  # of the rendezvous, for agents that come late
         self._record = Record(RunDirectory(Path(job["output"])))
-        self._timeout = float(job["environment"][TIMEOUT])
+        self._timeout = float(job["environment"][START_TIMEOUT])
         self._logins = asyncio.Semaphore(_LOGINS_AT_ONCE)
         self._over = asyncio.Event()
         self._failed = False
