@@ -308,7 +308,10 @@ class Recipe(BaseModel):
         "Loss or weights that are no numbers: end, or go back to a checkpoint and leave that minibatch out.",
     )
     max_rollbacks: int = _free(
-        3, "With rollback: after so many minibatches left out the run ends.", ge=1, le=_MOST
+        3,
+        "With rollback: after so many minibatches left out, or faults that did not come again, the run ends.",
+        ge=1,
+        le=_MOST,
     )
 
     @model_validator(mode="before")

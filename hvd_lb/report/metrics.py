@@ -123,6 +123,7 @@ class RunObserver:
     def rollback(self, record: dict[str, Any]) -> None:
         self._later(self._write, "rollback", record)
         self._later(self._forget_bad_images, record["to"])
+        self._later(self._take_back_drawn, record["to"])
 
     def warning(self, record: dict[str, Any]) -> None:
         self._later(self._write, "warning", record)
@@ -164,6 +165,14 @@ class RunObserver:
 
     def _begin(self) -> None:
         with self._told_of(self._run.tensorboard):
+            self._open_board()
+
+    def _take_back_drawn(self, first_step: int) -> None:
+        """TensorBoard forgets the points from there on."""
+        self._step = first_step
+        with self._told_of(self._run.tensorboard):
+            if self._board:
+                self._board.close()
             self._open_board()
 
     def _forget_bad_images(self, first_step: int) -> None:

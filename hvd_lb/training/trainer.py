@@ -145,6 +145,7 @@ class Trainer:
         self.writer: BackgroundWriter | None = None
         # Steps below are watched one by one: among them is one after which loss or weights are no numbers.
         self.watched_until = 0
+        self.searching, self.vanished = False, 0  # for such a step; how often none was found
         self.told_group_size = False
         self.plan = recipe.sample_plan(len(dataset.train))
         self.schedule = recipe.lr_schedule(self.plan.steps_per_epoch)
@@ -542,22 +543,24 @@ class Trainer:
         """To the newest checkpoint, from where each step is watched; a culprit found so is left out of the run."""
         culprit = self.step - 1
         found, left_out = self.step <= self.watched_until, set(self.state.left_out)
+        if found and culprit in left_out:  # then it is not the minibatch
+            raise diverged
+        if not found and self.searching:  # what was searched for last did not come again
+            self.vanished += 1
+        if (found or self.vanished) and len(left_out) + self.vanished >= self.recipe.max_rollbacks:
+            went = f", {self.vanished} times it did not come again" if self.vanished else ""
+            raise Diverged(
+                f"{diverged} ({len(left_out)} minibatches were left out before{went}: --max-rollbacks)"
+            ) from diverged
+        self.searching = not found
         if found:
-            if culprit in left_out:  # then it is not the minibatch
-                raise diverged
-            if len(left_out) >= self.recipe.max_rollbacks:
-                raise Diverged(
-                    f"{diverged} ({len(left_out)} minibatches were left out before: --max-rollbacks)"
-                ) from diverged
             left_out.add(culprit)
         else:
             self.watched_until = self.step
         self.said.clear()
         if self.writer:
             self.writer.flush()
-        newest = b""
-        if self.world.rank == 0 and self.store and (checkpoint := self.store.newest_intact()[0]):
-            newest = str(checkpoint.path).encode(errors="surrogateescape")
+        newest = self._newest_checkpoint() if self.world.rank == 0 else b""
         path = self.world.broadcast_bytes(newest, "hvd_lb.rollback").decode(errors="surrogateescape")
         if not path:
             raise diverged
@@ -568,6 +571,17 @@ class Trainer:
         if found:
             record["images"] = self._step_images(culprit)
         self.observer.rollback(record)
+
+    def _newest_checkpoint(self) -> bytes:
+        """Its path, or nothing; newer ones that are damaged are set aside."""
+        if self.store is None:
+            return b""
+        checkpoint, damaged = self.store.newest_intact()
+        for path, why in damaged.items():
+            with suppress(OSError):
+                self.store.set_aside(path)
+            self._warn(f"{why}; it is set aside, and an older one is gone back to")
+        return str(checkpoint.path).encode(errors="surrogateescape") if checkpoint else b""
 
     def _step_images(self, step: int) -> list[int]:
         """All image ids of a step."""

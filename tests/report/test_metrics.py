@@ -219,6 +219,19 @@ def fails_while(full: Any, original: Any) -> Any:
     return write
 
 
+def test_tensorboard_forgets_what_a_rollback_takes_back(run: RunDirectory) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    observer = RunObserver(run, 0)
+    for step in range(4):
+        observer.train(train(step))
+    observer.rollback({"epoch": 0, "step": 3, "to": 2, "left_out": False})
+    observer.train(train(2))
+    observer.close()
+    board = EventAccumulator(str(run.tensorboard)).Reload()
+    assert [point.step for point in board.Scalars("train/loss")] == [0, 1, 2]
+
+
 # TensorBoard's thread ends by the error, and Python tells of it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboard_is_made_anew_after_an_error(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

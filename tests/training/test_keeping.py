@@ -208,6 +208,43 @@ def test_not_more_minibatches_are_left_out_than_allowed(tmp_path: Path) -> None:
     assert trainer.state.left_out == {1, 2}
 
 
+def test_faults_that_do_not_come_again_count_too(tmp_path: Path) -> None:
+    """A machine that computes wrongly now and then."""
+    trainer = make_trainer(periodic(on_nan="rollback", max_rollbacks=2), store=CheckpointStore(tmp_path))
+    plain, still = trainer.loss, {1, 5, 9}
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        wrong = trainer.step in still
+        still.discard(trainer.step)
+        return plain(logits, labels) * (math.nan if wrong else 1.0)
+
+    trainer.loss = loss
+    with pytest.raises(Diverged, match="0 minibatches were left out before, 2 times it did not come again"):
+        trainer.fit()
+    assert not still
+    assert len(records(trainer).rollbacks) == 2
+
+
+def test_a_damaged_checkpoint_is_set_aside_when_the_run_goes_back(tmp_path: Path) -> None:
+    trainer = make_trainer(periodic(on_nan="rollback"), store=CheckpointStore(tmp_path))
+    spoil(trainer, 9)
+    roll_back, damaged = trainer._roll_back, []
+
+    def after_damage(diverged: Diverged) -> None:
+        if not damaged:
+            damaged.append(CheckpointStore(tmp_path).newest_first()[0])
+            (damaged[0] / "model.safetensors").write_bytes(b"")
+        roll_back(diverged)
+
+    trainer._roll_back = after_damage  # type: ignore[method-assign]
+    trainer.fit()
+    assert trainer.state.left_out == {9}
+    assert (tmp_path / f"damaged-{damaged[0].name}").is_dir()
+    (warning,) = records(trainer).warnings
+    assert "it is set aside" in warning
+    assert records(trainer).rollbacks[0]["to"] < int(damaged[0].name.removeprefix("step-"))
+
+
 def test_statistics_that_are_no_numbers_name_their_step(tmp_path: Path) -> None:
     """A variance may overflow where loss and weights do not."""
     trainer = make_trainer(periodic(on_nan="rollback"), store=CheckpointStore(tmp_path))
