@@ -62,11 +62,8 @@ check: $(STAMP)  ## lint, formatting, types, shell scripts and Dockerfile
 	$(BIN)/shellcheck docker/*.sh .ci/run
 	if [[ -x $(BIN)/hadolint ]]; then $(BIN)/hadolint Dockerfile; fi
 
-bench: $(STAMP)  ## run the benchmarks, one after another
-	@for benchmark in benchmarks/*.py; do
-	  echo "== $$benchmark"
-	  $(BIN)/python "$$benchmark" $(ARGS)
-	done
+bench: $(STAMP)  ## run the benchmarks of CPUs beside their peers, in 20 minutes; also into results.json
+	@$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 clean:  ## remove what builds and tools left (not runs/; rm -rf .venv sets up anew)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,92 @@
+"""All that can be measured on CPUs, each beside its peer, within 20 minutes; what is printed is also in results.json.
+
+    python benchmarks/cpu.py [--minutes 20] [--only first_step,...] [--output results.json]
+
+Benchmarks run in processes of their own, the most telling first; one that fails or takes too long is told and ends no
+other. Run it where nothing else runs: ratios of sides that take turns bear a busy machine, seconds do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from limited import run_limited
+
+# Name, arguments and a limit in seconds; all of them are files beside this one.
+BENCHMARKS: list[tuple[str, list[str], float]] = [
+    ("first_step", ["--rounds", "3"], 150),
+    ("optim", [], 100),
+    ("reproducible", [], 120),
+    ("together", ["0", "1"], 120),
+    ("loader", ["--rounds", "3"], 120),
+    ("growth", [], 240),
+    ("index", ["1000000", "5000"], 90),
+    ("shuffle", ["--rounds", "3"], 60),
+    ("latency", ["--seconds", "2"], 120),
+    ("waiting", [], 60),
+    ("startup", ["--ranks", "16"], 60),
+    ("remote", ["--seconds", "2", "--images", "1024"], 60),
+    ("fixed_point", [], 60),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument(
+        "--only", default=",".join(name for name, *_ in BENCHMARKS), help="names, with commas"
+    )
+    parser.add_argument("--output", type=Path, default=Path("results.json"))
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
+    results: dict[str, Any] = {"machine": machine()}
+    for name, arguments, seconds in BENCHMARKS:
+        if name not in options.only.split(","):
+            continue
+        began = time.monotonic()
+        file = Path(__file__).with_name(f"{name}.py")
+        output, errors, failure = run_limited(
+            [sys.executable, str(file), *arguments], min(seconds, end - began)
+        )
+        results[name] = {
+            "arguments": arguments,
+            "seconds": round(time.monotonic() - began, 1),
+            "rows": [_row(line) for line in output.splitlines()],
+            **({"failure": failure, "errors": errors[-1500:]} if failure else {}),
+        }
+        options.output.write_text(json.dumps(results, indent=1))
+        print(f"== {name} ({results[name]['seconds']:.0f} s) {failure}", output, sep="\n", flush=True)
+
+
+def machine() -> dict[str, Any]:
+    about = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition(":")[2]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": about.partition("\n")[0].strip(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _row(line: str) -> Any:
+    """A line of JSON as what it says, any other as it is."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line
+
+
+if __name__ == "__main__":
+    main()
