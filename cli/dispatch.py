@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +43,8 @@ from hvd_lb_cli.output.terminal import plain_console
 from hvd_lb_cli.submit import is_submission, refuse_unused, submit
 
 _OF_HOROVOD = {"fusion_threshold", "cycle_time", "autotune", "timeline"}
+# What is told again at a restart.
+_OF_A_START = ("processes", "hosts")
 _OF_THE_EXCHANGE = {"engine", "allreduce", *_OF_HOROVOD}
 
 
@@ -59,6 +61,43 @@ def dispatch(
     refuse_unused(context, target, options.submit)
     if is_submission(target, options):
         return submit(context.command, options, target)
+    restarts = Restarts(options.launch.restarts)
+    while True:
+        status = _train(context, options, target, leave, restarts, console)
+        if not restarts.wanted(status, console):
+            return status
+
+
+@dataclass
+class Restarts:
+    """How often a run that fails is still started again; from the second start on, how many virtual workers it has."""
+
+    left: int
+    gpus: int | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self.gpus is not None
+
+    def wanted(self, status: int, console: Console) -> bool:
+        """Whether it goes on after an end with this exit status: 1, not a signal or an option that is wrong."""
+        if status != 1 or not self.left:
+            return False
+        self.left -= 1
+        console.print(f"starting again (--restarts; {self.left:,} more after this one)")
+        return True
+
+
+def _train(
+    context: click.Context,
+    options: TrainOptions,
+    target: Target,
+    leave: Callable[[Path], None] | None,
+    restarts: Restarts,
+    console: Console,
+) -> int:
+    """Once, as `dispatch`."""
+    again = restarts.begun
     cluster, container = None, None
     if target.kind != "local":
         data = data_folder(data_spec(options.fields, check_options(options.fields, options.recipe)))
@@ -81,6 +120,7 @@ def dispatch(
                 environment(options.launch, os.environ),
             ),
             ask,
+            some_will_do=again,
         )
     else:
         # Those that the ranks will see.
@@ -91,16 +131,19 @@ def dispatch(
         resolved = resolve(
             options.fields,
             recipe=options.recipe,
-            default_gpus=cluster.slots if cluster else default_gpus(here),
+            default_gpus=restarts.gpus or (cluster.slots if cluster else default_gpus(here)),
             on_progress=on_progress,
         )
     recipe = resolved.recipe
     gpus, threads, group = recipe.gpus, recipe.threads, recipe.fixed_group
+    restarts.gpus, processes = gpus, options.processes
     if cluster:
-        placement = cluster.placement(gpus=gpus, processes=options.processes, threads=threads, group=group)
+        if again and processes:  # hosts may have been lost
+            processes = min(processes, cluster.slots)
+        placement = cluster.placement(gpus=gpus, processes=processes, threads=threads, group=group)
     else:
         placement = choose_placement(
-            here, gpus=gpus, processes=options.processes, threads=threads, group=group, more=target.more
+            here, gpus=gpus, processes=processes, threads=threads, group=group, more=target.more
         )
     placement = replace(placement, pin=options.launch.pin)
     if placement.processes == 1:
@@ -136,8 +179,8 @@ def dispatch(
         rows.append(("controller", "Gloo, as nothing here needs MPI"))
 
     def ready() -> None:
-        print_rows(console, rows)
-        if leave:
+        print_rows(console, [row for row in rows if row[0] in _OF_A_START] if again else rows)
+        if leave and not again:
             leave(run_directory(options.output, resolved.recipe).path)
 
     return run_job(
@@ -145,17 +188,30 @@ def dispatch(
         placement,
         launch_plan,
         output=options.output,
-        resume=options.resume,
+        resume="auto" if again else options.resume,
         command=without_secrets(sys.argv),
         console=console,
         on_ready=ready,
     )
 
 
-def examine(console: Console, target: Target, request: Request, ask: Ask) -> Cluster:
-    """The hosts, when all of them are ready; UserError, after a table, when they are not."""
-    with console.status(Text(f"asking {count(len(target.hosts), 'host')}")):
-        report = preflight(target.hosts, request, ask)
+def examine(
+    console: Console, target: Target, request: Request, ask: Ask, some_will_do: bool = False
+) -> Cluster:
+    """The hosts, when all of them are ready; UserError, after a table, when they are not.
+
+    `some_will_do`: those that are ready, if any are; the others are told.
+    """
+    hosts = target.hosts
+    while True:
+        with console.status(Text(f"asking {count(len(hosts), 'host')}")):
+            report = preflight(hosts, request, ask)
+        ready = [host for host in hosts if host.name in report.ready_hosts]
+        if report.cluster or not some_will_do or len(ready) in (0, len(hosts)):
+            break
+        for problem in report.problems:
+            console.print(f"left out: {problem}", soft_wrap=True)
+        hosts = ready
     if not report.cluster:
         print_preflight(console, report)
     return report.ready()

@@ -89,6 +89,14 @@ _OPTIONS = (
         "others waiting and where they are. 0: never.",
     ),
     _option(
+        "--restarts",
+        type=click.IntRange(0, 1000),
+        default=LaunchOptions.restarts,
+        show_default=True,
+        metavar="N",
+        help="After a failure go on from the newest checkpoint, up to N times, without the hosts that do not answer.",
+    ),
+    _option(
         "--env",
         multiple=True,
         metavar="NAME[=VALUE]",
@@ -109,6 +117,7 @@ FORWARDED = {
     "timeline",
     "pin",
     "hang_timeout",
+    "restarts",
 }
 SSH_OPTIONS = {"hosts", "hostfile", "ssh_port", "ssh_key", "strict_host_keys", "network_interface"}
 

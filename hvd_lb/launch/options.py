@@ -62,6 +62,7 @@ class LaunchOptions:
     timeline: Path | None = None
     pin: bool = True
     hang_timeout: float = 300.0  #: s without any progress before the job is ended; 0: never
+    restarts: int = 0  #: how often a run that has failed is started again
     env: tuple[str, ...] = ()  #: NAME=VALUE, or NAME to take the value it has here
     dry_run: bool = False
 

@@ -37,6 +37,7 @@ TRAIN = {
             "launcher",
             "pin",
             "hang_timeout",
+            "restarts",
             "env",
             "dry_run",
             "detach",
@@ -85,6 +86,7 @@ VALUES = {
     "slurm_time": "1:00", "slurm_memory": "4G", "container_port": "2222",
     "ssh_port": "22", "per_node": "4", "slurm_cpus_per_task": "4", "fusion_threshold": "1", "cycle_time": "1",
     "hang_timeout": "60",
+    "restarts": "2",
     "allreduce": "ring", "engine": "torch", "launcher": "auto", "device": "cpu", "processes": "2", "hosts": "h1:2",
 }  # fmt: skip
 

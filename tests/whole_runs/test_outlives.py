@@ -16,7 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from real_runs import SMALL, Start, finish, processes_of, records, trained_steps, until
+
+from hvd_lb.training.checkpoint import open_checkpoint
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,6 +73,26 @@ def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path: Path) -> None:
     assert process.wait(240) == 0
     assert reason(run) == "stopped at --steps"
     assert (run / "report.html").exists()
+
+
+def test_a_killed_rank_is_started_again_where_that_was_asked_for(start: Start, tmp_path: Path) -> None:
+    """To the same bits."""
+    words = ("--reproducible", "--checkpoint-every", "5steps", "--steps", 60)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    finish(start(*a_run(whole, *words)))
+    process = start(*a_run(run, *words, "--restarts", 1, processes=2))
+    ranks = run / "logs" / "ranks.json"
+    until(lambda: trained_steps(run) > 8 or process.poll() is not None)
+    first = json.loads(ranks.read_text())["ranks"]["1"]["pid"]
+    os.kill(first, signal.SIGKILL)
+    out, err = finish(process)
+    assert out.count("starting again (--restarts; 0 more after this one)") == 1
+    assert "going on from step" in out
+    assert err.startswith("hvd-lb: error: rank 1 ")
+    assert err.count("\n") == 1
+    assert (run / "logs" / "attempt-1").is_dir()
+    ends = [open_checkpoint(folder / "checkpoints" / "last").model() for folder in (whole, run)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_a_reader_that_is_gone_ends_nothing(start: Start, tmp_path: Path) -> None:

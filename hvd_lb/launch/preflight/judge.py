@@ -59,6 +59,11 @@ class PreflightReport:
             for finding, hosts in self.wrong()
         ]
 
+    @property
+    def ready_hosts(self) -> set[str]:
+        """Those of which everything is right."""
+        return {host for host, found in self.findings.items() if all(one.state == "ok" for one in found)}
+
     def wrong(self) -> list[tuple[Finding, list[str]]]:
         """Findings that are not ok, each with the hosts of which it is true; in it HOST stands for several names."""
         alike: dict[Finding, list[tuple[str, Finding]]] = {}
