@@ -53,7 +53,7 @@ def cluster(hosts: list[Host]) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def simulated(hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("simulated") / "run"
-    hosts[0].run([*HVD_LB, "simulate", *RECIPE, "--run", "--output", run], timeout=240)
+    hosts[0].run([*HVD_LB, "simulate", *RECIPE, "--run", "--output", run], timeout=600)
     return run
 
 
@@ -92,7 +92,7 @@ def batch(cluster: Cluster, script: str, folder: Path, *options: object) -> str:
     log = folder / "log"
     command = ["sbatch", "--parsable", f"--output={log}", *options]
     job = cluster.run(command, input=script, env={"PYTHONPATH": CODE, "SECRET": "geheim"}).stdout.strip()
-    until(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), 300, every=0.3)
+    until(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), 600, every=0.3)
     return log.read_text()
 
 
@@ -133,6 +133,33 @@ def test_ranks_fill_uneven_nodes_with_one_process_of_slurm_on_each(cluster: Clus
     ranks = json.loads((run / "logs" / "ranks.json").read_text())["ranks"]
     assert [ranks[str(rank)]["host"] for rank in range(7)] == ["h1", "h1", "h2", "h2", "h3", "h3", "h3"]
     assert all("pid" in ranks[str(rank)] for rank in range(7))
+
+
+def test_both_engines_and_one_process_end_at_the_same_bits(
+    cluster: Cluster, simulated: Path, tmp_path: Path
+) -> None:
+    """On three nodes, from a batch script."""
+    for engine in ("horovod", "torch"):
+        run = tmp_path / engine
+        train = [*HVD_LB, "train", *RECIPE, "--engine", engine, "--output", run]
+        (tmp_path / "jobs").mkdir(exist_ok=True)
+        script = f"#!/bin/sh\nexec {shlex.join(map(str, train))}\n"
+        log = batch(cluster, script, tmp_path / "jobs", "--nodes=3", "--ntasks=4")
+        assert f"engine: {engine}, as asked for" in log
+        assert_same(cluster.controller, simulated, run)
+
+
+def test_the_network_between_the_nodes_of_a_job_is_measured(cluster: Cluster, tmp_path: Path) -> None:
+    figures, runs = tmp_path / "figures.json", tmp_path / "runs"
+    check = [*HVD_LB, "doctor", "--network", "--device", "cpu", "--output", runs, "--json", figures]
+    log = batch(
+        cluster, f"#!/bin/sh\nexec {shlex.join(map(str, check))}\n", tmp_path, "--nodes=3", "--ntasks=3"
+    )
+    assert "allreduce between 3 processes on cpu, float32:" in log
+    found = json.loads(figures.read_text())
+    assert [host["name"] for host in found["hosts"]] == ["h1", "h2", "h3"]
+    assert len(found["links"]) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.json", "log"]
 
 
 def test_open_mpi_has_a_task_for_each_rank(cluster: Cluster, tmp_path: Path) -> None:
@@ -344,8 +371,8 @@ def test_what_cannot_be_submitted_is_said_in_one_line(
         assert err.count("\n") == 1
 
 
-def test_whoever_follows_a_job_may_leave_it_and_srun_is_not_for_hvd_lb(
-    cluster: Cluster, submit: Submit, tmp_path: Path
+def test_whoever_follows_a_job_may_leave_it_at_any_time_or_at_once(
+    cluster: Cluster, hosts: list[Host], submit: Submit, tmp_path: Path
 ) -> None:
     run = tmp_path / "it's %j #1"
     process = submit(run, "--sbatch", "--begin=now+1hour")
@@ -358,6 +385,10 @@ def test_whoever_follows_a_job_may_leave_it_and_srun_is_not_for_hvd_lb(
     job = cluster.run(["squeue", "--noheader", "--format=%i"]).stdout.strip()
     assert f"scancel {job}" in out
 
-    wrong = ["srun", "--nodes=2", *HVD_LB, "train", *RECIPE, "--output", tmp_path / "none"]
-    assert "without srun" in cluster.run(wrong, check=False).stderr
-    assert not (tmp_path / "none").exists()
+    detached = tmp_path / "detached"
+    finish(submit(detached, "--detach", "--sbatch", "--begin=now+1hour"))
+    elsewhere = {"env": cluster.environment}
+    said = hosts[2].run([*HVD_LB, "status", detached, "--json"], **elsewhere).stdout
+    assert json.loads(said)["state"] == "queued"
+    assert "which was waiting, is cancelled" in hosts[2].run([*HVD_LB, "stop", detached], **elsewhere).stdout
+    assert cluster.run(["squeue", "--noheader", f"--name={detached.name}"]).stdout == ""

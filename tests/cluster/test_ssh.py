@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -17,6 +19,8 @@ import pytest
 from hosts import Host, lab
 from PIL import Image
 from real_runs import kill_all, processes_of, trained_steps, until
+
+from hvd_lb.machine.limits import available_memory
 
 pytest.importorskip("horovod")
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -57,19 +61,30 @@ def undisturbed(hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) -> 
     return run
 
 
-@pytest.mark.parametrize("port", [22, 12345])
+@pytest.mark.parametrize(("port", "engine"), [(22, "horovod"), (12345, "torch")])
 def test_six_processes_on_three_hosts_are_bitwise_the_simulated_ones(
-    hosts: list[Host], tmp_path: Path, port: int
+    hosts: list[Host], tmp_path: Path, port: int, engine: str
 ) -> None:
     recipe = (*DIGITS, "--gpus", 6, "--epochs", 1)
     cluster, simulated = tmp_path / "cluster", tmp_path / "simulated"
-    where = ("--hosts", "h1:2,h2:2,h3:2", "--ssh-port", port)
+    where = ("--hosts", "h1:2,h2:2,h3:2", "--ssh-port", port, "--engine", engine)
     out, _ = hvd_lb(hosts[0], "train", *recipe, *where, "--output", cluster)
-    assert "hosts: h1:2, h2:2, h3:2 (--hosts), by ssh" in out
+    assert f"engine: {engine}, as asked for\nhosts: h1:2, h2:2, h3:2 (--hosts), by ssh\n" in out
+    assert ("controller: Gloo, as nothing here needs MPI\n" in out) == (engine == "horovod")
     hvd_lb(hosts[0], "simulate", *recipe, "--run", "--output", simulated)
     assert same(hosts[0], cluster, simulated)
     logs = {path.name for path in (cluster / "logs").glob("rank-*.log")}
     assert logs == {f"rank-{rank:04d}-h{rank // 2 + 1}.log" for rank in range(6)}
+
+
+def test_sixteen_ranks_a_host_start_with_sshds_default_limits(hosts: list[Host], tmp_path: Path) -> None:
+    """Ranks that measure, as 48 that train would need 20 GB."""
+    if available_memory() < 12 * 2**30:
+        pytest.skip("48 ranks need 12 GiB of free memory")
+    assert "MaxStartups" not in (hosts[0].folder / "sshd_config").read_text()
+    where = ("--hosts", "h1:16,h2:16,h3:16", "--device", "cpu", "--output", tmp_path)
+    done = hosts[0].run([HVD_LB, "doctor", "--network", *where], check=False, timeout=600)
+    assert "allreduce between 48 processes on cpu, float32:" in done.stdout, done.stderr
 
 
 def test_uneven_hosts_from_a_file_and_a_launching_machine_that_takes_no_part(
@@ -115,6 +130,7 @@ def test_the_allreduce_that_was_asked_for_is_the_one_that_runs(
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     assert most > 500_000, "nothing was exchanged"
+    assert ("MPI, which --allreduce" in out) == (allreduce == "halving-doubling")
     assert (least < most / 10) if allreduce == "halving-doubling" else (least > most / 3)
     assert same(hosts[0], run, undisturbed)
 
@@ -245,10 +261,11 @@ def test_an_output_folder_that_is_not_shared(hosts: list[Host], tmp_path: Path) 
 
 @contextmanager
 def running(hosts: list[Host], run: Path, *more: object) -> Iterator[subprocess.Popen[str]]:
-    """A run on all three hosts that has taken some steps."""
+    """A run on all three hosts that has taken some steps, also where it goes on."""
+    before = trained_steps(run)
     process = start(hosts[0], "train", *LONG, *THREE, "--output", run, *more)
     try:
-        until(lambda: trained_steps(run) >= 6 or process.poll() is not None, 120)
+        until(lambda: trained_steps(run) >= before + 6 or process.poll() is not None, 300)
         assert process.poll() is None, process.communicate()
         yield process
     finally:
@@ -307,6 +324,70 @@ def test_a_killed_rank_is_named_with_its_host(hosts: list[Host], tmp_path: Path)
         assert err.startswith("hvd-lb: error: rank 2 on h3 failed: ")
         assert "ended by SIGKILL" in err
         assert err.count("\n") == 1
+        until(lambda: not processes_of(run), 60)
+
+
+def test_a_rank_that_stands_still_for_a_while_ends_nothing_and_one_that_crashes_is_named(
+    hosts: list[Host], tmp_path: Path, undisturbed: Path
+) -> None:
+    run = tmp_path / "run"
+    with running(hosts, run) as process:
+        pids = {number: str(of["pid"]) for number, of in ranks_of(run).items()}
+        hosts[2].run(["kill", "-STOP", pids["2"]])
+        time.sleep(40)  # more than Gloo waits by itself
+        before = trained_steps(run)
+        hosts[2].run(["kill", "-CONT", pids["2"]])
+        until(lambda: trained_steps(run) > before + 2 or process.poll() is not None)
+        hosts[1].run(["kill", "-SEGV", pids["1"]])
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 1, out + err
+        assert err.startswith("hvd-lb: error: rank 1 on h2 failed: ended by SIGSEGV")
+        assert err.count("\n") == 1
+        until(lambda: not processes_of(run), 60)
+    hvd_lb(hosts[0], "train", *LONG, *THREE, "--output", run)
+    assert same(hosts[0], run, undisturbed)
+
+
+def ranks_of(run: Path) -> dict[str, dict[str, object]]:
+    """What the head of a job has heard of its ranks."""
+    told = json.loads((run / "logs" / "ranks.json").read_text())["ranks"]
+    return {number: dict(of) for number, of in told.items()}
+
+
+def test_a_cut_network_ends_the_run_on_both_sides_with_the_hosts_name(
+    hosts: list[Host], tmp_path: Path, undisturbed: Path
+) -> None:
+    run = tmp_path / "run"
+    with running(hosts, run) as process:
+        hosts[2].cut()
+        try:
+            out, err = process.communicate(timeout=200)
+            assert process.returncode == 1, out + err
+            assert err.startswith("hvd-lb: error: rank 2 on h3 failed: ")
+            assert "its host or network went away" in err
+            assert err.count("\n") == 1
+            until(lambda: not processes_of(run), 120)  # while it is cut
+        finally:
+            hosts[2].fix()
+    hvd_lb(hosts[0], "train", *LONG, *THREE, "--output", run)
+    assert same(hosts[0], run, undisturbed)
+
+
+def test_a_run_is_watched_and_stopped_from_another_host(hosts: list[Host], tmp_path: Path) -> None:
+    run, long = tmp_path / "run", ("--epochs", 400)
+    with running(hosts, run, *long) as process:
+        now = json.loads(hvd_lb(hosts[1], "status", run, "--json")[0])
+        assert (now["state"], now["launched_on"], now["hosts"]) == ("running", "h1", ["h1", "h2", "h3"])
+        assert "hosts: h1:1, h2:1, h3:1 (--hosts), by ssh" in hvd_lb(hosts[1], "logs", run)[0]
+        assert "has no log of rank 9" in hvd_lb(hosts[1], "logs", run, "--rank", 9, status=2)[1]
+        assert "interrupted by SIGINT" in hvd_lb(hosts[1], "stop", run)[0]
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, out + err
+        assert not processes_of(run)
+    with running(hosts, run, *long) as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+        assert json.loads(hvd_lb(hosts[1], "status", run, "--json")[0])["state"] == "lost"
         until(lambda: not processes_of(run), 60)
 
 
