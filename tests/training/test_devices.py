@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -166,3 +167,23 @@ def test_an_overflow_in_fixed_point_is_told_on_each_device(device: torch.device)
         with pytest.raises(FixedPointOverflow):
             trainer.train_step((1e6 * x, y) for x, y in ready[4:])
         assert all(map(torch.equal, before, trainer.model.parameters()))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_found_wherever_it_is(device: torch.device, bad: float) -> None:
+    trainer = make_trainer(small_recipe(channels_last=True), device=device)
+    ready = ready_batches(trainer, 1)
+    trainer.model.train()
+    with trainer.kernels():
+        trainer.train_step(ready)
+    state, weight = trainer.state, next(trainer.model.parameters())
+    places = [weight.detach(), state.optimizer.state[weight]["velocity"], state.losses]
+    for place in places:
+        last = (*(size - 1 for size in place.shape),)
+        kept = place[last].item()
+        place[last] = bad
+        assert not state.finite(state.losses)
+        place[last] = kept
+        assert state.finite(state.losses)
+    places[0][0, 0, 0, 0] = 1e300  # of fp64, far beyond fp32
+    assert state.finite(state.losses)
