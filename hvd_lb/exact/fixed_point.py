@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,13 +30,23 @@ _SUM_BITS = 62
 _LARGEST_EXPONENT = 120
 # Elements converted at once. On a CPU their integers, the sums and the scratch space stay in a core's cache; elsewhere
 # it bounds the scratch space, 12 bytes an element.
-_CHUNK_ON_CPU, _CHUNK = 1 << 15, 1 << 22
+_CHUNK_ON_CPU, _CHUNK = 1 << 15, 1 << 21
 # Every tensor's place starts on a multiple of 64 bytes, in fp32 and wider.
 ALIGNMENT = 16
 
 
 class FixedPointOverflow(ArithmeticError):
     """Terms grew too much from one step to the next, on all processes alike; the step has to be taken again."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Neighbouring tensors, or a piece of a large one, that are converted at once."""
+
+    span: slice  #: of the places of all tensors
+    tensors: slice
+    pieces: list[tuple[int, slice]]  #: the number of each tensor, and which of its elements
+    scratch: list[Tensor]  #: for each piece, within the span's scratch space
 
 
 class FixedPointSum:
@@ -66,11 +77,44 @@ class FixedPointSum:
         self._added = [0] * len(like)
         self._maxima = torch.zeros(len(like), dtype=first.dtype, device=first.device)
         self._largest = list(self._maxima)
-        longest = max(part.numel() for part in self._parts)
-        self._chunk = max(1, min(longest, _CHUNK_ON_CPU if first.device.type == "cpu" else _CHUNK))
-        self._float = torch.empty(self._chunk, dtype=first.dtype, device=first.device)
+        self._chunk = max(1, min(offsets[-1], _CHUNK_ON_CPU if first.device.type == "cpu" else _CHUNK))
+        self._float = torch.zeros(self._chunk, dtype=first.dtype, device=first.device)
         self._integer = torch.empty(self._chunk, dtype=torch.int64, device=first.device)
+        self._blocks = self._in_blocks(offsets)
         self._handles: tuple[Handle, Handle] | None = None
+
+    def _in_blocks(self, offsets: list[int]) -> list[_Block]:
+        """Blocks of at most a chunk, in which no tensor occurs twice; none where some tensor is empty."""
+        if not all(part.numel() for part in self._parts):
+            return []
+        blocks, begin, pieces = list[_Block](), 0, list[tuple[int, slice]]()
+
+        def close(end: int) -> None:
+            nonlocal begin
+            if pieces:
+                inside = [offsets[index] + of.start - begin for index, of in pieces]
+                scratch = [
+                    self._float[at : at + of.stop - of.start]
+                    for at, (_, of) in zip(inside, pieces, strict=True)
+                ]
+                tensors = slice(pieces[0][0], pieces[-1][0] + 1)
+                blocks.append(_Block(slice(begin, end), tensors, list(pieces), scratch))
+            pieces.clear()
+            begin = end
+
+        for index, part in enumerate(self._parts):
+            done = 0
+            while done < part.numel():
+                at = offsets[index] + done
+                if at - begin >= self._chunk:
+                    close(at)
+                stop = min(part.numel(), done + self._chunk - (at - begin))
+                pieces.append((index, slice(done, stop)))
+                if stop < part.numel():
+                    close(offsets[index] + stop)
+                done = stop
+        close(offsets[-1])
+        return blocks
 
     @property
     def empty(self) -> bool:
@@ -100,12 +144,37 @@ class FixedPointSum:
         self._added[index] += 1
 
     @torch.no_grad()
+    def add_to_each(self, terms: Sequence[Tensor]) -> None:
+        """Adds a term to every tensor: what `add` does to one after the other, with a few kernels for many."""
+        if not self._blocks or len(set(self._added)) > 1:
+            for index, term in enumerate(terms):
+                self.add(index, term)
+            return
+        flat = [self._in_memory_order(index, term) for index, term in enumerate(terms)]
+        scales = [2.0**exponent for exponent in self.exponents]
+        first = not self._added[0]
+        for block in self._blocks:
+            parts = [flat[index][of] for index, of in block.pieces]
+            largest = torch.stack(torch._foreach_max(torch._foreach_abs(parts)))  # NaN when any element is
+            maxima = self._maxima[block.tensors]
+            torch.maximum(maxima, largest, out=maxima)
+            torch._foreach_copy_(block.scratch, parts)
+            torch._foreach_mul_(block.scratch, scales[block.tensors])
+            total = self._total[block.span]
+            scaled = self._float[: total.numel()].round_()
+            if first:
+                total.copy_(scaled)
+            else:
+                total.add_(self._integer[: total.numel()].copy_(scaled))
+        self._added = [added + 1 for added in self._added]
+
+    @torch.no_grad()
     def start(self, world: World) -> None:
         """Starts the exchange of what has been added here."""
         for part, added in zip(self._parts, self._added, strict=True):
             if not added:
                 part.zero_()
-        self._counts.copy_(torch.tensor(self._added))
+        self._counts.copy_(torch.tensor(self._added), non_blocking=True)
         # NaN has no order, so a maximum over processes would depend on theirs.
         self._maxima.nan_to_num_(nan=math.inf, posinf=math.inf)
         self._handles = (
@@ -114,9 +183,10 @@ class FixedPointSum:
         )
 
     @torch.no_grad()
-    def finish(self, out: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    def finish(self, out: Sequence[Tensor], flat: Tensor | None = None) -> tuple[list[int], list[int]]:
         """Waits and writes the sums into `out`: NaN where any term was not finite.
 
+        `flat` is one tensor, in which those of `out` lie at `offsets_of` them, if there is one.
         Returns the number of terms of each tensor, and the tensors whose terms were too large for their exponent:
         of those `out` holds nothing, and the sum has to be gathered again, with the exponents that are now right.
         """
@@ -125,20 +195,37 @@ class FixedPointSum:
         for handle in self._handles:
             handle.wait()
         self._handles = None
-        counts, largest = self._counts.tolist(), self._maxima.tolist()
+        # Both in one copy from the device; these counts are exact in any floating-point number of 64 bits.
+        numbers = torch.cat([self._counts.double(), self._maxima.double()]).tolist()
+        counts, largest = list(map(int, numbers[: len(out)])), numbers[len(out) :]
         if max(counts) > self._terms:
             raise RuntimeError(f"{self._name}: a sum of {max(counts)} terms, announced were {self._terms}")
-        overflowed = []
-        for index, (tensor, most) in enumerate(zip(out, largest, strict=True)):
+        limits = [2.0 ** (self._term_bits - exponent) for exponent in self.exponents]
+        overflowed = [
+            index
+            for index, (most, limit) in enumerate(zip(largest, limits, strict=True))
+            if limit < most < math.inf
+        ]
+        if flat is not None and self._blocks:
+            self._write_all(flat)
+        else:
+            for index, tensor in enumerate(out):
+                self._write(index, tensor)
+        for tensor, most in zip(out, largest, strict=True):
             if not math.isfinite(most):
                 tensor.fill_(math.nan)
-            elif most * 2.0 ** self.exponents[index] > 2.0**self._term_bits:
-                overflowed.append(index)
-            else:
-                self._write(index, tensor)
         self._adapt(largest)
         self.discard()
         return counts, overflowed
+
+    def _write_all(self, flat: Tensor) -> None:
+        """The sums of all tensors in floating point, each at its place."""
+        scales = [2.0**-exponent for exponent in self.exponents]
+        for block in self._blocks:
+            into = flat[block.span].copy_(self._total[block.span])
+            starts = [piece.storage_offset() for piece in block.scratch]
+            parts = [into[at : at + piece.numel()] for at, piece in zip(starts, block.scratch, strict=True)]
+            torch._foreach_mul_(parts, scales[block.tensors])
 
     def _write(self, index: int, tensor: Tensor) -> None:
         """The sum of tensor `index` in floating point."""

@@ -12,6 +12,7 @@ own, at once, so that nothing depends on the order of microbatches and processes
 import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from hvd_lb.optim.watched import gathering, gradient, set_gradient
 from hvd_lb.world import Handle, World
 
 HALF = (torch.float16, torch.bfloat16)
+_SPARSE = "DistributedOptimizer was given a sparse gradient; make the embedding with sparse=False"
+# An exchange of fewer bytes takes hardly less time.
+_SMALL_BUCKET = 2**20
 DTYPES = (torch.float32, torch.float64, *HALF)
 
 
@@ -29,11 +33,11 @@ def gathering_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float32 if parameter.dtype in HALF else parameter.dtype
 
 
-def _dense(grad: Tensor) -> Tensor:
+def _dense(grad: Tensor | None) -> Tensor:
+    if grad is None:
+        raise RuntimeError("a gradient was set to None while backward was at work")
     if grad.is_sparse:
-        raise RuntimeError(
-            "DistributedOptimizer was given a sparse gradient; make the embedding with sparse=False"
-        )
+        raise RuntimeError(_SPARSE)
     return grad
 
 
@@ -77,13 +81,13 @@ class Slot:
 
     `view` is that place, with the parameter's own sizes and strides (channels_last stays channels_last).
     `grad` is what is put into `p.grad`: the view itself, or for half precision a rounded copy of it.
-    `present` says whether there is a gradient: after `collect` on this process, after the exchange on any.
+    `present` says whether there is a gradient: after `Bucket.collect` on this process, after the exchange on any.
 
     What `p.grad` holds (`Held`) changes so, whoever does it:
 
-        SPENT     by `spend`, after a step; by zero_grad() it becomes NOTHING
-        OURS      by `publish`; and a SPENT gradient that somebody writes into is one again
-        CHANGED   by an assignment to p.grad, or by writing into a rounded copy; `collect` takes it over
+        SPENT     by `Bucket.consume`, after a step; by zero_grad() it becomes NOTHING
+        OURS      by `Bucket.publish`; and a SPENT gradient that somebody writes into is one again
+        CHANGED   by backward, where there was none; by an assignment to p.grad; by writing into a rounded copy
     """
 
     def __init__(self, parameter: Tensor, flat: Tensor, offset: int) -> None:
@@ -95,9 +99,10 @@ class Slot:
         self.grad = torch.empty_like(self.view, dtype=parameter.dtype) if self.rounded else self.view
         self.present = False
         self.gathered = False  # a backward of this step has added to it
-        self._spent = False
-        # By which it is known whether somebody has written into `grad` since.
-        self._version = self._sent = self.grad._version
+        self.spent = False
+        # What `p.grad` was when it was seen last, and its version: by these it is known whether it was changed since.
+        self.seen: Tensor | None = None
+        self.version = 0
 
     def fits(self) -> bool:
         """False once the parameter has another device, dtype or shape (model.cuda(), model.half())."""
@@ -111,77 +116,53 @@ class Slot:
             return Held.NOTHING
         if grad is not self.grad:
             return Held.CHANGED
-        written = self.grad._version != self._version
-        if self._spent and not written:
+        written = grad is not self.seen or grad._version != self.version
+        if self.spent and not written:
             return Held.SPENT
         return Held.CHANGED if self.rounded and written else Held.OURS
-
-    def collect(self) -> None:
-        """Brings the view up to date with `p.grad`; no gradient, or a spent one, counts as zero."""
-        held, self._spent = self.held(), False
-        self.present = held in (Held.OURS, Held.CHANGED)
-        if not self.present:
-            self.view.zero_()
-        elif held is Held.CHANGED and (grad := gradient(self.parameter)) is not None:
-            self.view.copy_(_dense(grad))
 
     def take(self) -> Tensor | None:
         """Takes the gradient, if there is one, out of `p.grad`, which is None afterwards."""
         grad = gradient(self.parameter) if self.held() in (Held.OURS, Held.CHANGED) else None
-        self._spent = False
+        self.spent = False
         set_gradient(self.parameter, None)
         return grad
 
-    def publish(self) -> None:
-        """Puts the view into `p.grad`, in the parameter's dtype."""
-        if self.rounded:
-            self.grad.copy_(self.view)
-        if gradient(self.parameter) is not self.grad:
-            set_gradient(self.parameter, self.grad)
-        self._version = self.grad._version
-
+    @torch.no_grad()
     def before_accumulation(self) -> None:
         """Before autograd adds to `p.grad`: drops a spent gradient, sets half precision's sum aside."""
+        held = self.held()
         if self.rounded:
-            self.collect()
+            if held is Held.CHANGED:
+                self.view.copy_(_dense(gradient(self.parameter)))
+            elif held is not Held.OURS:
+                self.view.zero_()
             set_gradient(self.parameter, None)
-        elif self.held() is Held.SPENT:
+        elif held is Held.SPENT:
             set_gradient(self.parameter, None)
-        self._spent = False
+        self.spent = False
 
-    def after_accumulation(self) -> None:
-        """After autograd has added to `p.grad`, in place or, where there was none, by a tensor of its own."""
-        grad = gradient(self.parameter)
-        if self.rounded and grad is not None:
-            self.view.add_(_dense(grad))
-            self.present = True
-        else:
-            self.collect()
-        self.publish()
-        self.gathered = True
+    @torch.no_grad()
+    def add_rounded(self) -> None:
+        """After it has, of a parameter in half precision: adds that to the sum set aside."""
+        self.view.add_(_dense(gradient(self.parameter)))
+        self.grad.copy_(self.view)
+        set_gradient(self.parameter, self.grad)
+
+    @torch.no_grad()
+    def bring_back(self) -> None:
+        """Puts our own tensor into `p.grad` again, with what is there."""
+        self.view.copy_(_dense(gradient(self.parameter)))
+        if self.rounded:
+            self.grad.copy_(self.view)
+        set_gradient(self.parameter, self.grad)
 
     def edited(self) -> bool:
         """Whether somebody has changed what this process's backwards have gathered, other than to clear it."""
         grad = gradient(self.parameter)
-        if not self.gathered or grad is None or (grad is self.grad and grad._version == self._version):
+        if not self.gathered or grad is None or (grad is self.seen and grad._version == self.version):
             return False
         return bool(grad.any())
-
-    def sent(self) -> None:
-        """When its exchange starts: until it has finished nobody may write into the gradient."""
-        self._sent = self.grad._version
-
-    def touched(self) -> bool:
-        """Whether somebody has, by a reference from before."""
-        return self.grad._version != self._sent
-
-    def spend(self) -> None:
-        """After a step: the gradient stays readable, but the next accumulation starts from zero."""
-        if self.held() is Held.CHANGED:
-            self.collect()
-            self.publish()
-        self._spent = True
-        self._version = self.grad._version
 
 
 class Bucket:
@@ -194,39 +175,85 @@ class Bucket:
         self.flat = torch.zeros(end + flags + riders, dtype=gathering_dtype(first), device=first.device)
         self.gradients, self.flags, self.riders = self.flat.split([end, flags, riders])
         self.slots = [Slot(p, self.flat, offset) for p, offset in zip(parameters, offsets, strict=True)]
+        self.rounded = [slot for slot in self.slots if slot.rounded]
         self.handle: Handle | None = None
-        self.awaited = dict.fromkeys(self.slots)  # in order; those whose last gradient backward has not added
-
-    @property
-    def started(self) -> bool:
-        """Whether its exchange is under way."""
-        return self.handle is not None
+        self.started = False  # its exchange is under way
+        self._versions: list[int] = []  # of the gradients, when it began
+        self.awaited = dict.fromkeys(self.slots)  # those to which the present backward has not added
 
     def before_accumulation(self, slot: Slot) -> None:
-        """Before autograd adds to the gradient of one of its parameters."""
-        slot.before_accumulation()
+        """Before autograd adds to the gradient of one of its parameters, where there is something already."""
+        if slot.spent or slot.rounded:
+            slot.before_accumulation()
 
     def after_accumulation(self, slot: Slot) -> None:
-        """After it has."""
-        slot.after_accumulation()
+        """After it has, in place or, where there was no gradient, by a tensor of its own."""
+        if slot.rounded:
+            slot.add_rounded()
+        slot.gathered = True
+        slot.seen = grad = gradient(slot.parameter)
+        slot.version = grad._version if grad is not None else 0
 
-    def gather(self, slot: Slot) -> bool:
-        """Notes that the armed backward has added this gradient; True when the bucket is full."""
-        del self.awaited[slot]
-        return not self.awaited
+    def await_all(self) -> None:
+        """The next backward begins."""
+        self.awaited = dict.fromkeys(self.slots)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Takes over what a backward, which is not the last one, has added to all of its parameters."""
+        self.collect()
+        self.publish()
+
+    def collect(self) -> None:
+        """Brings the bucket up to date with `p.grad`; no gradient, or a spent one, counts as zero."""
+        changed, zeros = [], []
+        for slot in self.slots:
+            held = slot.held()
+            slot.present = held is Held.OURS or held is Held.CHANGED
+            if not slot.present:
+                zeros.append(slot.view)
+            elif held is Held.CHANGED:
+                changed.append(slot)
+        if zeros:
+            torch._foreach_zero_(zeros)
+        if changed:
+            grads: list[Any] = [gradient(slot.parameter) for slot in changed]
+            if [grad for grad in grads if grad.is_sparse]:
+                raise RuntimeError(_SPARSE)
+            torch._foreach_copy_([slot.view for slot in changed], grads)
+
+    def publish(self) -> None:
+        """Puts the gradients into `p.grad`, in the parameter's dtype; None where there is none."""
+        if self.rounded:
+            torch._foreach_copy_([slot.grad for slot in self.rounded], [slot.view for slot in self.rounded])
+        for slot in self.slots:
+            grad = slot.grad if slot.present else None
+            set_gradient(slot.parameter, grad)
+            slot.seen, slot.version, slot.spent = grad, slot.grad._version, False
 
     def start(self, world: World, riders: Sequence[int] = ()) -> None:
         """Starts the exchange of what this process has; until `finish`, the views are undefined."""
         self._set_riders(riders)
-        for slot in self.awaited:
-            slot.collect()
-        if all(slot.present for slot in self.slots):
+        self.collect()
+        self.publish()
+        if self.complete:
             self.flags.fill_(1)
         else:
-            self.flags.copy_(torch.tensor([slot.present for slot in self.slots]))
-        for slot in self.slots:
-            slot.sent()
+            self.flags.copy_(torch.tensor([slot.present for slot in self.slots]), non_blocking=True)
+        self._start(world)
+
+    def _start(self, world: World) -> None:
+        self._versions = [slot.grad._version for slot in self.slots]
+        self._exchange(world)
+        self.started = True
+
+    def _exchange(self, world: World) -> None:
         self.handle = world.allreduce_async(self.flat, self.name)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of its parameters have a gradient."""
+        return not [slot for slot in self.slots if not slot.present]
 
     def _set_riders(self, riders: Sequence[int]) -> None:
         if riders:
@@ -237,8 +264,8 @@ class Bucket:
         return any(slot.edited() for slot in self.slots)
 
     def touched(self) -> bool:
-        """Whether gradients were changed while they were exchanged."""
-        return any(slot.touched() for slot in self.slots)
+        """Whether gradients were changed while they were exchanged, by a reference from before."""
+        return self._versions != [slot.grad._version for slot in self.slots]
 
     def finish(self) -> list[Tensor]:
         """Waits for the sums; parameters without a gradient on any process get none.
@@ -248,41 +275,36 @@ class Bucket:
         if self.handle is None:
             raise RuntimeError(f"bucket {self.name} was not started")
         self.handle.wait()
-        self.handle = None
-        if not all(
-            slot.present for slot in self.slots
-        ):  # reading flags waits for the device: only where it tells more
+        self.handle, self.started = None, False
+        complete = self.complete
+        if not complete:  # reading flags waits for the device: only where it tells more
             for slot, flag in zip(self.slots, self.flags.tolist(), strict=True):
                 slot.present = flag > 0
-        self.publish()
+        if self.rounded or not complete:
+            self.publish()
         return []
 
     def divide(self, divisor: int) -> None:
         """Divides the sums, with whatever was done to `p.grad` since they arrived."""
         if divisor != 1:
-            for slot in self.slots:
-                slot.collect()
+            self.collect()
             self.gradients.div_(divisor)
             self.publish()
-
-    def publish(self) -> None:
-        for slot in self.slots:
-            if slot.present:
-                slot.publish()
-            else:
-                set_gradient(slot.parameter, None)
 
     def consume(self) -> None:
         """After a step: makes the bucket ready for the next backward, its gradients still readable."""
         self.reset()
         for slot in self.slots:
-            slot.spend()
+            if slot.held() is Held.CHANGED:
+                slot.bring_back()
+            slot.seen, slot.version, slot.spent = slot.grad, slot.grad._version, True
 
     def reset(self) -> None:
         """Makes the bucket ready for the next backward."""
-        self.awaited = dict.fromkeys(self.slots)
+        self.await_all()
         for slot in self.slots:
-            slot.gathered = False
+            slot.gathered = slot.spent = False
+            slot.seen = None
 
 
 class FixedPointBucket(Bucket):
@@ -298,19 +320,25 @@ class FixedPointBucket(Bucket):
         self.riders = self.sum.riders
         self._index = {slot: index for index, slot in enumerate(self.slots)}
         self._stand_ins = [gathering(parameter) for parameter in parameters]
-
-    @property
-    def started(self) -> bool:
-        return self.sum.started
+        self._terms: dict[Slot, Tensor] = {}  # that are not in the sum yet
 
     def before_accumulation(self, slot: Slot) -> None:
         self._take(slot, zeros=False)
 
     def after_accumulation(self, slot: Slot) -> None:
-        if (grad := slot.take()) is not None:
-            self.sum.add(self._index[slot], _dense(grad))
-        slot.gathered = True
+        if slot in self._terms:  # from a backward that has not filled the bucket
+            self.gather()
+        self._terms[slot] = _dense(gradient(slot.parameter))
         set_gradient(slot.parameter, self._stand_ins[self._index[slot]])
+        slot.gathered = True
+
+    def gather(self) -> None:
+        if len(self._terms) == len(self.slots):
+            self.sum.add_to_each([self._terms[slot] for slot in self.slots])
+        else:
+            for slot, term in self._terms.items():
+                self.sum.add(self._index[slot], term)
+        self._terms.clear()
 
     def edited(self) -> bool:
         return False  # `_take` finds it
@@ -319,12 +347,15 @@ class FixedPointBucket(Bucket):
         self._set_riders(riders)
         for slot in self.awaited:
             self._take(slot, zeros=True)
-        for slot in self.slots:
-            slot.sent()
+        self.gather()
+        self._start(world)
+
+    def _exchange(self, world: World) -> None:
         self.sum.start(world)
 
     def finish(self) -> list[Tensor]:
-        counts, overflowed = self.sum.finish([slot.view for slot in self.slots])
+        counts, overflowed = self.sum.finish([slot.view for slot in self.slots], self.gradients)
+        self.started = False
         for slot, count in zip(self.slots, counts, strict=True):
             slot.present = count > 0
         self.publish()
@@ -335,6 +366,7 @@ class FixedPointBucket(Bucket):
             if gradient(slot.parameter) is stand_in:
                 set_gradient(slot.parameter, None)
         super().reset()
+        self._terms.clear()
         if not self.sum.empty:
             self.sum.discard()
 
@@ -364,19 +396,30 @@ class FixedPointBucket(Bucket):
 def plan_buckets(parameters: Iterable[Tensor], bucket_bytes: int) -> list[list[Tensor]]:
     """Splits parameters, given in the order of the forward pass, into the buckets' lists.
 
-    Backward produces gradients roughly in reverse, so reversed neighbours share a bucket and the first
-    bucket fills first. A bucket holds one (dtype of the sums, device) and at most `bucket_bytes`, or a
-    single larger parameter.
+    Backward produces gradients roughly in reverse, so reversed neighbours share a bucket and the first bucket fills
+    first. A bucket holds one (dtype of the sums, device) and at most `bucket_bytes`, or a single larger parameter. The
+    first one is small, so that the exchange begins early, and each one at most half of what is left, so that little is
+    left to be exchanged when backward ends.
     """
-    open_buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    parameters = list(parameters)
+    left: dict[tuple[torch.dtype, torch.device], int] = {}
+    for parameter in parameters:
+        key = gathering_dtype(parameter), parameter.device
+        left[key] = left.get(key, 0) + _bytes(parameter)
     buckets: list[list[Tensor]] = []
-    for parameter in reversed(list(parameters)):
-        dtype = gathering_dtype(parameter)
-        key = (dtype, parameter.device)
-        bucket = open_buckets.get(key)
-        elements = parameter.numel() + (sum(p.numel() for p in bucket) if bucket else 0)
-        if bucket is None or elements * dtype.itemsize > bucket_bytes:
-            open_buckets[key] = bucket = []
+    filling: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], int]] = {}
+    for parameter in reversed(parameters):
+        key = gathering_dtype(parameter), parameter.device
+        bucket, room = filling.get(key, ([], 0))
+        if not bucket or _bytes(parameter) > room:
+            bucket, room = [], min(bucket_bytes, max(_SMALL_BUCKET, left[key] // 2 if key in filling else 0))
             buckets.append(bucket)
         bucket.append(parameter)
+        filling[key] = bucket, room - _bytes(parameter)
+        left[key] -= _bytes(parameter)
     return buckets
+
+
+def _bytes(parameter: Tensor) -> int:
+    """Of its sum."""
+    return parameter.numel() * gathering_dtype(parameter).itemsize

@@ -23,6 +23,7 @@ from torch.amp import GradScaler
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hvd_lb.exact.fixed_point import GROWTH_BITS, FixedPointOverflow
@@ -137,11 +138,14 @@ class DistributedOptimizer(Optimizer):
         self._known: set[Tensor] = set()
         self._buckets: list[Bucket] = []
         self._places: dict[Tensor, tuple[Bucket, Slot]] = {}
+        # The parameters in the groups and whether they learn, when that was looked at last; those without a place.
+        self._adopted: list[tuple[Tensor, bool]] = []
+        self._others: list[Tensor] = []
         self._nodes: dict[Tensor, Any] = {}
         self._phase = Phase.GATHERING
         self._armed = True
         self._counted: tuple[int | None, int | None] = (None, None)
-        self._divisor = 1
+        self._divisor: int | None = None  # when it is known
         self._lookout = Lookout(self._look)
         self._adopt()
         if self.world.size > 1:
@@ -179,7 +183,7 @@ class DistributedOptimizer(Optimizer):
         counted = (images, global_images)
         if images is not None and global_images is not None:
             raise ValueError("give images (of this process) or global_images (of all), not both")
-        if self._phase is Phase.NORMALISED:
+        if self._divisor is not None:
             if counted not in ((None, None), self._counted):
                 raise RuntimeError(
                     f"gradients are already divided by {self._divisor}; give the count once"
@@ -202,12 +206,16 @@ class DistributedOptimizer(Optimizer):
                     total.wait()
                 raise
         if total is not None:
-            self._divisor = int(total.wait().item())
+            divisor = int(total.wait().item())
         else:
-            self._divisor = self.world.size if global_images is None else operator.index(global_images)
-        if self._divisor <= 0:
-            raise ValueError(f"a step needs images, got {self._divisor} in all; zero_grad() gives it up")
-        self._divide(counted)
+            divisor = self.world.size if global_images is None else operator.index(global_images)
+        if divisor <= 0:
+            raise ValueError(f"a step needs images, got {divisor} in all; zero_grad() gives it up")
+        self._divisor, self._counted = divisor, counted
+        if self._divides_itself():
+            self._lookout.watch(self._places)  # whoever looks before the update sees the mean
+        else:
+            self._divide()
 
     def step(
         self,
@@ -228,12 +236,13 @@ class DistributedOptimizer(Optimizer):
         if self._schedule is not None:
             self._set_learning_rate(self._schedule(self.steps))
         if closure is None:
-            result = self.optimizer.step()
+            result = self._update()
         else:
             result = self.optimizer.step(lambda: self._evaluate(closure, images, global_images))
+        self._lookout.end()
         for bucket in self._buckets:
             bucket.consume()
-        self._phase = Phase.GATHERING
+        self._phase, self._divisor = Phase.GATHERING, None
         self.steps += 1
         return result
 
@@ -312,6 +321,23 @@ class DistributedOptimizer(Optimizer):
 
     def _adopt(self) -> None:
         """Makes room for parameters that are new, were unfrozen or moved to another device or dtype."""
+        now = [(p, p.requires_grad) for group in self.optimizer.param_groups for p in group["params"]]
+        if self._is_adopted(now):
+            return
+        self._make_room()
+        self._adopted = now
+        self._others = [p for p, _ in now if p not in self._places]
+
+    def _is_adopted(self, now: list[tuple[Tensor, bool]]) -> bool:
+        """Whether parameters, and whether they learn, are what they were."""
+        if len(now) != len(self._adopted):
+            return False
+        for (p, learns), (before, learnt) in zip(now, self._adopted, strict=True):
+            if p is not before or learns is not learnt:
+                return False
+        return not [slot for bucket in self._buckets for slot in bucket.slots if not slot.fits()]
+
+    def _make_room(self) -> None:
         mine = {p: None for group in self.optimizer.param_groups for p in group["params"]}
         parameters = sorted(mine, key=lambda p: self._order.get(p, len(self._order)))
         unknown = [p for p in parameters if p not in self._known]
@@ -404,17 +430,18 @@ class DistributedOptimizer(Optimizer):
 
     def _watch(self, parameter: Tensor) -> None:
         """Calls `_before` and `_after` around autograd's addition to `parameter.grad`; keeps none alive."""
-        me, watched = weakref.ref(self), weakref.ref(parameter)
+        bucket, slot = self._places[parameter]
+        me, in_bucket, place = weakref.ref(self), weakref.ref(bucket), weakref.ref(slot)
 
         def before(_: Any) -> None:
-            optimizer, p = me(), watched()
-            if optimizer is not None and p in optimizer._places:
-                optimizer._before(*optimizer._places[p])
+            optimizer, bucket, slot = me(), in_bucket(), place()
+            if optimizer is not None and bucket is not None and slot is not None:
+                optimizer._before(bucket, slot)
 
-        def after(p: Tensor) -> None:
-            optimizer = me()
-            if optimizer is not None and p in optimizer._places:
-                optimizer._after(*optimizer._places[p])
+        def after(_: Any) -> None:
+            optimizer, bucket, slot = me(), in_bucket(), place()
+            if optimizer is not None and bucket is not None and slot is not None:
+                optimizer._after(bucket, slot)
 
         for hook in _hooks.get(parameter, ()):
             hook.remove()
@@ -427,30 +454,45 @@ class DistributedOptimizer(Optimizer):
         ]
 
     def _before(self, bucket: Bucket, slot: Slot) -> None:
+        """Before backward adds to a gradient."""
         if self._phase in (Phase.REDUCED, Phase.NORMALISED):
-            grads = [grad for p in self._places if (grad := gradient(p)) is not None]
-            if any(bool(grad.any()) for grad in grads):
-                raise RuntimeError("backward() onto exchanged gradients: call step() or zero_grad() first")
-            self._reset()  # the step was skipped and the gradients were cleared behind our back
-        if slot not in bucket.awaited or bucket.started:
+            self._forget_exchanged()
+        if bucket.started or (self._phase is Phase.EXCHANGING and slot not in bucket.awaited):
             raise RuntimeError(
                 "backward() after the exchange of this step has started: put all backwards of a step but the "
                 "last into `with opt.accumulate():`, or call step() or opt.zero_grad() first"
             )
         if self._armed and self._phase is Phase.GATHERING:
             self._phase = Phase.EXCHANGING
+            for each in self._buckets:
+                each.await_all()
             self._lookout.watch(self._places)
-        with torch.no_grad():
+        if slot.gathered or slot.rounded or gradient(slot.parameter) is not None:
             bucket.before_accumulation(slot)
 
+    def _forget_exchanged(self) -> None:
+        """When the step was skipped and the gradients were cleared behind our back; else it is an error."""
+        grads = [grad for p in self._places if (grad := gradient(p)) is not None]
+        if any(bool(grad.any()) for grad in grads):
+            raise RuntimeError("backward() onto exchanged gradients: call step() or zero_grad() first")
+        self._reset()
+
     def _after(self, bucket: Bucket, slot: Slot) -> None:
+        """After it has: a bucket that is full is exchanged, or taken over where more is to come."""
         if not slot.fits():
             return  # moved: `_adopt` will find it
-        with torch.no_grad():
-            bucket.after_accumulation(slot)
-            if self._armed and bucket.gather(slot):
+        bucket.after_accumulation(slot)
+        if self._phase is Phase.EXCHANGING and not self._armed:
+            return
+        bucket.awaited.pop(slot, None)
+        if not bucket.awaited:
+            if self._armed:
                 self._start(bucket)
+            else:
+                bucket.gather()
+                bucket.await_all()
 
+    @torch.no_grad()
     def _start(self, bucket: Bucket) -> None:
         riders = self._riders if bucket is self._carrier else None
         bucket.start(self.world, riders.ask() if riders else ())
@@ -466,16 +508,48 @@ class DistributedOptimizer(Optimizer):
                 "p.grad was read or set while backward is at work, where it is neither this process's gradient nor the "
                 "global one: do it after backward, or take this process's own from p.register_hook()"
             )
-        self._finish()
+        if self._phase is not Phase.REDUCED:
+            self._finish()
+        self._lookout.end()
         if not _in_scaler_step():
-            self._divisor = self.world.size
-            self._divide((None, None))
+            if self._divisor is None:
+                self._divisor, self._counted = self.world.size, (None, None)
+            self._divide()
+
+    def _divides_itself(self) -> bool:
+        """Whether the wrapped optimizer is one of those that divide all gradients while they update.
+
+        torch's fused ones do, for GradScaler's sake. They write the quotients back.
+        """
+        return bool(
+            getattr(self.optimizer, "_step_supports_amp_scaling", False)
+            and self._buckets
+            and not self._optimizer_step_pre_hooks  # which would see sums
+            and not _global_optimizer_pre_hooks
+            and not any(bucket.rounded for bucket in self._buckets)
+            and all(gradient(p) is None for p in self._others)
+        )
+
+    def _update(self) -> Any:
+        """The wrapped optimizer's step, by which it divides what is not divided."""
+        if self._phase is Phase.REDUCED and not self._divides_itself():
+            self._divide()
+        self._lookout.end()
+        if self._phase is not Phase.REDUCED:
+            return self.optimizer.step()
+        inner: Any = self.optimizer
+        # A fill, not a copy: on a GPU the host does not wait.
+        inner.grad_scale = torch.full((), float(self._divisor or 1), device=self._buckets[0].flat.device)
+        try:
+            return inner.step()
+        finally:
+            del inner.grad_scale
 
     @torch.no_grad()
-    def _divide(self, counted: tuple[int | None, int | None]) -> None:
+    def _divide(self) -> None:
+        self._lookout.end()
         for bucket in self._buckets:
-            bucket.divide(self._divisor)
-        self._counted = counted
+            bucket.divide(self._divisor or 1)
         self._phase = Phase.NORMALISED
 
     @torch.no_grad()
@@ -519,7 +593,7 @@ class DistributedOptimizer(Optimizer):
         self._lookout.end()
         for bucket in self._buckets:
             bucket.reset()
-        self._phase = Phase.GATHERING
+        self._phase, self._divisor = Phase.GATHERING, None
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -534,7 +608,7 @@ class DistributedOptimizer(Optimizer):
             loss = closure()
         self.synchronize(images=images, global_images=global_images)
         total = torch.as_tensor(loss).detach().to("cpu", torch.float64).reshape(1).clone()
-        return self.world.allreduce(total, f"{self._name}.loss")[0] / self._divisor
+        return self.world.allreduce(total, f"{self._name}.loss")[0] / (self._divisor or 1)
 
 
 def _plain(value: Any) -> Any:

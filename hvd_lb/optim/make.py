@@ -19,4 +19,6 @@ def make_optimizer(recipe: Recipe, model: nn.Module, learning_rate: float) -> Op
         nesterov=recipe.nesterov,
         form=recipe.momentum_form,
         momentum_correction=recipe.momentum_correction,
+        # The plain form where bits are promised, or numbers are compared with the paper's formula.
+        fused=recipe.momentum_correction and not recipe.reproducible and recipe.precision != "fp64",
     )

@@ -5,7 +5,9 @@ With g the gradient plus weight decay, m the momentum and η the learning rate:
   form 10   v ← m (η/η') v + η g   w ← w − v         Nesterov: w ← w − (η g + m v)
 η' is the rate v is expressed in: that of the parameter's previous update. Without the correction the
 factor η/η' is left out, and a change of η changes the effective momentum. With it v = η u always, so form
-10 equals form 9 for every schedule.
+10 equals form 9 for every schedule. So `fused=True` keeps u, which is v in terms of the rate 1, and updates by torch's
+fused kernel of form 9: one pass over memory instead of seven. The plain form is the reference that it must equal to
+rounding, and whose bits the reproducible mode has.
 """
 
 from collections.abc import Callable
@@ -21,9 +23,15 @@ class SGD(Optimizer):
 
     Per-parameter state: `velocity` (u or v, shaped like the parameter) and, for form 10 with the
     correction, `reference_lr` (η', the last rate that was not zero: at η = 0 the weights stay, and v
-    gathers gradients in terms of η'). Parameters without a gradient are skipped, as in torch. Raises
-    `ValueError` for numbers out of range and for form 9 with `momentum_correction=False`: form 9 has
-    nothing to correct.
+    gathers gradients in terms of η'; with `fused` it is 1). States of both kinds can be loaded by either. Parameters
+    without a gradient are skipped, as in torch.
+
+    fused: whether to update by torch's fused kernel. Then gradients may be multiples of what they should be: if there
+        is an attribute `grad_scale`, a tensor, they are divided by it first, as torch's fused optimizers do for
+        GradScaler.
+
+    Raises `ValueError` for numbers out of range, for form 9 with `momentum_correction=False`, as form 9 has nothing to
+    correct, and for form 10 without it where `fused`, as that kernel knows form 9 only.
     """
 
     def __init__(
@@ -35,7 +43,9 @@ class SGD(Optimizer):
         weight_decay: float = 0.0,
         form: Literal[9, 10] = 10,
         momentum_correction: bool = True,
+        fused: bool = False,
     ) -> None:
+        self.fused = fused
         super().__init__(
             params,
             {
@@ -48,8 +58,21 @@ class SGD(Optimizer):
             },
         )
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether it heeds `grad_scale`: torch's word for it."""
+        return self.fused
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "fused": self.fused}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        check({**self.defaults, **param_group})
+        options = {**self.defaults, **param_group}
+        check(options)
+        if self.fused and not options["momentum_correction"]:
+            raise ValueError(
+                "fused=True is for form 9, and form 10 with the momentum correction, which equals it"
+            )
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -74,18 +97,65 @@ class SGD(Optimizer):
         return loss
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        eta, m = float(group["lr"]), group["momentum"]
         grads = [p.grad for p in params if p.grad is not None]
-        if any(grad.is_sparse for grad in grads):
+        if [grad for grad in grads if grad.is_sparse]:
             raise RuntimeError("SGD was given a sparse gradient; build the embedding with sparse=False")
-        if group["weight_decay"]:
-            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
             if "velocity" not in state:
                 state["velocity"] = torch.zeros_like(p)
                 if group["form"] == 10 and group["momentum_correction"]:
                     state["reference_lr"] = 1.0  # of a zero velocity, any rate is right
+        if self.fused:
+            self._update_fused(params, grads, states, group)
+        else:
+            self._update_plain(params, grads, states, group)
+
+    def _update_fused(
+        self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> None:
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        for state in states:  # of a plain one that was loaded
+            if "reference_lr" in state and state["reference_lr"] != 1:
+                state["velocity"].div_(state["reference_lr"])
+                state["reference_lr"] = 1.0
+        velocities = [state["velocity"] for state in states]
+        # The kernel goes through memory, whatever the strides.
+        odd = {
+            index
+            for index, (p, grad, velocity) in enumerate(zip(params, grads, velocities, strict=True))
+            if not p.stride() == grad.stride() == velocity.stride()
+        }
+        if odd:
+            if scale is not None:
+                torch._foreach_div_([grads[index] for index in odd], float(scale))
+            some = [[items[index] for index in odd] for items in (params, grads)]
+            self._update_plain(some[0], some[1], [states[index] for index in odd], group)
+            params, grads, velocities = (
+                [item for index, item in enumerate(items) if index not in odd]
+                for items in (params, grads, velocities)
+            )
+        lists: Any = [params, grads, velocities]
+        alike = Optimizer._group_tensors_by_device_and_dtype(lists)
+        for (device, _), (lists, _) in alike.items():
+            torch._fused_sgd_(
+                *lists if group["momentum"] else (*lists[:2], []),
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=float(group["lr"]),
+                dampening=0.0,
+                nesterov=group["nesterov"],
+                maximize=False,
+                is_first_step=False,
+                grad_scale=None if scale is None else scale.to(device),
+            )
+
+    def _update_plain(
+        self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> None:
+        eta, m = float(group["lr"]), group["momentum"]
+        if group["weight_decay"]:
+            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         velocities = [state["velocity"] for state in states]
         if group["form"] == 9:
             torch._foreach_mul_(velocities, m)

@@ -15,14 +15,11 @@ from torch import Tensor
 _GRAD: Any = Tensor.grad  # torch's own descriptor
 
 
-def gradient(parameter: Tensor) -> Tensor | None:
-    """`p.grad` as it is, also of a watched parameter."""
-    return _GRAD.__get__(parameter)
+gradient: Callable[[Tensor], Tensor | None] = _GRAD.__get__
+"""`p.grad` as it is, also of a watched parameter."""
 
-
-def set_gradient(parameter: Tensor, grad: Tensor | None) -> None:
-    """Sets `p.grad`, also of a watched parameter, without telling anybody."""
-    _GRAD.__set__(parameter, grad)
+set_gradient: Callable[[Tensor, Tensor | None], None] = _GRAD.__set__
+"""Sets `p.grad`, also of a watched parameter, without telling anybody."""
 
 
 class Lookout:
@@ -34,13 +31,13 @@ class Lookout:
         self._watched: list[tuple[Tensor, type]] = []
 
     def watch(self, parameters: Iterable[Tensor]) -> None:
-        """Watches these until `end`."""
-        for parameter in parameters:
-            kind = type(parameter)
+        """Watches these, and no others, until `end`."""
+        self.end()
+        self._watched = [(parameter, type(parameter)) for parameter in parameters]
+        for parameter, kind in self._watched:
             if kind not in self._kinds:
                 self._kinds[kind] = _watched(kind, self._look)
             parameter.__class__ = self._kinds[kind]
-            self._watched.append((parameter, kind))
 
     def end(self) -> None:
         """Watches nothing any more."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from hvd_lb.exact.fixed_point import FixedPointOverflow, FixedPointSum
+from hvd_lb.exact.fixed_point import FixedPointOverflow, FixedPointSum, offsets_of
 from hvd_lb.optim.buckets import gathering_dtype
 from hvd_lb.training.models import batch_norms
 from hvd_lb.training.together import Group, Replaced
@@ -94,17 +94,19 @@ class _Forward(Replaced):
         if self._group.several:
             return self._worker_by_worker(x, again)
         momentum = layer.momentum
+        # A module's own way to set something takes ten calls to find out that it is no parameter.
+        put = setattr if torch.compiler.is_compiling() else object.__setattr__
         if again:
-            layer.momentum = 0.0
+            put(layer, "momentum", 0.0)
         else:
             if self.count:
                 self._earlier.append([buffer.clone() for buffer in self.buffers()])
             self.count += 1
-            layer.momentum = 1.0
+            put(layer, "momentum", 1.0)
         try:
             return self.original(x)
         finally:
-            layer.momentum = momentum
+            put(layer, "momentum", momentum)
 
     def _worker_by_worker(self, x: Tensor, again: bool) -> Tensor:
         layer, outputs, statistics = self.layer, [], []
@@ -335,6 +337,14 @@ class ReproducibleStatistics(RunningStatistics):
 
     def __init__(self, model: nn.Module, world: World, terms: int, group: Group | None = None):
         super().__init__(model, world, group)
+        self._flat: Tensor | None = None
+        if len({total.dtype for total in self._sums}) == 1:
+            *offsets, end = offsets_of(self._sums)
+            self._flat = flat = self._sums[0].new_zeros(end)
+            self._sums = [
+                flat[at : at + total.numel()].view_as(total)
+                for at, total in zip(offsets, self._sums, strict=True)
+            ]
         self._sum = FixedPointSum(self._sums, terms, "hvd_lb.batch_norm")
 
     @property
@@ -350,13 +360,19 @@ class ReproducibleStatistics(RunningStatistics):
         torch._foreach_copy_(self._share, self._buffers())
 
     def _add(self, trained: list[int], statistics: list[Tensor], weight: float) -> None:
-        for number, part in zip(_of(trained, range(len(self._sums))), statistics, strict=True):
-            wide = part.to(self._sums[number].dtype)
-            self._sum.add(number, wide if weight == 1 else wide * weight)
+        numbers = _of(trained, range(len(self._sums)))
+        wide = [part.to(self._sums[number].dtype) for number, part in zip(numbers, statistics, strict=True)]
+        if weight != 1:
+            wide = list(torch._foreach_mul(wide, weight))
+        if len(wide) == len(self._sums):
+            self._sum.add_to_each(wide)
+        else:
+            for number, part in zip(numbers, wide, strict=True):
+                self._sum.add(number, part)
 
     def synchronize(self) -> None:
         self._sum.start(self._world)
-        _, overflowed = self._sum.finish(self._sums)
+        _, overflowed = self._sum.finish(self._sums, self._flat)
         if overflowed:
             raise FixedPointOverflow(
                 "batch norm's statistics grew too much since the last step: take it again"

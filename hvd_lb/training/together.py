@@ -56,7 +56,8 @@ class Group:
     def begin(self, sizes: Sequence[int], seeds: Sequence[int]) -> None:
         """Before a forward of so many images of each worker; a worker's random numbers follow from its seed."""
         self.sizes, self._seeds, self._states = sizes, seeds, [None] * len(sizes)
-        torch.manual_seed(seeds[0])
+        for generator in {torch.default_generator, self._generator}:  # without a look at every kind of device
+            generator.manual_seed(seeds[0])
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Each worker's slice of a batch."""

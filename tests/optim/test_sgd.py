@@ -1,5 +1,6 @@
 """SGD against torch.optim.SGD (form 9) for every schedule, in float64."""
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -132,9 +133,101 @@ def test_closure_is_called_once_with_gradients_enabled() -> None:
     assert calls == [True]
 
 
+@pytest.mark.parametrize("form", [9, 10])
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_fused_equals_the_plain_form(schedule: str, nesterov: bool, weight_decay: float, form: int) -> None:
+    """To rounding, in all schedules; and torch's fused SGD in every bit."""
+    options = {"momentum": 0.9, "nesterov": nesterov, "weight_decay": weight_decay}
+    fused = SGD(weights(), form=form, fused=True, **options)
+    found = train(fused, SCHEDULES[schedule], skip=0.2)
+    plain = SGD(weights(), form=form, **options)
+    assert largest_difference(found, train(plain, SCHEDULES[schedule], skip=0.2)) < 1e-12
+    for state, other in zip(fused.state.values(), plain.state.values(), strict=True):
+        rate = other.get("reference_lr", 1.0)
+        assert largest_difference([state["velocity"] * rate], [other["velocity"]]) < 1e-11
+    # torch's fails where a gradient is missing in the first step.
+    reference = torch.optim.SGD(weights(), 0.1, **options, fused=True)
+    found = train(SGD(weights(), form=form, fused=True, **options), SCHEDULES[schedule])
+    assert all(map(torch.equal, found, train(reference, SCHEDULES[schedule])))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_run_may_change_between_fused_and_plain(first: bool) -> None:
+    rates = SCHEDULES["zeros inside"]
+    whole, one = SGD(weights()), SGD(weights(), fused=first)
+    train(one, rates[:10])
+    two = SGD([p.detach().clone().requires_grad_() for p in one.param_groups[0]["params"]], fused=not first)
+    two.load_state_dict(one.state_dict())
+    train(whole, rates[:10])
+    assert largest_difference(train(two, rates[10:20]), train(whole, rates[10:20])) < 1e-13
+
+
+def test_fused_goes_on_bitwise_from_its_state_and_in_copies() -> None:
+    rates = SCHEDULES["step decay"]
+    whole, first = SGD(weights(), fused=True), SGD(weights(), fused=True)
+    train(whole, rates[:60])
+    train(first, rates[:60])
+    second = SGD([p.detach().clone().requires_grad_() for p in first.param_groups[0]["params"]], fused=True)
+    second.load_state_dict(first.state_dict())
+    copied = copy.deepcopy(first)
+    expected = train(whole, rates[60:70])
+    for other in (second, copied):
+        assert all(map(torch.equal, train(other, rates[60:70]), expected))
+
+
+@pytest.mark.parametrize("form", [9, 10])
+def test_fused_divides_first_where_it_is_told_by_how_much(form: int) -> None:
+    one, two = SGD(weights(), form=form, fused=True), SGD(weights(), form=form, fused=True)
+    for step in range(3):
+        for p, q in zip(one.param_groups[0]["params"], two.param_groups[0]["params"], strict=True):
+            p.grad = torch.full_like(p, 6.0 + step)
+            q.grad = p.grad / 3
+        one.grad_scale = torch.tensor(3.0)
+        one.step()
+        two.step()
+        for p, q in zip(one.param_groups[0]["params"], two.param_groups[0]["params"], strict=True):
+            assert torch.equal(p, q)
+            assert torch.equal(p.grad, q.grad)  # it is divided in place
+
+
+@pytest.mark.parametrize("form", [9, 10])
+@pytest.mark.parametrize("scale", [None, 4.0])
+def test_memory_that_the_fused_kernel_would_mistake(form: int, scale: float | None) -> None:
+    """It goes through memory whatever the strides: of a transposed gradient, a slice, a layout that was changed."""
+
+    def odd(fused: bool) -> tuple[SGD, list[Tensor]]:
+        base = torch.arange(24.0, dtype=torch.float64).reshape(4, 6)
+        parameters = [
+            torch.arange(12.0, dtype=torch.float64).reshape(3, 4).requires_grad_(),
+            base[:, ::2].requires_grad_(),
+            torch.arange(48.0, dtype=torch.float64).reshape(2, 4, 3, 2).requires_grad_(),
+            torch.ones(3, dtype=torch.float64, requires_grad=True),
+        ]
+        optimizer = SGD(parameters, form=form, weight_decay=0.1, fused=fused)
+        if fused and scale:
+            optimizer.grad_scale = torch.tensor(scale)
+        for step in range(4):
+            if step == 2:
+                parameters[2].data = parameters[2].data.contiguous(memory_format=torch.channels_last)
+            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+            for p in parameters:
+                p.grad = torch.arange(p.numel(), dtype=torch.float64).reshape(p.shape)
+                p.grad *= scale if fused and scale else 1
+            parameters[0].grad = parameters[0].grad.t().contiguous().t()
+            optimizer.step()
+        return optimizer, [*parameters, base]
+
+    (_, found), (_, expected) = odd(fused=True), odd(fused=False)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"fused": True, "momentum_correction": False}, "which equals it"),
         ({"form": 9, "momentum_correction": False}, "no meaning with form 9"),
         ({"form": 8}, "must be 9 or 10"),
         ({"lr": -1.0}, "lr=-1.0"),
@@ -146,8 +239,9 @@ def test_closure_is_called_once_with_gradients_enabled() -> None:
 def test_options_that_make_no_sense(options: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         SGD(weights(), **options)
+    fused = options.pop("fused", False)
     with pytest.raises(ValueError, match=words):
-        SGD([{"params": weights(), **options}])
+        SGD([{"params": weights(), **options}], fused=fused)  # type: ignore[arg-type]
 
 
 def test_sparse_gradients_are_refused() -> None:
