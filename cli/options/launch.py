@@ -64,7 +64,7 @@ _OPTIONS = (
         help="auto: NCCL's choice on GPUs, Gloo's ring on CPUs; ring; hierarchical: NCCL inside a host and MPI between "
         "them; halving-doubling: Open MPI's Rabenseifner algorithm, on CPUs.",
     ),
-    _option("--fusion-threshold", type=Finite(0, 1e6), metavar="MB", help="Horovod's fusion buffer [128]"),
+    _option("--fusion-threshold", type=Finite(0, 1e6), metavar="MB", help="Horovod's fusion buffer [0]"),
     _option("--cycle-time", type=Finite(0, 1e6), metavar="MS", help="Pause between Horovod's cycles [1]"),
     _option(
         "--autotune", is_flag=True, help="Let Horovod tune fusion threshold and cycle time while it runs."

@@ -47,6 +47,9 @@ class HorovodWorld:
 
     def __init__(self) -> None:
         self._hvd = import_horovod()
+        # Gradients come in buckets. Horovod would copy those that are ready together into one of its own, and back.
+        if "HOROVOD_AUTOTUNE" not in os.environ:
+            os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         self._hvd.init()
         self.rank: int = self._hvd.rank()
         self.size: int = self._hvd.size()

@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import sys
 import time
 import traceback
@@ -1034,6 +1035,7 @@ def running_statistics_of_unusual_layers(world: World) -> None:
 @check
 def the_world_itself(world: World) -> None:
     p = world.size
+    assert os.environ.get("HOROVOD_FUSION_THRESHOLD") == ("0" if isinstance(world, HorovodWorld) else None)
     assert hvd_lb.world.init() is world is hvd_lb.world.current()
     assert (world.local_rank, world.local_size) == (world.rank, p)
     for dtype in (torch.float64, torch.float32, torch.int64):
