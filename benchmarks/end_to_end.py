@@ -1,0 +1,99 @@
+"""Whole steps of two processes on this machine, one thread each: hvd-lb beside its peers, in one run.
+
+    python benchmarks/end_to_end.py [--cases "resnet18 64²" ...] [--rounds 3] [--json results.json]
+
+The peers are the plain programs in peers/: PyTorch's DDP over Gloo, Horovod's own optimizer, and the network's work
+alone. Batches lie ready in memory. All sides take turns, each in processes of its own; figures are medians over the
+rounds, of the median step in each. A side that fails in a case has none there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+from limited import run_limited
+from peers.steps import CASES
+
+BIN, PEERS = Path(sys.executable).parent, Path(__file__).with_name("peers")
+HOROVODRUN = [BIN / "horovodrun", "--gloo", "-np", "2", "-H", "localhost:2", "--network-interface", "lo"]
+TORCHRUN = [BIN / "torchrun", "--nproc-per-node", "2", "--no-python"]
+# Program, launcher, fields of the recipe.
+SIDES: dict[str, tuple[str, list[str | Path], dict[str, object]]] = {
+    "hvd-lb": ("ours.py", HOROVODRUN, {}),
+    "hvd-lb, torch": ("ours.py", TORCHRUN, {}),
+    "hvd-lb, reproducible": ("ours.py", HOROVODRUN, {"reproducible": True}),
+    "DDP": ("ddp.py", TORCHRUN, {}),
+    "Horovod": ("stock_horovod.py", HOROVODRUN, {}),
+    "bare": ("bare.py", TORCHRUN, {}),
+}
+PEERS_OF_ALL = ("DDP", "Horovod", "bare")
+
+
+def run(side: str, case: str) -> list[float] | None:
+    """Of a step: seconds, CPU seconds of a process, and its bytes of memory; None where it fails."""
+    program, launcher, fields = SIDES[side]
+    os.environ |= {"OMP_NUM_THREADS": "1", "HVD_LB_BENCH": json.dumps(fields)}
+    command = [*map(str, launcher), sys.executable, str(PEERS / program), case]
+    output, errors, failure = run_limited(command, 200)
+    for line in output.splitlines():
+        if "CASE " in line:
+            return json.loads(line.partition("CASE ")[2])[1:]
+    reasons = (errors or output).strip().splitlines() or [failure]
+    print(f"  {side} failed: {reasons[-1][:200]}", flush=True)
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for case in arguments.cases:
+        print(case, flush=True)
+        found: dict[str, list[list[float]]] = {side: [] for side in arguments.sides}
+        for _ in range(arguments.rounds):
+            for side in list(found):
+                if (result := run(side, case)) is None:
+                    del found[side]
+                else:
+                    found[side].append(result)
+        results[case] = {
+            side: dict(
+                zip(
+                    ("seconds", "cpu_seconds", "memory"),
+                    map(statistics.median, zip(*runs, strict=True)),
+                    strict=True,
+                )
+            )
+            for side, runs in found.items()
+        }
+        for side, of in results[case].items():
+            speed, cpu, memory = (
+                2 * CASES[case].images / of["seconds"],
+                1000 * of["cpu_seconds"],
+                of["memory"] / 2**20,
+            )
+            ratios = [
+                f"{peer['seconds'] / of['seconds']:.2f} of {name}'s speed"
+                for name, peer in results[case].items()
+                if name in PEERS_OF_ALL and name != side
+            ]
+            print(
+                f"  {side + ':':22}{speed:6.1f} images/s, {cpu:.0f} ms of CPU, {memory:.0f} MB; {', '.join(ratios)}"
+            )
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

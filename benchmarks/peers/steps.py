@@ -1,0 +1,74 @@
+"""What all sides of end_to_end.py have in common: the cases, batches that lie ready in memory, and the clock."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CLASSES = 1000
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the images that each process gives it in a step, and how many steps are timed."""
+
+    model: str
+    pixels: int
+    images: int
+    steps: int
+    bf16: bool = False
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.bf16 else torch.contiguous_format
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext()
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        x = torch.randn(self.images, 3, self.pixels, self.pixels)
+        return x.to(memory_format=self.layout), torch.randint(0, CLASSES, (self.images,))
+
+
+CASES = {
+    "resnet18 224² bf16": Case("resnet18", 224, 16, steps=8, bf16=True),
+    "resnet18 224²": Case("resnet18", 224, 16, steps=5),
+    "resnet18 64²": Case("resnet18", 64, 16, steps=25),
+    "squeezenet1_1 64²": Case("squeezenet1_1", 64, 16, steps=50),
+    "mobilenet_v3_small 128² bf16": Case("mobilenet_v3_small", 128, 16, steps=25, bf16=True),
+}
+
+
+def time_cases(make: Callable[[Case], Callable[[], object]], rank: int) -> None:
+    """Times the steps that `make` makes, of each case named on the command line.
+
+    Prints on rank 0, each for one step: the median seconds; the median CPU seconds of this process, its threads for the
+    exchange included; and the most memory that this process had meanwhile, in bytes.
+    """
+    torch.set_num_threads(1)
+    for name in sys.argv[1:]:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        step = make(CASES[name])
+        seconds, cpu_seconds = list[float](), list[float]()
+        for _ in range(WARM_UP + CASES[name].steps):
+            began, cpu_began = time.perf_counter(), time.process_time()
+            step()
+            seconds.append(time.perf_counter() - began)
+            cpu_seconds.append(time.process_time() - cpu_began)
+        status = Path("/proc/self/status").read_text()
+        memory = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        figures = [statistics.median(values[WARM_UP:]) for values in (seconds, cpu_seconds)]
+        if rank == 0:
+            print("CASE", json.dumps([name, *figures, memory]), flush=True)
+        del step
