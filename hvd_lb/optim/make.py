@@ -9,6 +9,8 @@ from hvd_lb.optim.groups import parameter_groups
 from hvd_lb.optim.sgd import SGD
 from hvd_lb.recipe import Recipe
 
+_PLAIN = ("fp16", "fp64")
+
 
 def make_optimizer(recipe: Recipe, model: nn.Module, learning_rate: float) -> Optimizer:
     """On the parameters of `model`, as the recipe says; `learning_rate` is that of the first step."""
@@ -19,6 +21,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module, learning_rate: float) -> Op
         nesterov=recipe.nesterov,
         form=recipe.momentum_form,
         momentum_correction=recipe.momentum_correction,
-        # The plain form where bits are promised, or numbers are compared with the paper's formula.
-        fused=recipe.momentum_correction and not recipe.reproducible and recipe.precision != "fp64",
+        # The plain form where bits are promised, where numbers are compared with the paper's formula (fp64), and beside
+        # the loss scaler (fp16), which goes over all gradients by itself.
+        fused=recipe.momentum_correction and not recipe.reproducible and recipe.precision not in _PLAIN,
     )
