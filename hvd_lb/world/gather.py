@@ -1,4 +1,4 @@
-"""Bytes of every process for all, by two sums: what few and rare messages need, and no more."""
+"""Bytes between processes, by sums and broadcasts of tensors: what few and rare messages need, and no more."""
 
 import numpy as np
 import torch
@@ -19,3 +19,15 @@ def gather_bytes(world: World, data: bytes, name: str) -> list[bytes]:
     summed = world.allreduce(torch.from_numpy(together), f"{name}.bytes")
     whole = summed.numpy().astype(np.uint8).tobytes()
     return [whole[start:stop] for start, stop in zip(starts, stops, strict=True)]
+
+
+def broadcast_bytes(world: World, data: bytes, name: str) -> bytes:
+    """Rank 0's `data`, on every process; collective."""
+    length = int(world.broadcast(torch.tensor([len(data)]), f"{name}.length").item())
+    if length == 0:
+        return b""
+    if world.rank == 0:
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    else:
+        buffer = torch.empty(length, dtype=torch.uint8)
+    return world.broadcast(buffer, f"{name}.bytes").numpy().tobytes()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hvd_lb.errors import UserError
 from hvd_lb.world.build import HOW_TO_BUILD, import_horovod
+from hvd_lb.world.gather import broadcast_bytes
 from hvd_lb.world.launched import launched
 
 # Between two looks at a reduction: nothing at first, when most are done; then this share of what was waited, up to a
@@ -79,14 +80,7 @@ class HorovodWorld:
         ).wait()
 
     def broadcast_bytes(self, data: bytes, name: str) -> bytes:
-        length = int(self.broadcast(torch.tensor([len(data)]), f"{name}.length").item())
-        if length == 0:
-            return b""
-        if self.rank == 0:
-            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        else:
-            buffer = torch.empty(length, dtype=torch.uint8)
-        return self.broadcast(buffer, f"{name}.bytes").numpy().tobytes()
+        return broadcast_bytes(self, data, name)
 
     def barrier(self) -> None:
         self.allreduce(torch.zeros(1), "hvd_lb.barrier")
