@@ -13,6 +13,7 @@ import rich_click as click
 from click.exceptions import NoArgsIsHelpError
 
 from hvd_lb.errors import UserError
+from hvd_lb.world.launched import launched
 from hvd_lb_cli.lazy import LazyGroup
 from hvd_lb_cli.output.terminal import to_nowhere, tolerate_any_letter
 
@@ -88,6 +89,9 @@ def _check_start(arguments: list[str]) -> None:
 
 
 def _failed(message: str, status: int) -> int:
+    place = launched(os.environ)
+    if status == 2 and place and place.rank:  # rank 0 was given the same, and says so
+        return 2
     with suppress(OSError):
         print(f"hvd-lb: error: {' '.join(message.split())}", file=sys.stderr)
     return _flushed(status)

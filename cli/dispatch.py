@@ -33,8 +33,8 @@ from hvd_lb.machine.gpus import SHOWN_BY
 from hvd_lb.machine.placement import Placement, choose_device, choose_placement, default_gpus
 from hvd_lb.report.text import count
 from hvd_lb.resolve import check_options, explain, resolve
-from hvd_lb.world.engine import choose_engine
-from hvd_lb.world.launched import refuse_several
+from hvd_lb.world.engine import Engine, choose_engine
+from hvd_lb.world.launched import launched_alone
 from hvd_lb_cli.arguments import without_secrets
 from hvd_lb_cli.options.given import refuse_options
 from hvd_lb_cli.options.train import TrainOptions
@@ -56,7 +56,6 @@ def dispatch(
     `leave` is called with the run directory when all is checked.
     """
     console = plain_console()
-    refuse_several(os.environ, "hvd-lb train")
     target = find_target(options.launch, options.device, os.environ)
     refuse_unused(context, target, options.submit)
     if is_submission(target, options):
@@ -151,9 +150,7 @@ def _train(
             context, _OF_THE_EXCHANGE, "is about the exchange between processes, and this run has one"
         )
     launch_plan = plan_launch(target, cluster, placement, options.launch, container)
-    if launch_plan.engine == "torch":
-        why = f"is Horovod's own, and this run has torch.distributed ({launch_plan.why_engine})"
-        refuse_options(context, _OF_HOROVOD, why)
+    refuse_of_horovod(context, launch_plan.engine, launch_plan.why_engine)
     if options.launch.dry_run:
         directory = run_directory(options.output, resolved.recipe)
         resume_point = resume_point_of(directory, resolved, placement, options.resume)
@@ -169,6 +166,8 @@ def _train(
         return 0
     share = f"{placement.processes} on {placement.device}, {count(placement.threads, 'thread')} each"
     rows = [*explain(resolved, placement.device), ("processes", share)]
+    if placement.processes == 1 and (alone := launched_alone(os.environ)):
+        rows.append(("started", f"as a job of one process ({alone})"))
     if launch_plan.why_engine:
         rows.append(("engine", f"{launch_plan.engine}, {launch_plan.why_engine}"))
     if cluster:
@@ -193,6 +192,12 @@ def _train(
         console=console,
         on_ready=ready,
     )
+
+
+def refuse_of_horovod(context: click.Context, engine: Engine, why: str) -> None:
+    """UserError for an option that only Horovod reads, where it is not Horovod that exchanges."""
+    if engine == "torch":
+        refuse_options(context, _OF_HOROVOD, f"is Horovod's own, and this run has torch.distributed ({why})")
 
 
 def examine(

@@ -33,7 +33,7 @@ from hvd_lb.resolve import check_options
 from hvd_lb_cli.arguments import forwarded_arguments
 from hvd_lb_cli.options.given import given_options
 from hvd_lb_cli.options.launch import FORWARDED, LAUNCH_OPTIONS
-from hvd_lb_cli.options.submit import PUBLISHED_IMAGE, SubmitOptions
+from hvd_lb_cli.options.submit import PUBLISHED_IMAGE, SubmitOptions, options_of_systems
 from hvd_lb_cli.options.train import TrainOptions
 from hvd_lb_cli.output.show import print_preflight
 from hvd_lb_cli.output.terminal import plain_console
@@ -121,7 +121,7 @@ def _submission(command: click.Command, options: TrainOptions, target: Target) -
         Path(recipe).expanduser().absolute() if recipe and Path(recipe).expanduser().is_file() else None
     )
     dropped = (
-        (LAUNCH_OPTIONS - FORWARDED) | _options_of_systems(command) | set(SubmitOptions.__dataclass_fields__)
+        (LAUNCH_OPTIONS - FORWARDED) | options_of_systems(command) | set(SubmitOptions.__dataclass_fields__)
     )
     resume, timeline = options.resume, options.launch.timeline
     named = {"--resume": None if resume == "auto" else Path(resume), "--timeline": timeline}
@@ -221,9 +221,3 @@ def _processes(fields: Mapping[str, Any], target: Target) -> int:
     if not gpus and not slots:
         raise UserError("--gpus is left out: say how many GPUs the job shall have, such as --gpus 256")
     return min(gpus or slots, slots or gpus)
-
-
-def _options_of_systems(command: click.Command) -> set[str]:
-    """Those that only a system that is submitted to reads."""
-    prefixes = ("k8s_", "slurm_", "sbatch", "container_")
-    return {option.name for option in command.params if option.name and option.name.startswith(prefixes)}

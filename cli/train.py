@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import rich_click as click
 
+from hvd_lb.world.launched import launched
 from hvd_lb_cli.detached import detached
 from hvd_lb_cli.options.kubernetes import kubernetes_options
 from hvd_lb_cli.options.launch import launch_options
@@ -71,6 +73,7 @@ def train(
     hvd-lb train --data /data/imagenet --gpus 256 --hostfile hosts --output /shared/runs/8k
     hvd-lb train --data /data/imagenet --gpus 256 --launcher slurm --slurm-partition gpu --submit
     hvd-lb train --data /data/imagenet --gpus 16 --hosts h1:8,h2:8 --image ghcr.io/hvd-lb/hvd-lb
+    torchrun --nproc-per-node 8 -m hvd_lb_cli.main train --data /data/imagenet
     """
     train_options = TrainOptions(
         options,
@@ -84,6 +87,11 @@ def train(
         slurm_options,
         kubernetes_options,
     )
+
+    if place := launched(os.environ):
+        from hvd_lb_cli.launched import train_launched
+
+        return train_launched(context, train_options, place)
 
     def work(leave: Callable[[Path], None] | None = None) -> int:
         from hvd_lb_cli.dispatch import dispatch  # here: --help needs none of it

@@ -60,6 +60,12 @@ _OPTIONS = (
 )
 
 
+def options_of_systems(command: click.Command) -> set[str]:
+    """Those that only a system that is submitted to reads."""
+    prefixes = ("k8s_", "slurm_", "sbatch", "container_")
+    return {option.name for option in command.params if option.name and option.name.startswith(prefixes)}
+
+
 def submit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options of SubmitOptions; the command gets them as `submit_options`."""
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lb.launch.hosts import Host, host_of_rank
+from hvd_lb.launch.launch_plan import UNTOLD
 from hvd_lb.launch.options import START_TIMEOUT
-from hvd_lb.launch.rank.names import log_name
+from hvd_lb.launch.rank.names import OF_OTHERS, log_name
 
-# What the other processes of a job say when one of them has failed: Horovod's error, and ours for torch.distributed.
-_OF_OTHERS = ("HorovodInternalError", "ExchangeError")
 # How mpirun and srun tell which process ended, and how.
 _ENDINGS = (
     re.compile(r"Process name: \[\[\d+,1\],(?P<rank>\d+)\]\s*\n\s*Exit code: +(?P<code>\d+)"),
@@ -56,7 +55,7 @@ def find_failure(
     What Slurm says is of tasks: each is a rank, or with `agents` a host.
     """
     errors = read_errors(logs)
-    own = sorted((e for e in errors if e["kind"] not in _OF_OTHERS), key=lambda error: error["time"])
+    own = sorted((e for e in errors if e["kind"] not in OF_OTHERS), key=lambda error: error["time"])
     if own:
         return _from_error_file(own[0], logs, hosts)
     explained = {error["rank"] for error in errors}
@@ -88,7 +87,8 @@ def find_failure(
     if errors:
         return _from_error_file(min(errors, key=lambda error: error["time"]), logs, hosts)
     host = host_of_rank(hosts, 0)
-    log = logs / log_name(0, host) if processes == 1 and not _last_line(text) else launcher_log
+    of_rank_0 = status == UNTOLD or (processes == 1 and not _last_line(text))
+    log = logs / log_name(0, host) if of_rank_0 else launcher_log
     return RankFailure(_how(status, log), 0 if processes == 1 else None, host, log)
 
 
@@ -181,6 +181,8 @@ def _late(rank: int, others: int, seconds: str, logs: Path, hosts: Sequence[Host
 
 
 def _how(code: int, log: Path) -> str:
+    if code == UNTOLD:
+        return "it ended without a word: by whoever started it, by hand, or as the machine ran out of memory"
     # A shell reports a signal as 128 + its number, Python as its negative.
     number = -code if code < 0 else code - 128
     if number in {int(sign) for sign in signal.Signals}:

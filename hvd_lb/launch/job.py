@@ -29,7 +29,7 @@ class Job(BaseModel):
     checkpoint: Path | None
     data_fingerprint: str  #: a host whose copy of the data is another would make another run
     engine: Engine  #: what exchanges tensors, if there are several processes
-    starter: Literal["local", "ssh", "slurm"]
+    starter: Literal["local", "ssh", "slurm", "launched"]
     hosts: list[tuple[str, int]]  #: filled with ranks in this order
     interfaces: dict[str, str]  #: network interface of each host
     environment: dict[str, str]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import Host
@@ -17,7 +18,7 @@ from hvd_lb.launch.options import START_TIMEOUT
 from hvd_lb.world.engine import Engine
 
 # For Python to start from a cold network file system, on the last host; Gloo alone gives up after 30.
-_TIMEOUT_SECONDS = 600
+START_SECONDS = 600
 #: What an interpreter reads before it runs anything: the rest is in the job's file.
 ON_COMMAND_LINES = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 _MANY_HOSTS = (
@@ -25,15 +26,40 @@ _MANY_HOSTS = (
 )
 
 
+class Running(Protocol):
+    """The process whose life is the job's; statuses are those of `subprocess.Popen`, or UNTOLD."""
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float) -> int:
+        """Raises `subprocess.TimeoutExpired`."""
+        ...
+
+    def end(self, sign: signal.Signals) -> None:
+        """Sends it a signal that ends the job."""
+        ...
+
+
+class Started(Protocol):
+    """Ranks that were started by somebody else, and wait."""
+
+    def begin(self, job: str) -> Running:
+        """Have all of them begin; `job` is a `launch.job.Job` in JSON. What is given is rank 0."""
+        ...
+
+
+#: The status of a process of which is only known that it has ended.
+UNTOLD = 256
+
+
 @dataclass(frozen=True)
 class LaunchPlan:
     """`command(JOB.json)` starts all processes of a job, `environment` is set in each of them before anything else.
 
     With `agents` it is a head, which heeds its launching process (`agent.head`). `during` is entered while they run, if
-    there is one; what it gives is added to their environment.
+    there is one; what it gives is added to their environment. Where they are `started` already, no command is run.
     """
 
-    starter: Literal["local", "ssh", "slurm"]
+    starter: Literal["local", "ssh", "slurm", "launched"]
     hosts: list[Host]
     command: Callable[[Path], list[str]]
     interfaces: Mapping[str, str] = field(default_factory=dict)
@@ -42,6 +68,7 @@ class LaunchPlan:
     engine: Engine = "horovod"
     why_engine: str = ""  #: in a few words, where it is not what one would expect
     during: Callable[[], AbstractContextManager[Mapping[str, str]]] | None = None
+    started: Started | None = None
 
 
 def rank_command(job_file: Path, python: str = sys.executable) -> list[str]:
@@ -103,5 +130,5 @@ def process_environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONUNBUFFERED": "1",
-        START_TIMEOUT: str(_TIMEOUT_SECONDS),
+        START_TIMEOUT: str(START_SECONDS),
     }

@@ -15,7 +15,7 @@ from hvd_lb.launch.agent.head import CONTROL
 from hvd_lb.launch.agent.process import dies_with_parent
 from hvd_lb.launch.failure import RankFailure, find_failure
 from hvd_lb.launch.job import Job
-from hvd_lb.launch.launch_plan import LaunchPlan
+from hvd_lb.launch.launch_plan import LaunchPlan, Running
 from hvd_lb.launch.stopping import AT_ONCE
 from hvd_lb.report.run_directory import RunDirectory, replace_text
 from hvd_lb.world.launched import without_job
@@ -32,19 +32,23 @@ class RankProcesses:
             more = self._during.enter_context(launch.during())
             job = job.model_copy(update={"environment": {**job.environment, **more}})
         replace_text(run.job, job.to_json(), mode=0o600)
+        self._head: socket.socket | None = None
+        self._heard = b""
+        self._process = launch.started.begin(job.to_json()) if launch.started else self._start(job, lock)
+
+    def _start(self, job: Job, lock: int) -> Running:
+        launch = self._launch
         environment = {**without_job(os.environ), **job.environment}
         inherited = [lock]
-        self._head: socket.socket | None = None
         if launch.agents:
             self._head, theirs = socket.socketpair()
             self._during.enter_context(self._head)
             self._head.setblocking(False)
             environment[CONTROL] = str(theirs.fileno())
             inherited.append(theirs.fileno())
-        self._heard = b""
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                launch.command(run.job),
+            process = _Group(
+                launch.command(self._run.job),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -57,6 +61,7 @@ class RankProcesses:
             )
         if launch.agents:
             theirs.close()
+        return process
 
     def poll(self) -> int | None:
         return self._process.poll()
@@ -103,7 +108,7 @@ class RankProcesses:
             for sign, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
                 if self.poll() is not None:
                     return
-                os.killpg(self._process.pid, sign)
+                self._process.end(sign)
                 if self.wait(seconds) is not None:
                     return
         finally:
@@ -118,3 +123,10 @@ class RankProcesses:
         with suppress(OSError):  # it has just ended
             if self._head:
                 self._head.send(json.dumps(message).encode() + b"\n")
+
+
+class _Group(subprocess.Popen[bytes]):
+    """A process and those that it has started: a group of their own."""
+
+    def end(self, sign: signal.Signals) -> None:
+        os.killpg(self.pid, sign)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,6 +20,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: In the file: end now, without a checkpoint.
 AT_ONCE = "at once"
 _LOOK_SECONDS = 0.25
+_SAME_SECONDS = 1.0
 
 
 def heeded_signals() -> tuple[signal.Signals, ...]:
@@ -41,11 +43,12 @@ class StopRequests:
     """Called, it gives the number of the signal by which the run shall end, or 0.
 
     The file is looked for while it is `watched`: by one process, as many would load a shared file system. A second
-    signal ends the process, and so does any one after AT_ONCE was written.
+    signal ends the process, by `end` with a status, and so does any one after AT_ONCE was written. One that comes at
+    once after the first is the same: launchers pass on what the terminal has sent to all.
     """
 
-    def __init__(self, file: Path):
-        self._file, self._signal = file, 0
+    def __init__(self, file: Path, end: Callable[[int], object] = os._exit):
+        self._file, self._end, self._signal, self._since = file, end, 0, 0.0
         for number in heeded_signals():
             signal.signal(number, self._receive)
 
@@ -61,7 +64,7 @@ class StopRequests:
             while not over.is_set():
                 text = read_wish(self._file)
                 if text == AT_ONCE:  # also where the launching process is gone, or stands still
-                    os._exit(128 + signal.SIGTERM)
+                    self._end(128 + signal.SIGTERM)
                 if text.isdecimal():
                     self._signal = self._signal or int(text)
                 over.wait(_LOOK_SECONDS)
@@ -73,6 +76,8 @@ class StopRequests:
             over.set()
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self._signal or read_wish(self._file) == AT_ONCE:
-            os._exit(128 + number)
-        self._signal = number
+        again = self._signal and time.monotonic() - self._since >= _SAME_SECONDS
+        if again or read_wish(self._file) == AT_ONCE:
+            self._end(128 + number)
+        if not self._signal:
+            self._signal, self._since = number, time.monotonic()

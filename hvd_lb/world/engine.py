@@ -20,16 +20,11 @@ def choose_engine(asked: EngineName, place: Place | None) -> tuple[Engine, str]:
 
     UserError where Horovod, or its own launcher, is asked for and Horovod cannot be had.
     """
-    connected = place is None or place.launcher in _OF_HOROVOD
     if asked == "torch":
         return "torch", "as asked for"
-    if asked == "horovod" and place and not connected:
-        raise UserError(
-            f"--engine horovod, but {place.launcher} started the processes, which Horovod cannot connect: use --engine "
-            f"torch, or start them with horovodrun -np {place.size}"
-        )
-    if not connected:
-        return "torch", f"started by {place.launcher}" if place else ""
+    if place and not _connects(place):
+        refuse_unconnected(asked, place)
+        return "torch", f"started by {place.launcher}"
     try:
         import_horovod()
     except UserError as error:
@@ -37,3 +32,16 @@ def choose_engine(asked: EngineName, place: Place | None) -> tuple[Engine, str]:
             raise
         return "torch", str(error).partition(":")[0].partition(", but several")[0]
     return "horovod", "as asked for" if asked == "horovod" else ""
+
+
+def refuse_unconnected(asked: EngineName, place: Place) -> None:
+    """UserError where Horovod is asked for among processes that it does not connect, whatever is installed."""
+    if asked == "horovod" and not _connects(place):
+        raise UserError(
+            f"--engine horovod, but {place.launcher} started the processes, which Horovod cannot connect: use --engine "
+            f"torch, or start them with horovodrun -np {place.size}"
+        )
+
+
+def _connects(place: Place) -> bool:
+    return place.launcher in _OF_HOROVOD

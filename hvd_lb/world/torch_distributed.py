@@ -34,6 +34,7 @@ from torch.distributed import (
 )
 
 from hvd_lb.errors import ExchangeError, UserError
+from hvd_lb.world.gather import broadcast_bytes
 from hvd_lb.world.launched import Place
 from hvd_lb.world.rendezvous import JOIN_SECONDS, join
 
@@ -94,7 +95,8 @@ class TorchWorld:
     def __init__(self, place: Place) -> None:
         self.rank, self.size = place.rank, place.size
         store, address = join(place)
-        self._store = PrefixStore(f"hvd_lb/{next(_worlds)}", store)
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the processes
+        self._store = PrefixStore(f"hvd_lb/{start}/{next(_worlds)}", store)
         hosts = _hosts(self._store, place)
         here = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
         self.local_size = len(here)
@@ -133,12 +135,7 @@ class TorchWorld:
         return tensor
 
     def broadcast_bytes(self, data: bytes, name: str) -> bytes:
-        length = int(self.broadcast(torch.tensor([len(data)]), f"{name}.length").item())
-        if self.rank == 0:
-            buffer = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[:length]
-        else:
-            buffer = torch.empty(length, dtype=torch.uint8)
-        return self.broadcast(buffer, f"{name}.bytes").numpy().tobytes()
+        return broadcast_bytes(self, data, name)
 
     def barrier(self) -> None:
         self.allreduce(torch.zeros(1), "hvd_lb.barrier")

@@ -141,6 +141,8 @@ def test_several_processes_do_not_each_simulate(hvd_lb: Run, monkeypatch: pytest
     said = hvd_lb("simulate", "--data", "digits", "--device", "cpu")
     assert said.status == 2
     assert "torchrun started this as one of 2 processes" in said.err
+    monkeypatch.setenv("RANK", "1")  # what rank 0 was given, too, it says alone
+    assert hvd_lb("simulate", "--data", "digits", "--device", "cpu") == type(said)(2, "", "")
 
 
 def test_a_rehearsal_of_epochs_says_how_they_are_run(hvd_lb: Run, in_empty_folder: Path) -> None:

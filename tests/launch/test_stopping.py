@@ -46,6 +46,21 @@ def test_a_signal_to_a_rank(tmp_path: Path, number: int) -> None:
     assert requested() == number
 
 
+def test_a_second_signal_ends_a_rank_unless_it_is_the_first_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    requested = StopRequests(tmp_path / "stop", ended.append)
+    signal.raise_signal(signal.SIGINT)
+    first = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: first + 0.1)
+    signal.raise_signal(signal.SIGTERM)
+    assert (requested(), ended) == (signal.SIGINT, [])
+    monkeypatch.setattr(time, "monotonic", lambda: first + 5)
+    signal.raise_signal(signal.SIGTERM)
+    assert (requested(), ended) == (signal.SIGINT, [128 + signal.SIGTERM])
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", "²".encode(), b"1 5"])
 def test_what_is_no_number_asks_for_nothing(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "stop"

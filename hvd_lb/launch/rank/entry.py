@@ -23,7 +23,8 @@ from hvd_lb.machine.pinning import pin
 
 
 def main(job_file: str) -> None:
-    job: dict[str, Any] = json.loads(Path(job_file).read_text("utf-8"))
+    text = Path(job_file).read_text("utf-8")
+    job: dict[str, Any] = json.loads(text)
     os.environ.update(job["environment"])
     if job["starter"] == "slurm" and "HOROVOD_RANK" not in os.environ:
         from hvd_lb.launch.rank.slurm import rank_environment
@@ -42,16 +43,16 @@ def main(job_file: str) -> None:
         buses = [gpu["bus"] for gpu in gpus(os.environ)] if job["device"] == "cuda" else []
         pinned = pin(local_rank, local_size, buses)
     open_line()
-    _write_to(Path(job["output"]) / "logs" / log_name(rank, host))
+    write_to(Path(job["output"]) / "logs" / log_name(rank, host))
     if pinned:
         print(pinned, flush=True)
 
     from hvd_lb.launch.rank import train  # torch is loaded here, after all of the above
 
-    train.main(job_file, rank, host, min(cores, usable_cores()))
+    train.main(text, rank, host, min(cores, usable_cores()))
 
 
-def _write_to(log: Path) -> None:
+def write_to(log: Path) -> None:
     """Send what this process writes, that of its libraries too, to `log`."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""Which rank a process is, and the name of its log."""
+"""Which rank a process is, the name of its log, and of errors that another rank has caused."""
 
 from __future__ import annotations
 
@@ -20,3 +20,6 @@ def log_name(rank: int, host: str) -> str:
 
 #: What rank 0 writes where the ranks have measured the network.
 NETWORK_REPORT = "network.json"
+
+#: What a rank says when another one has failed: Horovod's error, and ours for torch.distributed.
+OF_OTHERS = ("HorovodInternalError", "ExchangeError")

@@ -9,8 +9,8 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from pathlib import Path
 
 import torch
 
@@ -103,11 +103,14 @@ def _device(job: Job, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank if torch.cuda.device_count() > 1 else 0)
 
 
-def main(job_file: str, rank: int, host: str, cores: int) -> None:
-    """`rank` and `host` are those that the launcher gave this process, `cores` its share of the host's."""
-    job = Job.from_json(Path(job_file).read_text("utf-8"))
+def main(job_text: str, rank: int, host: str, cores: int, end: Callable[[int], object] = os._exit) -> None:
+    """`rank` and `host` are those that the launcher gave this process, `cores` its share of the host's.
+
+    `job_text` is a `Job` in JSON. `end` ends the process with a status at once.
+    """
+    job = Job.from_json(job_text)
     directory, stages = RunDirectory(job.output), Stages()
-    stop_requested = StopRequests(directory.stop)
+    stop_requested = StopRequests(directory.stop, end)
     try:
         tell("arrived")
         world = worlds.init(job.engine)
@@ -132,7 +135,7 @@ def main(job_file: str, rank: int, host: str, cores: int) -> None:
             traceback.print_exc()
             sys.stderr.flush()
         # At once, without Horovod's shutdown: it would wait for the others, who are waiting for this process.
-        os._exit(1)
+        end(1)
     worlds.shutdown()
 
 

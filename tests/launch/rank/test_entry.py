@@ -18,7 +18,8 @@ def main(job, rank, host, cores):
     print("wrong", file=sys.stderr, flush=True)
     subprocess.run(["echo", "child"])
     seen = {name: os.environ.get(name) for name in ("A", "HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME")}
-    open(os.path.join(os.path.dirname(job), "seen.json"), "w").write(json.dumps([seen, "torch" in sys.modules]))
+    with open(os.path.join(json.loads(job)["output"], "logs", "seen.json"), "w") as file:
+        file.write(json.dumps([seen, "torch" in sys.modules]))
     if os.environ.get("WAIT"):
         import time
         time.sleep(60)
