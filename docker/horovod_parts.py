@@ -185,6 +185,7 @@ def make_toolkit(target: Path, system: Path | None = None) -> None:
         for inside, place in shape.items():
             if (source / inside).is_dir():
                 link_tree(source / inside, target / place)
+    (target / "lib").symlink_to("lib64")  # where nvcc looks since CUDA 13.2
     for part in ("include", "lib"):
         link_tree(nccl / part, target / "nccl" / part)
     for needed in ("bin/nvcc", "include/cuda_runtime.h", "include/cublas_v2.h", "nvvm/bin/cicc"):

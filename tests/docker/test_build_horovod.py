@@ -265,6 +265,7 @@ def test_the_wheels_become_a_toolkit(lie: Callable[[Path], None], wheels: Path, 
         "include/crt/host_defines.h": "build",
         "nvvm/bin/cicc": "build",
         "lib64/libcudart.so": "torch",
+        "lib/libcudart.so": "torch",
         "nccl/include/nccl.h": "torch",
         "nccl/lib/libnccl.so": "torch",
     }
