@@ -115,3 +115,9 @@ def test_no_folder_is_a_heap(folder: Path) -> None:
 def test_packages_that_probes_and_containers_import_are_empty(package: str) -> None:
     for init in (ROOT / "hvd_lb" / package).rglob("__init__.py"):
         assert not ast.parse(init.read_text("utf-8")).body[1:], f"{init} imports something"
+
+
+def test_modules_of_tests_have_names_of_their_own() -> None:
+    """They lie in folders without packages, where pytest imports them by their names."""
+    names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert names == sorted(set(names))
