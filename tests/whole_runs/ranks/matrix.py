@@ -108,6 +108,10 @@ def main(folder: Path) -> None:
             digest = hashlib.sha256()
             for name, tensor in sorted(tensors.items()):
                 digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+            rate = trainer.state.optimizer.param_groups[0]["lr"]
+            for number, state in trainer.state.optimizer.state_dict()["state"].items():
+                # In terms of the last rate, as plain updates keep it and fused ones do not.
+                tensors[f"state/{number}/velocity"] = state["velocity"] * (rate / state["reference_lr"])
             evaluation = asdict(trainer.state.last_evaluation) if trainer.state.last_evaluation else None
             result = {
                 "digest": digest.hexdigest(),
