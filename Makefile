@@ -30,7 +30,7 @@ quick: $(STAMP)  ## run the unit tests, those of less than a second each, on all
 test: $(STAMP)  ## run all tests but those of test-long and test-cluster
 	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not cluster and not long" $(ARGS)
 
-test-long: $(STAMP)  ## run those that wait for minutes: hangs, runs watched and stopped from elsewhere
+test-long: $(STAMP)  ## run those that take minutes: hangs, runs watched and stopped from elsewhere, eight processes
 	@$(BIN)/python -m pytest -m long $(ARGS)
 
 test-cluster: cluster-packages $(STAMP)  ## run real hosts, Slurm and Docker on this machine and test on them (root)

@@ -26,7 +26,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[3, 8], ids=lambda p: f"{p} processes")
+@pytest.fixture(
+    scope="module", params=[3, pytest.param(8, marks=pytest.mark.long)], ids=lambda p: f"{p} processes"
+)
 def shared(
     request: pytest.FixtureRequest, horovodrun: Callable, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
