@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import get_model
 
 CLASSES = 1000
 WARM_UP = 3
@@ -39,6 +41,28 @@ class Case:
         torch.manual_seed(0)
         x = torch.randn(self.images, 3, self.pixels, self.pixels)
         return x.to(memory_format=self.layout), torch.randint(0, CLASSES, (self.images,))
+
+
+def network(case: Case) -> nn.Module:
+    return get_model(case.model, num_classes=CLASSES).to(memory_format=case.layout)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 1e-4, 0.9, weight_decay=1e-4, nesterov=True)
+
+
+def plain_step(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+    """A step as torch's documentation has it."""
+    x, y = case.batch()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with case.autocast():
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+
+    return step
 
 
 CASES = {

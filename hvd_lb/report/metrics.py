@@ -81,6 +81,17 @@ def _end_of_lines(stream: FileIO) -> int:
     return size
 
 
+def _board_type() -> type[SummaryWriter]:
+    """Imported only where an observer is, and in the thread that makes it.
+
+    In the observer's own thread, beside another import, `six.moves` (of TensorBoard, and of DALI) may not be found: six
+    is then in `sys.modules` before it is a package.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter
+
+
 class RunObserver:
     """Rank 0's observer: writes what the trainer says into the run directory, in a thread and in the order it was said.
 
@@ -95,6 +106,7 @@ class RunObserver:
         self._board: SummaryWriter | None = None
         self._board_due, self._beat = 0.0, 0.0
         self._step = first_step
+        self._board_type = _board_type()
         self._thread = ThreadPoolExecutor(1, "hvd-lb metrics")
         self._failure: Exception | None = None
         self._last = self._later(self._begin)
@@ -219,10 +231,8 @@ class RunObserver:
             raise
 
     def _open_board(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # here: only rank 0 needs it, and torch
-
         self._board_due = time.monotonic() + _BOARD_SECONDS
-        self._board = SummaryWriter(str(self._run.tensorboard), purge_step=self._step)
+        self._board = self._board_type(str(self._run.tensorboard), purge_step=self._step)
 
     @contextmanager
     def _told_of(self, path: Path) -> Iterator[None]:

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import resource
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -84,6 +86,24 @@ def test_what_is_not_finite_is_null(run: RunDirectory) -> None:
     [record] = lines(run.metrics)
     assert (record["loss"], record["lr"], record["deep"]) == (None, None, [1.0, {"x": None}])
     assert read_metrics(run.metrics) == [record]
+
+
+def test_the_thread_imports_no_library(run: RunDirectory) -> None:
+    """Two threads that import TensorBoard and DALI at one time may not find `six.moves`, and a rank fails."""
+    program = f"""
+import sys
+from pathlib import Path
+from hvd_lb.report.metrics import RunObserver
+from hvd_lb.report.run_directory import RunDirectory
+observer = RunObserver(RunDirectory(Path({str(run.path)!r})), 0)
+before = set(sys.modules)
+observer.train({train(0)!r})
+observer.close()
+print({{name.partition(".")[0] for name in set(sys.modules) - before}} & {{"six", "tensorboard", "google", "torch"}})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+    assert list(run.tensorboard.iterdir())
 
 
 @pytest.mark.parametrize("foreign", FOREIGN)
