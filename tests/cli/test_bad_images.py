@@ -109,7 +109,9 @@ def expected_positions(data: Path) -> list[tuple[int, int, int, int, int]]:
     ]
 
 
-@pytest.mark.parametrize(("loader", "counts"), [("dali", (1, 2, 3)), ("torchvision", (1, 3))])
+@pytest.mark.parametrize(
+    ("loader", "counts"), [("dali", (1, 3)), pytest.param("torchvision", (1, 2, 3), marks=pytest.mark.long)]
+)
 def test_skipping_makes_the_same_run_on_any_number_of_processes(
     loader: str, counts: tuple[int, ...], start: Start, data: Path, tmp_path: Path
 ) -> None:

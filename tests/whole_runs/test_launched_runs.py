@@ -83,7 +83,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return simulate(tmp_path_factory.mktemp("simulated") / "run", 4)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpirun", marks=pytest.mark.long)])
 def test_a_run_is_the_same_whoever_starts_it(
     launcher: str, launch: Launch, simulated: bytes, tmp_path: Path
 ) -> None:
