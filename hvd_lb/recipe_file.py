@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if event.anchor or getattr(event, "tag", None):
             raise yaml.MarkedYAMLError(
-                problem="anchors, aliases and tags (&, *, !) have no place in a recipe: put text that begins so in "
+                problem="anchors, aliases and tags (&, *, !) have no place here: put text that begins so in "
                 "quotes",
                 problem_mark=event.start_mark,
             )
@@ -66,40 +66,40 @@ for _kind, _pattern in _NUMBERS.items():
         _class.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(f"(?:{_pattern})$"), list("-+0123456789."))
 
 
-def read_text(path: Path) -> str:
-    """The text of a recipe file; UserError in one line for what is none."""
+def read_text(path: Path, what: str = "recipe") -> str:
+    """The text of a recipe file, or another that is called `what`; UserError in one line for what is none."""
     try:
         if path.is_dir():
-            raise UserError(f"recipe {path} is a folder: expected a YAML file")
+            raise UserError(f"{what} {path} is a folder: expected a YAML file")
         if not path.is_file():
-            raise UserError(f"recipe {path} is a pipe or device: expected a YAML file")
+            raise UserError(f"{what} {path} is a pipe or device: expected a YAML file")
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise UserError(
-                f"recipe {path} has more than {_MOST_BYTES:,} bytes: expected `field: value` lines"
+                f"{what} {path} has more than {_MOST_BYTES:,} bytes: expected `field: value` lines"
             )
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"recipe {path} is not UTF-8 (byte {error.start}): expected YAML; save it as UTF-8"
+            f"{what} {path} is not UTF-8 (byte {error.start}): expected YAML; save it as UTF-8"
         ) from None
     except OSError as error:
-        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{what} {path} cannot be read: {error.strerror}") from None
 
 
-def parse_values(text: str, source: str) -> dict[str, Any]:
+def parse_values(text: str, source: str, what: str = "recipe") -> dict[str, Any]:
     """The fields that a text sets, whatever they are; UserError in one line for what is no `field: value` lines."""
     try:
         values = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {source}: {_in_one_line(error)}") from None
+        raise UserError(f"{what} {source}: {_in_one_line(error)}") from None
     except ValueError:  # Python reads no number of more than 4,300 digits
-        raise UserError(f"recipe {source}: a number has too many digits") from None
+        raise UserError(f"{what} {source}: a number has too many digits") from None
     except RecursionError:
-        raise UserError(f"recipe {source} is nested too deeply: expected `field: value` lines") from None
+        raise UserError(f"{what} {source} is nested too deeply: expected `field: value` lines") from None
     if not isinstance(values, dict):
-        raise UserError(f"recipe {source}: expected `field: value` lines")
+        raise UserError(f"{what} {source}: expected `field: value` lines")
     return values
 
 
