@@ -16,12 +16,14 @@ from hvd_lb.recipe import Recipe
 from hvd_lb.report.text import count, duration, speed
 from hvd_lb_cli.arguments import without_secrets
 from hvd_lb_cli.options.given import refuse_options
+from hvd_lb_cli.options.kinds import Finite
 from hvd_lb_cli.options.recipe import recipe_options, run_options
 from hvd_lb_cli.options.topics import TopicCommand
 from hvd_lb_cli.output.show import index_progress, print_rows
 from hvd_lb_cli.output.terminal import outliving_readers, plain_console
 
 if TYPE_CHECKING:
+    from hvd_lb.forecast.profile import ClusterProfile
     from hvd_lb.resolve import Resolved
     from hvd_lb.simulate import Rehearsal
 
@@ -43,7 +45,7 @@ class _Duration(click.ParamType[float]):
 # What `--help` shows.
 _FIRST = (
     *("data", "gpus", "per_gpu_batch", "model", "epochs", "steps", "learning_rate"),
-    *("whole", "budget", "recipe", "device", "output", "resume"),
+    *("whole", "budget", "cluster", "recipe", "device", "output", "resume"),
 )
 
 
@@ -63,6 +65,27 @@ _FIRST = (
     help="How long a rehearsal may take.",
     panel="The run",
 )
+@click.option(
+    "--cluster",
+    metavar="NAME|FILE",
+    help="Also foretell the run on --gpus GPUs of this cluster: a shipped profile (docs/forecast.md) or a file.",
+    panel="A forecast",
+)
+@click.option(
+    "--device-profile",
+    metavar="NAME|FILE",
+    default="measured",
+    show_default=True,
+    help="With --cluster: times of one GPU there, h100, p100 or a file, instead of those measured here.",
+    panel="A forecast",
+)
+@click.option(
+    "--price-per-gpu-hour",
+    "price",
+    type=Finite(0),
+    help="With --cluster: what a GPU costs in an hour, in any money.",
+    panel="A forecast",
+)
 @run_options
 @recipe_options
 @click.pass_context
@@ -75,36 +98,50 @@ def simulate(
     resume: str,
     budget: float,
     whole: bool,
+    cluster: str | None,
+    device_profile: str,
+    price: float | None,
 ) -> int:
     """Run the same steps on one process, without Horovod: same plan, same learning rate, same weights.
 
     It is a rehearsal within --budget that says how long a step, an epoch and the run would take here, and writes
-    nothing. With --run it is the run, and with --steps the first of its steps; both write a run directory as `train`
-    does.
+    nothing. With --cluster it also foretells the run there, and --output keeps that forecast. With --run it is the run,
+    and with --steps the first of its steps; both write a run directory as `train` does.
 
     \b
     hvd-lb simulate --gpus 256 --per-gpu-batch 32
     hvd-lb simulate --gpus 256 --per-gpu-batch 32 --data /data/imagenet --steps 20
+    hvd-lb simulate --gpus 256 --cluster big-basin --device-profile p100
     hvd-lb simulate --data digits --gpus 4 --epochs 3 --run
     """
     whole = whole or "steps" in options
-    refuse_options(
-        context,
-        {"budget"} if whole else {"output", "resume"},
-        "is for a rehearsal, and --run or --steps ask for a run"
-        if whole
-        else "is for a run, and this is a rehearsal: add --run for all of its steps, or --steps N",
-    )
+    forecasting = {"cluster", "device_profile", "price"}
+    if whole:
+        refuse_options(
+            context, {"budget", *forecasting}, "is for a rehearsal, and --run or --steps ask for a run"
+        )
+    else:
+        refuse_options(
+            context,
+            {"resume"} if cluster else {"resume", "output"},
+            "is for a run, and this is a rehearsal: add --run for all of its steps, or --steps N",
+        )
+        if cluster is None:
+            refuse_options(context, forecasting, "is for a forecast: add --cluster, as in --cluster dgx-h100")
     import torch  # here: --help needs neither it nor what follows
 
+    from hvd_lb.forecast.profile import load_device
     from hvd_lb.launch.session import default_output, run_job
     from hvd_lb.launch.starters.local import local
     from hvd_lb.machine.placement import choose_device, choose_placement
     from hvd_lb.resolve import explain, resolve
-    from hvd_lb.simulate import rehearse
+    from hvd_lb.simulate import measure_device, rehearse
     from hvd_lb.world.launched import refuse_several
+    from hvd_lb_cli.output.forecast import foretell, refuse_other_runs
 
     refuse_several(os.environ, "hvd-lb simulate")
+    there = _cluster(cluster, price) if cluster else None
+    published = load_device(device_profile) if there and device_profile != "measured" else None
     started = time.monotonic()
     console = plain_console()
     device_name = choose_device(device)
@@ -112,6 +149,8 @@ def simulate(
         resolved = resolve(
             options, recipe=recipe, default_gpus=1, fallback_data="synthetic", on_progress=on_progress
         )
+    if published:
+        refuse_other_runs(published, resolved.recipe)
     placement = choose_placement(
         device_name, gpus=resolved.recipe.gpus, processes=1, threads=resolved.recipe.threads
     )
@@ -138,15 +177,37 @@ def simulate(
             resolved,
             device=torch.device(device_name),
             threads=placement.threads,
-            deadline=started + budget,
+            deadline=started + (budget / 2 if there else budget),
             on_microbatch=lambda step, done, of: status.update(
                 Text(f"rehearsing: step {step}, microbatch {done}/{of}")
             ),
         )
-    print_rows(
-        console, _findings(resolved, rehearsal, f"{device_name}, {count(placement.threads, 'thread')}")
-    )
+    here = f"{device_name}, {count(placement.threads, 'thread')}"
+    found = _findings(resolved, rehearsal, here)
+    if there is None:
+        from hvd_lb.forecast.words import without_cluster
+
+        print_rows(console, [*found, without_cluster()])
+        return 0
+    print_rows(console, found)
+    with console.status(Text("measuring a microbatch in parts …")):
+        measured = measure_device(
+            resolved,
+            device=torch.device(device_name),
+            threads=placement.threads,
+            deadline=started + budget,
+            guess=rehearsal.microbatch_seconds,
+            loads=resolved.recipe.data != "synthetic",
+        )
+    foretell(console, resolved, there, published, measured, here, output)
     return 0
+
+
+def _cluster(name: str, price: float | None) -> ClusterProfile:
+    from hvd_lb.forecast.profile import load_cluster
+
+    profile = load_cluster(name)
+    return profile if price is None else profile.model_copy(update={"price_per_gpu_hour": price})
 
 
 def _memory(recipe: Recipe) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from hvd_lb.data.loading.shared_pixels import shared
 from hvd_lb.exact.fixed_point import FixedPointOverflow
+from hvd_lb.forecast.measured import MeasuredCompute, measure_compute, measure_loading
 from hvd_lb.machine.cpu import usable_cores
 from hvd_lb.machine.placement import loader_threads
 from hvd_lb.machine.process import peak_memory
@@ -28,6 +29,8 @@ from hvd_lb.world.solo import Solo
 
 # Fewer microbatches than this say little, as the first ones are slow.
 _ENOUGH_MICROBATCHES = 6
+# So many are timed for a forecast, the first one included.
+_TIMED_MICROBATCHES = 5
 # Enough for batch norm, few enough for a slow machine.
 _PROBED_IMAGES = 2
 
@@ -99,25 +102,8 @@ def rehearse(
 ) -> Rehearsal:
     """Take steps until the next whole one would end after `deadline` (of time.monotonic)."""
     watch = _Stopwatch(deadline, on_microbatch)
-    torch.set_num_threads(threads)
-    world, recipe = Solo(), resolved.recipe
-    trainer = Trainer(
-        recipe,
-        shared(
-            resolved.dataset,
-            recipe.cache,
-            recipe.loader,
-            device.type,
-            f"simulate {os.getpid()}",
-            world.barrier,
-        ),
-        world,
-        device=device,
-        threads=loader_threads(
-            recipe.loader_threads, threads, usable_cores(), reproducible=recipe.reproducible
-        ),
-        observer=watch,
-    )
+    recipe = resolved.recipe
+    trainer = _trainer(resolved, device, threads, watch)
     trainer.model.train()
     images = min(recipe.per_gpu_batch, _PROBED_IMAGES)
     guess = _probe(trainer, images) * recipe.per_gpu_batch / images
@@ -153,6 +139,35 @@ def rehearse(
         peak_memory=_peak_memory(device),
         together=trainer.group_size.size,
     )
+
+
+def measure_device(
+    resolved: Resolved, *, device: torch.device, threads: int, deadline: float, guess: float, loads: bool
+) -> tuple[MeasuredCompute, float | None, int | None]:
+    """A microbatch in parts, images per second of the loader (if it `loads`), and peak memory on a GPU in bytes.
+
+    `guess` is the seconds of a microbatch: where there is no time for some, fewer images are timed.
+    """
+    trainer = _trainer(resolved, device, threads, SilentObserver())
+    images = resolved.recipe.per_gpu_batch
+    if time.monotonic() + _TIMED_MICROBATCHES * guess > deadline:
+        images = min(images, _PROBED_IMAGES)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    left = deadline - time.monotonic()
+    measured = measure_compute(trainer, images, time.monotonic() + (0.7 if loads else 1) * left)
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return measured, measure_loading(trainer, deadline) if loads else None, memory
+
+
+def _trainer(resolved: Resolved, device: torch.device, threads: int, observer: SilentObserver) -> Trainer:
+    torch.set_num_threads(threads)
+    world, recipe = Solo(), resolved.recipe
+    images = shared(
+        resolved.dataset, recipe.cache, recipe.loader, device.type, f"simulate {os.getpid()}", world.barrier
+    )
+    reading = loader_threads(recipe.loader_threads, threads, usable_cores(), reproducible=recipe.reproducible)
+    return Trainer(recipe, images, world, device=device, threads=reading, observer=observer)
 
 
 def _probe(trainer: Trainer, images: int) -> float:

@@ -122,6 +122,11 @@ class FixedPointSum:
         return not any(self._added)
 
     @property
+    def exchanged_bytes(self) -> int:
+        """The integers, and the maxima beside them."""
+        return self._total.nbytes + self._maxima.nbytes
+
+    @property
     def started(self) -> bool:
         """Whether its exchange is under way."""
         return self._handles is not None

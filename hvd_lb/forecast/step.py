@@ -85,14 +85,13 @@ def simulate_step(
     Loading goes on beside the step, ahead of it. Only the last of several microbatches fills buckets.
     """
     spans: list[Span] = []
-    now = 0.0
-    for number in range(microbatches):
-        label = f" {number + 1}" if microbatches > 1 else ""
-        spans.append(Span("device", f"forward{label}", now, now + compute.forward))
-        now += compute.forward
-        began = now
-        spans.append(Span("device", f"backward{label}", now, now + compute.backward))
-        now += compute.backward
+    now = (microbatches - 1) * (compute.forward + compute.backward)
+    if now:
+        spans.append(Span("device", f"{microbatches - 1} microbatches before", 0.0, now))
+    began = now + compute.forward
+    spans.append(Span("device", "forward", now, began))
+    now = began + compute.backward
+    spans.append(Span("device", "backward", began, now))
     free, busy = 0.0, 0.0
     full = sorted(
         (began + bucket.after, number, bucket.size) for number, bucket in enumerate(compute.buckets)

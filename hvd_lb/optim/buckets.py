@@ -251,6 +251,11 @@ class Bucket:
         self.handle = world.allreduce_async(self.flat, self.name)
 
     @property
+    def exchanged_bytes(self) -> int:
+        """What is summed over the processes."""
+        return self.flat.nbytes
+
+    @property
     def complete(self) -> bool:
         """Whether all of its parameters have a gradient."""
         return not [slot for slot in self.slots if not slot.present]
@@ -352,6 +357,10 @@ class FixedPointBucket(Bucket):
 
     def _exchange(self, world: World) -> None:
         self.sum.start(world)
+
+    @property
+    def exchanged_bytes(self) -> int:
+        return self.sum.exchanged_bytes
 
     def finish(self) -> list[Tensor]:
         counts, overflowed = self.sum.finish([slot.view for slot in self.slots], self.gradients)

@@ -147,6 +147,8 @@ class DistributedOptimizer(Optimizer):
         self._counted: tuple[int | None, int | None] = (None, None)
         self._divisor: int | None = None  # when it is known
         self._lookout = Lookout(self._look)
+        #: Called when a bucket's exchange begins, with its number and bytes: for whoever measures.
+        self.on_exchange: Callable[[int, int], None] | None = None
         self._adopt()
         if self.world.size > 1:
             further = {name: p for p, name in self._names.items() if p not in self._known}
@@ -496,6 +498,8 @@ class DistributedOptimizer(Optimizer):
     def _start(self, bucket: Bucket) -> None:
         riders = self._riders if bucket is self._carrier else None
         bucket.start(self.world, riders.ask() if riders else ())
+        if self.on_exchange:
+            self.on_exchange(self._buckets.index(bucket), bucket.exchanged_bytes)
 
     def _look(self) -> None:
         """Before somebody reads or sets a gradient while backward and exchange are under way: completes the exchange.

@@ -47,7 +47,7 @@ def test_no_help_needs_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("name", "most"), [("train", 66), ("simulate", 56)])
+@pytest.mark.parametrize(("name", "most"), [("train", 66), ("simulate", 60)])
 def test_help_shows_what_a_first_run_needs_and_the_rest_by_topic(
     hvd_lb: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str, most: int
 ) -> None:

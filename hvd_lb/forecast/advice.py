@@ -1,0 +1,62 @@
+"""What a run's minibatch and schedule should make somebody think of, in sentences; nothing here ends a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hvd_lb.recipe import Recipe
+
+_FEW_STEPS = 50  # of an epoch: fewer, and an epoch is too few updates for the schedules of the presets
+_SHORT_WARMUP = 30  # steps
+_ABOVE_NOISE = 2.0
+#: The largest minibatch for which a preset's errors are known to stay: the paper's table 1 and figure 1.
+_TESTED = {"goyal-resnet50": (8192, "with 16,384 the paper's error grows from 23.7 to 24.8 %")}
+
+
+@dataclass(frozen=True)
+class NoiseScale:
+    """Images; the interval holds 95 %. `high` is None where the data allow any."""
+
+    value: float
+    low: float
+    high: float | None
+
+
+def advice(
+    recipe: Recipe, preset: str, *, steps_per_epoch: int, images: int, noise: NoiseScale | None = None
+) -> list[str]:
+    """Warnings, each with what to do instead; empty when there is nothing to say."""
+    found = []
+    batch = recipe.global_batch
+    if preset in _TESTED and batch > (most := _TESTED[preset][0]):
+        found.append(
+            f"a minibatch of {batch:,} images is beyond what {preset} was tested with: {_TESTED[preset][1]}; "
+            f"{_instead(recipe, most)}"
+        )
+    if noise and noise.high is not None and batch > _ABOVE_NOISE * noise.high:
+        found.append(
+            f"a minibatch of {batch:,} images is far above the gradient noise scale ({noise.value:,.0f} images, "
+            f"{noise.low:,.0f} to {noise.high:,.0f}): more images a step buy little there; "
+            f"{_instead(recipe, round(noise.high))}"
+        )
+    if steps_per_epoch < _FEW_STEPS:
+        found.append(
+            f"{steps_per_epoch} steps make an epoch of {images:,} images: with fewer than {_FEW_STEPS} the schedule is "
+            f"coarse; {_instead(recipe, images // _FEW_STEPS)}"
+        )
+    warmup = recipe.warmup_epochs * steps_per_epoch
+    if recipe.warmup == "gradual" and 0 < warmup < _SHORT_WARMUP and batch > 256:
+        epochs = -(-_SHORT_WARMUP // steps_per_epoch)
+        found.append(
+            f"the warmup has {warmup:.0f} steps: the learning rate grows fast in so few; --warmup-epochs {epochs} "
+            f"gives {epochs * steps_per_epoch}"
+        )
+    return found
+
+
+def _instead(recipe: Recipe, most: int) -> str:
+    """The largest number of virtual workers with the same n that stays within so many images."""
+    gpus = most // recipe.per_gpu_batch
+    if gpus >= 1:
+        return f"--gpus {gpus} makes it {gpus * recipe.per_gpu_batch:,}"
+    return f"--gpus 1 --per-gpu-batch {max(1, most)} makes it {max(1, most)}"
