@@ -10,6 +10,7 @@ import rich_click as click
 #: A word for `--help TOPIC`, and the panels of options that it shows.
 TOPICS = {
     "run": ("The run",),
+    "forecast": ("A forecast",),
     "data": ("Data",),
     "minibatch": ("Minibatch and length",),
     "model": ("Model",),
