@@ -227,6 +227,8 @@ def _memory(recipe: Recipe) -> str:
 
 def _findings(resolved: Resolved, rehearsal: Rehearsal, where: str) -> list[tuple[str, str]]:
     """What a rehearsal found out, as (topic, sentence)."""
+    from hvd_lb.advice import advice
+
     recipe, plan = resolved.recipe, resolved.plan
     seconds = rehearsal.microbatch_seconds
     how = (
@@ -253,6 +255,24 @@ def _findings(resolved: Resolved, rehearsal: Rehearsal, where: str) -> list[tupl
         ("the whole run", duration(rehearsal.step_seconds * resolved.total_steps)),
         ("peak memory", f"{rehearsal.peak_memory / 1e6:,.0f} MB of this process"),
     ]
+    if noise := rehearsal.noise:
+        scale = f"{noise.value:,.0f} images" if noise.value is not None else "not told from any number yet"
+        most = f"{noise.high:,.0f}" if noise.high is not None else "any number"
+        rows.append(
+            (
+                "noise scale",
+                f"{scale} ({noise.low:,.0f} to {most}) over these first steps: minibatches far above it gain little; "
+                "it grows as training goes on",
+            )
+        )
+        warnings = advice(
+            recipe,
+            resolved.preset,
+            steps_per_epoch=plan.steps_per_epoch,
+            images=plan.images,
+            noise=noise,
+        )
+        rows += [("advice", line) for line in warnings if "noise scale" in line]
     if rehearsal.losses:
         steps = ", ".join(f"{loss:.4f}" for loss in (rehearsal.losses[0], *rehearsal.losses[1:][-1:]))
         rows.insert(1, ("loss", f"{steps} (first and last whole step)"))

@@ -52,6 +52,9 @@ OnNan = Literal["stop", "rollback"]
 # The source of fields that were given on the command line.
 OPTIONS = "options"
 
+# YAML takes these words for true and false.
+_SWITCH = {True: "on", False: "off"}
+
 # Fields that have no default of their own: one virtual worker per GPU, the classes of the data.
 LEFT_TO_THE_MACHINE = {"gpus", "num_classes"}
 
@@ -125,6 +128,7 @@ EveryOrMinutes = Annotated[str, AfterValidator(_check_every_or_minutes)]
 Colour = Annotated[tuple[float, float, float], _listed(3)]
 CropScale = Annotated[tuple[float, float], _listed(2), _range(1)]
 CropRatio = Annotated[tuple[float, float], _listed(2), _range(1000)]
+Noise = Annotated[Literal["on", "off"], BeforeValidator(lambda value: _SWITCH.get(value, value))]
 Together = Annotated[int | Literal["auto"], BeforeValidator(_check_together)]
 Epochs = Annotated[
     tuple[float, ...],
@@ -306,6 +310,10 @@ class Recipe(BaseModel):
     on_nan: OnNan = _free(
         "stop",
         "Loss or weights that are no numbers: end, or go back to a checkpoint and leave that minibatch out.",
+    )
+    noise_scale: Noise = _free(
+        "on",
+        "Estimate the gradient noise scale, the minibatch beyond which more images buy little: on or off.",
     )
     max_rollbacks: int = _free(
         3,

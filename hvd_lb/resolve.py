@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hvd_lb.advice import advice
 from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.decoding.decode import refuse_large
 from hvd_lb.data.images import Dataset
@@ -238,6 +239,8 @@ def explain(resolved: Resolved, device: str) -> list[tuple[str, str]]:
                 f"fp32 leaves a GPU's tensor cores idle: --precision bf16{layout} uses them, with other rounding",
             )
         )
+    lines = advice(recipe, resolved.preset, steps_per_epoch=plan.steps_per_epoch, images=plan.images)
+    rows += [("advice", line) for line in lines]
     if newer := untried():
         compare = "hvd-lb doctor --selftest compares it with what it should compute"
         rows.append(("warning", f"{' and '.join(newer)}: newer than hvd-lb was tried with; {compare}"))

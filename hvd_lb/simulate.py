@@ -22,6 +22,7 @@ from hvd_lb.forecast.measured import MeasuredCompute, measure_compute, measure_l
 from hvd_lb.machine.cpu import usable_cores
 from hvd_lb.machine.placement import loader_threads
 from hvd_lb.machine.process import peak_memory
+from hvd_lb.optim.noise_scale import NoiseEstimate
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.resolve import Resolved
 from hvd_lb.training.trainer import Trainer
@@ -41,7 +42,8 @@ class Rehearsal:
 
     Where no whole step was timed, `step_seconds` is that of its microbatches added up; where no microbatch was,
     `microbatch_seconds` is in proportion to the time of `probed` images. `together` is the number of virtual workers
-    that were computed as one batch in the end; each counts as a microbatch.
+    that were computed as one batch in the end; each counts as a microbatch. `noise` is the gradient noise scale of
+    these first steps.
     """
 
     microbatches: int
@@ -52,6 +54,7 @@ class Rehearsal:
     peak_memory: int
     probed: int = 0
     together: int = 1
+    noise: NoiseEstimate | None = None
 
 
 class _BudgetSpent(Exception):  # noqa: N818 - not an error: how a step is given up
@@ -138,6 +141,7 @@ def rehearse(
         losses=losses,
         peak_memory=_peak_memory(device),
         together=trainer.group_size.size,
+        noise=trainer.noise_scale.estimate() if trainer.noise_scale else None,
     )
 
 

@@ -10,7 +10,6 @@ import rich_click as click
 #: A word for `--help TOPIC`, and the panels of options that it shows.
 TOPICS = {
     "run": ("The run",),
-    "forecast": ("A forecast",),
     "data": ("Data",),
     "minibatch": ("Minibatch and length",),
     "model": ("Model",),
@@ -19,6 +18,7 @@ TOPICS = {
     "exactness": ("Exactness",),
     "speed": ("Speed",),
     "checkpoints": ("Checkpoints and records",),
+    "forecast": ("A forecast",),
     "hosts": ("Where it runs",),
     "docker": ("Containers and jobs",),
     "slurm": ("Containers and jobs", "Slurm"),

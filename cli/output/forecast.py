@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.console import Console
 
 from hvd_lb.errors import UserError
-from hvd_lb.forecast.advice import advice
 from hvd_lb.forecast.measured import MeasuredCompute
 from hvd_lb.forecast.pages import write_forecast
 from hvd_lb.forecast.predict import Device, Run, predict
@@ -49,8 +48,7 @@ def foretell(
         checkpoint_every=period_in_steps(recipe.checkpoint_every, plan.steps_per_epoch) or None,
     )
     forecast = predict(run, device, cluster)
-    warnings = advice(recipe, resolved.preset, steps_per_epoch=plan.steps_per_epoch, images=plan.images)
-    notes = [*how, *_notes(cluster, parts, recipe), *(("advice", line) for line in warnings)]
+    notes = [*how, *_notes(cluster, parts, recipe)]
     print_rows(console, [*rows(forecast), *notes])
     if output is None:
         return

@@ -194,6 +194,16 @@ class Bucket:
         slot.seen = grad = gradient(slot.parameter)
         slot.version = grad._version if grad is not None else 0
 
+    @torch.no_grad()
+    def own_norm(self) -> Tensor:
+        """The squared norm of what the backwards of this process have added since the last step; all have one."""
+        return _squared_norm([_dense(gradient(slot.parameter)) for slot in self.slots])
+
+    @torch.no_grad()
+    def sum_norm(self) -> Tensor:
+        """The squared norm of what is in the bucket; between its tensors there may be anything."""
+        return _squared_norm([slot.view for slot in self.slots])
+
     def await_all(self) -> None:
         """The next backward begins."""
         self.awaited = dict.fromkeys(self.slots)
@@ -345,6 +355,9 @@ class FixedPointBucket(Bucket):
                 self.sum.add(self._index[slot], term)
         self._terms.clear()
 
+    def own_norm(self) -> Tensor:
+        return _squared_norm(list(self._terms.values()))
+
     def edited(self) -> bool:
         return False  # `_take` finds it
 
@@ -400,6 +413,11 @@ class FixedPointBucket(Bucket):
             set_gradient(slot.parameter, None)
         elif (grad := slot.take()) is not None and (zeros or bool(grad.any())):
             self.sum.add(self._index[slot], _dense(grad))
+
+
+@torch.no_grad()
+def _squared_norm(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors)).float().square().sum()
 
 
 def plan_buckets(parameters: Iterable[Tensor], bucket_bytes: int) -> list[list[Tensor]]:

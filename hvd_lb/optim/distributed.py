@@ -147,6 +147,7 @@ class DistributedOptimizer(Optimizer):
         self._counted: tuple[int | None, int | None] = (None, None)
         self._divisor: int | None = None  # when it is known
         self._lookout = Lookout(self._look)
+        self._own_norms: dict[Bucket, Tensor] | None = None  # while they are watched
         #: Called when a bucket's exchange begins, with its number and bytes: for whoever measures.
         self.on_exchange: Callable[[int, int], None] | None = None
         self._adopt()
@@ -255,6 +256,27 @@ class DistributedOptimizer(Optimizer):
                 self._finish()
         self._reset()
         self.optimizer.zero_grad(set_to_none)
+
+    def watch_norm(self) -> None:
+        """Notes the norm of the next backward's gradients, which `own_norm` then tells. For `optim.noise_scale`."""
+        self._own_norms = {}
+
+    def own_norm(self) -> Tensor | None:
+        """The squared norm of the gradients of the backward since `watch_norm`, the first of its step.
+
+        None where not all parameters had one.
+        """
+        noted, self._own_norms = self._own_norms, None
+        if not noted or len(noted) < len(self._buckets):
+            return None
+        return torch.stack(list(noted.values())).sum()
+
+    def sum_norm(self) -> Tensor:
+        """After `synchronize`: the squared norm of the sum of all processes' gradients, before its division."""
+        if self._phase not in (Phase.REDUCED, Phase.NORMALISED):
+            raise RuntimeError("the norm of the sum is known after synchronize() and before step()")
+        divided = (self._divisor or 1) if self._phase is Phase.NORMALISED else 1
+        return torch.stack([bucket.sum_norm() for bucket in self._buckets]).sum() * float(divided) ** 2
 
     # What the wrapped optimizer has
 
@@ -488,6 +510,8 @@ class DistributedOptimizer(Optimizer):
             return
         bucket.awaited.pop(slot, None)
         if not bucket.awaited:
+            if self._own_norms is not None:
+                self._own_norms.setdefault(bucket, bucket.own_norm())
             if self._armed:
                 self._start(bucket)
             else:

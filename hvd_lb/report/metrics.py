@@ -31,6 +31,7 @@ _NUMBERS = {
     "eval": ("epoch", "top1_error", "top5_error", "loss", "images"),
     "checkpoint": ("epoch", "stall_seconds"),
     "ranks": ("epoch", "median", "slowest", "slower"),
+    "noise": ("epoch", "noise_scale", "low", "high"),
 }
 
 
@@ -131,6 +132,9 @@ class RunObserver:
 
     def repeat(self, record: dict[str, Any]) -> None:
         self._later(self._write, "repeat", record)
+
+    def noise(self, record: dict[str, Any]) -> None:
+        self._later(self._write, "noise", record)
 
     def rollback(self, record: dict[str, Any]) -> None:
         self._later(self._write, "rollback", record)
@@ -269,6 +273,9 @@ class SilentObserver:
         pass
 
     def repeat(self, record: dict[str, Any]) -> None:
+        pass
+
+    def noise(self, record: dict[str, Any]) -> None:
         pass
 
     def rollback(self, record: dict[str, Any]) -> None:

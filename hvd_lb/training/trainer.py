@@ -29,6 +29,7 @@ from hvd_lb.exact.reproducible import deterministic_kernels, fast_kernels, round
 from hvd_lb.optim.buckets import Arriving, Riders
 from hvd_lb.optim.distributed import DistributedOptimizer
 from hvd_lb.optim.make import make_optimizer
+from hvd_lb.optim.noise_scale import NoiseScale
 from hvd_lb.plan.augment import Microbatch, Origin
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.hosting import hosted
@@ -74,6 +75,9 @@ class Observer(Protocol):
 
     def repeat(self, record: dict[str, Any]) -> None:
         """A step is taken again, and why."""
+
+    def noise(self, record: dict[str, Any]) -> None:
+        """The gradient noise scale over the last steps, in images, and its interval."""
 
     def rollback(self, record: dict[str, Any]) -> None:
         """The run goes on from step `to`: what was told of steps from there on is told again."""
@@ -185,6 +189,9 @@ class Trainer:
         # The scaler makes its scale at first use, which a process without images might not come to.
         scaler.scale(torch.zeros(1, device=device))
         terms = max(recipe.gpus, self.recomputation.count) if recipe.reproducible else None
+        # One process knows enough: the first virtual worker is its own, and the sum is everybody's.
+        measured = recipe.noise_scale == "on" and recipe.gpus > 1 and world.rank == 0
+        self.noise_scale = NoiseScale() if measured else None
         self.state = RunState(
             world,
             self.workers,
@@ -349,7 +356,11 @@ class Trainer:
         losses: dict[int, torch.Tensor] = {}
         self.state.bad_images.discard()
         self.stages.step = self.step
+        own: tuple[torch.Tensor | None, int] = None, 0
         for group in self.group_size.groups(workers):
+            watched = self.noise_scale is not None and not losses
+            if watched:
+                self.state.optimizer.watch_norm()
             self.stages.enter(Stage.DATA)
             parts = [next(batches) for _ in group]
             self.stages.enter(Stage.COMPUTE)
@@ -358,10 +369,13 @@ class Trainer:
                 self.state.statistics.after_forward()
                 loss = each[0] if len(each) == 1 else torch.stack(each).sum()
                 self.state.optimizer.backward(self.state.scaler.scale(loss), last=group[-1] == workers[-1])
+            if watched:
+                own = self.state.optimizer.own_norm(), sum(len(labels) for _, labels in parts)
             losses |= zip(group, (loss.detach() for loss in each), strict=True)
             self.observer.microbatch(self.step, len(losses), len(workers))
         global_images = self.plan.step_images(epoch_step)
         self._synchronize(global_images)
+        self._note_norms(*own, global_images)
         self.state.optimizer.steps = self.step
         self.state.scaler.step(self.state.optimizer)
         self.state.scaler.update()
@@ -374,6 +388,13 @@ class Trainer:
             _Said(self.state.optimizer.carried, self.state.bad_images.take(), first=epoch_step == 0)
         )
         return self._hear(self.lag)
+
+    def _note_norms(self, own: torch.Tensor | None, own_images: int, images: int) -> None:
+        if self.noise_scale is None or own is None:
+            return
+        total, scaler = self.state.optimizer.sum_norm(), self.state.scaler
+        scale = scaler.scale(torch.ones((), device=self.device)) ** 2 if scaler.is_enabled() else 1.0
+        self.noise_scale.add(own / scale, own_images, total / scale, images)
 
     def _tell_group_size(self) -> None:
         """Once it has been found, or there was a reason not to look for one."""
@@ -515,6 +536,9 @@ class Trainer:
                     "data_wait": waited / seconds,
                 }
             )
+            if self.noise_scale and (noise := self.noise_scale.estimate()):
+                figures = {"noise_scale": noise.value, "low": noise.low, "high": noise.high}
+                self.observer.noise({**self._position(), **figures})
             if self.world.size > 1:
                 by_stage = dict(zip(("data", "compute", "network"), spent.t().tolist(), strict=True))
                 self.observer.ranks({**self._position(), **by_stage})

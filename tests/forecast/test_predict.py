@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 
 from hvd_lb.errors import UserError
-from hvd_lb.forecast.advice import NoiseScale, advice
 from hvd_lb.forecast.pages import read_forecast, write_forecast
 from hvd_lb.forecast.predict import Device, Forecast, Run, predict, sizes
 from hvd_lb.forecast.profile import ClusterProfile, load_cluster
 from hvd_lb.forecast.step import Compute, Filled
 from hvd_lb.forecast.words import recommendation, rows
-from hvd_lb.recipe import Recipe
 
 COMPUTE = Compute(
     0.030, 0.060, 0.002, (Filled(4 << 20, 0.02), Filled(40 << 20, 0.05), Filled(1 << 20, 0.06)), 32
@@ -149,28 +147,3 @@ def test_the_paper_s_curve_is_beside_its_own_model_only() -> None:
     other: Forecast = predict(replace(RUN, model="resnet18"), DEVICE, slow())
     assert other.paper is None
     assert "the paper" not in dict(rows(other))
-
-
-def recipe(**fields: object) -> Recipe:
-    return Recipe.model_validate({"per_gpu_batch": 32, "data": "synthetic", **fields})
-
-
-def test_advice_names_another_minibatch() -> None:
-    def said(recipe: Recipe, **given: object) -> list[str]:
-        return advice(recipe, "goyal-resnet50", steps_per_epoch=156, images=1_281_167, **given)  # type: ignore[arg-type]
-
-    assert said(recipe(gpus=256)) == []
-    (beyond,) = said(recipe(gpus=512))
-    assert "16,384" in beyond
-    assert "--gpus 256 makes it 8,192" in beyond
-    (noisy,) = said(recipe(gpus=256), noise=NoiseScale(900, 700, 1200))
-    assert "--gpus 37 makes it 1,184" in noisy
-    assert said(recipe(gpus=256), noise=NoiseScale(900, 700, None)) == []
-    assert said(recipe(gpus=64), noise=NoiseScale(900, 700, 1200)) == []
-
-
-def test_advice_on_few_steps_and_a_short_warmup() -> None:
-    few = advice(recipe(gpus=16, warmup_epochs=2), "images", steps_per_epoch=10, images=5120)
-    assert any("10 steps make an epoch" in line and "--gpus 3 makes it 96" in line for line in few)
-    assert any("the warmup has 20 steps" in line and "--warmup-epochs 3 gives 30" in line for line in few)
-    assert advice(recipe(gpus=16, warmup="none"), "images", steps_per_epoch=100, images=51200) == []

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from hvd_lb.optim.noise_scale import NoiseEstimate
 from hvd_lb.recipe import Recipe
 
-_FEW_STEPS = 50  # of an epoch: fewer, and an epoch is too few updates for the schedules of the presets
+_FEW_STEPS = 10  # of an epoch: with fewer, schedules that go by epochs have no time for their parts
 _SHORT_WARMUP = 30  # steps
 _ABOVE_NOISE = 2.0
 #: The largest minibatch for which a preset's errors are known to stay: the paper's table 1 and figure 1.
 _TESTED = {"goyal-resnet50": (8192, "with 16,384 the paper's error grows from 23.7 to 24.8 %")}
 
 
-@dataclass(frozen=True)
-class NoiseScale:
-    """Images; the interval holds 95 %. `high` is None where the data allow any."""
-
-    value: float
-    low: float
-    high: float | None
-
-
 def advice(
-    recipe: Recipe, preset: str, *, steps_per_epoch: int, images: int, noise: NoiseScale | None = None
+    recipe: Recipe, preset: str, *, steps_per_epoch: int, images: int, noise: NoiseEstimate | None = None
 ) -> list[str]:
     """Warnings, each with what to do instead; empty when there is nothing to say."""
     found = []
@@ -33,7 +23,7 @@ def advice(
             f"a minibatch of {batch:,} images is beyond what {preset} was tested with: {_TESTED[preset][1]}; "
             f"{_instead(recipe, most)}"
         )
-    if noise and noise.high is not None and batch > _ABOVE_NOISE * noise.high:
+    if noise and noise.value and noise.high and batch > _ABOVE_NOISE * noise.high:
         found.append(
             f"a minibatch of {batch:,} images is far above the gradient noise scale ({noise.value:,.0f} images, "
             f"{noise.low:,.0f} to {noise.high:,.0f}): more images a step buy little there; "
@@ -41,8 +31,8 @@ def advice(
         )
     if steps_per_epoch < _FEW_STEPS:
         found.append(
-            f"{steps_per_epoch} steps make an epoch of {images:,} images: with fewer than {_FEW_STEPS} the schedule is "
-            f"coarse; {_instead(recipe, images // _FEW_STEPS)}"
+            f"{steps_per_epoch} steps make an epoch of {images:,} images: with fewer than {_FEW_STEPS} the "
+            f"schedule is coarse; {_instead(recipe, images // _FEW_STEPS)}"
         )
     warmup = recipe.warmup_epochs * steps_per_epoch
     if recipe.warmup == "gradual" and 0 < warmup < _SHORT_WARMUP and batch > 256:

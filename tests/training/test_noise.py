@@ -1,0 +1,55 @@
+"""The gradient noise scale of a run: the same for any number of processes, and off where it is not wanted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_any_processes import one_initialisation, run
+from together import together
+
+from hvd_lb.recipe import make_recipe
+from hvd_lb.report.metrics import RunObserver, read_metrics
+from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.training.trainer import Trainer
+from hvd_lb.world.solo import Solo
+
+pytestmark = pytest.mark.slow
+__all__ = ["one_initialisation"]
+
+
+def parts(trainer: Trainer) -> list[tuple[float, float]]:
+    assert trainer.noise_scale is not None
+    trainer.noise_scale.estimate()
+    return list(trainer.noise_scale._parts)
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "fp32", "reproducible": True}])
+def test_it_does_not_depend_on_the_number_of_processes(tmp_path: Path, changes: dict[str, Any]) -> None:
+    changes = {"together": 1, **changes}
+    expected = parts(run(Solo(), tmp_path / "one", steps=3, **changes))
+    several = together(3, lambda world: run(world, tmp_path / "three", steps=3, **changes))
+    assert len(expected) == 3
+    assert parts(several[0]) == [pytest.approx(step, rel=1e-5) for step in expected]
+    assert [trainer.noise_scale for trainer in several[1:]] == [None, None]
+
+
+def test_off(tmp_path: Path) -> None:
+    assert run(Solo(), tmp_path, steps=1, noise_scale="off").noise_scale is None
+    assert run(Solo(), tmp_path / "alone", steps=1, gpus=1, per_gpu_batch=8).noise_scale is None
+
+
+@pytest.mark.parametrize(("given", "expected"), [("off", "off"), (False, "off"), (True, "on")])
+def test_yaml_s_words_for_false_and_true(given: object, expected: str) -> None:
+    assert make_recipe({"noise_scale": given}).noise_scale == expected
+
+
+def test_a_record(tmp_path: Path) -> None:
+    observer = RunObserver(RunDirectory(tmp_path), 0)
+    record = {"epoch": 0, "step": 9, "noise_scale": None, "low": 40.0, "high": None}
+    observer.noise(record)
+    observer.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "noise", **record}]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["high"] is None
