@@ -30,6 +30,7 @@ _COMMANDS = {
     "compare": "hvd_lb_cli.compare:compare",
     "recipes": "hvd_lb_cli.recipes:recipes",
     "data": "hvd_lb_cli.data.group:data",
+    "measure": "hvd_lb_cli.doctor.measure:measure",
     "doctor": "hvd_lb_cli.doctor.command:doctor",
 }
 

@@ -40,7 +40,27 @@ def check_network(
     output: Path,
     figures: Path | None,
 ) -> int:
-    """Measures with the processes of a run, on CPUs one for each host; 1 when a link is not as the others."""
+    """1 when a link is not as the others."""
+    report, _ = measured_network(context, console, options, device, output)
+    if figures:
+        replace_text(figures.expanduser().absolute(), report.model_dump_json(indent=1) + "\n")
+    show_network(console, report)
+    wrong = problems(report)
+    for line in wrong:
+        click.echo(f"wrong   {line}")
+    if not wrong:
+        click.echo(f"ok      {_well(report)}")
+    return 1 if wrong else 0
+
+
+def measured_network(
+    context: click.Context,
+    console: Console,
+    options: LaunchOptions,
+    device: Literal["auto", "cpu", "cuda"],
+    output: Path,
+) -> tuple[NetworkReport, int]:
+    """Measures with the processes of a run, on CPUs one for each host; also the cores of the host that has fewest."""
     target = find_target(options, device, os.environ)
     output = output.expanduser().absolute()
     if target.kind == "local":
@@ -66,18 +86,10 @@ def check_network(
     plan = plan_launch(target, cluster, placement, options, None)
     with console.status(Text(f"measuring between {count(placement.processes, 'process')}")):
         report = measure_network(placement, plan, output)
-    if figures:
-        replace_text(figures.expanduser().absolute(), report.model_dump_json(indent=1) + "\n")
-    _show(console, report)
-    wrong = problems(report)
-    for line in wrong:
-        click.echo(f"wrong   {line}")
-    if not wrong:
-        click.echo(f"ok      {_well(report)}")
-    return 1 if wrong else 0
+    return report, min(cluster.cores.values()) if cluster else usable_cores()
 
 
-def _show(console: Console, report: NetworkReport) -> None:
+def show_network(console: Console, report: NetworkReport) -> None:
     click.echo(f"allreduce between {count(report.processes, 'process')} on {report.device}, float32:")
     _table(console, ("size", "time", "bus bandwidth"), allreduce_rows(report))
     if line := fit_of(report):

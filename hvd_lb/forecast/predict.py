@@ -231,7 +231,8 @@ def _step(
     slowest = 1 + compute.spread / math.sqrt(microbatches) * slowest_of(gpus)
 
     def exchange(size: int) -> float:
-        return draw.hierarchy.seconds(algorithm, gpus, size) if gpus > 1 else 0.0
+        overhead = 1e-6 * cluster.overhead_us
+        return overhead + draw.hierarchy.seconds(algorithm, gpus, size) if gpus > 1 else 0.0
 
     return simulate_step(
         compute.scaled(slowest),

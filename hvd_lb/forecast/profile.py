@@ -66,6 +66,7 @@ class ClusterProfile(_Figures):
     host: LinkProfile | None = None  #: a GPU to its host, for buffers below 256 KB
     algorithm: str = "ring"
     cycle_ms: NotNegative = 1.0  #: how often the engine looks for gradients that are ready
+    overhead_us: NotNegative = 0.0  #: of the engine for each allreduce, besides its steps
     most_gpus: Count | None = None
     gpu_memory_gb: Positive | None = None
     cores_per_host: Count | None = None

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvd_lb.errors import UserError
+from hvd_lb.forecast.collectives import Link, ring
+from hvd_lb.forecast.fit import fit_cluster
+from hvd_lb.forecast.profile import figures, load_cluster
+from hvd_lb.network.exchange import SIZES
+from hvd_lb.network.measure import HostPlace, NetworkReport
+
+OVERHEAD, LINK = 700e-6, Link(50e-6, 8e-9)
+
+
+def report(processes: int, hosts: int, **changes: Any) -> NetworkReport:
+    places = [
+        HostPlace(name=f"h{number}", interface="eth0", address=f"10.0.0.{number}", speed=None, mtu=None)
+        for number in range(hosts)
+    ]
+    servers = hosts if hosts > 1 else processes
+    return NetworkReport(
+        **{
+            "processes": processes,
+            "device": "cpu",
+            "hosts": places,
+            "allreduces": [(size, OVERHEAD + ring(servers, size).seconds(LINK)) for size in SIZES],
+            "links": [],
+            "latencies": [(0, 1, LINK.alpha)] if hosts > 1 else [],
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize(("processes", "hosts"), [(2, 2), (5, 5), (16, 2)])
+def test_a_known_network_is_found_again(processes: int, hosts: int) -> None:
+    found = fit_cluster(report(processes, hosts), name="x", cores=4, when="today")
+    assert found.gpus_per_host == processes // hosts
+    link = found.between.link()
+    assert (link.alpha, link.beta) == (pytest.approx(LINK.alpha), pytest.approx(LINK.beta))
+    assert found.overhead_us == pytest.approx(1e6 * OVERHEAD)
+    assert found.between.error == 0.02
+    assert set(found.sources) == {name for name, _ in figures(found)}
+
+
+def test_on_one_host_all_latency_is_that_of_steps() -> None:
+    found = fit_cluster(report(3, 1), name="x", cores=4, when="today")
+    assert found.between.link().alpha == pytest.approx(LINK.alpha + OVERHEAD / 4)
+    assert found.overhead_us == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("allreduces", [[(1024, 1.0)], [(1024, 1.0), (2048, 0.5)]])
+def test_what_no_line_can_be_drawn_through(allreduces: list[tuple[int, float]]) -> None:
+    with pytest.raises(UserError, match="cannot be told"):
+        fit_cluster(report(2, 2, allreduces=allreduces), name="x", cores=1, when="today")
+
+
+@pytest.mark.slow
+def test_this_machine_is_measured_and_its_profile_is_read(hvd_lb: Callable[..., Any], tmp_path: Path) -> None:
+    said = hvd_lb("measure", tmp_path / "here.yaml", "--device", "cpu", "--output", tmp_path)
+    assert said.status == 0, said.err
+    assert re.search(r"here\.yaml: [\d.,]+ µs a step, [\d.,]+ Gbit/s", said.out)
+    profile = load_cluster(str(tmp_path / "here.yaml"))
+    assert (profile.name, profile.gpus_per_host) == ("here", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["here.yaml"]
+
+
+def test_a_file_that_cannot_be_written_is_told_first(hvd_lb: Callable[..., Any], tmp_path: Path) -> None:
+    said = hvd_lb("measure", tmp_path / "no" / "here.yaml", "--device", "cpu")
+    assert (said.status, said.out) == (2, "")
+    assert "expected the name of a file in a folder that is there" in said.err
