@@ -191,6 +191,7 @@ def _train(
         command=without_secrets(sys.argv),
         console=console,
         on_ready=ready,
+        forecast=options.launch.forecast,
     )
 
 

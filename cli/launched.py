@@ -135,4 +135,5 @@ def _launch(context: click.Context, options: TrainOptions, place: Place, line: s
         command=without_secrets(sys.argv),
         console=console,
         on_ready=lambda: print_rows(console, rows),
+        forecast=options.launch.forecast,
     )

@@ -73,6 +73,12 @@ _OPTIONS = (
         "--timeline", type=click.Path(path_type=Path), help="Write Horovod's timeline, for chrome://tracing."
     ),
     _option(
+        "--forecast",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="A forecast.json of `hvd-lb simulate`: the run says at its end how right it was.",
+    ),
+    _option(
         "--pin/--no-pin",
         default=LaunchOptions.pin,
         show_default=True,
@@ -115,6 +121,7 @@ FORWARDED = {
     "cycle_time",
     "autotune",
     "timeline",
+    "forecast",
     "pin",
     "hang_timeout",
     "restarts",

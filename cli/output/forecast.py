@@ -15,6 +15,7 @@ from hvd_lb.forecast.profile import ClusterProfile, DeviceProfile
 from hvd_lb.forecast.words import rows
 from hvd_lb.machine.cpu import usable_cores
 from hvd_lb.recipe import Recipe, period_in_steps
+from hvd_lb.report.run_directory import replace_text
 from hvd_lb.report.text import count
 from hvd_lb.resolve import Resolved
 from hvd_lb_cli.output.show import print_rows
@@ -55,6 +56,9 @@ def foretell(
     folder = output.expanduser().absolute()
     try:
         files = write_forecast(folder, forecast, notes)
+        if published is None:
+            files.append(folder / "device.yaml")
+            replace_text(files[-1], _as_profile(recipe, parts, here).to_yaml())
     except OSError as error:
         raise UserError(
             f"forecast folder {folder} cannot be written ({error.strerror}): choose another --output"
@@ -91,6 +95,28 @@ def _as_published(profile: DeviceProfile, parts: MeasuredCompute) -> Device:
     )
     return Device(
         f"{profile.name}, {profile.description}", compute, profile.error, profile.spread is not None
+    )
+
+
+def _as_profile(recipe: Recipe, parts: MeasuredCompute, here: str) -> DeviceProfile:
+    """What was measured of the device here, for forecasts elsewhere."""
+    compute, how = (
+        parts.compute,
+        f"measured on {here}, {parts.microbatches} microbatches of {parts.images} images",
+    )
+    return DeviceProfile(
+        name="measured",
+        description=here,
+        model=recipe.model,
+        image_size=recipe.image_size,
+        per_gpu_batch=recipe.per_gpu_batch,
+        precision=recipe.precision,
+        microbatch_ms=1000 * compute.seconds,
+        backward_ms=1000 * compute.backward,
+        update_ms=1000 * compute.update,
+        spread=min(1.0, compute.spread),
+        error=min(1.0, parts.error),
+        sources=dict.fromkeys(("microbatch_ms", "backward_ms", "update_ms", "spread", "error"), how),
     )
 
 

@@ -121,6 +121,9 @@ class DeviceProfile(_Figures):
     error: Annotated[float, Field(ge=0, le=1)] = 0.1
     sources: dict[str, str] = {}
 
+    def to_yaml(self) -> str:
+        return dump_values(self.model_dump(mode="json", exclude_none=True))
+
     @model_validator(mode="after")
     def _whole(self) -> DeviceProfile:
         if (self.backward_ms or 0) + (self.update_ms or 0) >= self.microbatch_ms:

@@ -60,6 +60,7 @@ class LaunchOptions:
     cycle_time: float | None = None  #: ms
     autotune: bool = False
     timeline: Path | None = None
+    forecast: Path | None = None  #: what the run is held against at its end
     pin: bool = True
     hang_timeout: float = 300.0  #: s without any progress before the job is ended; 0: never
     restarts: int = 0  #: how often a run that has failed is started again

@@ -21,6 +21,8 @@ from hvd_lb.data.files.reading import retried
 from hvd_lb.data.images import fingerprint_note, refuse_other_images
 from hvd_lb.errors import UserError
 from hvd_lb.exact.reproducible import rounding_environment
+from hvd_lb.forecast.held import forecast_for, held_against
+from hvd_lb.forecast.pages import read_forecast
 from hvd_lb.launch.hang.reports import HangReports
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan, process_environment
@@ -108,14 +110,16 @@ def run_job(
     command: Sequence[str],
     console: Console,
     on_ready: Callable[[], None] = lambda: None,
+    forecast: Path | None = None,
 ) -> int:
-    """Train as resolved, telling `on_ready` when all checks have passed.
+    """Train as resolved, telling `on_ready` when all checks have passed; at the end held against a `forecast`.
 
     The exit status: 0 at the end, and for a run that has come to it before; 1 when a rank failed, 128 + signal when
     interrupted. The first SIGINT, SIGTERM or SIGHUP ends the run with a checkpoint after the present step, a second one
     ends it at once.
     """
     run = run_directory(output, resolved.recipe)
+    foretold = forecast_for(forecast, resolved.recipe, placement.processes) if forecast else None
     store = CheckpointStore(run.checkpoints)
     present = store.newest_first()
     resume_point = resume_point_of(run, resolved, placement, resume)
@@ -132,6 +136,8 @@ def run_job(
         run.keep_logs()
         said.begin()
         on_ready()
+        if foretold:
+            replace_text(run.forecast, foretold.model_dump_json(indent=1) + "\n")
         replace_text(run.recipe, resolved.recipe.to_yaml())
         write_json(run.environment, describe_environment(placement, command))
         run.summary.unlink(missing_ok=True)
@@ -254,13 +260,25 @@ def _finish(run: RunDirectory, resolved: Resolved, seconds: float, console: Cons
     """Summary, then curves and report, of a run that came to its end; the exit status is that of the summary."""
     reason = STOPPED if resolved.stops_early else FINISHED
     figures = _sum_up(run, resolved, reason, seconds, console)
-    for name, value in figures or ():
+    for name, value in (*(figures or ()), *_held(run, resolved)):
         console.print(f"{name}: {value}", soft_wrap=True)
     if figures is None:
         _warn(console, f"the run is whole, but for {run.summary.name}: the same command makes it")
         return 1
     _report(run, resolved, figures, console)
     return 0
+
+
+def _held(run: RunDirectory, resolved: Resolved) -> list[tuple[str, str]]:
+    """What was foretold beside what happened, where something was; an error in this is none of the run."""
+    try:
+        return (
+            held_against(read_forecast(run.forecast), read_metrics(run.metrics), resolved.recipe.global_batch)
+            if run.forecast.exists()
+            else []
+        )
+    except (OSError, UserError) as error:
+        return [("forecast", f"not compared ({_one_line(error)})")]
 
 
 def _report(run: RunDirectory, resolved: Resolved, figures: list[tuple[str, str]], console: Console) -> None:

@@ -44,6 +44,11 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def forecast(self) -> Path:
+        """What was foretold of the run, if anything."""
+        return self.path / "forecast.json"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 

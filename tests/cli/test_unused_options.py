@@ -38,6 +38,7 @@ TRAIN = {
             "pin",
             "hang_timeout",
             "restarts",
+            "forecast",
             "env",
             "dry_run",
             "detach",

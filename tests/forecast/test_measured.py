@@ -13,6 +13,7 @@ import torch
 
 from hvd_lb.forecast.measured import measure_compute, measure_loading
 from hvd_lb.forecast.pages import read_forecast
+from hvd_lb.forecast.profile import load_device
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.resolve import resolve
 from hvd_lb.simulate import _trainer
@@ -86,8 +87,10 @@ def test_simulate_foretells_and_keeps_it(hvd_lb: Run, tmp_path: Path) -> None:
     forecast = read_forecast(tmp_path / "there" / "forecast.json")
     assert (forecast.gpus, forecast.cluster) == (64, "dgx-h100")
     assert sorted(path.name for path in (tmp_path / "there").iterdir()) == [
-        *("forecast.html", "forecast.json", "forecast.png", "step-trace.json")
+        *("device.yaml", "forecast.html", "forecast.json", "forecast.png", "step-trace.json")
     ]
+    device = load_device(str(tmp_path / "there" / "device.yaml"))
+    assert (device.model, device.per_gpu_batch) == (forecast.model, 4)
     assert json.loads((tmp_path / "there" / "step-trace.json").read_text())["traceEvents"]
 
 
