@@ -6,6 +6,7 @@ from hvd_lb.forecast.predict import Estimate, Forecast, SameRun
 from hvd_lb.report.text import count, duration
 
 _WORTH = 0.8  # from this efficiency on, GPUs are used well
+_FEW_FAILURES = 0.001
 _LITTLE = 0.02  # a share of a step that is not worth a word
 
 
@@ -56,10 +57,11 @@ def rows(forecast: Forecast) -> list[tuple[str, str]]:
             )
         )
     if f.failures is not None and f.failures_cost is not None and f.failures_cost_elastic is not None:
+        expected = f"{f.failures:.2g}" if f.failures >= _FEW_FAILURES else f"fewer than {_FEW_FAILURES:g}"
         found.append(
             (
                 "failures",
-                f"{f.failures:.2g} expected in the run; going back to checkpoints costs {duration(f.failures_cost)} in "
+                f"{expected} expected in the run; going back to checkpoints costs {duration(f.failures_cost)} in "
                 f"all, going on without the lost ranks {duration(f.failures_cost_elastic)} (2 min and 30 s assumed to "
                 "start again)",
             )
@@ -124,7 +126,7 @@ def recommendation(f: Forecast) -> str:
     whole = f.same_run[-1]
     well = [run for run in f.same_run if _used(run, f) >= _WORTH]
     most = well[-1] if well else f.same_run[0]
-    price = f", for {most.price.value:,.0f}" if most.price else ""
+    price = f", for {most.price.value:,.2f}" if most.price else ""
     if most.gpus == whole.gpus:
         half = f.same_run[-2]
         return (
