@@ -120,6 +120,8 @@ def _scaling(axes: Axes, forecast: Forecast) -> None:
             label="the paper (from its 8 GPUs on)",
         )
     axes.set_xscale("log", base=2)
+    ticks = [point.gpus for point in forecast.scaling[forecast.algorithm]]
+    axes.set_xticks(ticks, [f"{gpus:,}" for gpus in ticks])
     axes.set_ylim(0, 105)
     axes.set_xlabel("GPUs")
     axes.set_ylabel("efficiency (%)")

@@ -81,6 +81,7 @@ class Forecast(_Record):
     device: str
     model: str
     gpus: int
+    gpus_per_host: int
     per_gpu_batch: int
     algorithm: str
     step: Estimate
@@ -140,6 +141,7 @@ class _Draw:
 
     hierarchy: Hierarchy
     compute: Compute
+    phase: float = 0.5  #: of the engine's cycle, when a bucket is full
 
 
 def predict(run: Run, device: Device, cluster: ClusterProfile, algorithm: str | None = None) -> Forecast:
@@ -153,10 +155,11 @@ def predict(run: Run, device: Device, cluster: ClusterProfile, algorithm: str | 
         return [_step(draw, cluster, how, gpus, microbatches, loader) for draw in draws]
 
     alone = [step.seconds for step in steps(1, name)]
+    counted = sizes(run.gpus, cluster.gpus_per_host)
     scaling = {}
     for how in ALGORITHMS:
         points = []
-        for gpus in sizes(run.gpus):
+        for gpus in counted:
             seconds = [step.seconds for step in steps(gpus, how)]
             step = _estimate(seconds)
             points.append(
@@ -191,6 +194,7 @@ def predict(run: Run, device: Device, cluster: ClusterProfile, algorithm: str | 
         device=device.name,
         model=run.model,
         gpus=run.gpus,
+        gpus_per_host=cluster.gpus_per_host,
         per_gpu_batch=per_gpu,
         algorithm=name,
         step=here.step,
@@ -218,9 +222,9 @@ def predict(run: Run, device: Device, cluster: ClusterProfile, algorithm: str | 
     )
 
 
-def sizes(most: int) -> list[int]:
-    """1, 2, 4, … and the number itself."""
-    return [*(1 << bit for bit in range(most.bit_length()) if 1 << bit < most), most]
+def sizes(most: int, per_host: int = 1) -> list[int]:
+    """1, 2, 4, …, a host's GPUs and the number itself."""
+    return sorted({*(1 << bit for bit in range(most.bit_length())), min(most, per_host), most})
 
 
 def _step(
@@ -238,7 +242,7 @@ def _step(
         compute.scaled(slowest),
         microbatches,
         exchange,
-        cycle=cluster.cycle_ms / 1000 if gpus > 1 else 0.0,
+        wait=draw.phase * cluster.cycle_ms / 1000 if gpus > 1 else 0.0,
         loading=microbatches * compute.images / loader if loader else 0.0,
     )
 

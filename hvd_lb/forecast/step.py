@@ -1,13 +1,13 @@
 """One training step as events: forward and backward, buckets that become full, the exchange, the update, loading.
 
-The exchange is what `optim/distributed` does: a bucket is handed over when backward has filled it, the engine looks for
-such buckets every cycle and sums them one after the other, and the update waits for the last one (the paper, section 4:
-communication runs in parallel with backward).
+The exchange is what `optim/distributed` does: a bucket is handed over when backward has filled it, the engine looks
+for such buckets every cycle and sums them one after the other, and the update waits for the last one (the paper,
+section 4: communication runs in parallel with backward). Cycles begin at any moment of a step: an idle engine sees a
+bucket half a cycle later on average.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -77,11 +77,12 @@ def simulate_step(
     microbatches: int,
     exchange: Callable[[int], float],
     *,
-    cycle: float = 0.0,
+    wait: float = 0.0,
     loading: float = 0.0,
 ) -> StepTimes:
-    """`exchange` is the seconds for a bucket of so many bytes, `loading` those for the images of the next step.
+    """`exchange` is the seconds for a bucket of so many bytes, `wait` those until an idle engine sees it.
 
+    `loading` are those for the images of the next step.
     Loading goes on beside the step, ahead of it. Only the last of several microbatches fills buckets.
     """
     spans: list[Span] = []
@@ -100,9 +101,7 @@ def simulate_step(
         seconds = exchange(size)
         if not seconds:
             continue
-        # The engine sees it in its next cycle, or when it has done with the one before.
-        seen = math.ceil(ready / cycle - 1e-9) * cycle if cycle else ready
-        start = max(seen, free)
+        start = free if ready <= free else ready + wait  # a busy engine goes on at once
         free = start + seconds
         busy += seconds
         spans.append(Span("network", f"bucket {number} ({size / 1e6:.1f} MB)", start, free))

@@ -17,7 +17,7 @@ def rows(forecast: Forecast) -> list[tuple[str, str]]:
         ("forecast", f"{count(f.gpus, 'GPU')} of {f.cluster} by {f.algorithm}; device times: {f.device}"),
         ("a step", f"{_seconds(f.step)}; {100 * f.utilisation:.0f} % of it the GPU computes"),
         ("speed", f"{f.images_per_second.value:,.0f} images/s ({_numbers(f.images_per_second)})"),
-        ("efficiency", f"{_per_cent(f.efficiency)} of {f.gpus:,} times one GPU" if f.gpus > 1 else "one GPU"),
+        ("efficiency", efficiency(f)),
         ("an epoch", _seconds(f.epoch)),
         ("the whole run", _seconds(f.total)),
         ("what limits", limits(f)),
@@ -73,6 +73,18 @@ def rows(forecast: Forecast) -> list[tuple[str, str]]:
         found.append(("the paper", f"ResNet-50 with n = 32 on P100: a step on {points}"))
     found.append(("recommended", recommendation(f)))
     return found
+
+
+def efficiency(f: Forecast) -> str:
+    """Of one GPU, and as the paper has it, of one whole host."""
+    if f.gpus == 1:
+        return "one GPU"
+    said = f"{_per_cent(f.efficiency)} of {f.gpus:,} times one GPU"
+    if 1 < f.gpus_per_host < f.gpus:
+        host = next(point for point in f.scaling[f.algorithm] if point.gpus == f.gpus_per_host)
+        hosts = f.gpus / f.gpus_per_host
+        said += f", {100 * f.efficiency.value / host.efficiency.value:.0f} % of {hosts:g} times a host"
+    return said
 
 
 def limits(f: Forecast) -> str:
@@ -150,7 +162,9 @@ def without_cluster() -> tuple[str, str]:
 
 
 def _used(run: SameRun, f: Forecast) -> float:
-    return f.same_run[0].gpu_hours.value / run.gpu_hours.value
+    """Of what a host's GPUs do in this time, the share that these do each."""
+    host = min(f.gpus, f.gpus_per_host)
+    return next(one for one in f.same_run if one.gpus == host).gpu_hours.value / run.gpu_hours.value
 
 
 def _seconds(of: Estimate) -> str:

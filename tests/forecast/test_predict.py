@@ -114,7 +114,8 @@ def test_failures_and_what_going_on_without_ranks_saves() -> None:
 
 def test_a_forecast_up_to_4096_gpus_counts_every_doubling() -> None:
     assert sizes(4096) == [2**bit for bit in range(13)]
-    assert sizes(352)[-2:] == [256, 352]
+    assert sizes(352, 8)[-2:] == [256, 352]
+    assert sizes(12, 6) == [1, 2, 4, 6, 8, 12]
     forecast = predict(replace(RUN, gpus=4096), DEVICE, slow(100))
     assert len(forecast.spans) < 20  # of 4,096 microbatches on one GPU, too
     assert [len(points) for points in forecast.scaling.values()] == [13, 13, 13]
