@@ -5,7 +5,7 @@ from __future__ import annotations
 from hvd_lb.forecast.predict import Estimate, Forecast, SameRun
 from hvd_lb.report.text import count, duration
 
-_WORTH = 0.8  # from this efficiency on, GPUs are used well
+_WORTH = 0.75  # from this efficiency on, GPUs are used well
 _FEW_FAILURES = 0.001
 _LITTLE = 0.02  # a share of a step that is not worth a word
 
