@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 from rich.text import Text
 
+from hvd_lb.errors import UserError
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.text import count, duration, speed
 from hvd_lb_cli.arguments import without_secrets
@@ -141,6 +142,8 @@ def simulate(
 
     refuse_several(os.environ, "hvd-lb simulate")
     there = _cluster(cluster, price) if cluster else None
+    if there and output and output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: expected a folder for the forecast")
     published = load_device(device_profile) if there and device_profile != "measured" else None
     started = time.monotonic()
     console = plain_console()

@@ -100,6 +100,7 @@ def test_simulate_foretells_and_keeps_it(hvd_lb: Run, tmp_path: Path) -> None:
         (("--cluster", "big-basi"), "did you mean 'big-basin'?"),
         (("--cluster", "big-basin", "--device-profile", "h10"), "did you mean 'h100'?"),
         (("--cluster", "big-basin", "--device-profile", "p100"), "was measured with --model resnet50"),
+        (("--cluster", "big-basin", "--output", __file__), "is a file: expected a folder"),
         (("--device-profile", "p100"), "is for a forecast: add --cluster"),
         (("--cluster", "big-basin", "--price-per-gpu-hour", "nan"), "is not in the range"),
         (("--cluster", "big-basin", "--gpus", "0"), "--gpus 0"),
