@@ -67,7 +67,8 @@ def ring(servers: int, elements: int) -> Iterator[Step]:
 
 def halving_doubling(servers: int, elements: int) -> Iterator[Step]:
     """Binary blocks of servers 0 … s1 − 1, s1 … s1 + s2 − 1, …; the second half is the first one in a mirror."""
-    blocks, first, steps = binary_blocks(servers), 0, {}
+    blocks, first = binary_blocks(servers), 0
+    steps: dict[int, Step] = {}
     bounds: list[tuple[int, list[tuple[int, int]]]] = []  # of each block: its first server, what each one has
     for size in blocks:
         have = [(0, elements)] * size
