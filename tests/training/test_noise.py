@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from test_any_processes import one_initialisation, run
+from test_step_cost import Operators
 from together import together
 
-from hvd_lb.recipe import make_recipe
-from hvd_lb.report.metrics import RunObserver, read_metrics
+from hvd_lb.data.images import ArrayImages, Dataset
+from hvd_lb.recipe import Recipe, make_recipe
+from hvd_lb.report.metrics import RunObserver, SilentObserver, read_metrics
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.training.trainer import Trainer
 from hvd_lb.world.solo import Solo
@@ -53,3 +58,37 @@ def test_a_record(tmp_path: Path) -> None:
     observer.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "noise", **record}]
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["high"] is None
+
+
+def operators_of(noise_scale: str) -> tuple[int, int]:
+    """Those that compute in one step of a run of two workers, and those that wait for a device."""
+    few = ArrayImages(np.zeros((99, 8, 8), np.uint8), np.zeros(99, np.int64), list("ab"), "few")
+    fields = {
+        "model": "resnet8",
+        "image_size": 8,
+        "gpus": 2,
+        "per_gpu_batch": 2,
+        "num_classes": 2,
+        "together": 1,
+    }
+    trainer = Trainer(
+        Recipe.model_validate({**fields, "threads": 1, "noise_scale": noise_scale}),
+        Dataset("few", few, few),
+        Solo(),
+        device=torch.device("cpu"),
+        threads=1,
+        observer=SilentObserver(),
+    )
+    trainer.model.train()
+    batch = torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
+    with trainer.kernels():
+        trainer.train_step(itertools.repeat(batch))
+        with Operators() as operators:
+            trainer.train_step(itertools.repeat(batch))
+    return sum(operators.counts.values()), operators.counts["_local_scalar_dense.default"]
+
+
+def test_it_takes_a_few_operators_and_no_wait() -> None:
+    (on, waits_on), (off, waits_off) = (operators_of(state) for state in ("on", "off"))
+    assert 0 < on - off <= 16  # resnet8 has one bucket: its norm twice, and what adds norms of buckets up
+    assert waits_on == waits_off
