@@ -140,17 +140,17 @@ def _host_loads(cluster: ClusterProfile, loader: float | None) -> tuple[float | 
 
 
 def _notes(cluster: ClusterProfile, parts: MeasuredCompute, recipe: Recipe) -> list[tuple[str, str]]:
-    timed = (
-        count(parts.microbatches, "microbatch")
-        if parts.microbatches == 1
-        else f"{parts.microbatches} microbatches"
-    )
     size = (
         f"{parts.images} of {recipe.per_gpu_batch} images"
         if parts.images < recipe.per_gpu_batch
         else "n images"
     )
-    found = [("measured", f"{timed} of {size} in parts, {count(len(parts.compute.buckets), 'bucket')}")]
+    found = [
+        (
+            "measured",
+            f"{parts.microbatches} microbatches of {size} in parts, {count(len(parts.compute.buckets), 'bucket')}",
+        )
+    ]
     if recipe.gpus > (cluster.most_gpus or recipe.gpus):
         found.append(("note", f"{cluster.name} has {cluster.most_gpus} GPUs: this is beyond it"))
     return found
