@@ -32,9 +32,10 @@ Step = list[Message]
 def run(steps: Iterator[Step], arrays: list[NDArray[np.int64]]) -> Cost:
     """Does all steps to the servers' arrays, in place, and counts in bytes; messages of a step happen at once."""
     itemsize = arrays[0].itemsize
-    count, wire, added, all_sent = 0, 0, 0, np.zeros(len(arrays), np.int64)
+    count, wire, added = 0, 0, 0
+    all_sent = _none(arrays)
     for step in steps:
-        sent, received, sums = (np.zeros(len(arrays), np.int64) for _ in range(3))
+        sent, received, sums = _none(arrays), _none(arrays), _none(arrays)
         contents = [arrays[message.source][message.start : message.stop].copy() for message in step]
         for message, content in zip(step, contents, strict=True):
             part = arrays[message.target][message.start : message.stop]
@@ -48,6 +49,10 @@ def run(steps: Iterator[Step], arrays: list[NDArray[np.int64]]) -> Cost:
         added += int(sums.max())
         all_sent += sent
     return Cost(count, wire, added, int(all_sent.max()))
+
+
+def _none(arrays: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.zeros(len(arrays), np.int64)
 
 
 def _cuts(parts: int, start: int, stop: int) -> list[int]:
@@ -142,7 +147,8 @@ def three_phases(algorithm: str, servers: int, gpus: int, elements: int) -> list
 
     GPU i of server s is number s · gpus + i. One list of steps for each phase.
     """
-    up, down = [], []
+    up: list[Step] = []
+    down: list[Step] = []
     steps = list(chain(gpus, elements))
     for number, step in enumerate(steps):
         everywhere = [
