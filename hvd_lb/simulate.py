@@ -171,7 +171,10 @@ def _trainer(resolved: Resolved, device: torch.device, threads: int, observer: S
         resolved.dataset, recipe.cache, recipe.loader, device.type, f"simulate {os.getpid()}", world.barrier
     )
     reading = loader_threads(recipe.loader_threads, threads, usable_cores(), reproducible=recipe.reproducible)
-    return Trainer(recipe, images, world, device=device, threads=reading, observer=observer)
+    trainer = Trainer(recipe, images, world, device=device, threads=reading, observer=observer)
+    if trainer.noise_scale:
+        trainer.noise_scale.every = 1  # a rehearsal has few steps
+    return trainer
 
 
 def _probe(trainer: Trainer, images: int) -> float:

@@ -14,9 +14,14 @@ import torch
 
 from hvd_lb_cli.commands import run as run_command
 
-# Tests share the machine: one thread each, as OpenMP's threads spin while they wait for a core.
-torch.set_num_threads(1)
 pytest.register_assert_rewrite("real_runs")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tests share the machine, and OpenMP's threads spin while they wait for a core. A run in this process may have
+    set another number, with which sums of floats are others."""
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_STEPS = 200  # so many of the last steps count; weights, and with them the scale, change slowly against that
+EVERY = 16
+"""Steps from one whose norms are taken to the next: so their cost on CPUs is small beside the smallest networks."""
+_STEPS = 100  # so many of those count; weights, and with them the scale, change slowly against that
 _LEAST = 10  # of fewer nothing is said
 _NORMAL = 1.96  # an interval that holds 95 %
 
@@ -46,8 +48,13 @@ class NoiseScale:
     """Takes the squared norms of each step, which stay on their device until somebody asks."""
 
     def __init__(self, steps: int = _STEPS):
+        self.every = EVERY
         self._waiting: list[_Step] = []
         self._parts: deque[tuple[float, float]] = deque(maxlen=steps)  # tr Σ and |G|² of each step
+
+    def due(self, step: int) -> bool:
+        """Whether the norms of this step are taken."""
+        return step % self.every == 0
 
     def add(self, own: Tensor, own_images: int, total: Tensor, images: int) -> None:
         """Squared norms of two sums of gradients: over `own_images` of a step, and over all of its images."""

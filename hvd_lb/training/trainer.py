@@ -358,7 +358,7 @@ class Trainer:
         self.stages.step = self.step
         own: tuple[torch.Tensor | None, int] = None, 0
         for group in self.group_size.groups(workers):
-            watched = self.noise_scale is not None and not losses
+            watched = not losses and self.noise_scale is not None and self.noise_scale.due(self.step)
             if watched:
                 self.state.optimizer.watch_norm()
             self.stages.enter(Stage.DATA)

@@ -15,6 +15,7 @@ from test_step_cost import Operators
 from together import together
 
 from hvd_lb.data.images import ArrayImages, Dataset
+from hvd_lb.optim.noise_scale import NoiseScale
 from hvd_lb.recipe import Recipe, make_recipe
 from hvd_lb.report.metrics import RunObserver, SilentObserver, read_metrics
 from hvd_lb.report.run_directory import RunDirectory
@@ -23,6 +24,17 @@ from hvd_lb.world.solo import Solo
 
 pytestmark = pytest.mark.slow
 __all__ = ["one_initialisation"]
+
+
+@pytest.fixture(autouse=True)
+def each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvd_lb.optim.noise_scale.EVERY", 1)
+
+
+def test_every_16th_step_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert len(parts(run(Solo(), tmp_path, steps=3))) == 1  # the first
+    assert [step for step in range(33) if NoiseScale().due(step)] == [0, 16, 32]
 
 
 def parts(trainer: Trainer) -> list[tuple[float, float]]:
