@@ -142,13 +142,13 @@ def recommendation(f: Forecast) -> str:
     if most.gpus == whole.gpus:
         half = f.same_run[-2]
         return (
-            f"all {f.gpus:,} GPUs: {duration(whole.total.value)}{price}, {100 * _used(whole, f):.0f} % of them used. "
-            f"{half.gpus:,} would take {duration(half.total.value)}.{another}"
+            f"all {f.gpus:,} GPUs: {duration(whole.total.value)}{price}, {100 * _used(whole, f):.0f} % of one host's "
+            f"efficiency. {half.gpus:,} would take {duration(half.total.value)}.{another}"
         )
     return (
         f"{count(most.gpus, 'GPU')} for the same run and the same weights: {duration(most.total.value)}{price}, "
-        f"{100 * _used(most, f):.0f} % of them used. All {f.gpus:,} take {duration(whole.total.value)} and use "
-        f"{100 * _used(whole, f):.0f} %.{another}"
+        f"{100 * _used(most, f):.0f} % of one host's efficiency. All {f.gpus:,} take {duration(whole.total.value)} "
+        f"at {100 * _used(whole, f):.0f} %.{another}"
     )
 
 
