@@ -28,6 +28,8 @@ _COMMANDS = {
     "logs": "hvd_lb_cli.watch.logs:logs",
     "stop": "hvd_lb_cli.watch.stop:stop",
     "compare": "hvd_lb_cli.compare:compare",
+    "replay": "hvd_lb_cli.replay.replay:replay",
+    "verify": "hvd_lb_cli.replay.verify:verify",
     "recipes": "hvd_lb_cli.recipes:recipes",
     "data": "hvd_lb_cli.data.group:data",
     "measure": "hvd_lb_cli.doctor.measure:measure",

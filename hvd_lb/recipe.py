@@ -307,6 +307,11 @@ class Recipe(BaseModel):
         "1epoch", "Period of checkpoints: 500steps, 10min, 1epoch, never. Always at the end."
     )
     keep_checkpoints: int = _free(3, "Newest checkpoints kept, besides the best.", ge=1, le=_MOST)
+    digest_every: Every = _free(
+        "1epoch",
+        "Period of digests of weights and velocities, chained with all records, that `hvd-lb verify` holds a run to: "
+        "500steps, 1epoch, never. Also at the end.",
+    )
     on_nan: OnNan = _free(
         "stop",
         "Loss or weights that are no numbers: end, or go back to a checkpoint and leave that minibatch out.",

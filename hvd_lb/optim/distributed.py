@@ -278,6 +278,15 @@ class DistributedOptimizer(Optimizer):
         divided = (self._divisor or 1) if self._phase is Phase.NORMALISED else 1
         return torch.stack([bucket.sum_norm() for bucket in self._buckets]).sum() * float(divided) ** 2
 
+    @torch.no_grad()
+    def mean_gradients(self) -> dict[str, Tensor]:
+        """After `synchronize`: copies of the means of all processes' gradients, by parameter; nothing is changed."""
+        if self._phase not in (Phase.REDUCED, Phase.NORMALISED):
+            raise RuntimeError("the mean gradients are known after synchronize() and before step()")
+        divisor = (self._divisor or 1) if self._phase is Phase.REDUCED else 1
+        slots = [slot for bucket in self._buckets for slot in bucket.slots if slot.present]
+        return {self._label(slot.parameter): slot.view.clone().div_(divisor) for slot in slots}
+
     # What the wrapped optimizer has
 
     @property

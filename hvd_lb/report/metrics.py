@@ -9,17 +9,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hvd_lb.exact.chain import Chain
 from hvd_lb.report.ranks import RankTimes
 from hvd_lb.report.run_directory import RunDirectory, replace_bytes, replace_text, strict_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
 _HEARTBEAT_SECONDS = 0.5
@@ -49,6 +51,11 @@ class JsonLines:
         """The records of steps from there on, which will be added again."""
         self._waiting = _before(self._waiting, first_step)
         truncate_metrics(self.path, first_step)
+
+    def records(self) -> list[dict[str, Any]]:
+        """All that count, those included that wait; OSError where the file cannot be read."""
+        written = self.path.read_bytes() if self.path.exists() else b""
+        return _that_count(parse_records(written + self._waiting)[0])
 
     def write(self, *, sync: bool = False) -> None:
         """OSError leaves the file with whole lines. It is opened each time: a handle may go stale."""
@@ -97,11 +104,19 @@ class RunObserver:
     """Rank 0's observer: writes what the trainer says into the run directory, in a thread and in the order it was said.
 
     So a file system that is slow, or hangs, keeps no step waiting. What cannot be written, as on a full disk, is told
-    once, in this rank's log and as a record. `ranks` says what is told of other ranks' times.
+    once, in this rank's log and as a record. `ranks` says what is told of other ranks' times. With `begin`, a record,
+    begins the chain of a new run (`hvd_lb.exact.chain`).
     """
 
-    def __init__(self, run: RunDirectory, first_step: int, ranks: RankTimes | None = None):
+    def __init__(
+        self,
+        run: RunDirectory,
+        first_step: int,
+        ranks: RankTimes | None = None,
+        begin: dict[str, Any] | None = None,
+    ):
         self._run, self._ranks = run, ranks
+        self._chain, self._first_record = Chain(), begin
         self._lines, self._bad_images = JsonLines(run.metrics), JsonLines(run.bad_images)
         self._told: set[Path] = set()
         self._board: SummaryWriter | None = None
@@ -136,8 +151,14 @@ class RunObserver:
     def noise(self, record: dict[str, Any]) -> None:
         self._later(self._write, "noise", record)
 
+    def digest(
+        self, record: dict[str, Any], model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+    ) -> None:
+        self._later(self._write_digests, record, model, optimizer)
+
     def rollback(self, record: dict[str, Any]) -> None:
         self._later(self._write, "rollback", record)
+        self._later(self._take_up_chain)
         self._later(self._forget_bad_images, record["to"])
         self._later(self._take_back_drawn, record["to"])
 
@@ -182,6 +203,21 @@ class RunObserver:
     def _begin(self) -> None:
         with self._told_of(self._run.tensorboard):
             self._open_board()
+        self._take_up_chain()
+        if self._first_record and not self._chain.begun:
+            self._write("begin", self._first_record)
+
+    def _take_up_chain(self) -> None:
+        """The chain goes on after the records that count now."""
+        with self._told_of(self._run.metrics):
+            self._chain = Chain(self._lines.records())
+
+    def _write_digests(
+        self, record: dict[str, Any], model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+    ) -> None:
+        from hvd_lb.exact.digest import state_digests  # needs torch, which who only reads records does not
+
+        self._write("digest", {**record, **state_digests(model, optimizer)})
 
     def _take_back_drawn(self, first_step: int) -> None:
         """TensorBoard forgets the points from there on."""
@@ -212,12 +248,14 @@ class RunObserver:
         with self._told_of(self._run.tensorboard):
             if self._board:
                 self._board.close()
+        if seal := self._chain.seal():
+            self._lines.add(self._chain.sealed(seal))
         with self._told_of(self._run.metrics):
             self._lines.write()
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
         self._step = record["step"]
-        self._lines.add({"kind": kind, **record})
+        self._lines.add(self._chain.sealed({"kind": kind, **record}))
         with self._told_of(self._run.tensorboard):
             self._draw(kind, record)
         with self._told_of(self._run.metrics):
@@ -278,6 +316,11 @@ class SilentObserver:
     def noise(self, record: dict[str, Any]) -> None:
         pass
 
+    def digest(
+        self, record: dict[str, Any], model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+    ) -> None:
+        pass
+
     def rollback(self, record: dict[str, Any]) -> None:
         pass
 
@@ -305,12 +348,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
     """As `read_metrics`, and how many whole lines are no records."""
     found, foreign = parse_records(path.read_bytes()) if path.exists() else ([], 0)
+    return _that_count(found), foreign
+
+
+def _that_count(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without those that a rollback has taken back."""
     records: list[dict[str, Any]] = []
     for record in found:
         if record.get("kind") == "rollback":
             records = [old for old in records if old.get("kind") == "rollback" or old["step"] < record["to"]]
         records.append(record)
-    return records, foreign
+    return records
 
 
 def last_records(path: Path) -> list[dict[str, Any]]:
@@ -371,7 +419,8 @@ def truncate_metrics(path: Path, first_step: int, *, evaluation_due: bool = Fals
 
 def _before(text: bytes, first_step: int, evaluation_due: bool = False) -> bytes:
     def counts(record: dict[str, Any]) -> bool:
-        of_evaluation = "eval" in (record.get("kind"), record.get("of"))
+        # A link that was told after it is of it, too.
+        of_evaluation = "eval" in (record.get("kind"), record.get("of")) or record.get("kind") == "seal"
         return _begins(record) < first_step - (evaluation_due and of_evaluation)
 
     return _lines(filter(counts, parse_records(text)[0]))

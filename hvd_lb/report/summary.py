@@ -54,6 +54,7 @@ def summarise(
         "bad_images": len(bad),
         "checkpoints": len(stalls),
         "checkpoint_stall_seconds": statistics.median(stalls) if stalls else None,
+        "chain": next((record["chain"] for record in reversed(records) if "chain" in record), None),
     }
     figures = [("ended", reason), ("steps", f"{steps:,} of {total_steps:,}")]
     if last and best:
@@ -63,6 +64,8 @@ def summarise(
         figures.append(("speed", f"{speed(statistics.median(rates))} (median)"))
     if bad:
         figures.append(("bad images", f"another one stood in {len(bad):,} times: {run.bad_images.name}"))
+    if summary["chain"]:
+        figures.append(("last link", f"{summary['chain']} (hvd-lb verify)"))
     figures.append(("wall time", duration(seconds)))
     return summary, figures
 

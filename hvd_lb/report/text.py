@@ -31,7 +31,7 @@ def printable(text: str) -> str:
 
 def count(number: int, noun: str) -> str:
     """1 step, 2 steps, 1,000 processes."""
-    ending = "es" if noun.endswith("s") else "s"
+    ending = "es" if noun.endswith(("s", "ch")) else "s"
     return f"{number:,} {noun}" + ("" if number == 1 else ending)
 
 

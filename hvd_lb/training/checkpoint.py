@@ -97,7 +97,7 @@ class CheckpointStore:
         best: bool = False,
     ) -> Path:
         """Write the checkpoint of `step` steps done, point `last` (and `best`) at it, remove what is too old."""
-        return self.write(Snapshot(step, _copied(model), _copied(optimizer), dict(state), best))
+        return self.write(Snapshot(step, copied(model), copied(optimizer), dict(state), best))
 
     def write(self, snapshot: Snapshot) -> Path:
         """`save` for tensors that were copied already. OSError, with nothing of it left, when it cannot be written.
@@ -266,7 +266,7 @@ class BackgroundWriter:
             self._warn(f"the checkpoint before is still being written, so that of step {step} is left out")
             return False
         self._settle()
-        snapshot = Snapshot(step, _copied(model), _copied(optimizer), dict(state), best)
+        snapshot = Snapshot(step, copied(model), copied(optimizer), dict(state), best)
         future = self._submit(self._store.write, snapshot)
         self._writes.append(_Write(future, f"the checkpoint of step {step}", is_checkpoint=True, best=best))
         return True
@@ -349,7 +349,7 @@ def _write_state(folder: Path, content: Mapping[str, Any]) -> None:
     os.replace(writing, folder / _STATE)
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous copies on the CPU: views into buckets and channels-last tensors share or permute their memory."""
     return {
         name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())

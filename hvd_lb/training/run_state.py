@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hvd_lb.exact.digest import STATISTICS
 from hvd_lb.optim import DistributedOptimizer
 from hvd_lb.optim.state_dict import flatten_state, restore_state
 from hvd_lb.training.bad_images import BadImages
 from hvd_lb.training.batchnorm import ReproducibleStatistics, RunningStatistics
-from hvd_lb.training.checkpoint import Checkpoint
+from hvd_lb.training.checkpoint import Checkpoint, copied
 from hvd_lb.training.evaluation import Evaluation
 from hvd_lb.training.saved_state import LOSSES, SavedState
 from hvd_lb.world import World
@@ -135,6 +136,18 @@ class RunState:
             ),
         )
         return self.model.state_dict(), {**optimizer, LOSSES: losses}, state
+
+    def learnt(self, *, statistics: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copies of the model's tensors, perhaps without batch norm's statistics, and of the optimizer's, on the CPU.
+
+        They are those of a checkpoint but for its losses.
+        """
+        model = {
+            name: tensor
+            for name, tensor in self.model.state_dict().items()
+            if statistics or not name.endswith(STATISTICS)
+        }
+        return copied(model), copied(flatten_state(self.optimizer.state_dict())[0])
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Become what was saved; every process loads the same checkpoint."""

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -78,6 +78,11 @@ class Observer(Protocol):
 
     def noise(self, record: dict[str, Any]) -> None:
         """The gradient noise scale over the last steps, in images, and its interval."""
+
+    def digest(
+        self, record: dict[str, Any], model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
+    ) -> None:
+        """What the run has learnt so far, copied, is to be digested and recorded."""
 
     def rollback(self, record: dict[str, Any]) -> None:
         """The run goes on from step `to`: what was told of steps from there on is told again."""
@@ -151,6 +156,8 @@ class Trainer:
         self.watched_until = 0
         self.searching, self.vanished = False, 0  # for such a step; how often none was found
         self.told_group_size = False
+        #: Called in each step when its gradients are known, before the update: for whoever looks at them.
+        self.on_gradients: Callable[[], None] = lambda: None
         self.plan = recipe.sample_plan(len(dataset.train))
         self.schedule = recipe.lr_schedule(self.plan.steps_per_epoch)
         self.end = recipe.total_steps(self.plan.steps_per_epoch)
@@ -316,12 +323,14 @@ class Trainer:
         log_every = self.recipe.log_every or max(1, min(10, steps_per_epoch // 20))
         eval_every = period_in_steps(self.recipe.eval_every, steps_per_epoch)
         save_every = period_in_steps(self.recipe.checkpoint_every, steps_per_epoch)
+        digest_every = period_in_steps(self.recipe.digest_every, steps_per_epoch)
         with self.kernels(), self.batches() as loader:
             clock = StepClock(loader)
             while self.step < self.end and not self.stopped_by:
                 save_now = self.train_step(loader)
                 done = self.step == self.end
                 evaluate, save = _due(eval_every, self.step, done), _due(save_every, self.step, done)
+                digest = digest_every > 0 and _due(digest_every, self.step, done)
                 if evaluate or save:
                     save_now |= self._hear()
                 if self.step <= self.watched_until:
@@ -329,13 +338,15 @@ class Trainer:
                 if self.step % steps_per_epoch % log_every == 0 or done:
                     self._log(clock)
                 with clock.paused(), self.stages.between_steps():
-                    self._keep(evaluate, save or save_now)
+                    self.after_step(evaluate, save or save_now, digest)
 
-    def _keep(self, evaluate: bool, save: bool) -> None:
+    def after_step(self, evaluate: bool, save: bool, digest: bool = False) -> None:
         """What is due after a step: first the checkpoint, then the evaluation, which a kill or a stop may hit."""
         self.state.evaluation_due = evaluate
         if evaluate and self.recomputation.images:
             self._recompute_statistics()
+        if digest:
+            self._digest()
         if save:
             self._save()
         if evaluate and not self.stopped_by:
@@ -365,7 +376,7 @@ class Trainer:
             parts = [next(batches) for _ in group]
             self.stages.enter(Stage.COMPUTE)
             with self.group_size.timed(sum(len(labels) for _, labels in parts)):
-                each = self._losses(group, parts)
+                each = self.losses(group, parts)
                 self.state.statistics.after_forward()
                 loss = each[0] if len(each) == 1 else torch.stack(each).sum()
                 self.state.optimizer.backward(self.state.scaler.scale(loss), last=group[-1] == workers[-1])
@@ -376,6 +387,7 @@ class Trainer:
         global_images = self.plan.step_images(epoch_step)
         self._synchronize(global_images)
         self._note_norms(*own, global_images)
+        self.on_gradients()
         self.state.optimizer.steps = self.step
         self.state.scaler.step(self.state.optimizer)
         self.state.scaler.update()
@@ -442,7 +454,7 @@ class Trainer:
             self.state.give_up_step()
             raise overflow
 
-    def _losses(self, workers: Sequence[int], parts: Sequence[Batch]) -> list[torch.Tensor]:
+    def losses(self, workers: Sequence[int], parts: Sequence[Batch]) -> list[torch.Tensor]:
         """The loss of each of these workers, computed together, on its images and labels."""
         seeds = [generator_seed(self.recipe.seed, 1, self.step, worker) for worker in workers]
         logits = self._forward([images for images, _ in parts], seeds)
@@ -472,12 +484,18 @@ class Trainer:
         for step in range(self.step, self.end):
             if step in self.state.left_out:
                 continue
-            epoch, epoch_step = divmod(step, self.plan.steps_per_epoch)
-            draw = partial(self.windows.windows, epoch)
+            epoch_step = step % self.plan.steps_per_epoch
             for worker in self._workers_with_images(epoch_step):
-                ids = self.plan.image_ids(epoch, epoch_step, worker)
-                origin = Origin("train", epoch, step, worker)
-                yield Microbatch(ids, draw(ids, *sizes(self.dataset.train, ids)), origin, draw)
+                yield self.microbatch(step, worker)
+
+    def microbatch(self, step: int, worker: int) -> Microbatch:
+        """What a virtual worker, of this process or of another, sees in a step of the run; perhaps nothing."""
+        epoch, epoch_step = divmod(step, self.plan.steps_per_epoch)
+        ids = self.plan.image_ids(epoch, epoch_step, worker)
+        draw = partial(self.windows.windows, epoch)
+        return Microbatch(
+            ids, draw(ids, *sizes(self.dataset.train, ids)), Origin("train", epoch, step, worker), draw
+        )
 
     def _workers_with_images(self, epoch_step: int) -> list[int]:
         return [worker for worker in self.workers if len(self.plan.positions(epoch_step, worker))]
@@ -672,6 +690,17 @@ class Trainer:
     def _ask_evaluating(self) -> int:
         self.stages.enter(Stage.EVALUATION)
         return self.stop_requested()
+
+    def _digest(self) -> None:
+        """Has rank 0 record digests of what the run has learnt; collective in the reproducible mode."""
+        whole = self.recipe.reproducible
+        if whole:  # else to form the statistics' sums would round them
+            self.state.statistics.publish()
+        if self.world.rank == 0:
+            so_far = sorted(step for step in self.state.left_out if step < self.step)
+            left_out = {"left_out": so_far} if so_far else {}
+            model, optimizer = self.state.learnt(statistics=whole)
+            self.observer.digest({**self._position(), **left_out}, model, optimizer)
 
     def _forget_lost_best(self) -> None:
         """Where the best could not be written, the best is what `best` leads to; collective, as only rank 0 knows."""

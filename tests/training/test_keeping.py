@@ -265,14 +265,14 @@ def test_what_stays_no_number_without_its_minibatch_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(periodic(on_nan="rollback"), store=CheckpointStore(tmp_path))
-    plain = Trainer._keep
+    plain = Trainer.after_step
 
     def keep(self: Trainer, *arguments: Any) -> None:
         if self.step == 6:
             raise Diverged("what is recomputed is no number")
         plain(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "_keep", keep)
+    monkeypatch.setattr(Trainer, "after_step", keep)
     with pytest.raises(Diverged, match="what is recomputed"):
         trainer.fit()
     assert len(records(trainer).rollbacks) == 2

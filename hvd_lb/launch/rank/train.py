@@ -26,6 +26,7 @@ from hvd_lb.launch.options import HANG_TIMEOUT
 from hvd_lb.launch.stopping import StopRequests
 from hvd_lb.machine.placement import loader_threads
 from hvd_lb.plan.hosting import hosted
+from hvd_lb.replay.beginning import beginning
 from hvd_lb.report.metrics import RunObserver, SilentObserver
 from hvd_lb.report.ranks import RankTimes
 from hvd_lb.report.run_directory import RunDirectory, write_json
@@ -54,7 +55,12 @@ def train(job: Job, world: World, stop_requested: StopRequests, cores: int, stag
             "places, bytes, sizes or labels of images): copy it again"
         )
     first_step = checkpoint.step if checkpoint else 0
-    observer = RunObserver(directory, first_step, _rank_times(job)) if world.rank == 0 else SilentObserver()
+    observer: RunObserver | SilentObserver = SilentObserver()
+    if world.rank == 0:
+        plan = recipe.sample_plan(len(dataset.train))
+        chained = recipe.digest_every != "never"
+        begin = beginning(recipe, plan, job.data_fingerprint, checkpoint) if chained else None
+        observer = RunObserver(directory, first_step, _rank_times(job), begin)
     try:
         trainer = Trainer(
             recipe,

@@ -1,0 +1,225 @@
+"""The very steps of a run, taken again on this one process and held against what the run recorded.
+
+They are the trainer's own, from a checkpoint or from the seed. In the reproducible mode, on the same libraries and the
+same kind of device, each recorded number and digest comes again to the bit. In float mode the bits depend on the number
+of processes; there losses are compared, and rounding alone may make them differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_lb.data.images import Dataset
+from hvd_lb.exact.digest import PARTS, state_digests
+from hvd_lb.exact.fixed_point import FixedPointOverflow
+from hvd_lb.exact.reproducible import rounding_differences, rounding_environment
+from hvd_lb.machine.cpu import usable_cores
+from hvd_lb.machine.placement import loader_threads
+from hvd_lb.replay.recorded import RecordedRun
+from hvd_lb.report.metrics import SilentObserver
+from hvd_lb.training.checkpoint import Checkpoint
+from hvd_lb.training.trainer import Trainer
+from hvd_lb.world.solo import Solo
+
+#: Relative differences of losses up to here are put down to rounding, where that may differ.
+ROUNDING = 1e-3
+# What is compared of an evaluation.
+_OF_EVALUATIONS = ("top1_error", "top5_error", "loss", "images")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first thing that is not as it was recorded, after step `step`: a number, or the digest of a part."""
+
+    step: int
+    what: str
+    recorded: Any
+    found: Any
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.what} recorded {_short(self.recorded)}, found {_short(self.found)}"
+
+
+def _short(value: Any) -> str:
+    return f"{value[:16]}…" if isinstance(value, str) and len(value) > 16 else str(value)
+
+
+@dataclass
+class Compared:
+    """What was compared, and how it came out. Differences of losses are relative; of digests bits."""
+
+    records: int = 0  #: of training and evaluations
+    digests: int = 0
+    same_digests: int = 0
+    largest: float = 0.0  #: difference of a loss
+    first: Difference | None = None
+
+    def number(self, step: int, what: str, recorded: Any, found: Any) -> None:
+        """A number of a record; null and not-a-number are the same."""
+        found = None if isinstance(found, float) and not math.isfinite(found) else found
+        if recorded == found:
+            return
+        apart = math.inf
+        if recorded is not None and found is not None:
+            apart = abs(recorded - found) / max(abs(recorded), abs(found))
+        self.largest = max(self.largest, apart)
+        self.first = self.first or Difference(step, what, recorded, found)
+
+    def digest(self, step: int, recorded: Mapping[str, Any], found: Mapping[str, str]) -> None:
+        parts = [part for part in PARTS if part in recorded and part in found]
+        differing = [part for part in parts if recorded[part] != found[part]]
+        self.digests += 1
+        self.same_digests += not differing
+        for part in differing[:1]:
+            self.first = self.first or Difference(step, f"digest of {part}", recorded[part], found[part])
+
+    @property
+    def to_rounding(self) -> bool:
+        """Whether all losses are as recorded but for what rounding may do."""
+        return self.largest <= ROUNDING
+
+    def add(self, other: Compared) -> None:
+        self.records += other.records
+        self.digests += other.digests
+        self.same_digests += other.same_digests
+        self.largest = max(self.largest, other.largest)
+        self.first = self.first or other.first
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Whether the same bits can be expected here; `why` says why not, in words."""
+
+    bits: bool
+    why: str = ""
+
+
+def expectation(run: RecordedRun, checkpoint: Checkpoint | None, device: str) -> Expectation:
+    """Of steps of `run` taken again on this machine's `device`, from `checkpoint` or the start."""
+    recorded = checkpoint or run.start_before(run.steps)[0]
+    if recorded and (
+        changes := rounding_differences(recorded.saved.environment, rounding_environment(device))
+    ):
+        return Expectation(
+            False, f"it was made with other software or hardware than is here ({'; '.join(changes)})"
+        )
+    recipe = run.recipe
+    if recipe.reproducible:
+        return Expectation(True)
+    if run.processes != 1:
+        where = "another number of" if run.processes is None else f"{run.processes}"
+        return Expectation(
+            False, f"it is a run in float mode on {where} processes: on one its sums round otherwise"
+        )
+    if recipe.gpus > 1 and recipe.together == "auto":
+        return Expectation(
+            False,
+            "it is a run in float mode that chose by speed how many virtual workers it computes together",
+        )
+    if recipe.threads is None:
+        return Expectation(False, "it is a run in float mode whose number of threads depends on the machine")
+    return Expectation(True)
+
+
+@dataclass
+class Again(SilentObserver):
+    """A trainer that takes steps of `run` again on one process, and what came of the comparison.
+
+    `on_microbatch(step, done, of)` hears of progress. With `evaluations` those that are recorded are made again, too.
+    """
+
+    run: RecordedRun
+    dataset: Dataset
+    device: torch.device
+    begun_at: Checkpoint | None
+    evaluations: bool = False
+    on_microbatch: Callable[[int, int, int], None] = lambda step, done, of: None
+    compared: Compared = field(default_factory=Compared)
+
+    def __post_init__(self) -> None:
+        recipe = self.run.recipe
+        threads = recipe.threads or usable_cores()
+        torch.set_num_threads(threads)
+        reading = loader_threads(
+            recipe.loader_threads, threads, usable_cores(), reproducible=recipe.reproducible
+        )
+        self.trainer = Trainer(
+            recipe,
+            self.dataset,
+            Solo(),
+            device=self.device,
+            threads=reading,
+            observer=self,
+            checkpoint=self.begun_at,
+        )
+        self.trainer.model.train()
+        self.trainer.state.left_out |= self.run.left_out
+        self._trained, self._evaluated, self._digested = map(self.run.of_kind, ("train", "eval", "digest"))
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.trainer.step
+
+    def take(
+        self,
+        until: int,
+        before: Callable[[int], None] = lambda step: None,
+        after: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """Steps until so many are done; `before` and `after` are called with the number of each.
+
+        `before` once more for a step that is taken again, as its numbers overflowed.
+        """
+        trainer = self.trainer
+        while trainer.step < until:
+            try:
+                with trainer.kernels(), trainer.batches() as batches:
+                    while trainer.step < until:
+                        before(trainer.step)
+                        trainer.train_step(batches)
+                        self._compare(trainer.step - 1)
+                        after(trainer.step - 1)
+            except FixedPointOverflow:
+                pass  # as in the run
+
+    def digests(self) -> dict[str, str]:
+        """Of what has been learnt up to now."""
+        if self.run.recipe.reproducible:
+            self.trainer.state.statistics.publish()
+        return state_digests(*self.trainer.state.learnt(statistics=self.run.recipe.reproducible))
+
+    def _compare(self, step: int) -> None:
+        if (told := self._trained.get(step)) and self.trainer.state.loss_images:
+            self.compared.records += 1
+            self.compared.number(step, "loss", told["loss"], self.trainer.state.take_loss())
+            self.compared.number(step, "learning rate", told["lr"], self.trainer.schedule(step))
+        # Statistics that were taken anew before an evaluation are part of the state.
+        evaluate = step in self._evaluated and (self.evaluations or bool(self.run.recipe.recompute_bn))
+        self.trainer.after_step(evaluate, False, step in self._digested)
+
+    # What the trainer tells
+
+    def microbatch(self, step: int, done: int, of: int) -> None:
+        self.on_microbatch(step, done, of)
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        told = self._evaluated[record["step"]]
+        self.compared.records += 1
+        for name in _OF_EVALUATIONS:
+            if name in told:
+                self.compared.number(
+                    record["step"], f"evaluation's {name.replace('_', ' ')}", told[name], record[name]
+                )
+
+    def digest(
+        self, record: dict[str, Any], model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+    ) -> None:
+        step = record["step"]
+        self.compared.digest(step, self._digested[step], state_digests(model, optimizer))

@@ -1,0 +1,165 @@
+"""A run as its directory tells of it: recipe, records, chain, checkpoints; and where its loss jumped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.images import Dataset, Progress, images_of
+from hvd_lb.data.spec import absolute_spec
+from hvd_lb.errors import UserError
+from hvd_lb.exact.chain import ChainReport, examine_chain
+from hvd_lb.recipe import Recipe, load_values, make_recipe
+from hvd_lb.report.metrics import read_records
+from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore, DamagedCheckpoint, open_checkpoint
+
+# Kinds of records that tell of steps done.
+_OF_STEPS_DONE = ("train", "eval", "digest", "checkpoint")
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What is there of a run; nothing is written."""
+
+    directory: RunDirectory
+    recipe: Recipe
+    records: list[dict[str, Any]]
+
+    @property
+    def path(self) -> Path:
+        return self.directory.path
+
+    @cached_property
+    def chain(self) -> ChainReport:
+        return examine_chain(self.records)
+
+    @cached_property
+    def steps(self) -> int:
+        """Steps done, as far as is recorded."""
+        done = [record["step"] + 1 for record in self.records if record.get("kind") in _OF_STEPS_DONE]
+        return max(done, default=0)
+
+    @property
+    def first_step(self) -> int:
+        """Steps done when it began: more than 0 where that was at another run's checkpoint."""
+        return self.chain.begin["step"] + 1 if self.chain.begin else 0
+
+    @property
+    def left_out(self) -> set[int]:
+        """Steps that --on-nan rollback has left out."""
+        rollbacks = (record for record in self.records if record.get("kind") == "rollback")
+        return {record["step"] for record in rollbacks if record.get("left_out")}
+
+    @cached_property
+    def checkpoints(self) -> dict[int, Path]:
+        """By steps done, in this order."""
+        found = reversed(CheckpointStore(self.directory.checkpoints).newest_first())
+        return {int(path.name.removeprefix("step-")): path for path in found}
+
+    @cached_property
+    def processes(self) -> int | None:
+        """On how many it was made last; None where that is not known."""
+        try:
+            said = json.loads(self.directory.environment.read_text("utf-8"))["processes"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return said if isinstance(said, int) else None
+
+    def of_kind(self, kind: str) -> dict[int, dict[str, Any]]:
+        """Records by step."""
+        return {record["step"]: record for record in self.records if record.get("kind") == kind}
+
+    def start_before(self, step: int) -> tuple[Checkpoint | None, list[str]]:
+        """The nearest intact checkpoint of at most `step` steps done, and what is wrong with those that are nearer.
+
+        None: the start, which the seed gives. UserError where the run began at a checkpoint that is not here.
+        """
+        damaged: list[str] = []
+        for done, path in reversed(self.checkpoints.items()):
+            if done > step:
+                continue
+            try:
+                return open_checkpoint(path), damaged
+            except DamagedCheckpoint as error:
+                damaged.append(str(error))
+        if self.first_step:
+            raise UserError(
+                f"{self.path} began at step {self.first_step}, at another run's checkpoint, and has none of its own of "
+                f"at most {step} steps: replay a later step, or that other run"
+            )
+        return None, damaged
+
+    def open_data(self, data: str | None, val: str | None, on_progress: Progress | None = None) -> Dataset:
+        """The data of the run, which may lie elsewhere now (`data`, `val`). UserError where they are other images."""
+        recipe = self.recipe
+        spec = absolute_spec(data) if data is not None else recipe.data or ""
+        dataset = open_dataset(
+            spec,
+            val=absolute_spec(val) if val is not None else recipe.val,
+            val_fraction=recipe.val_fraction,
+            on_bad_image=recipe.on_bad_image,
+            on_progress=on_progress,
+        )
+        known = self.chain.begin["data"] if self.chain.begin else None
+        if known and known != images_of(dataset.fingerprint()):
+            raise UserError(
+                f"{spec} is not what {self.path} was trained on (images, their bytes, labels or sizes differ): give "
+                "that with --data"
+            )
+        return dataset
+
+
+def open_run(path: Path) -> RecordedRun:
+    """The run in a run directory. UserError where there is none, or what is there cannot be read as one."""
+    directory = RunDirectory(path)
+    if not directory.recipe.is_file():
+        found = "holds no run" if path.exists() else "does not exist"
+        raise UserError(f"{path} {found}: expected a run directory with {directory.recipe.name}")
+    recipe = make_recipe(load_values(str(directory.recipe)), str(directory.recipe))
+    records, foreign = read_records(directory.metrics)
+    if foreign and not records:
+        raise UserError(
+            f"{directory.metrics} is damaged: expected a JSON record with kind and step on each line"
+        )
+    return RecordedRun(directory, recipe, records)
+
+
+@dataclass(frozen=True)
+class Jump:
+    """The steep rise of the training loss between two records: steps `first` to `last` are the later one's."""
+
+    first: int
+    last: int
+    before: float
+    after: float | None  #: None where it is no number
+
+
+def worst_jump(run: RecordedRun) -> Jump:
+    """Where the recorded loss rose most from one record to the next, a loss that is no number above all.
+
+    UserError with fewer than two records, and where it never rose.
+    """
+    jumps = list(_jumps(run))
+    worst = max(jumps, key=_rise, default=None)
+    if worst is None or _rise(worst) <= 0:
+        why = "its loss never rose from one record to the next" if jumps else "it has too few records"
+        raise UserError(f"{run.path} has no spike of the training loss: {why}; name a step with --step")
+    return worst
+
+
+def _jumps(run: RecordedRun) -> Iterator[Jump]:
+    trained = sorted(run.of_kind("train").items())
+    for (before, old), (step, new) in zip(trained, trained[1:], strict=False):
+        if old["loss"] is not None:
+            yield Jump(before + 1, step, old["loss"], new["loss"])
+
+
+def _rise(jump: Jump) -> float:
+    return math.inf if jump.after is None else jump.after - jump.before

@@ -1,0 +1,184 @@
+"""`hvd-lb verify`: a run that is as it claims holds; what was tampered with is found and named."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from metrics_lines import lines, rewrite
+
+from hvd_lb.exact.chain import Chain
+from hvd_lb.replay.recorded import RecordedRun, open_run
+from hvd_lb.replay.verify import Stretch, choose, stretches
+from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
+
+pytestmark = pytest.mark.slow
+Run = Callable[..., Any]
+Copied = Callable[[Path], Path]
+ALL = ("--segments", 9)
+
+
+def forge(run: Path, step: int, change: Callable[[float], float]) -> None:
+    """Changes the loss that was recorded of a step, and writes all links anew."""
+    records = lines(run)
+    for record in records:
+        if record["kind"] == "train" and record["step"] == step:
+            record["loss"] = change(record["loss"])
+    chain = Chain()
+    rewrite(run, [chain.sealed(record) for record in records])
+
+
+def resave(run: Path, step: int, *, weight: float = 0.0, **state: Any) -> None:
+    """Writes a checkpoint anew, with checksums that are right."""
+    checkpoint = open_checkpoint(run / f"checkpoints/step-{step:08d}")
+    model = checkpoint.model()
+    if weight:
+        name = next(name for name in model if name.endswith("conv1.weight"))
+        model[name].view(-1)[0] = torch.nextafter(model[name].view(-1)[0], torch.tensor(weight))
+    content = {name: value for name, value in checkpoint.state.items() if name not in ("step", "checksums")}
+    CheckpointStore(run / "checkpoints", keep=9).save(
+        step, model, checkpoint.optimizer(), {**content, **state}
+    )
+
+
+def test_a_run_that_is_as_it_claims(hvd_lb: Run, recorded: Path, tmp_path: Path) -> None:
+    file = tmp_path / "receipt.json"
+    said = hvd_lb("verify", recorded, *ALL, "--json", file)
+    assert (said.status, said.err) == (0, "")
+    last = lines(recorded)[-1]
+    assert last["kind"] == "seal"
+    told = said.out.splitlines()
+    assert "stretches: steps 0 to 7, steps 8 to 15, steps 16 to 21, steps 22 to 23, steps 24 to 29" in told
+    assert f"chain: 8 digests in order, the last link {last['chain']}" in told
+    assert "checkpoints: 8, 16, 24, 30 are the states that were recorded" in told
+    assert "checkpoints: of 22 no digest was recorded" in told  # the best, after an evaluation
+    assert "steps 16 to 21: as recorded, to the bit: 4 records and 2 digests" in told
+    assert told[-1] == "holds: 30 steps of 30 taken again, and all that was recorded of them is so"
+    receipt = json.loads(file.read_text())
+    assert (receipt["verdict"], receipt["problems"], receipt["notes"]) == ("holds", [], [])
+    assert receipt["chain"] == {
+        "digests": 8,
+        "last_step": 29,
+        "last_link": last["chain"],
+        "records_after_it": 0,
+    }
+    assert all(of["as_recorded"] and of["bits_expected"] for of in receipt["stretches"])
+    assert json.loads((recorded / "summary.json").read_text())["chain"] == last["chain"]
+
+
+def wrong(said: Any) -> str:
+    """The verdict of a run that does not hold."""
+    assert said.status == 1, said
+    verdict = said.out.splitlines()[-1]
+    assert verdict.startswith("does not hold: ")
+    return verdict.removeprefix("does not hold: ")
+
+
+def test_a_changed_record(hvd_lb: Run, recorded: Path, copied: Copied) -> None:
+    run = copied(recorded)
+    records = lines(run)
+    evaluation = next(record for record in records if record["kind"] == "eval" and record["step"] == 29)
+    evaluation["top1_error"] /= 2
+    rewrite(run, records)
+    told = wrong(hvd_lb("verify", run, "--segments", 0))
+    assert told.startswith(
+        "metrics.jsonl: something after step 29 and up to step 29 is not as it was recorded"
+    )
+
+
+def test_a_changed_record_under_a_chain_that_was_written_anew(
+    hvd_lb: Run, recorded: Path, copied: Copied
+) -> None:
+    run = copied(recorded)
+    forge(run, 11, lambda loss: math.nextafter(loss, 0))
+    assert hvd_lb("verify", run, "--segments", 0).status == 0
+    assert wrong(hvd_lb("verify", run, *ALL)).startswith("steps 8 to 15: step 11: loss recorded ")
+
+
+def test_an_exchanged_checkpoint(hvd_lb: Run, recorded: Path, copied: Copied) -> None:
+    run = copied(recorded)
+    resave(run, 16, weight=9.0)
+    told = wrong(hvd_lb("verify", run, "--segments", 0))
+    assert told == (
+        "checkpoint step-00000016 is not the state that was recorded after step 15: its weights have other digests"
+    )
+
+
+def test_an_exchanged_checkpoint_of_which_no_digest_was_recorded(
+    hvd_lb: Run, recorded: Path, copied: Copied
+) -> None:
+    run = copied(recorded)
+    resave(run, 16, weight=9.0)
+    rewrite(run, [record for record in lines(run) if "chain" not in record and record["kind"] != "begin"])
+    said = hvd_lb("verify", run, *ALL)
+    assert wrong(said).startswith("steps 8 to 15: step 15: digest of weights recorded ")
+    assert "note: the run recorded no digests" in said.out
+    assert "steps 0 to 7: as recorded, to the bit" in said.out
+    assert hvd_lb("verify", run, "--segments", 0).status == 2
+
+
+def test_a_damaged_checkpoint(hvd_lb: Run, recorded: Path, copied: Copied) -> None:
+    run = copied(recorded)
+    file = run / "checkpoints/step-00000024/optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "optimizer.safetensors is truncated or changed" in wrong(hvd_lb("verify", run, "--segments", 0))
+
+
+def test_a_changed_recipe(hvd_lb: Run, recorded: Path, copied: Copied) -> None:
+    run = copied(recorded)
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("momentum: 0.9", "momentum: 0.8"))
+    said = hvd_lb("verify", run, *ALL)
+    assert wrong(said).startswith(
+        "recipe.yaml is not the recipe that the run began with: momentum: 0.9 → 0.8 (and 5 more)"
+    )
+    assert "as recorded, to the bit" not in said.out  # nothing was computed
+
+
+def test_it_cannot_be_told_on_other_hardware(hvd_lb: Run, recorded: Path, copied: Copied) -> None:
+    """A loss that is a little off: with the same libraries it would be wrong, here it may be theirs."""
+    run = copied(recorded)
+    for step in (8, 16, 22, 24, 30):
+        environment = open_checkpoint(run / f"checkpoints/step-{step:08d}").saved.environment
+        resave(run, step, environment={**environment, "torch": "1.0"})
+    assert hvd_lb("verify", run, *ALL).status == 0  # the same bits are proof enough
+    forge(run, 11, lambda loss: 1.01 * loss)
+    said = hvd_lb("verify", run, *ALL)
+    assert said.status == 2
+    assert said.out.splitlines()[-1].startswith(
+        "cannot be told: steps 8 to 15: losses differ by up to 0.0099 of"
+    )
+    assert "torch: 1.0 → " in said.out.splitlines()[-1]
+    forge(run, 11, lambda loss: 2 * loss)
+    assert "far more than rounding does" in wrong(hvd_lb("verify", run, *ALL))
+
+
+def test_stretches(recorded: Path) -> None:
+    run = open_run(recorded)
+    whole = [
+        Stretch(0, 8, True),
+        Stretch(8, 16, True),
+        Stretch(16, 22, True),
+        Stretch(22, 24, True),
+        Stretch(24, 30, True),
+    ]
+    assert stretches(run, 1000) == whole
+    cut = [Stretch(of.start, min(of.end, of.start + 6), of.end - of.start <= 6) for of in whole]
+    assert stretches(run, 6) == cut
+    every = whole[:4]
+    assert choose(every, 9, seed=1) == every
+    drawn = {tuple(of.start for of in choose(every, 2, seed)) for seed in range(40)}
+    assert len(drawn) == 6
+    assert choose(every, 2, seed=7) == choose(every, 2, seed=7)
+
+
+def test_a_run_from_another_ones_checkpoint_has_no_beginning_here(recorded: Path) -> None:
+    run = open_run(recorded)
+    begun = [{**record, "step": 15} if record["kind"] == "begin" else record for record in run.records]
+    elsewhere = RecordedRun(run.directory, run.recipe, begun)
+    assert [of.start for of in stretches(elsewhere, 99)] == [8, 16, 22, 24]
