@@ -146,14 +146,23 @@ def rehearse(
 
 
 def measure_device(
-    resolved: Resolved, *, device: torch.device, threads: int, deadline: float, guess: float, loads: bool
+    resolved: Resolved,
+    *,
+    device: torch.device,
+    threads: int,
+    deadline: float,
+    loads: bool,
+    guess: float | None = None,
 ) -> tuple[MeasuredCompute, float | None, int | None]:
     """A microbatch in parts, images per second of the loader (if it `loads`), and peak memory on a GPU in bytes.
 
-    `guess` is the seconds of a microbatch: where there is no time for some, fewer images are timed.
+    `guess` is the seconds of a microbatch, if they are known: where there is no time for some, fewer images are timed.
     """
     trainer = _trainer(resolved, device, threads, SilentObserver())
     images = resolved.recipe.per_gpu_batch
+    if guess is None:
+        few = min(images, _PROBED_IMAGES)
+        guess = _probe(trainer, few) * images / few
     if time.monotonic() + _TIMED_MICROBATCHES * guess > deadline:
         images = min(images, _PROBED_IMAGES)
     if device.type == "cuda":

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hvd_lb.errors import UserError
+from hvd_lb.forecast.fit import fit_device
 from hvd_lb.forecast.measured import MeasuredCompute
 from hvd_lb.forecast.pages import write_forecast
 from hvd_lb.forecast.predict import Device, Run, predict
@@ -58,7 +59,7 @@ def foretell(
         files = write_forecast(folder, forecast, notes)
         if published is None:
             files.append(folder / "device.yaml")
-            replace_text(files[-1], _as_profile(recipe, parts, here).to_yaml())
+            replace_text(files[-1], fit_device(recipe, parts, name="measured", where=here).to_yaml())
     except OSError as error:
         raise UserError(
             f"forecast folder {folder} cannot be written ({error.strerror}): choose another --output"
@@ -95,28 +96,6 @@ def _as_published(profile: DeviceProfile, parts: MeasuredCompute) -> Device:
     )
     return Device(
         f"{profile.name}, {profile.description}", compute, profile.error, profile.spread is not None
-    )
-
-
-def _as_profile(recipe: Recipe, parts: MeasuredCompute, here: str) -> DeviceProfile:
-    """What was measured of the device here, for forecasts elsewhere."""
-    compute, how = (
-        parts.compute,
-        f"measured on {here}, {parts.microbatches} microbatches of {parts.images} images",
-    )
-    return DeviceProfile(
-        name="measured",
-        description=here,
-        model=recipe.model,
-        image_size=recipe.image_size,
-        per_gpu_batch=recipe.per_gpu_batch,
-        precision=recipe.precision,
-        microbatch_ms=1000 * compute.seconds,
-        backward_ms=1000 * compute.backward,
-        update_ms=1000 * compute.update,
-        spread=min(1.0, compute.spread),
-        error=min(1.0, parts.error),
-        sources=dict.fromkeys(("microbatch_ms", "backward_ms", "update_ms", "spread", "error"), how),
     )
 
 

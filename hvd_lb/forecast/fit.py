@@ -1,4 +1,4 @@
-"""From a measured network to a cluster profile: α of links by their round trips, β and the engine's part by allreduces.
+"""From what was measured to profiles. Of a network: α by round trips of links, β and the engine's part by allreduces.
 
 An allreduce of b bytes between p processes takes o + 2 (p − 1) α + 2 (p − 1) / p · b β by the ring that Gloo and NCCL
 have. Of its line over b, one number of processes gives o + 2 (p − 1) α together; the links were also measured by
@@ -11,9 +11,11 @@ import statistics
 
 from hvd_lb.errors import UserError
 from hvd_lb.forecast.collectives import ring
-from hvd_lb.forecast.profile import ClusterProfile, LinkProfile
+from hvd_lb.forecast.measured import MeasuredCompute
+from hvd_lb.forecast.profile import ClusterProfile, DeviceProfile, LinkProfile
 from hvd_lb.network.alpha_beta import fit
 from hvd_lb.network.measure import NetworkReport
+from hvd_lb.recipe import Recipe
 
 _LEAST_ERROR = 0.02  # the machine has hiccups that a straight line through five sizes may not show
 
@@ -76,4 +78,32 @@ def fit_cluster(report: NetworkReport, *, name: str, cores: int, when: str) -> C
         overhead_us=max(0.0, 1e6 * (line.alpha - whole.steps * alpha)),
         cores_per_host=cores,
         sources=sources,
+    )
+
+
+def with_loader(cluster: ClusterProfile, images_per_second: float, how: str) -> ClusterProfile:
+    """The same cluster, whose hosts load so many."""
+    sources = {**cluster.sources, "loader_images_s": how}
+    return cluster.model_copy(update={"loader_images_s": images_per_second, "sources": sources})
+
+
+def fit_device(recipe: Recipe, parts: MeasuredCompute, *, name: str, where: str) -> DeviceProfile:
+    """What was measured of the device here, for forecasts elsewhere."""
+    compute, how = (
+        parts.compute,
+        f"measured on {where}, {parts.microbatches} microbatches of {parts.images} images",
+    )
+    return DeviceProfile(
+        name=name,
+        description=where,
+        model=recipe.model,
+        image_size=recipe.image_size,
+        per_gpu_batch=recipe.per_gpu_batch,
+        precision=recipe.precision,
+        microbatch_ms=1000 * compute.seconds,
+        backward_ms=1000 * compute.backward,
+        update_ms=1000 * compute.update,
+        spread=min(1.0, compute.spread),
+        error=min(1.0, parts.error),
+        sources=dict.fromkeys(("microbatch_ms", "backward_ms", "update_ms", "spread", "error"), how),
     )

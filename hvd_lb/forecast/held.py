@@ -27,7 +27,7 @@ def forecast_for(path: Path, recipe: Recipe, processes: int) -> Forecast:
     if processes != forecast.gpus:
         raise UserError(
             f"forecast {path} is of {forecast.gpus} GPUs with one virtual worker each, and this run has {processes} "
-            "processes: leave --forecast out"
+            "processes: expected one for each"
         )
     return forecast
 

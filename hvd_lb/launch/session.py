@@ -22,7 +22,6 @@ from hvd_lb.data.images import fingerprint_note, refuse_other_images
 from hvd_lb.errors import UserError
 from hvd_lb.exact.reproducible import rounding_environment
 from hvd_lb.forecast.held import forecast_for, held_against
-from hvd_lb.forecast.pages import read_forecast
 from hvd_lb.launch.hang.reports import HangReports
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan, process_environment
@@ -154,7 +153,7 @@ def run_job(
             console.print(f"going on from step {resume_point.step} ({resume_point.checkpoint.path.name})")
         console.print(f"writing to {run.path}", soft_wrap=True)
         if resume_point.step >= resolved.total_steps and not resume_point.evaluation_due:
-            return _finish(run, resolved, 0.0, console)
+            return _finish(run, resolved, placement.processes, 0.0, console)
         job = make_job(resolved, placement, launch, run, resume_point)
         return _watch(job, launch, run, resolved, resume_point, lock.descriptor, console)
     finally:
@@ -234,7 +233,7 @@ def _watch(
         print(f"hvd-lb: error: {failure}", file=sys.stderr)
         _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began, console)
         return 1
-    return _finish(run, resolved, time.monotonic() - began, console)
+    return _finish(run, resolved, job.processes, time.monotonic() - began, console)
 
 
 def _heed(wish: str, received: list[signal.Signals]) -> None:
@@ -256,11 +255,11 @@ def _ask_to_stop(processes: RankProcesses, number: signal.Signals, display: Disp
     return True
 
 
-def _finish(run: RunDirectory, resolved: Resolved, seconds: float, console: Console) -> int:
+def _finish(run: RunDirectory, resolved: Resolved, processes: int, seconds: float, console: Console) -> int:
     """Summary, then curves and report, of a run that came to its end; the exit status is that of the summary."""
     reason = STOPPED if resolved.stops_early else FINISHED
     figures = _sum_up(run, resolved, reason, seconds, console)
-    for name, value in (*(figures or ()), *_held(run, resolved)):
+    for name, value in (*(figures or ()), *_held(run, resolved.recipe, processes)):
         console.print(f"{name}: {value}", soft_wrap=True)
     if figures is None:
         _warn(console, f"the run is whole, but for {run.summary.name}: the same command makes it")
@@ -269,14 +268,13 @@ def _finish(run: RunDirectory, resolved: Resolved, seconds: float, console: Cons
     return 0
 
 
-def _held(run: RunDirectory, resolved: Resolved) -> list[tuple[str, str]]:
+def _held(run: RunDirectory, recipe: Recipe, processes: int) -> list[tuple[str, str]]:
     """What was foretold beside what happened, where something was; an error in this is none of the run."""
     try:
-        return (
-            held_against(read_forecast(run.forecast), read_metrics(run.metrics), resolved.recipe.global_batch)
-            if run.forecast.exists()
-            else []
-        )
+        if not run.forecast.exists():
+            return []
+        foretold = forecast_for(run.forecast, recipe, processes)
+        return held_against(foretold, read_metrics(run.metrics), recipe.global_batch)
     except (OSError, UserError) as error:
         return [("forecast", f"not compared ({_one_line(error)})")]
 

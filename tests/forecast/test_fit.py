@@ -10,7 +10,7 @@ import pytest
 from hvd_lb.errors import UserError
 from hvd_lb.forecast.collectives import Link, ring
 from hvd_lb.forecast.fit import fit_cluster
-from hvd_lb.forecast.profile import figures, load_cluster
+from hvd_lb.forecast.profile import figures, load_cluster, load_device
 from hvd_lb.network.exchange import SIZES
 from hvd_lb.network.measure import HostPlace, NetworkReport
 
@@ -61,12 +61,26 @@ def test_what_no_line_can_be_drawn_through(allreduces: list[tuple[int, float]]) 
 
 @pytest.mark.slow
 def test_this_machine_is_measured_and_its_profile_is_read(hvd_lb: Callable[..., Any], tmp_path: Path) -> None:
-    said = hvd_lb("measure", tmp_path / "here.yaml", "--device", "cpu", "--output", tmp_path)
+    what = ("--data", "digits", "--model", "resnet8", "--per-gpu-batch", 16)
+    said = hvd_lb("measure", tmp_path / "here.yaml", "--device", "cpu", "--output", tmp_path, *what)
     assert said.status == 0, said.err
     assert re.search(r"here\.yaml: [\d.,]+ µs a step, [\d.,]+ Gbit/s", said.out)
     profile = load_cluster(str(tmp_path / "here.yaml"))
     assert (profile.name, profile.gpus_per_host) == ("here", 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["here.yaml"]
+    assert f"here.yaml: a host loads {profile.loader_images_s:,.0f} images/s" in said.out
+    assert "digits" in profile.sources["loader_images_s"]
+    device = load_device(str(tmp_path / "here-device.yaml"))
+    assert (device.model, device.per_gpu_batch, device.name) == ("resnet8", 16, "here-device")
+    assert f"here-device.yaml: {device.microbatch_ms:,.1f} ms for 16 images by resnet8" in said.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here-device.yaml", "here.yaml"]
+
+
+def test_what_a_machine_cannot_measure_is_said_before_the_network_is(
+    hvd_lb: Callable[..., Any], tmp_path: Path
+) -> None:
+    said = hvd_lb("measure", tmp_path / "here.yaml", "--device", "cpu", "--model", "resnet5000")
+    assert (said.status, said.err.count("\n"), said.out) == (2, 1, "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_cannot_be_written_is_told_first(hvd_lb: Callable[..., Any], tmp_path: Path) -> None:

@@ -83,6 +83,15 @@ def test_a_run_says_how_right_its_forecast_was(hvd_lb: Callable[..., Any], tmp_p
     assert said.status == 0, said.err
     assert re.search(r"forecast: a step was foretold to take .* and took .*: [+-]\d+ %", said.out)
     assert (tmp_path / "run" / "forecast.json").read_text() == path.read_text()
+    found = (
+        "train",
+        *options,
+        "--steps",
+        2,
+        "--output",
+        tmp_path / "f",
+    )  # beside the run, where simulate wrote it
+    assert "forecast: a step was foretold" in hvd_lb(*found).out
     said = hvd_lb(
         "train", *options[:-1], 32, "--forecast", path, "--steps", 8, "--output", tmp_path / "other"
     )
