@@ -48,6 +48,7 @@ def _check_together(value: Any) -> Any:
 
 
 OnNan = Literal["stop", "rollback"]
+AutoAugmentKind = Literal["none", "randaugment", "trivialaugment"]
 
 # The source of fields that were given on the command line.
 OPTIONS = "options"
@@ -182,6 +183,14 @@ class Recipe(BaseModel):
     crop_scale: CropScale = Field((0.08, 1.0), description="Random crop: share of the image's area.")
     crop_ratio: CropRatio = Field((3 / 4, 4 / 3), description="Random crop: aspect ratio, width/height.")
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
+    auto_augment: AutoAugmentKind = Field(
+        "none", description="Operations drawn for each crop: randaugment, or trivialaugment (wide)."
+    )
+    randaugment_operations: int = Field(2, ge=1, le=16, description="RandAugment: operations on each crop.")
+    randaugment_strength: int = Field(9, ge=0, le=30, description="RandAugment: their strength.")
+    random_erasing: float = Field(
+        0.0, ge=0, le=1, description="Probability that a rectangle of a crop becomes the mean colour."
+    )
     eval_crop: float = Field(
         0.875, gt=0, le=1, description="Evaluation: side of the centre crop / shorter side."
     )
@@ -230,6 +239,12 @@ class Recipe(BaseModel):
         True, description="Last batch norm of a residual block starts at 0 (section 5.1)."
     )
     bn_momentum: float = Field(0.1, gt=0, le=1, description="Weight of one step in the running statistics.")
+    mixup: float = Field(
+        0.0, ge=0, le=4, description="Mixup within each microbatch: α of the shares' distribution; 0 is none."
+    )
+    cutmix: float = Field(
+        0.0, ge=0, le=4, description="CutMix likewise; with both, each microbatch gets one of them."
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the training loss.")
     precision: Precision = Field(
         "fp32",
@@ -403,9 +418,18 @@ class Recipe(BaseModel):
 
     def random_windows(self) -> RandomWindows:
         """Crop windows of training, and what is done to the crops."""
-        from hvd_lb.plan.augment import Flip, RandomWindows  # as above
+        from hvd_lb.plan.augment import Augmentation, Erase, Flip, RandomWindows  # as above
+        from hvd_lb.plan.auto_augment import RANDOM, TRIVIAL_WIDE, AutoAugment
 
-        return RandomWindows(self.seed, self.crop_scale, self.crop_ratio, (Flip(self.flip),))
+        parts: list[Augmentation] = [Flip(self.flip)]
+        if self.auto_augment == "randaugment":
+            operations, strength = self.randaugment_operations, self.randaugment_strength
+            parts.append(AutoAugment(RANDOM, operations, strength, self.mean, self.std))
+        elif self.auto_augment == "trivialaugment":
+            parts.append(AutoAugment(TRIVIAL_WIDE, 1, None, self.mean, self.std))
+        if self.random_erasing:
+            parts.append(Erase(self.random_erasing, self.image_size, self.mean))
+        return RandomWindows(self.seed, self.crop_scale, self.crop_ratio, tuple(parts))
 
     def centre_windows(self) -> CentreWindows:
         """Crop windows of evaluation."""
@@ -432,8 +456,13 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json", exclude=FREE_FIELDS - counting)
 
     def digest(self) -> str:
-        """Eight hexadecimal digits that name the mathematics and the data."""
-        text = json.dumps([self.data, self.mathematics()], sort_keys=True)
+        """Eight hexadecimal digits that name the mathematics and the data.
+
+        Fields that have their default are left out, so that those of later versions change no name.
+        """
+        chosen = self.model_dump(exclude_defaults=True).keys()
+        mathematics = {name: value for name, value in self.mathematics().items() if name in chosen}
+        text = json.dumps([self.data, mathematics], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def to_yaml(self, leave_out: set[str] | None = None) -> str:

@@ -29,6 +29,8 @@ _READ_WITH = {
     "drop_epochs": ("schedule", ("step",)),
     "drop_factor": ("schedule", ("step",)),
     "power": ("schedule", ("polynomial",)),
+    "randaugment_operations": ("auto_augment", ("randaugment",)),
+    "randaugment_strength": ("auto_augment", ("randaugment",)),
     "max_bad_images": ("on_bad_image", ("skip",)),
 }
 

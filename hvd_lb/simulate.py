@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -158,19 +158,26 @@ def measure_device(
 
     `guess` is the seconds of a microbatch, if they are known: where there is no time for some, fewer images are timed.
     """
-    trainer = _trainer(resolved, device, threads, SilentObserver())
     images = resolved.recipe.per_gpu_batch
+    few = min(images, _PROBED_IMAGES)
     if guess is None:
-        few = min(images, _PROBED_IMAGES)
-        guess = _probe(trainer, few) * images / few
-    if time.monotonic() + _TIMED_MICROBATCHES * guess > deadline:
-        images = min(images, _PROBED_IMAGES)
+        guess = (
+            _probe(_trainer(_alone(resolved, images), device, threads, SilentObserver()), few) * images / few
+        )
+    enough = time.monotonic() + _TIMED_MICROBATCHES * guess <= deadline
+    trainer = _trainer(_alone(resolved, images if enough else few), device, threads, SilentObserver())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     left = deadline - time.monotonic()
     measured = measure_compute(trainer, images, time.monotonic() + (0.7 if loads else 1) * left)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return measured, measure_loading(trainer, deadline) if loads else None, memory
+
+
+def _alone(resolved: Resolved, images: int) -> Resolved:
+    """A run of one virtual worker of so many images, which does not end."""
+    changes = {"gpus": 1, "per_gpu_batch": images, "epochs": 10**6, "steps": None, "last_batch": "drop"}
+    return replace(resolved, recipe=resolved.recipe.model_copy(update={**changes, "together": 1}))
 
 
 def _trainer(resolved: Resolved, device: torch.device, threads: int, observer: SilentObserver) -> Trainer:

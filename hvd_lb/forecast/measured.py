@@ -1,27 +1,24 @@
 """What this device takes for a microbatch of a run, and when backward fills each bucket, with the run's own parts.
 
-A copy of the network is trained on noise by the optimizer of the run, whose hooks tell when the exchange of a bucket
-would begin. The run is not touched. Loading is measured by the run's own loader.
+What is measured are steps of the trainer with one virtual worker: their images come from the loader, and hooks of the
+optimizer tell when the exchange of a bucket would begin. Loading is measured by the run's own loader.
 """
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.forecast.step import Compute, Filled
-from hvd_lb.optim.distributed import DistributedOptimizer
-from hvd_lb.optim.make import make_optimizer
 from hvd_lb.training.trainer import Trainer
-from hvd_lb.world.solo import Solo
 
-_LEAST, _MOST = 3, 30  # microbatches that are timed, after the first, which warms everything up
+_LEAST, _MOST = 4, 40  # steps that are timed, after the first, which warms everything up
 
 
 @dataclass(frozen=True)
@@ -34,66 +31,58 @@ class MeasuredCompute:
     images: int
 
 
-def measure_compute(trainer: Trainer, images: int, deadline: float) -> MeasuredCompute:
-    """Of microbatches of so many images, until `deadline` (of time.monotonic); at least some.
+@dataclass
+class _Marks:
+    """Moments of a step, as `_clock` gives them; of the exchanges by the buckets' numbers."""
 
-    The times are for the run's n images: in proportion, where `images` are fewer.
+    backward: Callable[[], float] | None = None
+    update: Callable[[], float] | None = None
+    exchanges: dict[int, Callable[[], float]] = field(default_factory=dict)
+
+
+def measure_compute(trainer: Trainer, images: int, deadline: float) -> MeasuredCompute:
+    """Of steps of `trainer`, whose recipe has one virtual worker, until `deadline` (of time.monotonic); at least some.
+
+    The times are for the `images` of a microbatch of the run: in proportion, where the trainer's has fewer.
     """
-    recipe = trainer.recipe
-    model = copy.deepcopy(trainer.model).train()
-    optimizer = DistributedOptimizer(
-        make_optimizer(recipe, model, trainer.schedule(0)),
-        model,
-        world=Solo(),
-        reproducible_terms=1 if recipe.reproducible else None,
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0  # the weights stay, and with them the times
-    forward = torch.compile(model) if recipe.compile else model
-    size = recipe.image_size
-    noise = torch.randn(images, 3, size, size, device=trainer.device, dtype=trainer.dtype)
-    noise = noise.to(memory_format=trainer.memory_format)
-    labels = torch.zeros(images, dtype=torch.int64, device=trainer.device)
-    now = _clock(trainer.device)
+    optimizer, now = trainer.state.optimizer, _clock(trainer.device)
     sizes: dict[int, int] = {}
-    marks: list[dict[int, Callable[[], float]]] = []
+    marks = _Marks()
+    backward = optimizer.backward
+
+    def marked(*arguments: Any, **named: Any) -> None:
+        marks.backward = now()
+        backward(*arguments, **named)
+        marks.update = now()
 
     def begun(number: int, length: int) -> None:
         sizes[number] = length
-        marks[-1][number] = now()
+        marks.exchanges[number] = now()
 
+    optimizer.backward = marked  # type: ignore[method-assign]
     optimizer.on_exchange = begun
+    trainer.model.train()
     times: list[tuple[float, float, float, dict[int, float]]] = []
-    with trainer.kernels():
-        while len(times) <= _LEAST or (time.monotonic() < deadline and len(times) <= _MOST):
-            marks.append({})
-            began = now()
-            with trainer.autocast():
-                loss = trainer.loss(forward(noise), labels)
-            backward = now()
-            loss.backward()
-            update = now()
+    while len(times) <= _LEAST or (time.monotonic() < deadline and len(times) <= _MOST):
+        with trainer.kernels(), trainer.batches() as batches:
             try:
-                optimizer.step(global_images=images)
-            except FixedPointOverflow:  # the exponents of noise are learnt once
-                if len(marks) > _MOST:
-                    raise
-                continue
-            optimizer.zero_grad()
-            done = now()
-            if trainer.device.type == "cuda":
-                torch.cuda.synchronize(trainer.device)
-            start = backward()
-            times.append(
-                (
-                    start - began(),
-                    update() - start,
-                    done() - update(),
-                    {number: mark() - start for number, mark in marks[-1].items()},
-                )
-            )
+                while len(times) <= _LEAST or (time.monotonic() < deadline and len(times) <= _MOST):
+                    marks = _Marks()
+                    began, waited = now(), batches.wait_seconds
+                    trainer.train_step(batches)
+                    done, waited = now(), batches.wait_seconds - waited
+                    if trainer.device.type == "cuda":
+                        torch.cuda.synchronize(trainer.device)
+                    assert marks.backward
+                    assert marks.update
+                    start, end = marks.backward(), marks.update()
+                    filled = {number: mark() - start for number, mark in marks.exchanges.items()}
+                    times.append((start - began() - waited, end - start, done() - end, filled))
+            except FixedPointOverflow:
+                pass  # exponents are learnt once: the step is taken again, with images from there
     times = times[1:]
-    factor = recipe.per_gpu_batch / images
+    here = trainer.recipe.per_gpu_batch
+    factor = images / here
     spread = _robust_spread([before + after for before, after, *_ in times])
     median = statistics.median
     backward_seconds = factor * median(of[1] for of in times)
@@ -105,10 +94,10 @@ def measure_compute(trainer: Trainer, images: int, deadline: float) -> MeasuredC
             Filled(sizes[number], min(backward_seconds, factor * median(of[3][number] for of in times)))
             for number in sorted(sizes)
         ),
-        images=recipe.per_gpu_batch,
+        images=images,
         spread=spread,
     )
-    return MeasuredCompute(compute, spread / len(times) ** 0.5, len(times), images)
+    return MeasuredCompute(compute, spread / len(times) ** 0.5, len(times), here)
 
 
 def measure_loading(trainer: Trainer, deadline: float) -> float | None:

@@ -1,8 +1,8 @@
 """Where an image is cut out and what is done to the crop: a pure function of (seed, epoch, image id, width, height).
 
-What is done to the crop is a list of parts (`Augmentation`), today one, `Flip`. Parameters are drawn here, and loaders
-only execute. The training window is that of torchvision's `RandomResizedCrop` (scale and aspect ratio augmentation,
-paper section 5.1): up to ten tries of a random area and aspect ratio, then a central window.
+What is done to the crop is a list of parts (`Augmentation`): `Flip`, `Erase`, and that of `auto_augment`. Parameters
+are drawn here, and loaders only execute. The training window is that of torchvision's `RandomResizedCrop` (scale and
+aspect ratio augmentation, paper section 5.1): up to ten tries of a random area and aspect ratio, then a central window.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _TRIES = 10
 # What a random number is for; part of its key. A further part takes the next number, and none changes.
-_AREA, _ASPECT, _X, _Y, _FLIP = range(5)
+_AREA, _ASPECT, _X, _Y, _FLIP, AUTO_OPERATION, AUTO_STRENGTH, AUTO_SIGN, _ERASE = range(9)
+_ERASE_AREA, _ERASE_ASPECT, _ERASE_X, _ERASE_Y = range(9, 13)
 
 
 class Augmentation(Protocol):
@@ -52,6 +53,68 @@ class Flip:
         flipped = np.flatnonzero(parameters)
         x[flipped] = x[flipped].flip(3)
         return x
+
+
+@dataclass(frozen=True)
+class Erase:
+    """Random erasing (Zhong et al. 2017, arXiv 1708.04896), as torchvision's `RandomErasing`: with a probability, a
+    rectangle of 0.02 to 0.33 of the crop's area and an aspect of 0.3 to 3.3 becomes the mean colour. Parameters: x, y,
+    width and height in pixels of the crop, int32 (b, 4); width 0 is none.
+
+    `size` is the side of the crops, `mean` the mean of the colours, 0 to 1. On CPUs it is rounded to 8 bits.
+    """
+
+    probability: float
+    size: int
+    mean: tuple[float, float, float]
+    scale: tuple[float, float] = (0.02, 0.33)
+    ratio: tuple[float, float] = (0.3, 3.3)
+
+    def draw(self, seed: int, epoch: int, image_ids: np.ndarray) -> np.ndarray:
+        ids = np.asarray(image_ids, np.uint64)
+        tries = np.arange(_TRIES, dtype=np.uint64)[None, :]
+
+        def draw(purpose: int) -> np.ndarray:
+            return uniform(seed, epoch, purpose, ids[:, None], tries)
+
+        area = self.size**2 * (self.scale[0] + (self.scale[1] - self.scale[0]) * draw(_ERASE_AREA))
+        low, high = np.log(self.ratio)
+        aspect = np.exp(low + (high - low) * draw(_ERASE_ASPECT))
+        height, width = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
+        fits = (width < self.size) & (height < self.size) & (width >= 1) & (height >= 1)
+        x = np.floor(draw(_ERASE_X) * (self.size - width + 1))
+        y = np.floor(draw(_ERASE_Y) * (self.size - height + 1))
+        boxes = np.stack([x, y, width, height], axis=2)[np.arange(len(ids)), fits.argmax(axis=1)]
+        erased = (uniform(seed, epoch, _ERASE, ids) < self.probability) & fits.any(axis=1)
+        return np.where(erased[:, None], boxes, 0).astype(np.int32)
+
+    def apply(self, image: np.ndarray, parameters: Any) -> np.ndarray:
+        x, y, width, height = parameters.tolist()
+        if not width:
+            return image
+        image = image.copy()
+        image[y : y + height, x : x + width] = np.round(255 * np.array(self.mean))
+        return image
+
+    def apply_to_batch(self, x: Tensor, parameters: np.ndarray) -> Tensor:
+        for image, (left, top, width, height) in zip(x, parameters.tolist(), strict=True):
+            image[:, top : top + height, left : left + width] = 0
+        return x
+
+
+def levels_of(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Normalised images, float32 (b, 3, S, S), as 8 bits."""
+    shift, scale = _colours(mean, x), _colours(std, x)
+    return (x * scale + shift).round().clamp(0, 255).byte()
+
+
+def normalised(levels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], into: Tensor) -> Tensor:
+    """The reverse of `levels_of`, written to `into`."""
+    return into.copy_(levels).sub_(_colours(mean, into)).div_(_colours(std, into))
+
+
+def _colours(of: tuple[float, ...], like: Tensor) -> Tensor:
+    return 255 * like.new_tensor(of).view(3, 1, 1)
 
 
 @dataclass(frozen=True)

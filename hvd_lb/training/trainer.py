@@ -39,6 +39,7 @@ from hvd_lb.training.batchnorm import allow_single_values, running_statistics
 from hvd_lb.training.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore, open_checkpoint
 from hvd_lb.training.clock import StepClock, Timer
 from hvd_lb.training.evaluation import Evaluation, Evaluator, Stopped
+from hvd_lb.training.mixing import Mixing
 from hvd_lb.training.models import build_model, sum_loss
 from hvd_lb.training.recomputation import Recomputation
 from hvd_lb.training.run_state import RunState
@@ -178,6 +179,7 @@ class Trainer:
         allow_single_values(self.model)
         self.forward = torch.compile(self.model) if recipe.compile else self.model
         self.loss = sum_loss(recipe.label_smoothing)
+        self.mixing = Mixing(recipe.seed, recipe.mixup, recipe.cutmix)
         self.group = Group(device)
         optimizer = DistributedOptimizer(
             make_optimizer(recipe, self.model, self.schedule(0)),
@@ -457,10 +459,11 @@ class Trainer:
     def losses(self, workers: Sequence[int], parts: Sequence[Batch]) -> list[torch.Tensor]:
         """The loss of each of these workers, computed together, on its images and labels."""
         seeds = [generator_seed(self.recipe.seed, 1, self.step, worker) for worker in workers]
-        logits = self._forward([images for images, _ in parts], seeds)
-        labels = [labels for _, labels in parts]
+        mixed = [self.mixing(*part, self.step, worker) for worker, part in zip(workers, parts, strict=True)]
+        images, targets = zip(*mixed, strict=True)
+        logits = self._forward(images, seeds).split(list(map(len, targets)))
         with self.autocast():
-            return [self.loss(*of) for of in zip(logits.split(list(map(len, labels))), labels, strict=True)]
+            return [of.loss(self.loss, own) for of, own in zip(targets, logits, strict=True)]
 
     def _forward(self, parts: Sequence[torch.Tensor], seeds: Sequence[int]) -> torch.Tensor:
         """Logits of microbatches, one after the other.

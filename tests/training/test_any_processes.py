@@ -63,7 +63,13 @@ def assert_the_same(found: Trainer, expected: Trainer, first: int = 0) -> None:
 
 @pytest.mark.parametrize(
     ("processes", "changes"),
-    [(2, {}), (3, {"recompute_bn": 45}), (4, {"momentum_form": 9}), (3, {"gpus": 3})],
+    [
+        (2, {}),
+        (3, {"recompute_bn": 45}),
+        (4, {"momentum_form": 9}),
+        (3, {"gpus": 3}),
+        (2, {"auto_augment": "trivialaugment", "random_erasing": 0.5, "mixup": 0.8, "cutmix": 1.0}),
+    ],
 )
 def test_a_run_in_float_mode(processes: int, changes: dict[str, Any], tmp_path: Path) -> None:
     """In fp64, to rounding: losses, evaluations, weights and running statistics; the last step of an epoch is short."""
