@@ -48,6 +48,7 @@ def _check_together(value: Any) -> Any:
 
 
 OnNan = Literal["stop", "rollback"]
+OptimizerKind = Literal["sgd", "lars"]
 AutoAugmentKind = Literal["none", "randaugment", "trivialaugment"]
 
 # The source of fields that were given on the command line.
@@ -264,6 +265,10 @@ class Recipe(BaseModel):
     power: float = Field(2.0, gt=0, description="Exponent of the polynomial decay.")
 
     # optimizer
+    optimizer: OptimizerKind = Field(
+        "sgd", description="sgd, or lars, in which each tensor scales the rate by its own trust ratio."
+    )
+    trust_coefficient: float = Field(0.001, gt=0, description="LARS: factor of the trust ratios.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum m.")
     nesterov: bool = Field(True, description="Nesterov momentum.")
     momentum_form: Literal[9, 10] = Field(10, description="Momentum as in equation 9 or 10 of the paper.")

@@ -29,6 +29,7 @@ _READ_WITH = {
     "drop_epochs": ("schedule", ("step",)),
     "drop_factor": ("schedule", ("step",)),
     "power": ("schedule", ("polynomial",)),
+    "trust_coefficient": ("optimizer", ("lars",)),
     "randaugment_operations": ("auto_augment", ("randaugment",)),
     "randaugment_strength": ("auto_augment", ("randaugment",)),
     "max_bad_images": ("on_bad_image", ("skip",)),

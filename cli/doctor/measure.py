@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import rich_click as click
 from rich.console import Console
+from rich.text import Text
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.options import LaunchOptions
@@ -134,7 +135,7 @@ def _measured_here(
     from hvd_lb.simulate import measure_device
 
     recipe, threads = resolved.recipe, resolved.recipe.threads or usable_cores()
-    with console.status("measuring the device and the loader …"):
+    with console.status(Text("measuring the device and the loader …")):
         parts, loads, _ = measure_device(
             resolved,
             device=torch.device(device),

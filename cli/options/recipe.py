@@ -20,7 +20,7 @@ SECTIONS = {
     "gpus": "Minibatch and length",
     "model": "Model",
     "learning_rate": "Learning rate",
-    "momentum": "Optimizer",
+    "optimizer": "Optimizer",
     "reproducible": "Exactness",
     "threads": "Speed",
     "eval_every": "Checkpoints and records",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.optim import Optimizer
 
 from hvd_lb.optim.groups import parameter_groups
+from hvd_lb.optim.lars import LARS
 from hvd_lb.optim.sgd import SGD
 from hvd_lb.recipe import Recipe
 
@@ -14,14 +17,18 @@ _PLAIN = ("fp16", "fp64")
 
 def make_optimizer(recipe: Recipe, model: nn.Module, learning_rate: float) -> Optimizer:
     """On the parameters of `model`, as the recipe says; `learning_rate` is that of the first step."""
-    return SGD(
-        parameter_groups(model, recipe.weight_decay),
-        lr=learning_rate,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        form=recipe.momentum_form,
-        momentum_correction=recipe.momentum_correction,
-        # The plain form where bits are promised, where numbers are compared with the paper's formula (fp64), and beside
-        # the loss scaler (fp16), which goes over all gradients by itself.
-        fused=recipe.momentum_correction and not recipe.reproducible and recipe.precision not in _PLAIN,
-    )
+    decayed, normalising = parameter_groups(model, recipe.weight_decay)
+    options: dict[str, Any] = {
+        "lr": learning_rate,
+        "momentum": recipe.momentum,
+        "nesterov": recipe.nesterov,
+        "form": recipe.momentum_form,
+        "momentum_correction": recipe.momentum_correction,
+    }
+    if recipe.optimizer == "lars":  # batch norm's few numbers are left alone, as in MLPerf
+        normalising["trust_coefficient"] = 0.0
+        return LARS([decayed, normalising], trust_coefficient=recipe.trust_coefficient, **options)
+    # The plain form where bits are promised, where numbers are compared with the paper's formula (fp64), and beside the
+    # loss scaler (fp16), which goes over all gradients by itself.
+    fused = recipe.momentum_correction and not recipe.reproducible and recipe.precision not in _PLAIN
+    return SGD([decayed, normalising], **options, fused=fused)

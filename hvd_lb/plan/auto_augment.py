@@ -6,6 +6,7 @@ counter, and done by torchvision's functionals: on CPUs with PIL, as torchvision
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,14 @@ RANDOM = Space(shear=0.3, translate=150.0, relative=True, rotate=30.0, enhance=0
 TRIVIAL_WIDE = Space(shear=0.99, translate=32.0, relative=False, rotate=135.0, enhance=0.99, bits=6)
 
 
+@functools.cache
+def _strengths(strongest: float) -> list[float]:
+    """Of all strengths, as torchvision rounds them: 15 of 30 times 32 pixels are 15 pixels."""
+    import torch
+
+    return list(torch.linspace(0.0, strongest, STRENGTHS).tolist())
+
+
 @dataclass(frozen=True)
 class AutoAugment:
     """`operations` of them one after the other, each of this `strength`, or of any (None). Parameters: int16 (b,
@@ -102,7 +111,7 @@ class AutoAugment:
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional as F  # noqa: N812 (its name everywhere)
 
-        share, space = signed / _STRONGEST, self.space
+        space, strong = self.space, abs(signed)
         bilinear = InterpolationMode.BILINEAR
 
         def moved(x: float = 0, y: float = 0, shear: tuple[float, float] = (0.0, 0.0)) -> Any:
@@ -110,32 +119,35 @@ class AutoAugment:
             slopes = [math.degrees(math.atan(slope)) for slope in shear]
             return F.affine(image, 0.0, [int(x), int(y)], 1.0, slopes, bilinear, center=centre)
 
+        def of(strongest: float) -> float:
+            return math.copysign(_strengths(strongest)[strong], signed)
+
         def distance(side: int) -> float:
-            return share * space.translate * (side / 331 if space.relative else 1)
+            return of(space.translate / 331 * side if space.relative else space.translate)
 
         match operation:
             case "shear x":
-                return moved(shear=(share * space.shear, 0.0))
+                return moved(shear=(of(space.shear), 0.0))
             case "shear y":
-                return moved(shear=(0.0, share * space.shear))
+                return moved(shear=(0.0, of(space.shear)))
             case "translate x":
                 return moved(x=distance(width))
             case "translate y":
                 return moved(y=distance(height))
             case "rotate":
-                return F.rotate(image, share * space.rotate, bilinear)
+                return F.rotate(image, of(space.rotate), bilinear)
             case "brightness":
-                return F.adjust_brightness(image, 1 + share * space.enhance)
+                return F.adjust_brightness(image, 1 + of(space.enhance))
             case "colour":
-                return F.adjust_saturation(image, 1 + share * space.enhance)
+                return F.adjust_saturation(image, 1 + of(space.enhance))
             case "contrast":
-                return F.adjust_contrast(image, 1 + share * space.enhance)
+                return F.adjust_contrast(image, 1 + of(space.enhance))
             case "sharpness":
-                return F.adjust_sharpness(image, 1 + share * space.enhance)
+                return F.adjust_sharpness(image, 1 + of(space.enhance))
             case "posterize":
-                return F.posterize(image, 8 - round(abs(share) * space.bits))
+                return F.posterize(image, 8 - round(strong / (_STRONGEST / space.bits)))
             case "solarize":
-                return F.solarize(image, 255 * (1 - abs(share)))
+                return F.solarize(image, 255 - _strengths(255.0)[strong])
             case "autocontrast":
                 return F.autocontrast(image)
             case "equalize":

@@ -16,6 +16,9 @@ from typing import Any
 from hvd_lb.errors import UserError
 from hvd_lb.report.lock import DirectoryLock
 
+#: What `simulate --cluster … --output` writes; it may be there before the run is.
+FORECAST_FILES = ("forecast.json", "forecast.png", "forecast.html", "step-trace.json", "device.yaml")
+
 
 @dataclass(frozen=True)
 class RunDirectory:

@@ -33,13 +33,13 @@ from hvd_lb.optim.noise_scale import NoiseScale
 from hvd_lb.plan.augment import Microbatch, Origin
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.hosting import hosted
+from hvd_lb.plan.mixing import Mixing
 from hvd_lb.recipe import Recipe, differing_fields, period_in_seconds, period_in_steps
 from hvd_lb.training.bad_images import BadImages
 from hvd_lb.training.batchnorm import allow_single_values, running_statistics
 from hvd_lb.training.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore, open_checkpoint
 from hvd_lb.training.clock import StepClock, Timer
 from hvd_lb.training.evaluation import Evaluation, Evaluator, Stopped
-from hvd_lb.training.mixing import Mixing
 from hvd_lb.training.models import build_model, sum_loss
 from hvd_lb.training.recomputation import Recomputation
 from hvd_lb.training.run_state import RunState

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from hvd_lb.plan.counter import uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What a random number is for; beyond those of plan/augment.
 _METHOD, _FIRST, _SECOND, _X, _Y = range(64, 69)
