@@ -17,7 +17,7 @@ from hvd_lb.optim.sgd import SGD
 
 
 class LARS(SGD):
-    """As `SGD` with `options`, not fused; a parameter group may have another `trust_coefficient`, and with 0 it is plain SGD.
+    """As `SGD`, not fused; a parameter group may have another `trust_coefficient`, and with 0 it is plain SGD.
 
     The paper's own momentum is form 10 without correction. ValueError for a coefficient below 0.
     """
