@@ -275,6 +275,9 @@ class Recipe(BaseModel):
     momentum_correction: bool = Field(
         True, description="Form 10: rescale the velocity when the rate changes."
     )
+    clip_norm: float | None = Field(
+        None, gt=0, description="Longest gradient of a step, in its L2 norm; longer ones are scaled down."
+    )
     weight_decay: float = Field(1e-4, ge=0, description="L2 penalty λ; none on batch norm's γ and β.")
 
     # exactness

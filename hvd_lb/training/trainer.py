@@ -390,6 +390,9 @@ class Trainer:
         self._synchronize(global_images)
         self._note_norms(*own, global_images)
         self.on_gradients()
+        if self.recipe.clip_norm:  # of the mean gradient, which every process has: the same factor on all
+            self.state.scaler.unscale_(self.state.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.state.optimizer.steps = self.step
         self.state.scaler.step(self.state.optimizer)
         self.state.scaler.update()

@@ -37,6 +37,9 @@ def small_data(images: int = 150, val: int = 37) -> Dataset:
     return Dataset("small", split(images, "train"), split(val, "val"))
 
 
+CLIPPED: list[bool] = []  # by `reference`, step by step
+
+
 def small_recipe(**changes: Any) -> Recipe:
     base = {
         "model": "resnet8", "image_size": 8, "gpus": 4, "per_gpu_batch": 8, "epochs": 3, "precision": "fp64",
@@ -110,6 +113,12 @@ def reference(trainer: Trainer, steps: int) -> nn.Module:
                 x, y = next(batches)
                 (F.cross_entropy(model(x.double()), y, reduction="sum") / count).backward()
                 statistics.append([(n.running_mean.clone(), n.running_var.clone()) for n in norms])  # type: ignore[operator, union-attr]
+            if recipe.clip_norm:
+                length = sum((p.grad**2).sum() for p in model.parameters() if p.grad is not None) ** 0.5
+                CLIPPED.append(bool(length > recipe.clip_norm))
+                for p in model.parameters():
+                    assert p.grad is not None
+                    p.grad.mul_(min(1.0, recipe.clip_norm / float(length)))
             third = sum(step >= drop * recipe.epochs * plan.steps_per_epoch / 90 for drop in (30, 60, 80))
             for group in optimizer.param_groups:
                 group["lr"] = 0.4 * recipe.gpus * recipe.per_gpu_batch / 256 * 0.1**third
@@ -150,6 +159,36 @@ def test_equals_plain_pytorch(last_batch: str, momentum_form: int, reproducible:
     plain = reference(trainer, trainer.end)
     run_steps(trainer, trainer.end)
     assert largest_difference(trainer.model, plain) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"reproducible": True}, {"momentum_form": 9}])
+def test_long_gradients_are_clipped(changes: dict[str, Any]) -> None:
+    """The mean gradient of a step, by its length over all tensors; shorter ones stay. (Against torch: to its 1e-6.)"""
+    trainer = make_trainer(small_recipe(clip_norm=0.85, **changes))
+    CLIPPED.clear()
+    plain = reference(trainer, trainer.end)
+    assert {True, False} == set(CLIPPED)
+    run_steps(trainer, trainer.end)
+    assert largest_difference(trainer.model, plain) < 1e-5
+    assert largest_difference(reference(make_trainer(small_recipe()), trainer.end), plain) > 1e-3
+
+
+@pytest.mark.slow
+def test_clipping_in_fp32_and_fp16_sees_the_mean_gradient() -> None:
+    """Not the sums that the fused update divides, nor the multiples of the loss scaler."""
+    lengths = {}
+    for precision in ("fp64", "fp32", "fp16"):
+        trainer = make_trainer(small_recipe(precision=precision, clip_norm=1e-3, momentum=0.0, nesterov=False,
+                                            weight_decay=0.0))  # fmt: skip
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        run_steps(trainer, 1)
+        moved = [
+            (p.detach() - old).double().norm()
+            for p, old in zip(trainer.model.parameters(), before, strict=True)
+        ]
+        lengths[precision] = torch.stack(moved).norm().item() / trainer.schedule(0)
+    assert lengths == {name: pytest.approx(1e-3, rel=1e-2) for name in lengths}
 
 
 @pytest.mark.slow
