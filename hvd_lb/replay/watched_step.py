@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from hvd_lb.plan.mixing import Targets
 from hvd_lb.replay.again import Again
 
 
@@ -69,8 +71,8 @@ class WatchedSteps:
         self._own: dict[str, Tensor] = {}
         self._norm, self._gradients = math.nan, dict[str, Tensor]()
         trainer = again.trainer
-        self._loss = trainer.loss
-        trainer.loss = self._watched_loss
+        self._loss_of = trainer.loss_of
+        trainer.loss_of = self._watched_loss  # type: ignore[method-assign]
         trainer.on_gradients = self._watch_gradients
 
     def take(self) -> StepSeen:
@@ -86,11 +88,11 @@ class WatchedSteps:
             self._own = self._own_gradients(step, self._worker)
             self._noted.clear()
 
-    def _watched_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = self._loss(logits, labels)
+    def _watched_loss(self, targets: Targets, logits: Tensor) -> Tensor:
+        loss = self._loss_of(targets, logits)
         if self._again.step in self._steps:
             smoothing, known = self._again.run.recipe.label_smoothing, logits.detach()
-            each = F.cross_entropy(known, labels, reduction="none", label_smoothing=smoothing)
+            each = targets.loss(partial(F.cross_entropy, reduction="none", label_smoothing=smoothing), known)
             self._noted.append(_Noted(loss.item(), each.tolist(), known.argmax(1).tolist()))
         return loss
 

@@ -33,7 +33,7 @@ from hvd_lb.optim.noise_scale import NoiseScale
 from hvd_lb.plan.augment import Microbatch, Origin
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.hosting import hosted
-from hvd_lb.plan.mixing import Mixing
+from hvd_lb.plan.mixing import Mixing, Targets
 from hvd_lb.recipe import Recipe, differing_fields, period_in_seconds, period_in_steps
 from hvd_lb.training.bad_images import BadImages
 from hvd_lb.training.batchnorm import allow_single_values, running_statistics
@@ -466,7 +466,11 @@ class Trainer:
         images, targets = zip(*mixed, strict=True)
         logits = self._forward(images, seeds).split(list(map(len, targets)))
         with self.autocast():
-            return [of.loss(self.loss, own) for of, own in zip(targets, logits, strict=True)]
+            return [self.loss_of(*of) for of in zip(targets, logits, strict=True)]
+
+    def loss_of(self, targets: Targets, logits: torch.Tensor) -> torch.Tensor:
+        """Of one virtual worker's images, a sum."""
+        return targets.loss(self.loss, logits)
 
     def _forward(self, parts: Sequence[torch.Tensor], seeds: Sequence[int]) -> torch.Tensor:
         """Logits of microbatches, one after the other.

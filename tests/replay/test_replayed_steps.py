@@ -98,6 +98,40 @@ def test_the_step_is_the_mean_of_its_workers(hvd_lb: Run, recorded: Path, tmp_pa
         assert (mean - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
 
 
+def test_mixed_images_come_again_too(hvd_lb: Run, tmp_path: Path) -> None:
+    """The loss of an image is then that of its mixed labels, and their mean is still the step's."""
+    what = (
+        "--data",
+        "digits",
+        "--device",
+        "cpu",
+        "--gpus",
+        2,
+        "--steps",
+        6,
+        "--model",
+        "resnet8",
+        "--log-every",
+        1,
+    )
+    mixed = (
+        "--reproducible",
+        "--mixup",
+        0.8,
+        "--cutmix",
+        1,
+        "--auto-augment",
+        "randaugment",
+        "--clip-norm",
+        0.5,
+    )
+    assert hvd_lb("simulate", *what, *mixed, "--run", "--output", tmp_path / "run").status == 0
+    found = shown(hvd_lb, tmp_path / "run", "--step", 5, "--images", 64)
+    assert found["verdict"].startswith("to the bit")
+    assert len(found["images"]) == 64
+    assert sum(image["loss"] for image in found["images"]) / 64 == pytest.approx(found["loss"], rel=1e-6)
+
+
 def test_a_record_that_is_not_so_is_found(
     hvd_lb: Run, recorded: Path, copied: Callable[[Path], Path]
 ) -> None:
