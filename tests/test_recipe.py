@@ -27,10 +27,11 @@ def test_presets_are_valid_and_survive_yaml(name: str, tmp_path: Path) -> None:
     assert make_recipe(load_values(str(file)), "file") == recipe
 
 
-def test_the_papers_preset_has_the_papers_numbers() -> None:
-    values = load_values("goyal-resnet50")
+@pytest.mark.parametrize("model", ["resnet50", "resnet101"])
+def test_the_papers_presets_have_the_papers_numbers(model: str) -> None:
+    values = load_values(f"goyal-{model}")
     paper = {
-        "model": "resnet50", "per_gpu_batch": 32, "epochs": 90, "learning_rate": 0.1, "lr_rule": "linear",
+        "model": model, "per_gpu_batch": 32, "epochs": 90, "learning_rate": 0.1, "lr_rule": "linear",
         "warmup": "gradual", "warmup_epochs": 5, "schedule": "step", "drop_epochs": [30, 60, 80], "drop_factor": 0.1,
         "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, "zero_gamma": True, "bn_momentum": 0.1,
         "image_size": 224, "eval_crop": 224 / 256, "flip": 0.5,
