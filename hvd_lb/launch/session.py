@@ -264,7 +264,7 @@ def _finish(run: RunDirectory, resolved: Resolved, processes: int, seconds: floa
     if figures is None:
         _warn(console, f"the run is whole, but for {run.summary.name}: the same command makes it")
         return 1
-    _report(run, resolved, figures, console)
+    _report(run, resolved, console)
     return 0
 
 
@@ -279,21 +279,19 @@ def _held(run: RunDirectory, recipe: Recipe, processes: int) -> list[tuple[str, 
         return [("forecast", f"not compared ({_one_line(error)})")]
 
 
-def _report(run: RunDirectory, resolved: Resolved, figures: list[tuple[str, str]], console: Console) -> None:
+def _report(run: RunDirectory, resolved: Resolved, console: Console) -> None:
     """Curves and page. They are a service: an error in making them, of whatever kind, is a warning."""
-    curves: bytes | None = None
     try:
         from hvd_lb.report.plots import plot_curves  # here: matplotlib would delay every start by a second
 
         records = read_metrics(run.metrics)
-        curves = plot_curves(records, resolved.plan.steps_per_epoch, run.path.name)
-        replace_bytes(run.curves, curves)
+        replace_bytes(run.curves, plot_curves(records, resolved.plan.steps_per_epoch, run.path.name))
     except Exception as error:
         _warn(console, f"{run.curves.name} could not be made ({_one_line(error)})")
     try:
-        from hvd_lb.report.html import write_report
+        from hvd_lb.report.page.runs import write_report
 
-        write_report(run, run.path.name, figures, read_metrics(run.metrics), curves)
+        write_report(run, run.path.name)
     except Exception as error:
         _warn(console, f"{run.report.name} could not be made ({_one_line(error)})")
     else:

@@ -81,11 +81,11 @@ class Snapshot:
 
 
 class CheckpointStore:
-    """The checkpoints of one run; written by rank 0 only."""
+    """The checkpoints of one run; written by rank 0 only. `metadata` is written into each model.safetensors."""
 
-    def __init__(self, folder: Path, keep: int = 3):
+    def __init__(self, folder: Path, keep: int = 3, metadata: Mapping[str, str] | None = None):
         self.folder = folder
-        self._keep = keep
+        self._keep, self._metadata = keep, dict(metadata or {})
 
     def save(
         self,
@@ -131,7 +131,7 @@ class CheckpointStore:
             checksums = {}
             for name, tensors in zip(_TENSORS, (snapshot.model, snapshot.optimizer), strict=True):
                 file = folder / f"{name}.safetensors"
-                _save_tensors(tensors, file)
+                save_tensors(tensors, file, self._metadata if name == "model" else {})
                 checksums[name] = _sha256(file)
             _write_state(folder, {**snapshot.state, "step": snapshot.step, "checksums": checksums})
             _sync(folder)
@@ -330,9 +330,10 @@ class _Write:
     best: bool
 
 
-def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file, on disk when this returns; OSError."""
     try:
-        save_file(tensors, file)
+        save_file(tensors, file, dict(metadata) or None)
     except SafetensorError as error:  # it hides the operating system's number in its text
         if match := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(match[1]), os.strerror(int(match[1])), str(file)) from error

@@ -10,15 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hvd_lb import arithmetic
 from hvd_lb.data.decoding.stand_in import sizes
+from hvd_lb.data.images import Images
+from hvd_lb.data.loading.contract import Preprocessing
 from hvd_lb.data.loading.open import Loaders
 from hvd_lb.plan.augment import CentreWindows, Microbatch, Origin, Windows
 from hvd_lb.plan.hosting import hosted
+from hvd_lb.recipe import Recipe
 from hvd_lb.training.bad_images import BadImages
 from hvd_lb.world import Handle, World
 
@@ -42,6 +47,25 @@ class Evaluation:
     images: int
 
 
+def open_loaders(
+    recipe: Recipe, images: Images, device: torch.device, threads: int, bad_images: BadImages
+) -> Loaders:
+    """Loaders of a run's microbatches of `images`, decoding with so many threads."""
+    return Loaders(
+        recipe.loader,
+        images,
+        Preprocessing(recipe.image_size, recipe.mean, recipe.std, recipe.antialias),
+        batch_size=recipe.per_gpu_batch,
+        device=device,
+        threads=threads,
+        memory_format=arithmetic.memory_format(recipe),
+        read_threads=recipe.read_threads,
+        prefetch=recipe.prefetch,
+        max_pixels=recipe.max_pixels,
+        on_stand_ins=bad_images.on_stand_ins,
+    )
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Evaluates models on the images of `loaders`, cut centrally, in batches of the size of these."""
@@ -52,6 +76,20 @@ class Evaluator:
     dtype: torch.dtype
     memory_format: torch.memory_format
     bad_images: BadImages
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, images: Images, device: torch.device, threads: int, bad_images: BadImages
+    ) -> Self:
+        """That of a run of this recipe."""
+        return cls(
+            open_loaders(recipe, images, device, threads, bad_images),
+            recipe.centre_windows(),
+            device,
+            arithmetic.dtype(recipe),
+            arithmetic.memory_format(recipe),
+            bad_images,
+        )
 
     def own(self, rank: int, processes: int) -> range:
         """Numbers of the batches of process `rank`."""

@@ -26,6 +26,11 @@ _ARGUMENTS: dict[str, dict[str, bool]] = {
 }
 
 
+def model_arguments(name: str) -> dict[str, bool]:
+    """What torchvision's builder of this network is told besides the number of classes."""
+    return dict(_ARGUMENTS.get(name, {}))
+
+
 def model_names() -> list[str]:
     return sorted([*SMALL_RESNETS, *torchvision.models.list_models(module=torchvision.models)])
 
@@ -52,7 +57,7 @@ def build_model(
             model: nn.Module = SmallResNet(SMALL_RESNETS[name], num_classes)
         else:
             model = torchvision.models.get_model(
-                name, weights=None, num_classes=num_classes, **_ARGUMENTS.get(name, {})
+                name, weights=None, num_classes=num_classes, **model_arguments(name)
             )
         if isinstance(model, ResNet | SmallResNet):
             initialise(model, zero_gamma=zero_gamma)

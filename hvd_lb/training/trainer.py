@@ -11,7 +11,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,13 +19,13 @@ from typing import Any, Protocol
 
 import torch
 
+from hvd_lb import arithmetic
 from hvd_lb.data.decoding.stand_in import StandIn, sizes
-from hvd_lb.data.images import Dataset, Images, refuse_other_images
-from hvd_lb.data.loading.contract import Batch, Loader, Preprocessing
-from hvd_lb.data.loading.open import Loaders
+from hvd_lb.data.images import Dataset, refuse_other_images
+from hvd_lb.data.loading.contract import Batch, Loader
 from hvd_lb.errors import UserError
 from hvd_lb.exact.fixed_point import FixedPointOverflow
-from hvd_lb.exact.reproducible import deterministic_kernels, fast_kernels, rounding_environment
+from hvd_lb.exact.reproducible import fast_kernels, rounding_environment
 from hvd_lb.optim.buckets import Arriving, Riders
 from hvd_lb.optim.distributed import DistributedOptimizer
 from hvd_lb.optim.make import make_optimizer
@@ -39,7 +39,7 @@ from hvd_lb.training.bad_images import BadImages
 from hvd_lb.training.batchnorm import allow_single_values, running_statistics
 from hvd_lb.training.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore, open_checkpoint
 from hvd_lb.training.clock import StepClock, Timer
-from hvd_lb.training.evaluation import Evaluation, Evaluator, Stopped
+from hvd_lb.training.evaluation import Evaluation, Evaluator, Stopped, open_loaders
 from hvd_lb.training.models import build_model, sum_loss
 from hvd_lb.training.recomputation import Recomputation
 from hvd_lb.training.run_state import RunState
@@ -52,8 +52,6 @@ _MOST_REPEATS = 3
 
 # No gradient that is a number needs its loss scaled down so far (fp16).
 _SMALLEST_SCALE = 2.0**-16
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Observer(Protocol):
@@ -165,8 +163,7 @@ class Trainer:
         self.workers = hosted(world.rank, world.size, recipe.gpus, recipe.fixed_group)
         self.windows = recipe.random_windows()
         self.recomputation = Recomputation(recipe, dataset.train, self.windows)
-        self.dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
-        self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.dtype, self.memory_format = arithmetic.dtype(recipe), arithmetic.memory_format(recipe)
 
         self.model = build_model(
             recipe.model,
@@ -212,15 +209,8 @@ class Trainer:
             bad_images=BadImages.of(recipe, world, observer.bad_images),
             device=device,
         )
-        self.loaders = self._loaders(dataset.train)
-        self.evaluator = Evaluator(
-            self._loaders(dataset.val),
-            recipe.centre_windows(),
-            device,
-            self.dtype,
-            self.memory_format,
-            self.state.bad_images,
-        )
+        self.loaders = open_loaders(recipe, dataset.train, device, threads, self.state.bad_images)
+        self.evaluator = Evaluator.of(recipe, dataset.val, device, threads, self.state.bad_images)
         self.group_size = self._choose_group_size()
         # Whether the store has what this run begins with.
         self.kept = bool(store and checkpoint and checkpoint.path.parent.resolve() == store.folder.resolve())
@@ -514,32 +504,12 @@ class Trainer:
         """This process's microbatches as tensors, from the present step to the end."""
         return self.loaders.open(self.microbatches(), more=self.group_size.most - 1)
 
-    def _loaders(self, images: Images) -> Loaders:
-        return Loaders(
-            self.recipe.loader,
-            images,
-            Preprocessing(self.recipe.image_size, self.recipe.mean, self.recipe.std, self.recipe.antialias),
-            batch_size=self.recipe.per_gpu_batch,
-            device=self.device,
-            threads=self.threads,
-            memory_format=self.memory_format,
-            read_threads=self.recipe.read_threads,
-            prefetch=self.recipe.prefetch,
-            max_pixels=self.recipe.max_pixels,
-            on_stand_ins=self.state.bad_images.on_stand_ins,
-        )
-
     def kernels(self) -> AbstractContextManager[None]:
-        """What steps run in: only deterministic kernels in the reproducible mode, else the fastest."""
-        tf32 = self.recipe.precision == "tf32"
-        if self.recipe.reproducible:
-            return deterministic_kernels(self.recipe.model, tf32=tf32)
-        return fast_kernels(tf32=tf32)
+        """What steps run in."""
+        return arithmetic.kernels(self.recipe)
 
     def autocast(self) -> AbstractContextManager[None]:
-        if self.recipe.precision not in _AUTOCAST:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.recipe.precision])
+        return arithmetic.autocast(self.recipe, self.device)
 
     def _position(self, step: int | None = None) -> dict[str, int]:
         """Of a step, by default the one just taken: its epoch, and its number in the run."""

@@ -104,7 +104,7 @@ def test_a_run_that_ended_with_its_last_checkpoint_is_summed_up(
     assert run.report.exists()
 
 
-@pytest.mark.parametrize("failing", ["plots.plot_curves", "html.write_report"])
+@pytest.mark.parametrize("failing", ["plots.plot_curves", "page.runs.write_report"])
 def test_a_picture_or_page_that_fails_is_a_warning(
     hvd_lb: Callable[..., Any], run: RunDirectory, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:

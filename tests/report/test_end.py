@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from hvd_lb.report.html import write_report
+from hvd_lb.report.page.runs import write_report
 from hvd_lb.report.plots import plot_curves
 from hvd_lb.report.run_directory import RunDirectory, strict_json, write_json
 from hvd_lb.report.summary import ended_after, summarise
@@ -62,14 +62,14 @@ def test_steps_that_were_given_up_are_not_done(run: RunDirectory) -> None:
 @pytest.mark.parametrize("records", CASES.values(), ids=CASES.keys())
 def test_any_records_can_be_summed_up_and_drawn(run: RunDirectory, records: list[dict[str, Any]]) -> None:
     run.metrics.write_text("".join(f"{strict_json(record)}\n" for record in records) + '{"step"')
-    summary, figures = summarise(run, "finished", 1.0, total_steps=10, steps_per_epoch=2)
+    summary, _ = summarise(run, "finished", 1.0, total_steps=10, steps_per_epoch=2)
     write_json(run.summary, summary)
     assert ended_after(run) == summary["steps"]
-    curves = plot_curves(records, 2, "a run")
-    write_report(run, "a run", figures, records, curves)
-    assert "Training curve" in run.report.read_text("utf-8")
-    write_report(run, "a run", figures, records, None)
-    assert "Training curve" not in run.report.read_text("utf-8")
+    assert plot_curves(records, 2, "a run")
+    write_report(run, "a run")
+    assert ('id="data"' in run.report.read_text("utf-8")) == any(
+        record.get("kind") == "train" for record in records
+    )
 
 
 def test_the_best_is_among_those_that_are_numbers(run: RunDirectory) -> None:
@@ -95,7 +95,7 @@ def test_any_name_can_stand_over_the_curves(run: RunDirectory, name: str) -> Non
     curves = plot_curves(CASES["usual"], 2, name)
     with Image.open(io.BytesIO(curves)) as picture:
         assert picture.size == (990, 715)
-    write_report(run, name, [], [], curves)
+    write_report(run, name)
     assert "<b>" not in run.report.read_text("utf-8")
 
 

@@ -30,6 +30,7 @@ from hvd_lb.replay.beginning import beginning
 from hvd_lb.report.metrics import RunObserver, SilentObserver
 from hvd_lb.report.ranks import RankTimes
 from hvd_lb.report.run_directory import RunDirectory, write_json
+from hvd_lb.trained.weights import metadata_of
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
 from hvd_lb.training.trainer import Trainer
 from hvd_lb.world import World
@@ -71,7 +72,9 @@ def train(job: Job, world: World, stop_requested: StopRequests, cores: int, stag
                 recipe.loader_threads, job.threads, cores, reproducible=recipe.reproducible
             ),
             observer=observer,
-            store=CheckpointStore(directory.checkpoints, recipe.keep_checkpoints),
+            store=CheckpointStore(
+                directory.checkpoints, recipe.keep_checkpoints, metadata_of(recipe, dataset.train.classes)
+            ),
             checkpoint=checkpoint,
             stop_requested=stop_requested,
             stages=stages,

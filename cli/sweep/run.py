@@ -1,0 +1,212 @@
+"""`hvd-lb sweep run`: the runs of a sweep, all of them or those that are left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+from rich.text import Text
+
+from hvd_lb.errors import UserError
+from hvd_lb.report.text import count, duration, printable
+from hvd_lb_cli.options.given import given_options
+from hvd_lb_cli.options.kinds import Target
+from hvd_lb_cli.options.recipe import recipe_options
+from hvd_lb_cli.options.topics import TopicCommand
+from hvd_lb_cli.output.show import index_progress
+from hvd_lb_cli.output.terminal import plain_console
+
+_FIRST = (
+    *("vary", "seeds", "jobs", "train", "processes", "dry_run", "recipe", "device"),
+    *("data", "model", "per_gpu_batch", "epochs", "learning_rate"),
+)
+_option = click.option
+_TRUE, _FALSE = ("true", "on", "yes", "1"), ("false", "off", "no", "0")
+
+
+@click.command(cls=TopicCommand, first_options=_FIRST)
+@click.argument("folder", type=Target())
+@_option(
+    "--vary",
+    metavar="FIELD=VALUE,VALUE…",
+    multiple=True,
+    help="A field of the recipe and its values; each --vary is combined with each. Values that have commas "
+    "themselves are parted by semicolons.",
+    panel="The run",
+)
+@_option(
+    "--seeds",
+    type=click.IntRange(1, 10_000),
+    default=1,
+    show_default=True,
+    help="Runs of each point, with seeds from --seed on.",
+    panel="The run",
+)
+@_option(
+    "--jobs",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="Runs at a time; they share the cores.",
+    panel="The run",
+)
+@_option(
+    "--train",
+    is_flag=True,
+    help="By `hvd-lb train`, on several processes; otherwise simulated, each in one process, with all steps.",
+    panel="The run",
+)
+@_option(
+    "--processes", type=click.IntRange(1, 4096), help="With --train: processes of each run.", panel="The run"
+)
+@_option("--dry-run", is_flag=True, help="Only tell which runs there would be.", panel="The run")
+@_option("--recipe", metavar="NAME|FILE", help="A preset or a YAML file.", panel="The run")
+@_option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the network runs.",
+    panel="The run",
+)
+@recipe_options
+@click.pass_context
+def run(
+    context: click.Context,
+    options: dict[str, Any],
+    folder: Path,
+    vary: tuple[str, ...],
+    seeds: int,
+    jobs: int,
+    train: bool,
+    processes: int | None,
+    dry_run: bool,
+    recipe: str | None,
+    device: str,
+) -> int:
+    """Take all runs of a grid over fields of a recipe; each has a run directory in FOLDER/runs.
+
+    The same command, or `hvd-lb sweep run FOLDER` alone, goes on with what is left: runs that have ended are not taken
+    again, others go on from their checkpoints. Another --vary over the same recipe adds its points.
+
+    \b
+    hvd-lb sweep run sweeps/fig1 --data fashion-mnist --vary gpus=8,32,128,256 --seeds 5 --jobs 2
+    hvd-lb sweep run sweeps/fig1
+    """
+    from hvd_lb.sweep.plan import Grid, check_size, grown, is_sweep, open_sweep
+    from hvd_lb.sweep.run import Commands, held, unfinished
+
+    if processes is not None and not train:
+        raise UserError("--processes is for --train: a simulated run has one process")
+    folder = folder.expanduser()
+    console = plain_console()
+    about_recipe = {"vary", "seeds", "train", "recipe", *options}
+    if is_sweep(folder) and not about_recipe & given_options(context).keys():
+        sweep = open_sweep(folder)
+    else:
+        grid = Grid(dict(_values(context.command, text) for text in vary), seeds)
+        check_size(grid)
+        base, images = _base(options, recipe, console)
+        sweep = grown(folder, base, "train" if train else "simulate").with_grid(grid)
+        for setting in sweep.settings():  # what cannot work is told before anything starts
+            point = sweep.points_of(setting)[0].recipe
+            point.lr_schedule(point.sample_plan(images).steps_per_epoch)
+            _check_input(point)
+    points, left = sweep.points(), unfinished(sweep)
+    console.print(
+        f"{count(len(sweep.settings()), 'setting')}, {count(len(points), 'run')}: {len(points) - len(left)} ended, "
+        f"{len(left)} to go"
+    )
+    if dry_run:
+        for point in points:
+            console.print(f"{'to go' if point in left else 'ended'}  {point.name}", soft_wrap=True)
+        return 0
+    if not left:
+        return 0
+    done, failed = len(points) - len(left), 0
+    more = [*(("--processes", str(processes)) if processes else ()), "--device", device]
+    if sweep.base.threads is None:
+        more += ["--threads", str(_threads(jobs, processes or 1))]
+    commands = Commands(sweep, jobs, more)
+    with held(sweep), console.status("") as status:
+
+        def on_end(ended: Any) -> None:
+            nonlocal done, failed
+            done += 1
+            failed += ended.status != 0
+            what = f"failed: {ended.said}" if ended.status else _figures(ended.point)
+            console.print(
+                printable(f"{done} of {len(points)}  {ended.point.name}: {what} ({duration(ended.seconds)})"),
+                soft_wrap=True,
+            )
+
+        def on_look() -> None:
+            running = ", ".join(f"{name} {100 * share:.0f} %" for name, share in commands.progress().items())
+            status.update(Text(f"{done} of {len(points)} ended; {running}"))
+
+        commands.run(left, on_end, on_look if console.is_terminal else lambda: None)
+    if failed:
+        console.print(f"{count(failed, 'run')} failed; logs are in {folder / 'logs'}", soft_wrap=True)
+    console.print(f"`hvd-lb sweep table {folder}` tells what came of it", soft_wrap=True)
+    return 1 if failed else 0
+
+
+def _base(options: dict[str, Any], recipe: str | None, console: Any) -> tuple[Any, int]:
+    """The recipe that is varied, and the number of training images."""
+    from hvd_lb.resolve import resolve
+
+    with index_progress(console) as on_progress:
+        resolved = resolve(options, recipe=recipe, default_gpus=1, on_progress=on_progress)
+    return resolved.recipe, len(resolved.dataset.train)
+
+
+def _check_input(recipe: Any) -> None:
+    from hvd_lb.training.models import check_input
+
+    check_input(recipe.model, recipe.num_classes or 1, recipe.image_size, min(2, recipe.per_gpu_batch))
+
+
+def _threads(jobs: int, processes: int) -> int:
+    from hvd_lb.machine.cpu import usable_cores
+
+    return max(1, usable_cores() // (jobs * processes))
+
+
+def _figures(point: Any) -> str:
+    from hvd_lb.sweep.results import error_of
+
+    error = error_of(point)
+    return "ended" if error is None else f"top-1 error {error:.2f} %"
+
+
+def _values(command: click.Command, text: str) -> tuple[str, tuple[Any, ...]]:
+    """gpus=8,32 as ("gpus", (8, 32)), each value as the field's own option takes it."""
+    from hvd_lb.sweep.plan import check_vary
+
+    name, equals, values = text.partition("=")
+    if not equals or not values:
+        raise UserError(f"--vary {text}: expected FIELD=VALUE,VALUE, such as gpus=8,32,128")
+    field = check_vary(name)
+    (option,) = (option for option in command.params if option.name == field)
+    listed = option.type.name == "numbers"
+    parts = [part.strip() for part in values.split(";" if listed or ";" in values else ",")]
+    found = tuple(dict.fromkeys(_value(option, part, text) for part in parts))
+    return field, found
+
+
+def _value(option: click.Parameter, part: str, text: str) -> Any:
+    from hvd_lb.recipe import OPTIONS, check_fields
+
+    value: Any
+    if option.type is click.BOOL or getattr(option, "is_flag", False):
+        if part.lower() not in (*_TRUE, *_FALSE):
+            raise UserError(f"--vary {text}: {part!r} is neither true nor false")
+        value = part.lower() in _TRUE
+    else:
+        try:
+            value = option.type.convert(part, option, None)
+        except click.BadParameter as error:
+            raise UserError(f"--vary {text}: {error.message}") from None
+    check_fields({str(option.name): value}, OPTIONS)
+    return value

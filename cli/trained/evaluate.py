@@ -1,0 +1,88 @@
+"""`hvd-lb evaluate`: the errors of trained weights, as training tells them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import rich_click as click
+
+from hvd_lb.errors import UserError
+from hvd_lb.report.text import count, figure, printable
+from hvd_lb_cli.options.splits import split_options
+from hvd_lb_cli.output.progress import long_progress
+from hvd_lb_cli.output.show import print_rows
+from hvd_lb_cli.output.terminal import plain_console
+from hvd_lb_cli.trained.argument import WEIGHTS, network_options, ready
+
+
+@click.command()
+@WEIGHTS
+@click.option("--data", metavar="DATA", help="What to evaluate on [default: the data of the run]")
+@split_options
+@click.option(
+    "--split",
+    type=click.Choice(["val", "train"]),
+    default="val",
+    show_default=True,
+    help="Validation or training images; both are cut centrally.",
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with every digit.")
+@network_options
+def evaluate(
+    weights: Path,
+    data: str | None,
+    val: str | None,
+    val_fraction: float | None,
+    split: str,
+    as_json: bool,
+    recipe: str | None,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Count the errors of trained weights: a run's last ones, those of a checkpoint, or a .safetensors file's.
+
+    The figures are those that training told, to the bit, on the same machine. Of a folder without val/ all images are
+    taken; its classes are found by their names.
+
+    \b
+    hvd-lb evaluate runs/fashion
+    hvd-lb evaluate runs/fashion/checkpoints/best --split train
+    hvd-lb evaluate model.safetensors --data /data/test --json
+    """
+    from hvd_lb.data.spec import data_spec
+    from hvd_lb.trained.evaluate import evaluate as evaluate_weights
+    from hvd_lb.trained.evaluate import open_images
+
+    console = plain_console(stderr=as_json)
+    use = ready(weights, recipe, device, threads)
+    trained = use.trained
+    spec = data_spec({"data": data}, {"data": trained.recipe.data})
+    if data is None:  # the run's, with its splits
+        val = val if val is not None or val_fraction is not None else trained.recipe.val
+        val_fraction = (
+            val_fraction if val is not None or val_fraction is not None else trained.recipe.val_fraction
+        )
+    with long_progress(console) as on_progress:
+        what, images = open_images(
+            trained, spec, val=val, val_fraction=val_fraction, split=split, on_progress=on_progress
+        )
+    with console.status(f"evaluating {count(len(images), 'image')}"):
+        found = evaluate_weights(trained, images, what, device=use.device, threads=use.loader_threads)
+    figures = found.figures
+    if not figures.images:
+        raise UserError(f"{what}: no image could be decoded")
+    if as_json:
+        told = {"weights": str(trained.file), "data": what, **asdict(figures), "left_out": len(found.bad)}
+        click.echo(json.dumps(told))
+        return
+    rows = [
+        ("weights", printable(str(trained.file))),
+        ("data", printable(what)),
+        ("images", f"{figures.images:,}" + (f", {len(found.bad):,} left out" if found.bad else "")),
+        ("top-1 error", f"{figure(figures.top1_error, '.2f')} %"),
+        ("top-5 error", f"{figure(figures.top5_error, '.2f')} %"),
+        ("loss", figure(figures.loss, ".4f")),
+    ]
+    print_rows(console, rows)

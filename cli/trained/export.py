@@ -1,0 +1,54 @@
+"""`hvd-lb export`: a trained network for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import rich_click as click
+
+from hvd_lb.errors import UserError
+from hvd_lb.report.text import printable
+from hvd_lb_cli.options.kinds import Target
+from hvd_lb_cli.output.show import print_rows
+from hvd_lb_cli.output.terminal import plain_console
+from hvd_lb_cli.trained.argument import WEIGHTS
+
+
+@click.command()
+@WEIGHTS
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["torchvision", "torch-export", "onnx"]),
+    required=True,
+    help="Weights for torchvision's network, a program for torch.export.load, or an ONNX file.",
+)
+@click.option("--output", type=Target(), help="Folder to write [default: exported/FORMAT in the run]")
+@click.option("--recipe", metavar="NAME|FILE", help="The recipe of weights that do not bring one along.")
+def export(weights: Path, form: str, output: Path | None, recipe: str | None) -> None:
+    """Write a trained network for other programs, with class names and a model card; load it back and compare.
+
+    \b
+    hvd-lb export runs/fashion --format torch-export
+    hvd-lb export runs/imagenet/checkpoints/best --format onnx --output resnet50-onnx
+    """
+    from hvd_lb.trained.export import FORMATS
+    from hvd_lb.trained.export import export as export_weights
+    from hvd_lb.trained.weights import open_trained
+
+    trained = open_trained(weights, recipe)
+    if output is None:
+        if trained.run is None:
+            raise UserError(f"{printable(str(weights))} is in no run directory: give --output FOLDER")
+        output = trained.run.path / "exported" / form
+    (chosen,) = (name for name in FORMATS if name == form)
+    with plain_console(stderr=True).status(f"exporting {trained.recipe.model}"):
+        done = export_weights(trained, chosen, output.expanduser())
+    print_rows(
+        plain_console(),
+        [
+            ("weights", printable(str(trained.file))),
+            ("written", printable(f"{done.folder}: {', '.join(done.files)}")),
+            ("loaded back", f"logits differ by at most {done.difference:.2g}, of up to {done.largest:.3g}"),
+        ],
+    )

@@ -1,0 +1,153 @@
+"""A sweep as the paper's figures: error against minibatch (Figure 1), curves of settings over each other (Figure 2).
+
+Both are charts of `hvd_lb.report.page.chart`, so a page shows them as it shows those of a run; here they are drawn as
+PNG.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import statistics
+import warnings
+from collections.abc import Sequence
+
+from hvd_lb.report.metrics import read_metrics
+from hvd_lb.report.page.chart import Chart, Series
+from hvd_lb.report.text import printable
+from hvd_lb.sweep.plan import Setting, Sweep
+from hvd_lb.sweep.results import Result, within_noise
+
+
+def minibatch_chart(
+    sweep: Sweep, found: Sequence[Result], baseline: Result | None = None
+) -> tuple[Chart, str]:
+    """Error against minibatch with bars of two standard deviations, one line for settings that differ in `gpus` alone;
+    and in a sentence up to which minibatch the error stays within the noise of the baseline, by default the smallest.
+    """
+    known = [result for result in found if result.mean is not None]
+    chart = Chart(
+        "minibatch",
+        "Error against minibatch",
+        "minibatch (images)",
+        "top-1 error, validation (%)",
+        log_x=True,
+    )
+    if not known:
+        return chart, "No run has come to its end yet."
+    baseline = baseline or min(known, key=lambda result: result.minibatch)
+    lines: dict[str, list[Result]] = {}
+    for result in known:
+        others = Setting(tuple(item for item in result.setting.chosen if item[0] != "gpus"))
+        lines.setdefault(others.name if others.chosen else "error", []).append(result)
+    sentences = []
+    for name, of in lines.items():
+        of = sorted(of, key=lambda result: result.minibatch)
+        spread = [2 * (result.std or 0.0) for result in of]
+        means = [result.mean or 0.0 for result in of]
+        chart.series.append(
+            Series(
+                name,
+                [float(result.minibatch) for result in of],
+                means,
+                low=[mean - two for mean, two in zip(means, spread, strict=True)],
+                high=[mean + two for mean, two in zip(means, spread, strict=True)],
+                bars=True,
+            )
+        )
+        of_line = f" with {name}" if len(lines) > 1 else ""
+        if largest := within_noise([*of, *([] if baseline in of else [baseline])], baseline):
+            sentences.append(f"{largest.minibatch:,} images{of_line}")
+    if baseline.std is None:
+        return (
+            chart,
+            "The baseline has a single finished run, so its noise is not known: give it more --seeds.",
+        )
+    limit = f"{baseline.mean:.2f} + 2 × {baseline.std:.2f} %"
+    return chart, (
+        f"Largest minibatch up to which the mean error is at most that of {baseline.minibatch:,} images and two of its "
+        f"standard deviations ({limit}): {'; '.join(sentences)}."
+    )
+
+
+def curve_charts(sweep: Sweep, settings: Sequence[Setting]) -> list[Chart]:
+    """Validation error and training loss over epochs of these settings, the mean over their seeds and its range."""
+    error = Chart("error", "Validation error", "epoch", "top-1 error, validation (%)")
+    loss = Chart("loss", "Training loss", "epoch", "loss")
+    for setting in settings:
+        records = [
+            read_metrics(point.run.metrics)
+            for point in sweep.points_of(setting)
+            if point.run.metrics.exists()
+        ]
+        for chart, kind, name in ((error, "eval", "top1_error"), (loss, "train", "loss")):
+            by_epoch: dict[int, list[float]] = {}
+            for of_run in records:
+                own: dict[int, list[float]] = {}
+                for record in of_run:
+                    if record.get("kind") == kind and record.get(name) is not None:
+                        own.setdefault(record["epoch"], []).append(record[name])
+                for epoch, values in own.items():
+                    by_epoch.setdefault(epoch, []).append(
+                        values[-1] if kind == "eval" else statistics.fmean(values)
+                    )
+            epochs = sorted(by_epoch)
+            several = any(len(values) > 1 for values in by_epoch.values())
+            chart.series.append(
+                Series(
+                    setting.name,
+                    [epoch + 1.0 for epoch in epochs],
+                    [statistics.fmean(by_epoch[epoch]) for epoch in epochs],
+                    low=[min(by_epoch[epoch]) for epoch in epochs] if several else None,
+                    high=[max(by_epoch[epoch]) for epoch in epochs] if several else None,
+                )
+            )
+    return [error, loss]
+
+
+def as_png(charts: Sequence[Chart], caption: str) -> bytes:
+    """The same whatever the user's matplotlibrc says."""
+    os.environ["MPLBACKEND"] = "agg"  # read when matplotlib is loaded; here is no window
+    import matplotlib as mpl
+
+    with mpl.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font lacks
+        mpl.rcdefaults()
+        mpl.rcParams["text.parse_math"] = False
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.6 * len(charts)), layout="constrained")
+        for axes, chart in zip(figure.subplots(len(charts), 1, squeeze=False)[:, 0], charts, strict=True):
+            for number, series in enumerate(chart.series):
+                colour = f"C{number}"
+                if series.bars and series.low and series.high:
+                    below = [y - low for y, low in zip(series.y, series.low, strict=True)]
+                    above = [high - y for y, high in zip(series.y, series.high, strict=True)]
+                    axes.errorbar(
+                        series.x,
+                        series.y,
+                        yerr=(below, above),
+                        capsize=3,
+                        marker="o",
+                        color=colour,
+                        label=series.name,
+                    )
+                else:
+                    axes.plot(series.x, series.y, color=colour, label=series.name)
+                    if series.low and series.high:
+                        axes.fill_between(
+                            series.x, series.low, series.high, color=colour, alpha=0.2, linewidth=0
+                        )
+            if chart.log_x and chart.series:
+                ticks = sorted({x for series in chart.series for x in series.x})
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+            axes.set_xlabel(chart.x_label)
+            axes.set_ylabel(chart.y_label)
+            axes.grid(alpha=0.3)
+            if len(chart.series) > 1 or any(series.name != "error" for series in chart.series):
+                axes.legend()
+        figure.suptitle(printable(caption), fontsize=9, wrap=True)
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=110)
+    return png.getvalue()

@@ -1,0 +1,249 @@
+"""Which runs a sweep is made of: grids over fields of one recipe, each point with several seeds; `sweep.json`.
+
+A sweep grows: further grids over the same recipe add their points to those that are there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from hvd_lb.errors import UserError, nearest
+from hvd_lb.recipe import FREE_FIELDS, Recipe, differing_fields, make_recipe
+from hvd_lb.report.run_directory import RunDirectory, write_json
+from hvd_lb.report.text import printable
+
+Mode = Literal["simulate", "train"]
+
+# What all points have in common: seeds are counted by themselves, and data would be another experiment.
+_COMMON = {"data", "val", "val_fraction", "num_classes"}
+_MOST_POINTS = 100_000
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values of fields, each combined with each, and how many seeds every combination has."""
+
+    vary: Mapping[str, tuple[Any, ...]]
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One combination of values, as (field, value); runs of it differ in their seeds alone."""
+
+    chosen: tuple[tuple[str, Any], ...]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return dict(self.chosen)
+
+    @property
+    def name(self) -> str:
+        """As a person reads it, and as `Sweep.setting` finds it."""
+        return ", ".join(f"{name}={text_of(value)}" for name, value in self.values.items()) or "as it is"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run of a sweep."""
+
+    setting: Setting
+    recipe: Recipe
+    folder: Path  #: of the sweep
+
+    @cached_property
+    def name(self) -> str:
+        words = [f"{name}={text_of(value)}" for name, value in self.setting.values.items()]
+        return re.sub(r"[^A-Za-z0-9=.,_+-]+", "-", ",".join([*words, f"seed={self.recipe.seed}"]))
+
+    @property
+    def run(self) -> RunDirectory:
+        return RunDirectory(self.folder / "runs" / self.name)
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.folder / "recipes" / f"{self.name}.yaml"
+
+    @property
+    def log(self) -> Path:
+        """What the command of the run printed."""
+        return self.folder / "logs" / f"{self.name}.log"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Grids over `base`, in `folder`; `mode` is the command that takes the steps."""
+
+    folder: Path
+    base: Recipe
+    mode: Mode
+    grids: tuple[Grid, ...] = field(default=())
+
+    def settings(self) -> dict[Setting, int]:
+        """All, in their order, without repetition, and the number of seeds of each."""
+        found: dict[str, tuple[Setting, int]] = {}
+        for grid in self.grids:
+            for values in itertools.product(*grid.vary.values()):
+                setting = Setting(tuple(zip(grid.vary, values, strict=True)))
+                same = self._recipe(setting, self.base.seed).digest()
+                first, seeds = found.get(same, (setting, 0))
+                found[same] = first, max(seeds, grid.seeds)
+        return dict(found.values())
+
+    def points(self) -> list[Point]:
+        """All runs: of the first seed all settings, then of the next, so that every setting is seen early."""
+        settings = self.settings()
+        return [
+            self._point(setting, self.base.seed + number)
+            for number in range(max(settings.values(), default=0))
+            for setting, seeds in settings.items()
+            if number < seeds
+        ]
+
+    def points_of(self, setting: Setting) -> list[Point]:
+        return [self._point(setting, self.base.seed + number) for number in range(self.settings()[setting])]
+
+    def fields(self) -> list[str]:
+        """Those that are varied, in their order."""
+        return list(dict.fromkeys(name for grid in self.grids for name in grid.vary))
+
+    def setting(self, text: str) -> Setting:
+        """The setting that is written so: "gpus=8, warmup=none"; fields that are left out are those of the recipe."""
+        wanted = dict(part.strip().partition("=")[::2] for part in text.split(",") if "=" in part)
+        for name in wanted:
+            if name not in self.fields():
+                raise UserError(f"{text!r}: {name} is not varied here{nearest(name, self.fields())}")
+        of_recipe = {name: text_of(self._base_value(name)) for name in self.fields()}
+        written = {
+            setting: {name: text_of(self.value(setting, name)) for name in self.fields()}
+            for setting in self.settings()
+        }
+        found = [setting for setting, values in written.items() if values == of_recipe | wanted] or [
+            setting for setting, values in written.items() if wanted.items() <= values.items()
+        ]
+        if len(found) != 1:
+            known = "; ".join(setting.name for setting in self.settings())
+            several = "several settings are so" if found else "no setting is so"
+            raise UserError(f"{text!r}: {several}: expected one of: {known}")
+        return found[0]
+
+    def value(self, setting: Setting, name: str) -> Any:
+        return setting.values.get(name, self._base_value(name))
+
+    def _base_value(self, name: str) -> Any:
+        return getattr(self.base, name)
+
+    def with_grid(self, grid: Grid) -> Sweep:
+        return self if grid in self.grids else replace(self, grids=(*self.grids, grid))
+
+    def _point(self, setting: Setting, seed: int) -> Point:
+        return Point(setting, self._recipe(setting, seed), self.folder)
+
+    def _recipe(self, setting: Setting, seed: int) -> Recipe:
+        of_base = self.base.model_dump(mode="json")
+        return make_recipe({**of_base, **setting.values, "seed": seed}, f"{setting.name}, seed {seed}")
+
+    def save(self) -> None:
+        write_json(
+            _file(self.folder),
+            {
+                "mode": self.mode,
+                "grids": [{"vary": dict(grid.vary), "seeds": grid.seeds} for grid in self.grids],
+                "recipe": self.base.model_dump(mode="json"),
+            },
+        )
+
+
+def open_sweep(folder: Path) -> Sweep:
+    """UserError where there is none."""
+    file = _file(folder)
+    try:
+        content = json.loads(file.read_bytes())
+        grids = tuple(
+            Grid(
+                {name: tuple(map(_hashable, values)) for name, values in grid["vary"].items()},
+                int(grid["seeds"]),
+            )
+            for grid in content["grids"]
+        )
+        return Sweep(folder, make_recipe(content["recipe"], str(file)), content["mode"], grids)
+    except FileNotFoundError:
+        raise UserError(
+            f"{printable(str(folder))} holds no sweep: `hvd-lb sweep run FOLDER --vary FIELD=VALUE,VALUE` begins one"
+        ) from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} is damaged: restore it, or choose another folder") from None
+
+
+def is_sweep(folder: Path) -> bool:
+    return _file(folder).is_file()
+
+
+def grown(folder: Path, base: Recipe, mode: Mode) -> Sweep:
+    """The sweep in `folder`, or a new one. UserError where it is over another recipe or holds something else."""
+    if not is_sweep(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{printable(str(folder))} holds something that is no sweep: choose a new folder")
+        return Sweep(folder, base, mode)
+    there = open_sweep(folder)
+    differing = differing_fields(there.base.mathematics(), base.mathematics())
+    if there.base.data != base.data:
+        differing.append(f"data: {there.base.data} → {base.data}")
+    if there.mode != mode:
+        differing.append(f"{there.mode} → {mode}")
+    if differing:
+        raise UserError(
+            f"{printable(str(folder))} is a sweep over another recipe ({'; '.join(differing)}): give the same options "
+            "again, or choose another folder"
+        )
+    return replace(there, base=base)
+
+
+def check_vary(name: str) -> str:
+    """The field's name. UserError where it cannot be varied."""
+    known = name.strip().replace("-", "_")
+    if known not in Recipe.model_fields:
+        raise UserError(f"--vary {name}: no field of a recipe{nearest(known, Recipe.model_fields)}")
+    if known == "seed":
+        raise UserError("--vary seed: give --seeds N, which repeats every point with N seeds")
+    if known in _COMMON:
+        raise UserError(f"--vary {name}: a sweep is over one data set; give each a sweep of its own")
+    if known in FREE_FIELDS:
+        raise UserError(
+            f"--vary {name}: does not change what is learnt, so there would be nothing to compare"
+        )
+    return known
+
+
+def check_size(grid: Grid) -> None:
+    points = grid.seeds
+    for values in grid.vary.values():
+        points *= len(values)
+    if points > _MOST_POINTS:
+        raise UserError(f"{points:,} runs in one grid: expected at most {_MOST_POINTS:,}")
+
+
+def _file(folder: Path) -> Path:
+    return folder / "sweep.json"
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def text_of(value: Any) -> str:
+    """A field's value as it is written in names and tables."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "+".join(map(text_of, value)) if isinstance(value, tuple | list) else str(value)

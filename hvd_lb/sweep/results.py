@@ -1,0 +1,163 @@
+"""What came of a sweep, counted as the paper counts (section 5.1): of each run the median validation error of its last
+five epochs, of each setting mean and standard deviation over its seeds.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hvd_lb.report.metrics import read_metrics
+from hvd_lb.report.summary import ended_after
+from hvd_lb.schedule import scaled_learning_rate
+from hvd_lb.sweep.plan import Point, Setting, Sweep, text_of
+
+LAST_EPOCHS = 5
+
+
+@dataclass(frozen=True)
+class Result:
+    """One setting. `errors` are those of its finished runs in per cent, `failed` those that ended by a failure (a loss
+    that is no number, most of all), `planned` all.
+    """
+
+    setting: Setting
+    minibatch: int
+    learning_rate: float
+    errors: list[float]
+    failed: int
+    planned: int
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.errors) if self.errors else None
+
+    @property
+    def std(self) -> float | None:
+        """Of the sample, with n − 1; none of a single run."""
+        return statistics.stdev(self.errors) if len(self.errors) > 1 else None
+
+    def error(self) -> str:
+        """23.74 ± 0.09"""
+        if self.mean is None:
+            return "–"
+        return f"{self.mean:.2f}" + (f" ± {self.std:.2f}" if self.std is not None else "")
+
+    def runs(self) -> str:
+        failed = f", {self.failed} failed" if self.failed else ""
+        return f"{len(self.errors)} of {self.planned}{failed}"
+
+
+def error_of(point: Point, epochs: int = LAST_EPOCHS) -> float | None:
+    """Median top-1 validation error of the last epochs of a finished run, in per cent; None before its end."""
+    if not ended_after(point.run):
+        return None
+    last: dict[int, float] = {}
+    for record in read_metrics(point.run.metrics):
+        if record.get("kind") == "eval" and record.get("top1_error") is not None:
+            last[record["epoch"]] = record["top1_error"]
+    newest = [last[epoch] for epoch in sorted(last)[-epochs:]]
+    return statistics.median(newest) if newest else None
+
+
+def has_failed(point: Point) -> bool:
+    try:
+        reason = json.loads(point.run.summary.read_bytes())["exit_reason"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return str(reason).startswith("failed")
+
+
+def results(sweep: Sweep, epochs: int = LAST_EPOCHS) -> list[Result]:
+    """One for each setting, in their order."""
+    found = []
+    for setting, planned in sweep.settings().items():
+        points = sweep.points_of(setting)
+        errors = [error for point in points if (error := error_of(point, epochs)) is not None]
+        recipe = points[0].recipe
+        rate = scaled_learning_rate(recipe.learning_rate, recipe.global_batch, recipe.lr_rule)
+        failed = sum(map(has_failed, points))
+        found.append(Result(setting, recipe.global_batch, rate, errors, failed, planned))
+    return found
+
+
+def within_noise(found: Sequence[Result], baseline: Result) -> Result | None:
+    """The largest minibatch up to which, counted from the baseline's, every mean error is at most the baseline's mean
+    and two of its standard deviations; None where the baseline has no deviation, or nothing was found.
+    """
+    if baseline.mean is None or baseline.std is None:
+        return None
+    best = None
+    for result in sorted(found, key=lambda result: result.minibatch):
+        if result.minibatch < baseline.minibatch:
+            continue
+        if result.mean is None or result.mean > baseline.mean + 2 * baseline.std:
+            break
+        best = result
+    return best
+
+
+def table(sweep: Sweep, found: Sequence[Result]) -> list[list[str]]:
+    """Rows of texts, the first one of headings."""
+    fields = sweep.fields()
+    heads = [
+        *(name.replace("_", " ") for name in fields),
+        "minibatch",
+        "learning rate",
+        "top-1 error (%)",
+        "runs",
+    ]
+    return [
+        heads,
+        *(
+            [
+                *(text_of(sweep.value(result.setting, name)) for name in fields),
+                f"{result.minibatch:,}",
+                f"{result.learning_rate:.4g}",
+                result.error(),
+                result.runs(),
+            ]
+            for result in found
+        ),
+    ]
+
+
+def how(sweep: Sweep, epochs: int = LAST_EPOCHS) -> str:
+    """How the errors are counted, in a sentence."""
+    of = min(epochs, sweep.base.epochs)
+    which = f"the median of the last {of} epochs" if of > 1 else "that of the last epoch"
+    return (
+        f"Top-1 validation error in per cent: of each run {which}, mean ± standard deviation over the seeds."
+    )
+
+
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
+
+
+def as_html(rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>\n"
+
+    return f"<table>\n{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table>\n"
+
+
+def as_csv(sweep: Sweep, found: Sequence[Result]) -> str:
+    """With every digit, for programs."""
+    fields, text = sweep.fields(), io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    more = ("minibatch", "learning_rate", "runs", "failed", "planned", "mean_error", "std_error", "errors")
+    writer.writerow([*fields, *more])
+    for result in found:
+        values: list[Any] = [text_of(sweep.value(result.setting, name)) for name in fields]
+        values += [result.minibatch, result.learning_rate, len(result.errors), result.failed, result.planned]
+        values += [result.mean, result.std, " ".join(map(str, result.errors))]
+        writer.writerow(values)
+    return text.getvalue()

@@ -1,0 +1,117 @@
+"""Errors of trained weights on a data set: the very evaluation of a training, after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hvd_lb import arithmetic
+from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.images import Dataset, Images, Progress
+from hvd_lb.data.index.dataset import index_splits
+from hvd_lb.data.index.images import IndexedImages
+from hvd_lb.data.sources.names import some
+from hvd_lb.data.spec import is_named
+from hvd_lb.errors import UserError
+from hvd_lb.plan.augment import Origin
+from hvd_lb.trained.weights import Trained
+from hvd_lb.training.bad_images import BadImages, Record
+from hvd_lb.training.batchnorm import allow_single_values
+from hvd_lb.training.evaluation import Evaluation, Evaluator
+from hvd_lb.world.solo import Solo
+
+
+class Relabelled:
+    """Images whose classes are named as others are: labels are those of `classes`."""
+
+    def __init__(self, images: Images, classes: list[str]) -> None:
+        position = {name: label for label, name in enumerate(classes)}
+        if unknown := [name for name in images.classes if name not in position]:
+            raise UserError(
+                f"classes {some(unknown)} are not among those that were trained ({some(classes)}): give a data set of "
+                "these classes"
+            )
+        self._images = images
+        self.classes, self.encoded = classes, images.encoded
+        self.labels = np.array([position[name] for name in images.classes])[images.labels]
+        self.widths, self.heights = images.widths, images.heights
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, ids: np.ndarray) -> list[np.ndarray]:
+        return self._images.read(ids)
+
+    def name(self, image_id: int) -> str:
+        return self._images.name(image_id)
+
+    def evidence(self, start: int, stop: int) -> tuple[bytes, bytes]:
+        return self._images.evidence(start, stop)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Figures over the images of `what`; `bad` tells of those that could not be decoded and were left out."""
+
+    what: str
+    figures: Evaluation
+    bad: list[Record]
+
+
+def open_images(
+    trained: Trained,
+    data: str,
+    *,
+    val: str | None,
+    val_fraction: float | None,
+    split: str,
+    on_progress: Progress | None = None,
+) -> tuple[str, Images]:
+    """The images of a data set's `split`, "val" or "train", under the labels of the trained classes; and their name.
+
+    Of a folder or list without a validation split all images are taken.
+    """
+    if not is_named(data) and val is None and val_fraction is None:
+        indexes, _ = index_splits(data, on_progress=on_progress)
+        if "val" not in indexes:
+            return f"all of {data}", _as_trained(IndexedImages(indexes["train"]), trained)
+    dataset = open_dataset(
+        data,
+        val=val,
+        val_fraction=val_fraction,
+        on_progress=on_progress,
+        on_bad_image=trained.recipe.on_bad_image,
+    )
+    return f"{split} of {dataset.name}", _as_trained(_split(dataset, split), trained)
+
+
+def _split(dataset: Dataset, split: str) -> Images:
+    return dataset.train if split == "train" else dataset.val
+
+
+def _as_trained(images: Images, trained: Trained) -> Images:
+    if trained.classes is None:
+        if len(images.classes) > trained.outputs:
+            raise UserError(
+                f"{len(images.classes)} classes for a network of {trained.outputs} outputs: give the data it was "
+                "trained on"
+            )
+        return images
+    return images if images.classes == trained.classes else Relabelled(images, trained.classes)
+
+
+def evaluate(trained: Trained, images: Images, what: str, *, device: torch.device, threads: int) -> Evaluated:
+    """As training does it on one process: the same batches, pixels, kernels and sums, and so the same bits."""
+    recipe, world = trained.recipe, Solo()
+    bad: list[Record] = []
+    accounts = BadImages.of(recipe, world, bad.extend)
+    evaluator = Evaluator.of(recipe, images, device, threads, accounts)
+    model = trained.network(device)
+    allow_single_values(model)
+    forward = torch.compile(model) if recipe.compile else model
+    step = max(0, trained.checkpoint.step - 1) if trained.checkpoint else 0
+    with arithmetic.kernels(recipe):
+        figures = evaluator(forward, world, arithmetic.autocast(recipe, device), Origin("eval", 0, step, 0))
+    return Evaluated(what, figures, bad)

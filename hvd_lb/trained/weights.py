@@ -1,0 +1,160 @@
+"""Trained weights on disk, and what is needed to use them: recipe, class names, where they come from.
+
+A run's model.safetensors is enough by itself: its metadata name the classes and the fields of the recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hvd_lb import arithmetic
+from hvd_lb.errors import UserError
+from hvd_lb.recipe import Recipe, load_values, make_recipe, merged_recipe
+from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.report.text import printable
+from hvd_lb.training import pointers
+from hvd_lb.training.checkpoint import Checkpoint, open_checkpoint
+from hvd_lb.training.models import build_model
+
+# A header that readers of safetensors take has at most 100 MB.
+_MOST_METADATA = 20_000_000
+
+
+def metadata_of(recipe: Recipe, classes: Sequence[str]) -> dict[str, str]:
+    """What model.safetensors says of itself: `classes`, a list in the order of the outputs, and `recipe`, as JSON."""
+    told = {"format": "pt", "recipe": json.dumps(recipe.mathematics()), "classes": json.dumps(list(classes))}
+    if sum(map(len, told.values())) > _MOST_METADATA:
+        del told["classes"]
+    return told
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Weights in `file` and what is known of them: `classes` are None where nothing names them.
+
+    `checkpoint` and `run` are those that the file belongs to, if it does.
+    """
+
+    file: Path
+    recipe: Recipe
+    classes: list[str] | None
+    checkpoint: Checkpoint | None = None
+    run: RunDirectory | None = None
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's state dict, on the CPU."""
+        return load_file(self.file)
+
+    @property
+    def outputs(self) -> int:
+        """Of the network; by its last layer where the recipe leaves it to the data."""
+        return self.recipe.num_classes or len(self.classes or ()) or list(self.tensors.values())[-1].shape[0]
+
+    def class_name(self, label: int) -> str:
+        return self.classes[label] if self.classes and label < len(self.classes) else str(label)
+
+    def network(self, device: torch.device) -> nn.Module:
+        """In evaluation mode. UserError where these are not the recipe's weights."""
+        model = build_model(self.recipe.model, self.outputs, seed=0, zero_gamma=self.recipe.zero_gamma)
+        try:
+            model.load_state_dict(self.tensors)
+        except RuntimeError as error:
+            first = " ".join(str(error).split("\n\t")[1:2]) or str(error)
+            raise UserError(
+                f"{printable(str(self.file))} does not hold the weights of {self.recipe.model} with {self.outputs} "
+                f"outputs ({' '.join(first.split())[:200]}): name the recipe they were trained by with --recipe"
+            ) from None
+        model.to(device, arithmetic.dtype(self.recipe), memory_format=arithmetic.memory_format(self.recipe))
+        return model.eval()
+
+    def environment(self) -> dict[str, Any]:
+        """Of the run, as environment.json has it; empty where there is none."""
+        try:
+            content = json.loads(self.run.environment.read_bytes()) if self.run else {}
+        except (OSError, ValueError):
+            content = {}
+        return content if isinstance(content, dict) else {}
+
+
+def open_trained(path: Path, recipe: str | None = None) -> Trained:
+    """The weights that `path` names: a run directory (its last checkpoint), a checkpoint, or a safetensors file.
+
+    `recipe`, a preset or YAML file, stands for that of a file without one. UserError where something is missing.
+    """
+    path = path.expanduser()
+    if not path.exists():
+        raise UserError(
+            f"{printable(str(path))} is not there: expected a run, a checkpoint or a .safetensors file"
+        )
+    if path.is_file() and not pointers.followed(path).is_dir():
+        return _of_file(path, recipe)
+    in_run = path / "checkpoints"
+    if in_run.is_dir():
+        if not pointers.followed(in_run / "last").is_dir():
+            raise UserError(f"{printable(str(path))} has no checkpoint yet: nothing is trained in it")
+        path = in_run / "last"
+    checkpoint = open_checkpoint(path)
+    run = _run_of(checkpoint.path)
+    file = checkpoint.path / "model.safetensors"
+    own = make_recipe(checkpoint.saved.recipe, str(checkpoint.path))
+    if run:  # which has the free fields too
+        stored = make_recipe(load_values(str(run.recipe)), str(run.recipe))
+        own = stored if stored.mathematics() == own.mathematics() else own
+    return Trained(file, _given(recipe) or own, _classes(_metadata(file), file), checkpoint, run)
+
+
+def _of_file(file: Path, recipe: str | None) -> Trained:
+    metadata = _metadata(file)
+    of = _given(recipe)
+    if of is None:
+        if "recipe" not in metadata:
+            raise UserError(
+                f"{printable(str(file))} does not say which network it is of: give --recipe NAME|FILE with its model, "
+                "image_size and num_classes"
+            )
+        of = make_recipe(_json(metadata["recipe"], file, dict), str(file))
+    return Trained(file, of, _classes(metadata, file))
+
+
+def _given(recipe: str | None) -> Recipe | None:
+    return merged_recipe({recipe: load_values(recipe)}) if recipe else None
+
+
+def _run_of(checkpoint: Path) -> RunDirectory | None:
+    run = RunDirectory(checkpoint.parent.parent)
+    return run if checkpoint.parent == run.checkpoints and run.recipe.is_file() else None
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{printable(str(file))} is no safetensors file ({error})") from None
+
+
+def _classes(metadata: dict[str, str], file: Path) -> list[str] | None:
+    return [str(name) for name in _json(metadata["classes"], file, list)] if "classes" in metadata else None
+
+
+def _json(text: str, file: Path, kind: type) -> Any:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    if not isinstance(content, kind):
+        raise UserError(
+            f"{printable(str(file))} has metadata that are no hvd-lb's: give --recipe, or the run it is of"
+        )
+    return content
