@@ -15,7 +15,7 @@ from hvd_lb_cli.options.kinds import Target
 from hvd_lb_cli.options.recipe import recipe_options
 from hvd_lb_cli.options.topics import TopicCommand
 from hvd_lb_cli.output.show import index_progress
-from hvd_lb_cli.output.terminal import plain_console
+from hvd_lb_cli.output.terminal import outliving_readers, plain_console
 
 _FIRST = (
     *("vary", "seeds", "jobs", "train", "processes", "dry_run", "recipe", "device"),
@@ -26,7 +26,7 @@ _TRUE, _FALSE = ("true", "on", "yes", "1"), ("false", "off", "no", "0")
 
 
 @click.command(cls=TopicCommand, first_options=_FIRST)
-@click.argument("folder", type=Target())
+@click.argument("folder", type=Target(), required=False)
 @_option(
     "--vary",
     metavar="FIELD=VALUE,VALUE…",
@@ -75,7 +75,7 @@ _TRUE, _FALSE = ("true", "on", "yes", "1"), ("false", "off", "no", "0")
 def run(
     context: click.Context,
     options: dict[str, Any],
-    folder: Path,
+    folder: Path | None,
     vary: tuple[str, ...],
     seeds: int,
     jobs: int,
@@ -87,36 +87,37 @@ def run(
 ) -> int:
     """Take all runs of a grid over fields of a recipe; each has a run directory in FOLDER/runs.
 
-    The same command, or `hvd-lb sweep run FOLDER` alone, goes on with what is left: runs that have ended are not taken
-    again, others go on from their checkpoints. Another --vary over the same recipe adds its points.
+    The same command, or `hvd-lb sweep run FOLDER` alone, goes on with what is left: runs that have ended or diverged
+    are not taken again, others go on from their checkpoints. Another --vary over the same recipe adds its points.
+    Without FOLDER it is in sweeps/, with a name made from the recipe.
 
     \b
     hvd-lb sweep run sweeps/fig1 --data fashion-mnist --vary gpus=8,32,128,256 --seeds 5 --jobs 2
     hvd-lb sweep run sweeps/fig1
     """
-    from hvd_lb.sweep.plan import Grid, check_size, grown, is_sweep, open_sweep
-    from hvd_lb.sweep.run import Commands, held, unfinished
+    from hvd_lb.sweep.plan import check_size, grown, is_sweep, open_sweep
+    from hvd_lb.sweep.results import has_diverged, unfinished
+    from hvd_lb.sweep.run import Commands, held
 
     if processes is not None and not train:
         raise UserError("--processes is for --train: a simulated run has one process")
-    folder = folder.expanduser()
     console = plain_console()
     about_recipe = {"vary", "seeds", "train", "recipe", *options}
-    if is_sweep(folder) and not about_recipe & given_options(context).keys():
+    if folder and is_sweep(folder.expanduser()) and not about_recipe & given_options(context).keys():
+        folder = folder.expanduser()
         sweep = open_sweep(folder)
     else:
-        grid = Grid(dict(_values(context.command, text) for text in vary), seeds)
+        grid = _grid(context.command, vary, seeds)
         check_size(grid)
         base, images = _base(options, recipe, console)
+        folder = folder.expanduser() if folder else _default_folder(base)
         sweep = grown(folder, base, "train" if train else "simulate").with_grid(grid)
-        for setting in sweep.settings():  # what cannot work is told before anything starts
-            point = sweep.points_of(setting)[0].recipe
-            point.lr_schedule(point.sample_plan(images).steps_per_epoch)
-            _check_input(point)
+        _check(sweep, images)
     points, left = sweep.points(), unfinished(sweep)
     console.print(
-        f"{count(len(sweep.settings()), 'setting')}, {count(len(points), 'run')}: {len(points) - len(left)} ended, "
-        f"{len(left)} to go"
+        f"{folder}: {count(len(sweep.settings()), 'setting')}, {count(len(points), 'run')}: "
+        f"{len(points) - len(left)} ended, {len(left)} to go",
+        soft_wrap=True,
     )
     if dry_run:
         for point in points:
@@ -129,13 +130,14 @@ def run(
     if sweep.base.threads is None:
         more += ["--threads", str(_threads(jobs, processes or 1))]
     commands = Commands(sweep, jobs, more)
-    with held(sweep), console.status("") as status:
+    with outliving_readers(), held(sweep), console.status("") as status:
 
         def on_end(ended: Any) -> None:
             nonlocal done, failed
             done += 1
-            failed += ended.status != 0
+            failed += bool(ended.status) and not has_diverged(ended.point)
             what = f"failed: {ended.said}" if ended.status else _figures(ended.point)
+            what = "diverged" if has_diverged(ended.point) else what
             console.print(
                 printable(f"{done} of {len(points)}  {ended.point.name}: {what} ({duration(ended.seconds)})"),
                 soft_wrap=True,
@@ -161,10 +163,24 @@ def _base(options: dict[str, Any], recipe: str | None, console: Any) -> tuple[An
     return resolved.recipe, len(resolved.dataset.train)
 
 
-def _check_input(recipe: Any) -> None:
+def _default_folder(base: Any) -> Path:
+    from hvd_lb.launch.session import default_output
+
+    return Path("sweeps") / default_output(base).name
+
+
+def _check(sweep: Any, images: int) -> None:
+    """What cannot work is told before anything starts; UserError with the setting."""
     from hvd_lb.training.models import check_input
 
-    check_input(recipe.model, recipe.num_classes or 1, recipe.image_size, min(2, recipe.per_gpu_batch))
+    for setting in sweep.settings():
+        recipe = sweep.points_of(setting)[0].recipe
+        try:
+            recipe.lr_schedule(recipe.sample_plan(images).steps_per_epoch)
+            classes, microbatch = recipe.num_classes or 1, min(2, recipe.per_gpu_batch)
+            check_input(recipe.model, classes, recipe.image_size, microbatch)
+        except UserError as error:
+            raise UserError(f"{setting.name}: {error}") from None
 
 
 def _threads(jobs: int, processes: int) -> int:
@@ -178,6 +194,18 @@ def _figures(point: Any) -> str:
 
     error = error_of(point)
     return "ended" if error is None else f"top-1 error {error:.2f} %"
+
+
+def _grid(command: click.Command, vary: tuple[str, ...], seeds: int) -> Any:
+    from hvd_lb.sweep.plan import Grid
+
+    values: dict[str, tuple[Any, ...]] = {}
+    for text in vary:
+        field, of_field = _values(command, text)
+        if field in values:
+            raise UserError(f"--vary {text}: {field} was given before; give all of its values in one --vary")
+        values[field] = of_field
+    return Grid(values, seeds)
 
 
 def _values(command: click.Command, text: str) -> tuple[str, tuple[Any, ...]]:

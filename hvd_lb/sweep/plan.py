@@ -245,5 +245,5 @@ def text_of(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
-        return f"{value:g}"
+        return repr(value).removesuffix(".0")  # every digit: names of runs are made of it
     return "+".join(map(text_of, value)) if isinstance(value, tuple | list) else str(value)

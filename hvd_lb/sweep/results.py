@@ -1,5 +1,5 @@
 """What came of a sweep, counted as the paper counts (section 5.1): of each run the median validation error of its last
-five epochs, of each setting mean and standard deviation over its seeds.
+five epochs, of each setting mean and standard deviation over its seeds. That a run diverged is a result, too.
 """
 
 from __future__ import annotations
@@ -7,12 +7,12 @@ from __future__ import annotations
 import csv
 import html
 import io
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hvd_lb.launch.failure import read_errors
 from hvd_lb.report.metrics import read_metrics
 from hvd_lb.report.summary import ended_after
 from hvd_lb.schedule import scaled_learning_rate
@@ -23,15 +23,15 @@ LAST_EPOCHS = 5
 
 @dataclass(frozen=True)
 class Result:
-    """One setting. `errors` are those of its finished runs in per cent, `failed` those that ended by a failure (a loss
-    that is no number, most of all), `planned` all.
+    """One setting. `errors` are those of its finished runs in per cent, `diverged` counts those whose loss or weights
+    were no numbers any more, `planned` all.
     """
 
     setting: Setting
     minibatch: int
     learning_rate: float
     errors: list[float]
-    failed: int
+    diverged: int
     planned: int
 
     @property
@@ -46,12 +46,12 @@ class Result:
     def error(self) -> str:
         """23.74 ± 0.09"""
         if self.mean is None:
-            return "–"
+            return "diverged" if self.diverged else "–"
         return f"{self.mean:.2f}" + (f" ± {self.std:.2f}" if self.std is not None else "")
 
     def runs(self) -> str:
-        failed = f", {self.failed} failed" if self.failed else ""
-        return f"{len(self.errors)} of {self.planned}{failed}"
+        diverged = f", {self.diverged} diverged" if self.diverged else ""
+        return f"{len(self.errors) + self.diverged} of {self.planned}{diverged}"
 
 
 def error_of(point: Point, epochs: int = LAST_EPOCHS) -> float | None:
@@ -66,12 +66,16 @@ def error_of(point: Point, epochs: int = LAST_EPOCHS) -> float | None:
     return statistics.median(newest) if newest else None
 
 
-def has_failed(point: Point) -> bool:
-    try:
-        reason = json.loads(point.run.summary.read_bytes())["exit_reason"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
-    return str(reason).startswith("failed")
+def has_diverged(point: Point) -> bool:
+    """Whether its loss or weights were no numbers at its end, as they would be again."""
+    return point.run.summary.exists() and any(
+        error["kind"] == "Diverged" for error in read_errors(point.run.logs)
+    )
+
+
+def unfinished(sweep: Sweep) -> list[Point]:
+    """The points that have neither come to their end nor diverged."""
+    return [point for point in sweep.points() if not (ended_after(point.run) or has_diverged(point))]
 
 
 def results(sweep: Sweep, epochs: int = LAST_EPOCHS) -> list[Result]:
@@ -82,14 +86,15 @@ def results(sweep: Sweep, epochs: int = LAST_EPOCHS) -> list[Result]:
         errors = [error for point in points if (error := error_of(point, epochs)) is not None]
         recipe = points[0].recipe
         rate = scaled_learning_rate(recipe.learning_rate, recipe.global_batch, recipe.lr_rule)
-        failed = sum(map(has_failed, points))
-        found.append(Result(setting, recipe.global_batch, rate, errors, failed, planned))
+        diverged = sum(map(has_diverged, points))
+        found.append(Result(setting, recipe.global_batch, rate, errors, diverged, planned))
     return found
 
 
 def within_noise(found: Sequence[Result], baseline: Result) -> Result | None:
-    """The largest minibatch up to which, counted from the baseline's, every mean error is at most the baseline's mean
-    and two of its standard deviations; None where the baseline has no deviation, or nothing was found.
+    """The largest minibatch up to which, counted from the baseline's, no run diverged and every mean error is at most
+    the baseline's mean and two of its standard deviations; None where the baseline has no deviation, or nothing was
+    found.
     """
     if baseline.mean is None or baseline.std is None:
         return None
@@ -97,7 +102,7 @@ def within_noise(found: Sequence[Result], baseline: Result) -> Result | None:
     for result in sorted(found, key=lambda result: result.minibatch):
         if result.minibatch < baseline.minibatch:
             continue
-        if result.mean is None or result.mean > baseline.mean + 2 * baseline.std:
+        if result.diverged or result.mean is None or result.mean > baseline.mean + 2 * baseline.std:
             break
         best = result
     return best
@@ -133,7 +138,8 @@ def how(sweep: Sweep, epochs: int = LAST_EPOCHS) -> str:
     of = min(epochs, sweep.base.epochs)
     which = f"the median of the last {of} epochs" if of > 1 else "that of the last epoch"
     return (
-        f"Top-1 validation error in per cent: of each run {which}, mean ± standard deviation over the seeds."
+        f"Top-1 validation error in per cent: of each run {which}, mean ± standard deviation over the seeds that did "
+        "not diverge."
     )
 
 
@@ -153,11 +159,17 @@ def as_csv(sweep: Sweep, found: Sequence[Result]) -> str:
     """With every digit, for programs."""
     fields, text = sweep.fields(), io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    more = ("minibatch", "learning_rate", "runs", "failed", "planned", "mean_error", "std_error", "errors")
+    more = ("minibatch", "learning_rate", "runs", "diverged", "planned", "mean_error", "std_error", "errors")
     writer.writerow([*fields, *more])
     for result in found:
         values: list[Any] = [text_of(sweep.value(result.setting, name)) for name in fields]
-        values += [result.minibatch, result.learning_rate, len(result.errors), result.failed, result.planned]
+        values += [
+            result.minibatch,
+            result.learning_rate,
+            len(result.errors),
+            result.diverged,
+            result.planned,
+        ]
         values += [result.mean, result.std, " ".join(map(str, result.errors))]
         writer.writerow(values)
     return text.getvalue()

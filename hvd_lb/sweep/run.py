@@ -1,6 +1,6 @@
 """Taking a sweep's runs, several at once, each by a command of its own that anybody could have typed.
 
-What has come to its end is left alone, what was interrupted goes on from its checkpoint.
+What has come to its end or diverged is left alone, what was interrupted goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from hvd_lb.errors import UserError
+from hvd_lb.launch.agent.process import dies_with_parent
 from hvd_lb.report.lock import DirectoryLock
 from hvd_lb.report.run_directory import replace_text
-from hvd_lb.report.summary import ended_after
+from hvd_lb.report.text import printable
 from hvd_lb.sweep.plan import Point, Sweep
 
 _LOOK_SECONDS = 0.1
@@ -57,8 +59,9 @@ class Commands:
         waiting = list(points)
         try:
             while waiting or self.running:
-                while waiting and len(self.running) < self.jobs:
-                    self._start(waiting.pop(0))
+                while len(self.running) < self.jobs and (free := _first_free(waiting)):
+                    waiting.remove(free)
+                    self._start(free)
                 for ended in self._ended():
                     on_end(ended)
                 on_look()
@@ -74,7 +77,12 @@ class Commands:
         with point.log.open("wb") as log:
             # A session of its own: Ctrl-C comes here, and is passed on once.
             process = subprocess.Popen(
-                self.command(point), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                self.command(point),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=dies_with_parent(),
             )
         self.running[point.name] = point, process, time.monotonic()
 
@@ -88,10 +96,9 @@ class Commands:
     def _interrupt(self) -> None:
         """A further signal meanwhile ends the runs at once, as one that comes to a run does."""
         while self.running:
-            for _, process, _ in self.running.values():
-                if process.poll() is None:
-                    process.send_signal(signal.SIGINT)
             try:
+                for _, process, _ in self.running.values():
+                    process.send_signal(signal.SIGINT)
                 while any(process.poll() is None for _, process, _ in self.running.values()):
                     time.sleep(_LOOK_SECONDS)
                 self.running.clear()
@@ -111,21 +118,34 @@ class Commands:
         return shares
 
 
-def unfinished(sweep: Sweep) -> list[Point]:
-    """The points that have not come to their end."""
-    return [point for point in sweep.points() if not ended_after(point.run)]
-
-
 @contextmanager
 def held(sweep: Sweep) -> Iterator[None]:
     """One command at a time runs a sweep. UserError when another does, or it cannot be written."""
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    lock = DirectoryLock(sweep.folder, sweep.folder / "lock.json")
+    try:
+        lock = DirectoryLock(sweep.folder, sweep.folder / "lock.json")
+    except UserError:
+        raise UserError(
+            f"{printable(str(sweep.folder))}: its runs are being taken by another `hvd-lb sweep run`: wait for it, or "
+            "end it"
+        ) from None
     try:
         sweep.save()
         yield
     finally:
         lock.close()
+
+
+def _first_free(points: Sequence[Point]) -> Point | None:
+    """The first that no other run holds: the ranks of one that was killed are gone seconds later."""
+    for point in points:
+        try:
+            if point.run.path.is_dir():
+                DirectoryLock(point.run.path, point.run.logs / "lock.json").close()
+        except UserError:
+            continue
+        return point
+    return None
 
 
 def _last_line(point: Point) -> str:

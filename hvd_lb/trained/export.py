@@ -37,6 +37,8 @@ _CLOSE = 1e-3
 # Sizes of the batches that are compared: the network was traced with the first.
 _BATCHES = (2, 1, 5)
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
+# What a folder may hold that an export takes the place of.
+_NAMES = {"README.md", "classes.txt", "model.safetensors", "model.pt2", "model.onnx"}
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,8 @@ def export(trained: Trained, form: Format, folder: Path) -> Exported:
         raise UserError(
             f"--format onnx needs {', '.join(missing)}: pip install 'hvd-lb[onnx]', or pip install {' '.join(missing)}"
         )
-    if folder.exists() and not (folder / "README.md").is_file() and any(folder.iterdir()):
-        raise UserError(
-            f"{printable(str(folder))} holds something else than an export: choose another --output"
-        )
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= _NAMES):
+        raise UserError(f"{printable(str(folder))} is something else than an export: choose another --output")
     model = trained.network(torch.device("cpu")).float().to(memory_format=torch.contiguous_format)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:

@@ -1,6 +1,7 @@
 """Trained weights on disk, and what is needed to use them: recipe, class names, where they come from.
 
-A run's model.safetensors is enough by itself: its metadata name the classes and the fields of the recipe.
+A run's model.safetensors is enough by itself: `hvd_lb` in its metadata is JSON with the classes, in the order of the
+outputs, and the fields of the recipe.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ from hvd_lb.training import pointers
 from hvd_lb.training.checkpoint import Checkpoint, open_checkpoint
 from hvd_lb.training.models import build_model
 
+# One entry: safetensors writes several in another order each time, and the files of equal weights are equal.
+_KEY = "hvd_lb"
 # A header that readers of safetensors take has at most 100 MB.
 _MOST_METADATA = 20_000_000
 
 
 def metadata_of(recipe: Recipe, classes: Sequence[str]) -> dict[str, str]:
-    """What model.safetensors says of itself: `classes`, a list in the order of the outputs, and `recipe`, as JSON."""
-    told = {"format": "pt", "recipe": json.dumps(recipe.mathematics()), "classes": json.dumps(list(classes))}
-    if sum(map(len, told.values())) > _MOST_METADATA:
-        del told["classes"]
-    return told
+    """What model.safetensors says of itself; names that would be too much for its readers are left out."""
+    told: dict[str, Any] = {"recipe": recipe.mathematics()}
+    named = {**told, "classes": list(classes)} if classes else told
+    text = json.dumps(named)
+    return {_KEY: text if len(text) <= _MOST_METADATA else json.dumps(told)}
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def open_trained(path: Path, recipe: str | None = None) -> Trained:
     if run:  # which has the free fields too
         stored = make_recipe(load_values(str(run.recipe)), str(run.recipe))
         own = stored if stored.mathematics() == own.mathematics() else own
-    return Trained(file, _given(recipe) or own, _classes(_metadata(file), file), checkpoint, run)
+    return Trained(file, _given(recipe) or own, _classes(_metadata(file)), checkpoint, run)
 
 
 def _of_file(file: Path, recipe: str | None) -> Trained:
@@ -123,8 +126,8 @@ def _of_file(file: Path, recipe: str | None) -> Trained:
                 f"{printable(str(file))} does not say which network it is of: give --recipe NAME|FILE with its model, "
                 "image_size and num_classes"
             )
-        of = make_recipe(_json(metadata["recipe"], file, dict), str(file))
-    return Trained(file, of, _classes(metadata, file))
+        of = make_recipe(metadata["recipe"], str(file))
+    return Trained(file, of, _classes(metadata))
 
 
 def _given(recipe: str | None) -> Recipe | None:
@@ -136,25 +139,23 @@ def _run_of(checkpoint: Path) -> RunDirectory | None:
     return run if checkpoint.parent == run.checkpoints and run.recipe.is_file() else None
 
 
-def _metadata(file: Path) -> dict[str, str]:
+def _metadata(file: Path) -> dict[str, Any]:
+    """What `metadata_of` told of it; empty for files of others. UserError for what is no safetensors file."""
     try:
         with safe_open(file, "pt") as opened:
-            return opened.metadata() or {}
+            told = json.loads((opened.metadata() or {}).get(_KEY, "{}"))
     except SafetensorError as error:
         raise UserError(f"{printable(str(file))} is no safetensors file ({error})") from None
-
-
-def _classes(metadata: dict[str, str], file: Path) -> list[str] | None:
-    return [str(name) for name in _json(metadata["classes"], file, list)] if "classes" in metadata else None
-
-
-def _json(text: str, file: Path, kind: type) -> Any:
-    try:
-        content = json.loads(text)
     except ValueError:
-        content = None
-    if not isinstance(content, kind):
-        raise UserError(
-            f"{printable(str(file))} has metadata that are no hvd-lb's: give --recipe, or the run it is of"
-        )
-    return content
+        told = None
+    if not (
+        isinstance(told, dict)
+        and isinstance(told.get("classes", []), list)
+        and isinstance(told.get("recipe", {}), dict)
+    ):
+        raise UserError(f"{printable(str(file))} has damaged metadata: restore it")
+    return told
+
+
+def _classes(metadata: dict[str, Any]) -> list[str] | None:
+    return [str(name) for name in metadata["classes"]] if "classes" in metadata else None

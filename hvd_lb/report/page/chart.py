@@ -36,7 +36,9 @@ class Mark:
 
 @dataclass
 class Chart:
-    """Series over one axis; charts with the same `x_label` are zoomed together."""
+    """Series over one axis; charts with the same `x_label` are zoomed together. With `cut_bands` the y axis is made for
+    the lines, and their bands may reach out of it.
+    """
 
     key: str
     title: str
@@ -45,6 +47,7 @@ class Chart:
     series: list[Series] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     log_x: bool = False
+    cut_bands: bool = False
 
     def content(self) -> dict[str, Any]:
         """As JSON values, thinned."""

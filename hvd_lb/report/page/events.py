@@ -17,7 +17,7 @@ from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.report.text import count
 
 # Records that are curves, or nothing that happened.
-_CURVES = {"train", "eval", "ranks", "checkpoint", "together"}
+_CURVES = {"train", "eval", "ranks", "checkpoint", "together", "noise"}
 
 
 @dataclass(frozen=True)

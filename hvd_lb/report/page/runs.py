@@ -89,6 +89,23 @@ class _Run:
             colour=self.number,
         )
 
+    @cached_property
+    def noise_scale(self) -> Series:
+        """Where it and its interval are numbers."""
+        known = [
+            record
+            for record in self.of("noise")
+            if None not in (record.get(name) for name in ("noise_scale", "low", "high"))
+        ]
+        return Series(
+            self.name,
+            [(record["step"] + 1) / self.steps_per_epoch for record in known],
+            [record["noise_scale"] for record in known],
+            low=[record["low"] for record in known],
+            high=[record["high"] for record in known],
+            colour=self.number,
+        )
+
 
 def runs_page(folders: Sequence[Path], *, title: str | None = None, refresh: float | None = None) -> str:
     """HTML of the runs in these folders. OSError where one cannot be read."""
@@ -131,6 +148,7 @@ def _charts(runs: Sequence[_Run]) -> list[Chart]:
     speeds = Chart("speed", "Throughput", "epoch", "images/s")
     waits = Chart("wait", "Share of the time waiting for data", "epoch", "waiting (%)")
     slow = Chart("slow", "Slowest rank, times the median", "epoch", "times the median")
+    noise = Chart("noise", "Gradient noise scale, its 95 % interval", "epoch", "images", cut_bands=True)
     for run in runs:
         error.series += [
             run.curve("eval", "top1_error", "top-1"),
@@ -148,7 +166,8 @@ def _charts(runs: Sequence[_Run]) -> list[Chart]:
         speeds.series.append(run.curve("train", "images_per_second"))
         waits.series.append(run.curve("train", "data_wait", scale=100))
         slow.series.append(run.curve("ranks", "slower"))
-        for chart in (error, loss, rate, speeds, waits, slow):
+        noise.series.append(run.noise_scale)
+        for chart in (error, loss, rate, speeds, waits, slow, noise):
             chart.marks += [
                 Mark(
                     event.step / run.steps_per_epoch,
@@ -160,7 +179,7 @@ def _charts(runs: Sequence[_Run]) -> list[Chart]:
                 for event in run.events
                 if event.step is not None
             ]
-    charts = [error, loss, rate, speeds, waits, slow]
+    charts = [error, loss, rate, noise, speeds, waits, slow]
     if len(runs) == 1:  # whose name is the title
         for series in (series for chart in charts for series in chart.series):
             series.name = series.name.removeprefix(runs[0].name).removeprefix(" · ") or "this run"

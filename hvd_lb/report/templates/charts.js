@@ -112,8 +112,8 @@
         series.x.forEach((x, i) => {
           const at = this.to(x);
           if (at < from || at > to || series.y[i] === null) return;
-          low = Math.min(low, series.low?.[i] ?? series.y[i]);
-          high = Math.max(high, series.high?.[i] ?? series.y[i]);
+          low = Math.min(low, series.y[i], spec.cut_bands ? Infinity : series.low?.[i] ?? Infinity);
+          high = Math.max(high, series.y[i], spec.cut_bands ? -Infinity : series.high?.[i] ?? -Infinity);
         });
       }
       if (!(low <= high)) [low, high] = [0, 1];
