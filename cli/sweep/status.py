@@ -19,7 +19,7 @@ from hvd_lb_cli.sweep.argument import FOLDER
 def status(folder: Path, as_json: bool) -> None:
     """Tell of each run of a sweep whether it has ended, runs, waits or has failed, and how far it is."""
     from hvd_lb.sweep.plan import open_sweep
-    from hvd_lb.sweep.results import error_of
+    from hvd_lb.sweep.results import error_of, has_diverged
     from hvd_lb.watch.state import is_run, look
 
     sweep = open_sweep(folder.expanduser())
@@ -32,6 +32,8 @@ def status(folder: Path, as_json: bool) -> None:
     for point in points:
         state, error = states.get(point.name), error_of(point)
         word = state.state if state else "not begun"
+        if word == "failed" and has_diverged(point):
+            word = "diverged"
         share = state.steps / state.total_steps if state and state.steps and state.total_steps else None
         told.append(
             {
@@ -46,7 +48,9 @@ def status(folder: Path, as_json: bool) -> None:
         )
         if not as_json:
             far = f", {100 * share:.0f} %" if share and word != "finished" else ""
-            why = f": {state.reason}" if state and word in ("failed", "lost", "interrupted") else ""
+            why = (
+                f": {state.reason}" if state and word in ("failed", "diverged", "lost", "interrupted") else ""
+            )
             ended = f", top-1 error {error:.2f} %" if error is not None else ""
             console.print(printable(f"{point.name}  {word}{far}{ended}{why}"), soft_wrap=True)
     if as_json:

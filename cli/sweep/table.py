@@ -57,14 +57,15 @@ def table(folder: Path, form: str | None, output: Path | None, last: int) -> Non
 
 
 def _text(sweep: Sweep, found: list[Result], form: str, how: str) -> str:
-    from hvd_lb.report.page.page import page
-    from hvd_lb.sweep.results import as_csv, as_html, as_markdown, table
+    from hvd_lb.report.page import page
+    from hvd_lb.sweep.results import as_csv, as_markdown, table
 
     rows = table(sweep, found)
     if form == "csv":
         return as_csv(sweep, found)
     if form == "html":
-        return page(sweep.folder.name, sections=[("Results", f"{as_html(rows)}<p>{how}</p>")])
+        shown = page.table(rows[0], rows[1:], numbers=4)
+        return page.page(sweep.folder.name, sections=[("Results", f"{shown}<p>{how}</p>")])
     return f"{as_markdown(rows)}\n{how}\n"
 
 

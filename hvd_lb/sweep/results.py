@@ -5,7 +5,6 @@ five epochs, of each setting mean and standard deviation over its seeds. That a 
 from __future__ import annotations
 
 import csv
-import html
 import io
 import statistics
 from collections.abc import Sequence
@@ -146,13 +145,6 @@ def how(sweep: Sweep, epochs: int = LAST_EPOCHS) -> str:
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
-
-
-def as_html(rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>\n"
-
-    return f"<table>\n{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table>\n"
 
 
 def as_csv(sweep: Sweep, found: Sequence[Result]) -> str:

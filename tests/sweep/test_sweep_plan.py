@@ -1,0 +1,157 @@
+"""Which runs a sweep is made of, and what is refused before any of them starts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvd_lb.errors import UserError
+from hvd_lb.recipe import Recipe
+from hvd_lb.sweep.plan import Grid, Sweep, grown, open_sweep, text_of
+
+BASE = Recipe(data="digits", model="resnet8", image_size=8, per_gpu_batch=8, epochs=3, warmup_epochs=1)
+
+
+def sweep(*grids: Grid, folder: Path = Path("s")) -> Sweep:
+    return Sweep(folder, BASE, "simulate", grids)
+
+
+def test_every_combination_has_its_seeds_and_every_setting_comes_early() -> None:
+    of = sweep(Grid({"gpus": (2, 16), "warmup": ("gradual", "none")}, 2))
+    assert [point.name for point in of.points()] == [
+        f"gpus={gpus},warmup={warmup},seed={seed}"
+        for seed in (0, 1)
+        for gpus in (2, 16)
+        for warmup in ("gradual", "none")
+    ]
+    point = of.points()[5]
+    assert (point.recipe.gpus, point.recipe.warmup, point.recipe.seed) == (2, "none", 1)
+    assert point.recipe == BASE.model_copy(update={"gpus": 2, "warmup": "none", "seed": 1})
+    assert point.run.path == Path("s/runs/gpus=2,warmup=none,seed=1")
+
+
+def test_what_two_grids_have_in_common_is_one_run_with_the_most_seeds() -> None:
+    of = sweep(Grid({"gpus": (2, 4)}, 3), Grid({"gpus": (4,), "warmup": ("gradual", "none")}, 5))
+    assert [(setting.name, seeds) for setting, seeds in of.settings().items()] == [
+        ("gpus=2", 3),
+        ("gpus=4", 5),
+        ("gpus=4, warmup=none", 5),
+    ]
+    assert len(of.points()) == len({point.name for point in of.points()}) == 13
+    assert of.fields() == ["gpus", "warmup"]
+
+
+def test_values_that_differ_in_their_last_digit_are_runs_of_their_own() -> None:
+    of = sweep(Grid({"learning_rate": (0.1, 0.1000001)}, 1))
+    assert len({point.run.path for point in of.points()}) == 2
+    assert [text_of(value) for value in (0.1, 2.0, True, (0.5, 1.0), 1e-5)] == [
+        "0.1",
+        "2",
+        "true",
+        "0.5+1",
+        "1e-05",
+    ]
+
+
+def test_a_setting_is_found_by_what_is_written() -> None:
+    of = sweep(Grid({"gpus": (2, 4)}, 1), Grid({"gpus": (4,), "warmup": ("none",)}, 1))
+    assert of.setting("gpus=4").name == "gpus=4"  # the recipe's warmup
+    assert of.setting("warmup=none").name == of.setting("gpus=4,warmup=none").name == "gpus=4, warmup=none"
+    for wrong, said in (
+        ("gpus=5", "no setting is so"),
+        ("gpu=4", "gpu is not varied here; did you mean 'gpus'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            of.setting(wrong)
+
+
+def test_it_is_kept_and_grows(tmp_path: Path) -> None:
+    of = sweep(Grid({"crop_scale": ((0.5, 1.0), (0.9, 1.0)), "nesterov": (True, False)}, 2), folder=tmp_path)
+    of.save()
+    again = open_sweep(tmp_path)
+    assert again == of
+    assert [point.recipe for point in again.points()] == [point.recipe for point in of.points()]
+    more = grown(tmp_path, BASE, "simulate").with_grid(Grid({"gpus": (2,)}, 1))
+    assert more.points()[:4] == of.points()[:4]
+    assert more.with_grid(Grid({"gpus": (2,)}, 1)) == more
+    free = BASE.model_copy(update={"eval_every": "never"})
+    assert grown(tmp_path, free, "simulate").base == free
+    for base, mode, said in (
+        (BASE.model_copy(update={"epochs": 4}), "simulate", "epochs: 3 → 4"),
+        (BASE.model_copy(update={"data": "fashion-mnist"}), "simulate", "data: digits → fashion-mnist"),
+        (BASE, "train", "simulate → train"),
+    ):
+        with pytest.raises(UserError, match=said):
+            grown(tmp_path, base, mode)  # type: ignore[arg-type]
+    (tmp_path / "sweep.json").write_text('{"mode": 1')
+    with pytest.raises(UserError, match="is damaged"):
+        open_sweep(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--vary", "gpu=8"], "gpu: no field of a recipe; did you mean 'gpus'?"),
+        (["--vary", "gpus"], "expected FIELD=VALUE,VALUE, such as gpus=8,32,128"),
+        (["--vary", "gpus="], "expected FIELD=VALUE,VALUE"),
+        (["--vary", "gpus=8,many"], "'many' is not a valid integer"),
+        (["--vary", "gpus=8,0"], "--gpus 0: "),
+        (["--vary", "gpus=8", "--vary", "gpus=16"], "gpus was given before"),
+        (["--vary", "seed=1,2"], "give --seeds N"),
+        (["--vary", "data=digits"], "give each a sweep of its own"),
+        (["--vary", "threads=1,2"], "does not change what is learnt"),
+        (["--vary", "warmup=gradual,slow"], "'slow' is not one of gradual, constant, none"),
+        (["--vary", "nesterov=true,maybe"], "'maybe' is neither true nor false"),
+        (["--vary", "gpus=2,4096"], "gpus=4096: "),
+        (["--vary", "gpus=2,64", "--vary", "warmup_epochs=1,40"], "gpus=64, warmup_epochs=40: a warmup of 40 epochs"),
+        (["--vary", "gpus=2", "--seeds", "10000", "--vary", "flip=" + ",".join(f"0.{i}" for i in range(1, 20))],
+         "190,000 runs in one grid"),
+        (["--vary", "gpus=2", "--processes", "2"], "--processes is for --train"),
+        (["--vary", "gpus=2", "--momentum-form", "9", "--no-momentum-correction"], "form 9 needs no correction"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_told_and_nothing_is_written(
+    hvd_lb: Callable[..., Any], tmp_path: Path, words: list[str], said: str
+) -> None:
+    found = hvd_lb("sweep", "run", tmp_path / "s", "--data", "digits", *words)
+    assert (found.status, found.out) == (2, "")
+    assert said in found.err
+    assert found.err.count("\n") == 1
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_dry_run_names_the_runs_and_run_may_be_left_out(
+    hvd_lb: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "--data",
+        "digits",
+        "--vary",
+        "gpus=2,4",
+        "--vary=drop-epochs=30,60;45",
+        "--seeds",
+        2,
+        "--dry-run",
+    )
+    found = hvd_lb("sweep", *words)
+    assert (found.status, found.err) == (0, "")
+    first, *runs = found.out.splitlines()
+    assert first.startswith("sweeps/digits-resnet8-2x32-")
+    assert first.endswith(": 4 settings, 8 runs: 0 ended, 8 to go")
+    assert runs[:2] == ["to go  gpus=2,drop_epochs=30+60,seed=0", "to go  gpus=2,drop_epochs=45,seed=0"]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    other = hvd_lb("sweep", "run", tmp_path / "full", *words)
+    assert (other.status, other.out) == (2, "")
+    assert "holds something that is no sweep" in other.err
+
+
+@pytest.mark.parametrize("command", ["status", "table", "figure"])
+def test_a_folder_without_a_sweep(hvd_lb: Callable[..., Any], tmp_path: Path, command: str) -> None:
+    more = ("--output", tmp_path / "a.png") if command == "figure" else ()
+    found = hvd_lb("sweep", command, tmp_path, *more)
+    assert found.status == 2
+    assert "holds no sweep" in found.err

@@ -1,0 +1,148 @@
+"""Tables and figures of a sweep, counted by hand."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from hvd_lb.recipe import Recipe
+from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.sweep.figure import minibatch_chart
+from hvd_lb.sweep.plan import Grid, Sweep
+from hvd_lb.sweep.results import error_of, results, unfinished
+
+BASE = Recipe(data="digits", model="resnet8", image_size=8, per_gpu_batch=32, epochs=6, warmup_epochs=1)
+
+
+def write(run: RunDirectory, errors: list[float], reason: str | None = "finished") -> None:
+    """A run of two steps an epoch, evaluated after each."""
+    run.logs.mkdir(parents=True)
+    run.recipe.write_text("data: digits\n")
+    lines = []
+    for epoch, error in enumerate(errors):
+        lines.append({"kind": "train", "epoch": epoch, "step": 2 * epoch, "loss": error / 10, "lr": 0.1})
+        lines.append(
+            {"kind": "eval", "epoch": epoch, "step": 2 * epoch + 1, "top1_error": error, "loss": 1.0}
+        )
+    run.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    if reason:
+        run.summary.write_text(json.dumps({"exit_reason": reason, "steps": 2 * len(errors)}))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    """gpus=2: 10 and 12; gpus=4: 11 and 11.5; gpus=8: one diverged, one not begun; gpus=16: 30 and one that runs."""
+    of = Sweep(tmp_path / "s", BASE, "simulate", (Grid({"gpus": (2, 4, 8, 16)}, 2),))
+    of.folder.mkdir()
+    of.save()
+    runs = {(point.recipe.gpus, point.recipe.seed): point.run for point in of.points()}
+    write(runs[2, 0], [90, 50, 9, 11, 10, 10])  # the median of 50, 9, 11, 10, 10
+    write(runs[2, 1], [90, 12, 13, 12, 11, 12.5])
+    write(runs[4, 0], [90, 11, 11, 11, 11, 11])
+    write(runs[4, 1], [90, 11.5, 11.5, 11.5, 11.5, 11.5])
+    write(runs[8, 0], [90, 90], reason="failed: rank 0 on h failed: the loss is nan after step 4")
+    told = {"rank": 0, "host": "h", "kind": "Diverged", "message": "the loss is nan", "time": 1.0}
+    (runs[8, 0].logs / "error-0000.json").write_text(json.dumps(told))
+    write(runs[16, 0], [30] * 6)
+    write(runs[16, 1], [20, 20], reason=None)
+    return of
+
+
+def test_errors_are_counted_as_in_the_paper(sweep: Sweep) -> None:
+    found = results(sweep)
+    assert [(one.minibatch, one.errors, one.diverged) for one in found] == [
+        (64, [10.0, 12.0], 0),
+        (128, [11.0, 11.5], 0),
+        (256, [], 1),
+        (512, [30.0], 0),
+    ]
+    assert (found[0].mean, found[0].std) == (11.0, pytest.approx(2**0.5))
+    assert [one.error() for one in found] == ["11.00 ± 1.41", "11.25 ± 0.35", "diverged", "30.00"]
+    assert [one.learning_rate for one in found] == pytest.approx([0.025, 0.05, 0.1, 0.2])
+    assert error_of(sweep.points()[0], epochs=1) == 10.0
+    assert error_of(sweep.points()[0], epochs=4) == 10.0
+    assert [point.name for point in unfinished(sweep)] == ["gpus=8,seed=1", "gpus=16,seed=1"]
+
+
+def test_tables(hvd_lb: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> None:
+    text = hvd_lb("sweep", "table", sweep.folder)
+    assert (text.status, text.err) == (0, "")
+    assert re.search(r"2 +64 +0\.025 +11\.00 ± 1\.41 +2 of 2\n", text.out)
+    assert re.search(r"8 +256 +0\.1 +diverged +1 of 2, 1 diverged\n", text.out)
+    markdown = hvd_lb("sweep", "table", sweep.folder, "--format", "markdown").out.splitlines()
+    assert markdown[:3] == [
+        "| gpus | minibatch | learning rate | top-1 error (%) | runs |",
+        "| --- | --- | --- | --- | --- |",
+        "| 2 | 64 | 0.025 | 11.00 ± 1.41 | 2 of 2 |",
+    ]
+    assert "median of the last 5 epochs" in markdown[-1]
+    assert hvd_lb("sweep", "table", sweep.folder, "--output", tmp_path / "t.csv").status == 0
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "t.csv").read_text())))
+    assert [row["mean_error"] for row in rows] == ["11.0", "11.25", "", "30.0"]
+    assert [row["errors"] for row in rows] == ["10 12", "11 11.5", "", "30"]
+    assert rows[2]["diverged"] == "1"
+    assert hvd_lb("sweep", "table", sweep.folder, "--output", tmp_path / "t.html").status == 0
+    assert "<td class=number>11.00 ± 1.41</td>" in (tmp_path / "t.html").read_text()
+    wrong = hvd_lb("sweep", "table", sweep.folder, "--output", tmp_path / "t.xls")
+    assert (wrong.status, wrong.out) == (2, "")
+
+
+def test_status(hvd_lb: Callable[..., Any], sweep: Sweep) -> None:
+    lines = hvd_lb("sweep", "status", sweep.folder).out.splitlines()
+    assert lines[0] == "gpus=2,seed=0  finished, top-1 error 10.00 %"
+    assert lines[2].startswith("gpus=8,seed=0  diverged: ")
+    assert lines[6] == "gpus=8,seed=1  not begun"
+    assert lines[-1].startswith("8 runs: 5 finished, ")
+    told = json.loads(hvd_lb("sweep", "status", sweep.folder, "--json").out)
+    assert [one["state"] for one in told].count("diverged") == 1
+    assert told[0]["top1_error"] == 10.0
+
+
+def test_figure_1(hvd_lb: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> None:
+    chart, sentence = minibatch_chart(sweep, results(sweep))
+    (line,) = chart.series
+    assert (line.x, line.y) == ([64, 128, 512], [11.0, 11.25, 30.0])
+    assert line.low
+    assert line.high
+    assert (line.low[0], line.high[1]) == pytest.approx((11 - 2 * 2**0.5, 11.25 + 2 * 0.125**0.5))
+    # 256 diverged: what comes after it is not reached.
+    assert sentence.endswith("(11.00 + 2 × 1.41 %): 128 images.")
+    png = tmp_path / "figure.png"
+    said = hvd_lb("sweep", "figure", sweep.folder, "--output", png)
+    assert (said.status, said.err, said.out) == (0, "", f"{sentence}\nwritten: {png}\n")
+    with Image.open(png) as picture:
+        assert picture.size == (880, 506)
+        assert len(set(picture.convert("RGB").getdata())) > 50
+    named = hvd_lb("sweep", "figure", sweep.folder, "--output", png, "--baseline", "gpus=4")
+    assert "that of 128 images" in named.out
+    page = tmp_path / "figure.html"
+    assert hvd_lb("sweep", "figure", sweep.folder, "--output", page).status == 0
+    (data,) = re.findall(r'id="data">(.*?)</script>', page.read_text(), re.S)
+    assert json.loads(data)[0]["series"][0]["y"] == [11.0, 11.25, 30.0]
+
+
+def test_figure_2(hvd_lb: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> None:
+    page = tmp_path / "curves.html"
+    words = ("--curves", "gpus=2", "--curves", "gpus=16")
+    assert hvd_lb("sweep", "figure", sweep.folder, "--output", page, *words).status == 0
+    (data,) = re.findall(r'id="data">(.*?)</script>', page.read_text(), re.S)
+    error, loss = json.loads(data)
+    assert [series["name"] for series in error["series"]] == ["gpus=2", "gpus=16"]
+    assert error["series"][0]["y"] == [90.0, 31.0, 11.0, 11.5, 10.5, 11.25]
+    assert error["series"][0]["low"] == [90, 12, 9, 11, 10, 10]
+    assert error["series"][1]["x"] == [1, 2, 3, 4, 5, 6]
+    assert loss["series"][0]["y"][0] == 9.0
+    wrong = hvd_lb("sweep", "figure", sweep.folder, "--output", page, *words, "--baseline", "gpus=2")
+    assert wrong.status == 2
+    early = Sweep(tmp_path / "early", BASE, "simulate", (Grid({"gpus": (2,)}, 1),))
+    early.folder.mkdir()
+    early.save()
+    said = hvd_lb("sweep", "figure", early.folder, "--output", page)
+    assert (said.status, said.out) == (2, "")
+    assert "no run has come so far" in said.err

@@ -1,0 +1,265 @@
+"""What comes after training: evaluation to the same bits, predictions, exports that are loaded by other means."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hvd_lb.data.dataset import open_dataset
+from hvd_lb.recipe import Recipe
+from hvd_lb.report.metrics import SilentObserver
+from hvd_lb.trained.weights import metadata_of, open_trained
+from hvd_lb.training.checkpoint import CheckpointStore
+from hvd_lb.training.models import build_model
+from hvd_lb.training.trainer import Trainer
+from hvd_lb.world.solo import Solo
+
+CPU = torch.device("cpu")
+CLASSES = [f"{number}" for number in range(10)]
+
+
+def train(folder: Path, **changes: Any) -> Path:
+    """A run directory with what the commands read; five steps on digits."""
+    fields = {
+        "data": "digits", "model": "resnet8", "image_size": 8, "eval_crop": 1.0, "gpus": 2, "per_gpu_batch": 32,
+        "epochs": 1, "steps": 5, "warmup": "none", "num_classes": 10, "threads": 1, "together": 1,
+    }  # fmt: skip
+    recipe, data = Recipe(**{**fields, **changes}), open_dataset("digits")
+    store = CheckpointStore(folder / "checkpoints", 3, metadata_of(recipe, data.train.classes))
+    Trainer(recipe, data, Solo(), device=CPU, threads=1, observer=SilentObserver(), store=store).fit()
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (folder / "environment.json").write_text(
+        '{"processes": 1, "threads_per_process": 1, "versions": {"torch": "2"}}'
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return train(tmp_path_factory.mktemp("trained") / "run")
+
+
+def test_equal_weights_are_equal_files_that_name_classes_and_recipe(run: Path, tmp_path: Path) -> None:
+    file = run / "checkpoints" / "last" / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        told = json.loads(opened.metadata()["hvd_lb"])
+    assert told["classes"] == CLASSES
+    assert told["recipe"]["model"] == "resnet8"
+    again = train(tmp_path / "again") / "checkpoints" / "last" / "model.safetensors"
+    assert again.read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("named", [".", "checkpoints/last", "model.safetensors"])
+def test_evaluate_counts_what_training_counted(
+    hvd_lb: Callable[..., Any], run: Path, tmp_path: Path, named: str
+) -> None:
+    weights, more = run / named, ()
+    if named == "model.safetensors":  # which is enough by itself
+        weights = shutil.copy(run / "checkpoints" / "last" / named, tmp_path)
+        more = ("--data", "digits", "--threads", 1)
+    told = open_trained(run).checkpoint
+    assert told
+    expected = told.saved.evaluation
+    assert expected
+    assert expected["images"] == 359
+    said = hvd_lb("evaluate", weights, *more, "--json")
+    assert (said.status, said.err) == (0, "")
+    found = json.loads(said.out)
+    assert found["left_out"] == 0
+    assert {name: found[name] for name in ("top1_error", "top5_error", "loss", "images")} == {
+        name: expected[name] for name in ("top1_error", "top5_error", "loss", "images")
+    }
+    table = hvd_lb("evaluate", weights, *more).out
+    assert f"top-1 error: {expected['top1_error']:.2f} %\n" in table
+    of_training = json.loads(hvd_lb("evaluate", weights, *more, "--json", "--split", "train").out)
+    assert of_training["images"] == 1438
+
+
+def digits(count: int) -> tuple[np.ndarray, list[int]]:
+    images = open_dataset("digits").val
+    decoded = np.stack([images.read(np.array([i]))[0] for i in range(count)]).reshape(count, 8, 8, -1)[
+        ..., :1
+    ]
+    return decoded.repeat(3, 3), images.labels[:count].tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits as PNG files, in the folders of their classes but for those of 0: labels are others than in training."""
+    root = tmp_path_factory.mktemp("pictures")
+    for number, (pixels, label) in enumerate(zip(*digits(60), strict=True)):
+        if label:
+            (root / str(label)).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(root / str(label) / f"{number:02d}.png")
+    return root
+
+
+def logits_of(run: Path, files: list[Path]) -> torch.Tensor:
+    """By torch alone."""
+    recipe = Recipe()
+    model = build_model("resnet8", 10, seed=1)
+    model.load_state_dict(load_file(run / "checkpoints" / "last" / "model.safetensors"))
+    pixels = (
+        torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).permute(0, 3, 1, 2) / 255
+    )
+    mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.mean, recipe.std))
+    with torch.no_grad():
+        return model.eval()((pixels - mean) / std)
+
+
+def test_evaluate_finds_classes_by_their_names(hvd_lb: Callable[..., Any], run: Path, folder: Path) -> None:
+    files = sorted(folder.rglob("*.png"))
+    labels = torch.tensor([int(file.parent.name) for file in files])
+    wrong = int((logits_of(run, files).argmax(1) != labels).sum())
+    found = json.loads(hvd_lb("evaluate", run, "--data", folder, "--json").out)
+    assert found["images"] == len(files)
+    assert found["top1_error"] == pytest.approx(100 * wrong / len(files))
+    (folder / "eleven").mkdir()
+    shutil.copy(files[0], folder / "eleven")
+    refused = hvd_lb("evaluate", run, "--data", folder)
+    shutil.rmtree(folder / "eleven")
+    assert (refused.status, refused.out) == (2, "")
+    assert "eleven" in refused.err
+
+
+def test_predictions_are_those_of_torch(hvd_lb: Callable[..., Any], run: Path, folder: Path) -> None:
+    files = sorted(folder.rglob("*.png"))
+    said = hvd_lb("predict", run, folder, "--top", 3)
+    assert (said.status, said.err) == (0, "")
+    lines = [json.loads(line) for line in said.out.splitlines()]
+    assert [line["image"] for line in lines] == list(map(str, files))
+    shares, likeliest = logits_of(run, files).softmax(1).topk(3)
+    assert [[one["label"] for one in line["top"]] for line in lines] == likeliest.tolist()
+    assert [[one["class"] for one in line["top"]] for line in lines] == [
+        list(map(str, of)) for of in likeliest.tolist()
+    ]
+    found = torch.tensor([[one["probability"] for one in line["top"]] for line in lines])
+    assert found == pytest.approx(shares.numpy(), abs=1e-5)
+
+
+def test_a_table_for_a_person(
+    hvd_lb: Callable[..., Any], run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    file = next(folder.rglob("*.png"))
+    lines = hvd_lb("predict", run, file).out.splitlines()
+    assert sum(" % " in f"{line} " for line in lines) == 5
+
+
+def test_what_cannot_be_predicted(hvd_lb: Callable[..., Any], run: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "empty").mkdir()
+    whole = tmp_path / "b.png"
+    Image.new("RGB", (9, 9)).save(whole)
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(whole.read_bytes()[:-30])
+    for name, wrong in (
+        ("a.png", "a.png"), ("a.txt", "a.txt"), ("empty", "holds no image files"), ("none.png", "is not there"),
+        ("cut.png", "cut.png"),
+    ):  # fmt: skip
+        said = hvd_lb("predict", run, whole, tmp_path / name)
+        assert said.status == 2, name
+        assert wrong in said.err
+        assert said.err.count("\n") == 1
+
+
+FORMATS = ["torch-export", pytest.param("onnx", marks=pytest.mark.skipif(
+    find_spec("onnxruntime") is None or find_spec("onnxscript") is None, reason="the extra is not installed"
+))]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_export_brings_the_network_along(
+    hvd_lb: Callable[..., Any], run: Path, tmp_path: Path, form: str
+) -> None:
+    said = hvd_lb("export", run, "--format", form, "--output", tmp_path / "e")
+    assert said.status == 0, said.err
+    assert "loaded back: logits differ by at most" in said.out
+    x = torch.randn(7, 3, 8, 8)
+    model = build_model("resnet8", 10, seed=1)
+    model.load_state_dict(load_file(run / "checkpoints" / "last" / "model.safetensors"))
+    with torch.no_grad():
+        expected = model.eval()(x)
+    if form == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(tmp_path / "e" / "model.onnx")
+        found = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+    else:
+        with torch.no_grad():
+            found = torch.export.load(tmp_path / "e" / "model.pt2").module()(x)
+    assert found == pytest.approx(expected.numpy(), abs=1e-4)
+    assert (tmp_path / "e" / "classes.txt").read_text().splitlines() == CLASSES
+    card = (tmp_path / "e" / "README.md").read_text()
+    evaluation = open_trained(run).checkpoint.saved.evaluation  # type: ignore[union-attr]
+    for text in (
+        "resnet8",
+        f"| {evaluation['top1_error']:.2f} %",
+        "hvd-lb train --recipe",
+        "model: resnet8",
+        "torch 2",
+    ):
+        assert text in card, text
+
+
+def test_torchvision_takes_its_own_networks(hvd_lb: Callable[..., Any], tmp_path: Path) -> None:
+    """One of torchvision's that mixes with others' weights: a file, and a recipe that is named."""
+    refused = hvd_lb("export", train(tmp_path / "run"), "--format", "torchvision")
+    assert (refused.status, refused.out) == (2, "")
+    assert "torchvision has no resnet8" in refused.err
+    file, recipe = tmp_path / "theirs.safetensors", tmp_path / "recipe.yaml"
+    theirs = torchvision.models.squeezenet1_1(num_classes=3)
+    save_file(theirs.state_dict(), file)
+    assert "does not say which network it is of" in hvd_lb("export", file, "--format", "torchvision").err
+    recipe.write_text("model: squeezenet1_1\nimage_size: 64\nnum_classes: 3\n")
+    words = ("export", file, "--format", "torchvision", "--recipe", recipe)
+    assert "is in no run directory: give --output" in hvd_lb(*words).err
+    said = hvd_lb(*words, "--output", tmp_path / "e")
+    assert said.status == 0, said.err
+    again: nn.Module = torchvision.models.get_model("squeezenet1_1", weights=None, num_classes=3)
+    again.load_state_dict(load_file(tmp_path / "e" / "model.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), theirs.parameters(), strict=True))
+    assert hvd_lb(*words, "--output", tmp_path / "e").status == 0  # in place of the other
+    (tmp_path / "e" / "thesis.tex").write_text("")
+    kept = hvd_lb(*words, "--output", tmp_path / "e")
+    assert kept.status == 2
+    assert "is something else than an export" in kept.err
+    assert (tmp_path / "e" / "thesis.tex").exists()
+    recipe.write_text("model: squeezenet1_1\nimage_size: 64\nnum_classes: 4\n")
+    other = hvd_lb("export", file, "--format", "torchvision", "--recipe", recipe, "--output", tmp_path / "f")
+    assert (other.status, other.out) == (2, "")
+    assert "does not hold the weights of squeezenet1_1 with 4 outputs" in other.err
+
+
+def test_what_holds_no_weights(hvd_lb: Callable[..., Any], tmp_path: Path, run: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"nothing of the kind")
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    damaged = shutil.copytree(run / "checkpoints" / "step-00000005", tmp_path / "step-00000005")
+    content = bytearray((damaged / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (damaged / "model.safetensors").write_bytes(content)
+    for name, wrong in (
+        ("a.safetensors", "is no safetensors file"), ("none", "is not there"), ("new", "has no checkpoint yet"),
+        ("step-00000005", "step-00000005"),
+    ):  # fmt: skip
+        said = hvd_lb("evaluate", tmp_path / name)
+        assert (said.status, said.out) == (2, ""), name
+        assert wrong in said.err
+        assert said.err.count("\n") == 1
