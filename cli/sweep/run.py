@@ -147,7 +147,12 @@ def run(
             running = ", ".join(f"{name} {100 * share:.0f} %" for name, share in commands.progress().items())
             status.update(Text(f"{done} of {len(points)} ended; {running}"))
 
-        commands.run(left, on_end, on_look if console.is_terminal else lambda: None)
+        def on_interrupt() -> None:
+            console.print(
+                "ending the runs, each with a checkpoint; again to end them at once", soft_wrap=True
+            )
+
+        commands.run(left, on_end, on_look if console.is_terminal else lambda: None, on_interrupt)
     if failed:
         console.print(f"{count(failed, 'run')} failed; logs are in {folder / 'logs'}", soft_wrap=True)
     console.print(f"`hvd-lb sweep table {folder}` tells what came of it", soft_wrap=True)

@@ -53,9 +53,13 @@ class Commands:
         ]
 
     def run(
-        self, points: Sequence[Point], on_end: Callable[[Ended], None], on_look: Callable[[], None]
+        self,
+        points: Sequence[Point],
+        on_end: Callable[[Ended], None],
+        on_look: Callable[[], None],
+        on_interrupt: Callable[[], None],
     ) -> None:
-        """All of them to their ends. KeyboardInterrupt, when they have ended with checkpoints."""
+        """All of them to their ends. KeyboardInterrupt, when they have ended with checkpoints; told when it begins."""
         waiting = list(points)
         try:
             while waiting or self.running:
@@ -67,6 +71,8 @@ class Commands:
                 on_look()
                 time.sleep(_LOOK_SECONDS)
         except BaseException:
+            if self.running:
+                on_interrupt()
             self._interrupt()
             raise
 
