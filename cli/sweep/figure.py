@@ -53,7 +53,7 @@ def figure(folder: Path, output: Path, curves: tuple[str, ...], baseline: str | 
     else:
         found = results(sweep, last)
         named = sweep.setting(baseline) if baseline else None
-        (chosen,) = [result for result in found if result.setting == named] or [None]
+        chosen = next((result for result in found if result.setting == named), None)
         chart, sentence = minibatch_chart(sweep, found, chosen)
         charts = [chart]
     if not any(series.x for chart in charts for series in chart.series):

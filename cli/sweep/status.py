@@ -31,7 +31,7 @@ def status(folder: Path, as_json: bool) -> None:
     told, console = [], plain_console()
     for point in points:
         state, error = states.get(point.name), error_of(point)
-        word = state.state if state else "not begun"
+        word: str = state.state if state else "not begun"
         if word == "failed" and has_diverged(point):
             word = "diverged"
         share = state.steps / state.total_steps if state and state.steps and state.total_steps else None

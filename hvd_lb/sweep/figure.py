@@ -121,8 +121,8 @@ def as_png(charts: Sequence[Chart], caption: str) -> bytes:
             for number, series in enumerate(chart.series):
                 colour = f"C{number}"
                 if series.bars and series.low and series.high:
-                    below = [y - low for y, low in zip(series.y, series.low, strict=True)]
-                    above = [high - y for y, high in zip(series.y, series.high, strict=True)]
+                    below = [(y or 0.0) - low for y, low in zip(series.y, series.low, strict=True)]
+                    above = [high - (y or 0.0) for y, high in zip(series.y, series.high, strict=True)]
                     axes.errorbar(
                         series.x,
                         series.y,

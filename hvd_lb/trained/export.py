@@ -155,7 +155,7 @@ def _onnx(trained: Trained, model: nn.Module, folder: Path) -> tuple[Loading, Ne
     return Loading("ONNX Runtime", code), again
 
 
-def _quiet() -> warnings.catch_warnings:  # type: ignore[type-arg]
+def _quiet() -> warnings.catch_warnings:
     """The exporters warn of their own affairs."""
     return warnings.catch_warnings(action="ignore")
 

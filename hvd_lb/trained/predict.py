@@ -43,7 +43,7 @@ class ImageFiles:
         self._paths = list(paths)
         self.classes = ["unknown"]
         self.labels = np.zeros(len(paths), np.int64)
-        found = [header_or_reason(Section.of_bytes(read_file(path).data)) for path in paths]
+        found = [header_or_reason(Section.of_bytes(read_file(str(path)).data)) for path in paths]
         headers = [NO_HEADER if isinstance(header, str) else header for header in found]
         self.widths = np.array([header.width for header in headers], np.int32)
         self.heights = np.array([header.height for header in headers], np.int32)
@@ -52,7 +52,7 @@ class ImageFiles:
         return len(self._paths)
 
     def read(self, ids: np.ndarray) -> list[np.ndarray]:
-        return [read_file(self._paths[image_id]) for image_id in ids.tolist()]
+        return [read_file(str(self._paths[image_id])) for image_id in ids.tolist()]
 
     def name(self, image_id: int) -> str:
         return str(self._paths[image_id])

@@ -78,8 +78,8 @@ class Trained:
                 f"{printable(str(self.file))} does not hold the weights of {self.recipe.model} with {self.outputs} "
                 f"outputs ({' '.join(first.split())[:200]}): name the recipe they were trained by with --recipe"
             ) from None
-        model.to(device, arithmetic.dtype(self.recipe), memory_format=arithmetic.memory_format(self.recipe))
-        return model.eval()
+        model.to(device, arithmetic.dtype(self.recipe))
+        return model.to(memory_format=arithmetic.memory_format(self.recipe)).eval()
 
     def environment(self) -> dict[str, Any]:
         """Of the run, as environment.json has it; empty where there is none."""

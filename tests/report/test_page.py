@@ -30,11 +30,11 @@ def make_run(path: Path, **fields: Any) -> RunDirectory:
             "loss": 2.0,
             "images_per_second": 100.0,
         }
-        for step in range(20)
+        for step in (*range(8), *range(5, 20))
     ]
+    lines[3:3] = [{"kind": "warning", "epoch": 0, "step": 3, "message": "the disk is </script><b>full</b>"}]
+    lines[9:9] = [{"kind": "rollback", "step": 7, "to": 5, "left_out": True}]
     lines += [
-        {"kind": "warning", "epoch": 0, "step": 3, "message": "the disk is </script><b>full</b>"},
-        {"kind": "rollback", "step": 7, "to": 5, "left_out": True},
         {"kind": "noise", "epoch": 1, "step": 15, "noise_scale": 900.0, "low": 500.0, "high": 4000.0},
         {"kind": "noise", "epoch": 1, "step": 16, "noise_scale": None, "low": 500.0, "high": None},
         {
@@ -73,8 +73,8 @@ def test_events_are_told_in_their_order(tmp_path: Path) -> None:
     assert [(event.step, event.kind, event.text) for event in events(run, records)] == [
         (3, "warning", "the disk is </script><b>full</b>"),
         (7, "rollback", "went back to step 5, and left step 7 out"),
-        (8, "resume", "went on at step 8, 2 → 3 processes"),
         (8, "stop", "stopped after 8 steps, with a checkpoint"),
+        (8, "resume", "went on at step 8, 2 → 3 processes"),
         (12, "stand-in", "epoch 1: 2 images that could not be decoded, others stood in"),
     ]
 

@@ -73,8 +73,8 @@ def test_errors_are_counted_as_in_the_paper(sweep: Sweep) -> None:
 def test_tables(hvd_lb: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> None:
     text = hvd_lb("sweep", "table", sweep.folder)
     assert (text.status, text.err) == (0, "")
-    assert re.search(r"2 +64 +0\.025 +11\.00 ± 1\.41 +2 of 2\n", text.out)
-    assert re.search(r"8 +256 +0\.1 +diverged +1 of 2, 1 diverged\n", text.out)
+    assert re.search(r"2 +64 +0\.025 +11\.00 ± 1\.41 +2 of 2 *\n", text.out)
+    assert re.search(r"8 +256 +0\.1 +diverged +1 of 2, 1 diverged *\n", text.out)
     markdown = hvd_lb("sweep", "table", sweep.folder, "--format", "markdown").out.splitlines()
     assert markdown[:3] == [
         "| gpus | minibatch | learning rate | top-1 error (%) | runs |",
@@ -118,7 +118,7 @@ def test_figure_1(hvd_lb: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> N
     assert (said.status, said.err, said.out) == (0, "", f"{sentence}\nwritten: {png}\n")
     with Image.open(png) as picture:
         assert picture.size == (880, 506)
-        assert len(set(picture.convert("RGB").getdata())) > 50
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
     named = hvd_lb("sweep", "figure", sweep.folder, "--output", png, "--baseline", "gpus=4")
     assert "that of 128 images" in named.out
     page = tmp_path / "figure.html"
