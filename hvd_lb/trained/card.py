@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +77,10 @@ def _preprocessing(recipe: Recipe) -> str:
         return ", ".join(f"{value:g}" for value in values)
 
     size, smooth = recipe.image_size, "with" if recipe.antialias else "without"
+    side = "" if recipe.eval_crop == 1 else f" whose side is {recipe.eval_crop:g} of the shorter side"
     return (
-        f"`x` is float32 of shape (batch, 3, {size}, {size}), RGB: of each image the central square whose side is "
-        f"{recipe.eval_crop:g} of the shorter side, resized to {size} × {size} (bilinear, {smooth} antialiasing), "
+        f"`x` is float32 of shape (batch, 3, {size}, {size}), RGB: of each image the central square{side}, "
+        f"resized to {size} × {size} (bilinear, {smooth} antialiasing), "
         f"scaled to 0 … 1, less the mean ({listed(recipe.mean)}) and divided by ({listed(recipe.std)}). EXIF "
         "orientation is ignored."
     )
@@ -104,7 +106,8 @@ def _repeat(trained: Trained) -> str:
         "    hvd-lb train --recipe recipe.yaml --output again",
     ]
     if command := environment.get("command"):
-        parts.append(f"As it was typed: `{printable(' '.join(map(str, command)))}`.")
+        words = shlex.join(["hvd-lb", *map(str, command[1:])])
+        parts.append(f"As it was typed: `{printable(words)}`.")
     if with_what:
         parts.append(
             f"It was made with {with_what}, by {count(environment.get('processes') or 1, 'process')}."

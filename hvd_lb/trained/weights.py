@@ -35,7 +35,8 @@ _MOST_METADATA = 20_000_000
 
 def metadata_of(recipe: Recipe, classes: Sequence[str]) -> dict[str, str]:
     """What model.safetensors says of itself; names that would be too much for its readers are left out."""
-    told: dict[str, Any] = {"recipe": recipe.mathematics()}
+    # The memory order decides how logits round.
+    told: dict[str, Any] = {"recipe": {**recipe.mathematics(), "channels_last": recipe.channels_last}}
     named = {**told, "classes": list(classes)} if classes else told
     text = json.dumps(named)
     return {_KEY: text if len(text) <= _MOST_METADATA else json.dumps(told)}
@@ -107,6 +108,11 @@ def open_trained(path: Path, recipe: str | None = None) -> Trained:
         if not pointers.followed(in_run / "last").is_dir():
             raise UserError(f"{printable(str(path))} has no checkpoint yet: nothing is trained in it")
         path = in_run / "last"
+    elif not (pointers.followed(path) / "state.json").is_file():
+        raise UserError(
+            f"{printable(str(path))} is neither a run nor a checkpoint: expected a folder with checkpoints/ or "
+            "state.json"
+        )
     checkpoint = open_checkpoint(path)
     run = _run_of(checkpoint.path)
     file = checkpoint.path / "model.safetensors"

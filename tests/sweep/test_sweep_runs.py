@@ -1,4 +1,4 @@
-"""A sweep of real runs: killed, gone on with, interrupted; its runs are those of the same commands typed by hand."""
+"""A sweep of real runs: killed, gone on with, interrupted."""
 
 import json
 import signal
@@ -43,24 +43,9 @@ def test_killed_and_gone_on_with(start: Start, hvd_lb: Callable[..., Any], tmp_p
     assert {name: found[name] for name in ("top1_error", "top5_error", "loss", "images")} == {
         name: last[name] for name in ("top1_error", "top5_error", "loss", "images")
     }
-    again = tmp_path / "by hand"
-    finish(
-        start(
-            "simulate",
-            "--run",
-            "--recipe",
-            two.recipe_file,
-            "--output",
-            again,
-            "--device",
-            "cpu",
-            "--threads",
-            1,
-        )
-    )
-    assert records(again)[-1] == last
 
 
+@pytest.mark.long
 def test_interrupted_it_ends_its_runs_with_checkpoints(start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "s"
     sweep = start("sweep", "run", folder, *WORDS, "--epochs", 500, "--jobs", 2)
@@ -79,6 +64,7 @@ def test_interrupted_it_ends_its_runs_with_checkpoints(start: Start, tmp_path: P
         assert int(newest.name.removeprefix("step-")) == summary["steps"]
 
 
+@pytest.mark.long
 def test_a_run_that_diverges_is_a_result(start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "s"
     words = (*WORDS[:-2], "--vary", "learning_rate=0.1,1e30")

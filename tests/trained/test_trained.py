@@ -36,6 +36,7 @@ def train(folder: Path, **changes: Any) -> Path:
     fields = {
         "data": "digits", "model": "resnet8", "image_size": 8, "eval_crop": 1.0, "gpus": 2, "per_gpu_batch": 32,
         "epochs": 1, "steps": 5, "warmup": "none", "num_classes": 10, "threads": 1, "together": 1,
+        "channels_last": True,
     }  # fmt: skip
     recipe, data = Recipe(**{**fields, **changes}), open_dataset("digits")
     store = CheckpointStore(folder / "checkpoints", 3, metadata_of(recipe, data.train.classes))
@@ -257,6 +258,7 @@ def test_what_holds_no_weights(hvd_lb: Callable[..., Any], tmp_path: Path, run: 
     (damaged / "model.safetensors").write_bytes(content)
     for name, wrong in (
         ("a.safetensors", "is no safetensors file"), ("none", "is not there"), ("new", "has no checkpoint yet"),
+        (".", "is neither a run nor a checkpoint"),
         ("step-00000005", "step-00000005"),
     ):  # fmt: skip
         said = hvd_lb("evaluate", tmp_path / name)
