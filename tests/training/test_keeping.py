@@ -341,7 +341,7 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> No
     """Writing the tensors of the n-th file fails for want of room."""
     from hvd_lb.training import checkpoint
 
-    write, count = checkpoint._save_tensors, [0]
+    write, count = checkpoint.save_tensors, [0]
 
     def full(tensors: Any, file: Path) -> None:
         count[0] += 1
@@ -350,7 +350,7 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> No
             raise OSError(errno.ENOSPC, "No space left on device")
         write(tensors, file)
 
-    monkeypatch.setattr(checkpoint, "_save_tensors", full)
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
 
 
 def test_a_full_disk_does_not_end_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
