@@ -343,12 +343,12 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> No
 
     write, count = checkpoint.save_tensors, [0]
 
-    def full(tensors: Any, file: Path) -> None:
+    def full(tensors: Any, file: Path, metadata: Any) -> None:
         count[0] += 1
         if fails(count[0]):
             file.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(tensors, file)
+        write(tensors, file, metadata)
 
     monkeypatch.setattr(checkpoint, "save_tensors", full)
 
