@@ -6,6 +6,7 @@ It is RUN/report.html at a run's end, and what `hvd-lb report` writes.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -246,9 +247,12 @@ def _flat(content: dict[str, Any]) -> dict[str, Any]:
     """Entries of inner objects as entries of their own."""
     flat: dict[str, Any] = {}
     for name, value in content.items():
-        flat |= (
-            {f"{name} {key}": of for key, of in value.items()} if isinstance(value, dict) else {name: value}
-        )
+        if isinstance(value, dict):
+            flat |= {f"{name} {key}": of for key, of in value.items()}
+        elif name == "command" and isinstance(value, list):
+            flat[name] = shlex.join(map(str, value))
+        else:
+            flat[name] = value
     return flat
 
 

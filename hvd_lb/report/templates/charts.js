@@ -77,7 +77,8 @@
     }
 
     extent() {
-      const xs = this.spec.series.flatMap((series, i) => this.hidden.has(i) ? [] : series.x).map(this.to);
+      const same = all.filter((other) => other.spec.x_label === this.spec.x_label);
+      const xs = same.flatMap((other) => other.spec.series.flatMap((series) => series.x)).map(this.to);
       const low = xs.reduce((a, b) => Math.min(a, b), Infinity), high = xs.reduce((a, b) => Math.max(a, b), -Infinity);
       if (!(low <= high)) return [0, 1];
       if (this.spec.log_x || low === high) return [low - .5, high + .5];
