@@ -197,11 +197,12 @@
         }
       }
       if (best === null) return;
-      const near = 6 / (this.px(1) - this.px(0));
+      const near = 6 / (this.px(1) - this.px(0)), [from, to] = this.view(), margin = (to - from) / 50;
       this.tip.replaceChildren();
       element("b", this.tip, `${this.spec.x_label} ${number(this.back(best))}`);
       const table = element("table", this.tip);
       for (const series of shown) {
+        if (best < this.to(series.x[0]) - margin || best > this.to(series.x.at(-1)) + margin) continue;
         let nearest = 0;
         series.x.forEach((x, i) => {
           if (Math.abs(this.to(x) - best) < Math.abs(this.to(series.x[nearest]) - best)) nearest = i;
