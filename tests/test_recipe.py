@@ -97,6 +97,12 @@ def test_mathematics_leaves_out_what_may_change_on_the_way() -> None:
     assert Recipe(log_every=3).digest() == Recipe().digest() != Recipe(seed=1).digest()
 
 
+def test_a_run_keeps_its_name_in_later_versions() -> None:
+    """Whatever fields these add: one that changes here moves every run to another default directory."""
+    assert Recipe(data="digits", model="resnet8", gpus=4).digest() == "403d2608"
+    assert Recipe(data="digits", model="resnet8", gpus=4, mixup=0.5).digest() != "403d2608"
+
+
 def test_what_rounds_is_mathematics_of_a_reproducible_run() -> None:
     rounding = {"threads": 2, "channels_last": True, "compile": True}
     assert Recipe(**rounding).mathematics() == Recipe().mathematics()
