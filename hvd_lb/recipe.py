@@ -192,6 +192,9 @@ class Recipe(BaseModel):
     random_erasing: float = Field(
         0.0, ge=0, le=1, description="Probability that a rectangle of a crop becomes the mean colour."
     )
+    eval_size: int | None = Field(
+        None, ge=1, le=8192, description="Evaluation: side of that square [default: as --image-size]"
+    )
     eval_crop: float = Field(
         0.875, gt=0, le=1, description="Evaluation: side of the centre crop / shorter side."
     )
@@ -438,6 +441,11 @@ class Recipe(BaseModel):
         if self.random_erasing:
             parts.append(Erase(self.random_erasing, self.image_size, self.mean))
         return RandomWindows(self.seed, self.crop_scale, self.crop_ratio, tuple(parts))
+
+    @property
+    def evaluation_size(self) -> int:
+        """Side of the square the network sees in evaluations, and in use, in pixels."""
+        return self.eval_size or self.image_size
 
     def centre_windows(self) -> CentreWindows:
         """Crop windows of evaluation."""

@@ -113,13 +113,14 @@ def resolve(
     check_cache(resolved.cache, dataset)
     plan = resolved.sample_plan(len(dataset.train))
     _check_recompute_bn(resolved, plan)
-    check_input(
-        resolved.model,
-        resolved.num_classes or len(dataset.train.classes),
-        resolved.image_size,
-        # One image alone in a short last step can be trained on (`allow_single_values`); always one makes no sense.
-        min(2, resolved.per_gpu_batch),
-    )
+    for size in {resolved.image_size, resolved.evaluation_size}:
+        check_input(
+            resolved.model,
+            resolved.num_classes or len(dataset.train.classes),
+            size,
+            # One image alone in a short last step can be trained on (`allow_single_values`), but not always one.
+            min(2, resolved.per_gpu_batch),
+        )
     return Resolved(resolved, dataset, preset, why, plan, resolved.lr_schedule(plan.steps_per_epoch), chosen)
 
 
@@ -200,6 +201,11 @@ def _check_recompute_bn(recipe: Recipe, plan: SamplePlan) -> None:
         )
 
 
+def _sizes(recipe: Recipe) -> str:
+    size, evaluation = (f"{side}×{side}" for side in (recipe.image_size, recipe.evaluation_size))
+    return size if size == evaluation else f"{size} ({evaluation} in evaluations)"
+
+
 def explain(resolved: Resolved, device: str) -> list[tuple[str, str]]:
     """What a run will do on `device`, cpu or cuda, as (topic, sentence) for a person."""
     recipe, plan = resolved.recipe, resolved.plan
@@ -220,7 +226,7 @@ def explain(resolved: Resolved, device: str) -> list[tuple[str, str]]:
         ),
         *_shadowed(recipe.data or ""),
         *(("note", note) for note in resolved.dataset.notes),
-        ("model", f"{recipe.model}, {recipe.image_size}×{recipe.image_size}, {recipe.precision}"),
+        ("model", f"{recipe.model}, {_sizes(recipe)}, {recipe.precision}"),
         (
             "minibatch",
             f"{recipe.gpus} virtual workers × {recipe.per_gpu_batch} = {recipe.global_batch:,} images",

@@ -98,11 +98,17 @@ def _title(resolved: Resolved) -> str:
     return f"{resolved.dataset.name} as {recipe.model} sees it: {size} pixels, recipe {resolved.preset}"
 
 
+def _augmentation(recipe: Recipe) -> str:
+    auto = "" if recipe.auto_augment == "none" else f", {recipe.auto_augment}"
+    erased = f", erased with probability {recipe.random_erasing:g}" if recipe.random_erasing else ""
+    return auto + erased
+
+
 def _subtitle(recipe: Recipe) -> str:
     low, high = recipe.crop_scale
     return (
         f"loader {recipe.loader}, antialias {'on' if recipe.antialias else 'off'}, windows of {100 * low:g} to "
         f"{100 * high:g} % of the area and of aspect {recipe.crop_ratio[0]:.2f} to {recipe.crop_ratio[1]:.2f}, "
-        f"mirrored with probability {recipe.flip:g}, evaluation {100 * recipe.eval_crop:g} % of the shorter side, "
+        f"mirrored with probability {recipe.flip:g}{_augmentation(recipe)}, evaluation {100 * recipe.eval_crop:g} % of the shorter side, "
         f"seed {recipe.seed}"
     )

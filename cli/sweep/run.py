@@ -183,7 +183,8 @@ def _check(sweep: Any, images: int) -> None:
         try:
             recipe.lr_schedule(recipe.sample_plan(images).steps_per_epoch)
             classes, microbatch = recipe.num_classes or 1, min(2, recipe.per_gpu_batch)
-            check_input(recipe.model, classes, recipe.image_size, microbatch)
+            for size in {recipe.image_size, recipe.evaluation_size}:
+                check_input(recipe.model, classes, size, microbatch)
         except UserError as error:
             raise UserError(f"{setting.name}: {error}") from None
 

@@ -76,7 +76,7 @@ def _preprocessing(recipe: Recipe) -> str:
     def listed(values: tuple[float, ...]) -> str:
         return ", ".join(f"{value:g}" for value in values)
 
-    size, smooth = recipe.image_size, "with" if recipe.antialias else "without"
+    size, smooth = recipe.evaluation_size, "with" if recipe.antialias else "without"
     side = "" if recipe.eval_crop == 1 else f" whose side is {recipe.eval_crop:g} of the shorter side"
     return (
         f"`x` is float32 of shape (batch, 3, {size}, {size}), RGB: of each image the central square{side}, "

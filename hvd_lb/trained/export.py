@@ -81,7 +81,7 @@ def export(trained: Trained, form: Format, folder: Path) -> Exported:
 
 def _compare(trained: Trained, model: nn.Module, again: Network) -> tuple[float, float]:
     """Largest difference of a logit, and the largest logit; RuntimeError where they are another network's."""
-    size, random = trained.recipe.image_size, torch.Generator().manual_seed(0)
+    size, random = trained.recipe.evaluation_size, torch.Generator().manual_seed(0)
     difference = largest = 0.0
     with torch.no_grad():
         for images in _BATCHES:
@@ -115,7 +115,7 @@ def _torchvision(trained: Trained, model: nn.Module, folder: Path) -> tuple[Load
 
 def _torch_export(trained: Trained, model: nn.Module, folder: Path) -> tuple[Loading, Network]:
     file = folder / "model.pt2"
-    size = trained.recipe.image_size
+    size = trained.recipe.evaluation_size
     batch = torch.export.Dim("batch", min=1)
     with _quiet():
         program = torch.export.export(
@@ -131,7 +131,7 @@ def _onnx(trained: Trained, model: nn.Module, folder: Path) -> tuple[Loading, Ne
     import onnxruntime  # an extra
 
     file = folder / "model.onnx"
-    size = trained.recipe.image_size
+    size = trained.recipe.evaluation_size
     with _quiet():
         torch.onnx.export(
             model,

@@ -97,7 +97,7 @@ def predict(
             check_header(images, position, images.read(np.array([position]))[0], recipe.max_pixels)
     # One broken file is an error here, whatever the run did with those of its data.
     strict = BadImages(Solo(), False, 0.0, lambda records: None)
-    loaders = open_loaders(recipe, images, device, threads, strict)
+    loaders = open_loaders(recipe, images, recipe.evaluation_size, device, threads, strict)
     windows, size = recipe.centre_windows(), recipe.per_gpu_batch
     batches = (np.arange(start, min(start + size, len(images))) for start in range(0, len(images), size))
     model, dtype, layout = trained.network(device), arithmetic.dtype(recipe), arithmetic.memory_format(recipe)

@@ -48,13 +48,13 @@ class Evaluation:
 
 
 def open_loaders(
-    recipe: Recipe, images: Images, device: torch.device, threads: int, bad_images: BadImages
+    recipe: Recipe, images: Images, size: int, device: torch.device, threads: int, bad_images: BadImages
 ) -> Loaders:
-    """Loaders of a run's microbatches of `images`, decoding with so many threads."""
+    """Loaders of a run's microbatches of `images` for a network that sees `size` pixels, with so many threads."""
     return Loaders(
         recipe.loader,
         images,
-        Preprocessing(recipe.image_size, recipe.mean, recipe.std, recipe.antialias),
+        Preprocessing(size, recipe.mean, recipe.std, recipe.antialias),
         batch_size=recipe.per_gpu_batch,
         device=device,
         threads=threads,
@@ -83,7 +83,7 @@ class Evaluator:
     ) -> Self:
         """That of a run of this recipe."""
         return cls(
-            open_loaders(recipe, images, device, threads, bad_images),
+            open_loaders(recipe, images, recipe.evaluation_size, device, threads, bad_images),
             recipe.centre_windows(),
             device,
             arithmetic.dtype(recipe),

@@ -209,7 +209,9 @@ class Trainer:
             bad_images=BadImages.of(recipe, world, observer.bad_images),
             device=device,
         )
-        self.loaders = open_loaders(recipe, dataset.train, device, threads, self.state.bad_images)
+        self.loaders = open_loaders(
+            recipe, dataset.train, recipe.image_size, device, threads, self.state.bad_images
+        )
         self.evaluator = Evaluator.of(recipe, dataset.val, device, threads, self.state.bad_images)
         self.group_size = self._choose_group_size()
         # Whether the store has what this run begins with.

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.slow
 CLASSES, SIZE, CROP = 12, 32, 0.8
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 RECIPE = (
-    *("--model", "resnet18", "--image-size", SIZE, "--eval-crop", CROP, "--crop-scale", "0.5,1", "--epochs", 2),
+    *("--model", "resnet18", "--image-size", 24, "--eval-size", SIZE, "--eval-crop", CROP),
+    *("--crop-scale", "0.5,1", "--epochs", 2),
     *("--gpus", 2, "--per-gpu-batch", 8, "--learning-rate", 0.8, "--weight-decay", 0.001, "--device", "cpu"),
     *("--mean", ",".join(map(str, MEAN)), "--std", ",".join(map(str, STD)), "--label-smoothing", 0.2),
     *("--on-bad-image", "skip", "--max-bad-images", 0.05, "--threads", 1),

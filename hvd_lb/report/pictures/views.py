@@ -61,7 +61,9 @@ def views(
         recipe.loader,
         images,
         [Microbatch(chosen, of) for of in windows],
-        Preprocessing(recipe.image_size, recipe.mean, recipe.std, recipe.antialias),
+        Preprocessing(
+            recipe.image_size if epochs else recipe.evaluation_size, recipe.mean, recipe.std, recipe.antialias
+        ),
         batch_size=len(chosen),
         device=device,
         threads=1,
