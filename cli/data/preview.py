@@ -109,6 +109,7 @@ def _subtitle(recipe: Recipe) -> str:
     return (
         f"loader {recipe.loader}, antialias {'on' if recipe.antialias else 'off'}, windows of {100 * low:g} to "
         f"{100 * high:g} % of the area and of aspect {recipe.crop_ratio[0]:.2f} to {recipe.crop_ratio[1]:.2f}, "
-        f"mirrored with probability {recipe.flip:g}{_augmentation(recipe)}, evaluation {100 * recipe.eval_crop:g} % of the shorter side, "
+        f"mirrored with probability {recipe.flip:g}{_augmentation(recipe)}, "
+        f"evaluation {100 * recipe.eval_crop:g} % of the shorter side, "
         f"seed {recipe.seed}"
     )
