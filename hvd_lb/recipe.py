@@ -287,6 +287,13 @@ class Recipe(BaseModel):
     reproducible: bool = Field(
         False, description="Bitwise the same run on any number of processes (docs/exactness.md)."
     )
+    audit: float = _free(
+        0.0,
+        "With --reproducible: so many virtual workers a step, at most 1, are computed by a second process, too, which "
+        "finds processes that compute wrongly.",
+        ge=0,
+        le=1,
+    )
     recompute_bn: int | None = Field(
         None,
         ge=1,
@@ -382,6 +389,12 @@ class Recipe(BaseModel):
                 "form 9 needs no correction, so there is none to leave out: use form 10",
                 "momentum_correction",
                 "momentum_form",
+            )
+        if self.audit and not self.reproducible:
+            raise _conflict(
+                "audits compare bits, which are the same on all processes with --reproducible only: add it",
+                "audit",
+                "reproducible",
             )
         if self.nesterov and not self.momentum:
             raise _conflict(

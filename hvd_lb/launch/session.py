@@ -117,6 +117,11 @@ def run_job(
     interrupted. The first SIGINT, SIGTERM or SIGHUP ends the run with a checkpoint after the present step, a second one
     ends it at once.
     """
+    if resolved.recipe.audit and placement.processes == 1:
+        raise UserError(
+            f"--audit {resolved.recipe.audit:g}: one process has nobody to compare with: give --processes 2 or more, "
+            "or --audit 0"
+        )
     run = run_directory(output, resolved.recipe)
     foretold = forecast_for(forecast, resolved.recipe, placement.processes) if forecast else None
     store = CheckpointStore(run.checkpoints)

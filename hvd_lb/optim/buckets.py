@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import FixedPointSum, offsets_of
 from hvd_lb.optim.watched import gathering, gradient, set_gradient
 from hvd_lb.world import Handle, World
@@ -357,6 +358,10 @@ class FixedPointBucket(Bucket):
 
     def own_norm(self) -> Tensor:
         return _squared_norm(list(self._terms.values()))
+
+    def own_digest(self) -> Tensor:
+        """`integer_digest` of the terms of this backward, which has filled the bucket."""
+        return integer_digest([self._terms[slot] for slot in self.slots])
 
     def edited(self) -> bool:
         return False  # `_take` finds it

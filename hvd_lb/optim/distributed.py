@@ -12,7 +12,7 @@ import operator
 import sys
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import GROWTH_BITS, FixedPointOverflow
 from hvd_lb.optim.buckets import DTYPES, Arriving, Bucket, FixedPointBucket, Riders, Slot, plan_buckets
 from hvd_lb.optim.state_dict import broadcast_optimizer, broadcast_tensors
@@ -148,6 +149,7 @@ class DistributedOptimizer(Optimizer):
         self._divisor: int | None = None  # when it is known
         self._lookout = Lookout(self._look)
         self._own_norms: dict[Bucket, Tensor] | None = None  # while they are watched
+        self._own_digests: dict[Bucket, Tensor] | None = None  # as well
         #: Called when a bucket's exchange begins, with its number and bytes: for whoever measures.
         self.on_exchange: Callable[[int, int], None] | None = None
         self._adopt()
@@ -271,6 +273,29 @@ class DistributedOptimizer(Optimizer):
             return None
         return torch.stack(list(noted.values())).sum()
 
+    def watch_digest(self) -> None:
+        """Notes digests of the next backward's gradients, which `own_digest` then tells; with `reproducible_terms`."""
+        self._own_digests = {}
+
+    def own_digest(self) -> Tensor:
+        """`integer_digest` of each parameter's gradient in the backward since `watch_digest`, in one vector.
+
+        Zeros for the parameters of a bucket of which not all had one.
+        """
+        noted, self._own_digests = self._own_digests or {}, None
+        zeros = [torch.zeros(2 * len(bucket.slots), dtype=torch.int64) for bucket in self._buckets]
+        return torch.cat([noted.get(b, zero).cpu() for b, zero in zip(self._buckets, zeros, strict=True)])
+
+    def digest(self, gradients: Mapping[Tensor, Tensor | None]) -> Tensor:
+        """What `own_digest` is where a backward has these gradients, by parameter."""
+        digests = []
+        for bucket in self._buckets:
+            found = [gradients.get(slot.parameter) for slot in bucket.slots]
+            full = [gradient for gradient in found if gradient is not None]
+            missing = torch.zeros(2 * len(found), dtype=torch.int64)
+            digests.append(integer_digest(full).cpu() if len(full) == len(found) else missing)
+        return torch.cat(digests)
+
     def sum_norm(self) -> Tensor:
         """After `synchronize`: the squared norm of the sum of all processes' gradients, before its division."""
         if self._phase not in (Phase.REDUCED, Phase.NORMALISED):
@@ -327,20 +352,26 @@ class DistributedOptimizer(Optimizer):
         With `reproducible_terms` also "exponents", those of the gradients by their parameter's number in the groups.
         """
         state = {**self.optimizer.state_dict(), "steps": self.steps}
-        if self._terms is not None:
-            state["exponents"] = {
-                number: bucket.exponent(slot)
-                for number, (bucket, slot) in self._numbered()
-                if isinstance(bucket, FixedPointBucket)
-            }
-        return state
+        return state if self._terms is None else {**state, "exponents": self.exponents}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads this process's state from `state_dict` of this class or of the wrapped optimizer."""
         own = ("steps", "exponents")
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key not in own})
         self.steps = state_dict.get("steps", self.steps)
-        exponents = state_dict.get("exponents", {})
+        self.exponents = state_dict.get("exponents", {})
+
+    @property
+    def exponents(self) -> dict[int, int]:
+        """Those of the gradients' next sums, by their parameter's number in the groups; with `reproducible_terms`."""
+        return {
+            number: bucket.exponent(slot)
+            for number, (bucket, slot) in self._numbered()
+            if isinstance(bucket, FixedPointBucket)
+        }
+
+    @exponents.setter
+    def exponents(self, exponents: Mapping[int, int]) -> None:
         for number, (bucket, slot) in self._numbered():
             if isinstance(bucket, FixedPointBucket) and number in exponents:
                 bucket.set_exponent(slot, exponents[number])
@@ -521,6 +552,8 @@ class DistributedOptimizer(Optimizer):
         if not bucket.awaited:
             if self._own_norms is not None:
                 self._own_norms.setdefault(bucket, bucket.own_norm())
+            if self._own_digests is not None and isinstance(bucket, FixedPointBucket):
+                self._own_digests.setdefault(bucket, bucket.own_digest())
             if self._armed:
                 self._start(bucket)
             else:

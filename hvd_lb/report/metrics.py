@@ -148,6 +148,11 @@ class RunObserver:
     def repeat(self, record: dict[str, Any]) -> None:
         self._later(self._write, "repeat", record)
 
+    def audit(self, record: dict[str, Any]) -> None:
+        hosts = self._ranks.hosts if self._ranks else ()
+        named = [hosts[rank] for rank in record["liars"] if rank < len(hosts)]
+        self._later(self._write, "audit", {**record, "hosts": named})
+
     def noise(self, record: dict[str, Any]) -> None:
         self._later(self._write, "noise", record)
 
@@ -311,6 +316,9 @@ class SilentObserver:
         pass
 
     def repeat(self, record: dict[str, Any]) -> None:
+        pass
+
+    def audit(self, record: dict[str, Any]) -> None:
         pass
 
     def noise(self, record: dict[str, Any]) -> None:

@@ -74,6 +74,8 @@ class RunView:
                 self._display.note(f"{again}: {record.get('reason')}")
             elif kind == "rollback":
                 self._display.note(_rolled_back(record))
+            elif kind == "audit":
+                self._display.note(f"warning: {audit_line(record)}")
             elif kind == "warning":
                 self._display.note(f"warning: {record.get('message')}")
         for bad in self._bad_images.new_records():
@@ -220,6 +222,19 @@ def together_line(record: dict[str, Any]) -> str:
     figures = ", ".join(f"{of}: {speed(value)}" for of, value in tried if isinstance(value, int | float))
     what = alone if size == 1 else f"{size} virtual workers of a process are computed together"
     return f"from step {record['step'] + 1} on {what}, which is fastest ({figures})"
+
+
+def audit_line(record: dict[str, Any]) -> str:
+    """Who computed what wrongly, by an audit, and how the step is taken now."""
+    liars, hosts = record.get("liars") or [], record.get("hosts") or []
+    places = [f" on {host}" for host in hosts] or [""] * len(liars)
+    who = " and ".join(f"rank {rank}{place}" for rank, place in zip(liars, places, strict=False))
+    moved = record.get("moved_to")
+    by = "" if moved is None else f", with rank {moved} computing that"
+    return (
+        f"epoch {record.get('epoch')} step {record['step']}: {who} computed virtual worker "
+        f"{', '.join(map(str, record.get('workers') or []))} wrongly (--audit); the step is taken again{by}"
+    )
 
 
 def _rolled_back(record: dict[str, Any]) -> str:

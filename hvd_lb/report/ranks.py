@@ -28,7 +28,8 @@ class RankTimes:
     """
 
     def __init__(self, hosts: Sequence[str], workers: Sequence[int], every: float = _RECORD_SECONDS):
-        self._hosts, self._every = hosts, every
+        self.hosts = self._hosts = hosts
+        self._every = every
         self._workers = np.maximum(workers, 1)
         self._spent = np.zeros((len(_STAGES), len(hosts)))
         self._written = time.monotonic()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import FixedPointOverflow, FixedPointSum, offsets_of
 from hvd_lb.optim.buckets import gathering_dtype
 from hvd_lb.training.models import batch_norms
@@ -220,6 +221,18 @@ class RunningStatistics:
             self._add(trained, [part for of_layer in of_worker for part in of_layer], weight)
         self._put_back(trained)
 
+    def digest(self) -> Tensor:
+        """`integer_digest` of the statistics of the microbatches that just went forward, worker by worker."""
+        trained = [forward for forward in self._forwards if forward.count]
+        parts = [part for forward in trained for of_worker in forward.statistics() for part in of_worker]
+        return integer_digest(parts).cpu()
+
+    @torch.no_grad()
+    def forget_forward(self) -> None:
+        """Leave the microbatches that just went forward out of what is added up."""
+        if trained := [index for index, forward in enumerate(self._forwards) if forward.count]:
+            self._put_back(trained)
+
     def _put_back(self, trained: list[int]) -> None:
         """The buffers as they were before the forwards since they were put back last."""
         # Backward does not use the buffers, but autograd would find them changed: .data has no version that it knows.
@@ -280,8 +293,7 @@ class RunningStatistics:
     @torch.no_grad()
     def discard(self) -> None:
         """Forget what was added since the last update, and forwards that were not."""
-        if trained := [index for index, forward in enumerate(self._forwards) if forward.count]:
-            self._put_back(trained)
+        self.forget_forward()
         self._added = [0] * len(self._layers)
         self._microbatches = 0
         if self._layers:

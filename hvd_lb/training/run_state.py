@@ -66,6 +66,21 @@ class RunState:
         self.optimizer.zero_grad()
         self.bad_images.discard()
 
+    def exponents(self) -> tuple[dict[int, int], list[int]]:
+        """Of the next sums in fixed point: those of gradients and of statistics. They follow from the step before."""
+        statistics = self.statistics
+        return (
+            self.optimizer.exponents,
+            list(statistics.exponents) if isinstance(statistics, ReproducibleStatistics) else [],
+        )
+
+    def take_back(self, exponents: tuple[dict[int, int], list[int]]) -> None:
+        """`give_up_step` where all sums of the step were formed; it is taken again with the exponents it had."""
+        self.give_up_step()
+        self.optimizer.exponents = exponents[0]
+        if isinstance(self.statistics, ReproducibleStatistics):
+            self.statistics.exponents = exponents[1]
+
     def finite(self, losses: Tensor) -> bool:
         """Whether weights, velocities and the `losses` of all workers are numbers; the same on all processes."""
         optimizer, _ = flatten_state(self.optimizer.state_dict())

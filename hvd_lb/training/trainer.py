@@ -20,10 +20,12 @@ from typing import Any, Protocol
 import torch
 
 from hvd_lb import arithmetic
+from hvd_lb.audit.audit import Audit, Disagreement
 from hvd_lb.data.decoding.stand_in import StandIn, sizes
 from hvd_lb.data.images import Dataset, refuse_other_images
 from hvd_lb.data.loading.contract import Batch, Loader
 from hvd_lb.errors import UserError
+from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.exact.reproducible import fast_kernels, rounding_environment
 from hvd_lb.optim.buckets import Arriving, Riders
@@ -74,6 +76,9 @@ class Observer(Protocol):
 
     def repeat(self, record: dict[str, Any]) -> None:
         """A step is taken again, and why."""
+
+    def audit(self, record: dict[str, Any]) -> None:
+        """Processes, `liars`, have computed a microbatch wrongly; the step is taken again."""
 
     def noise(self, record: dict[str, Any]) -> None:
         """The gradient noise scale over the last steps, in images, and its interval."""
@@ -209,6 +214,15 @@ class Trainer:
             bad_images=BadImages.of(recipe, world, observer.bad_images),
             device=device,
         )
+        self.audit = Audit(
+            recipe.audit,
+            recipe.seed,
+            recipe.gpus,
+            recipe.fixed_group,
+            world,
+            lambda step: self.plan.step_images(step % self.plan.steps_per_epoch),
+            self._compute_again,
+        )
         self.loaders = open_loaders(
             recipe, dataset.train, recipe.image_size, device, threads, self.state.bad_images
         )
@@ -306,6 +320,11 @@ class Trainer:
                 if repeated.count(self.step) > _MOST_REPEATS:
                     raise
                 self.observer.repeat({**self._position(self.step), "reason": str(overflow)})
+            except Disagreement:
+                repeated.append(self.step)
+                if repeated.count(self.step) > _MOST_REPEATS:
+                    raise
+                self.observer.audit({**self._position(self.step), **asdict(self.audit.settle())})
             except Diverged as diverged:
                 if self.recipe.on_nan == "stop" or self.store is None:
                     raise
@@ -357,7 +376,7 @@ class Trainer:
             self.state.step_taken({}, 0)
             self.said.append(_Said(None, [], epoch_step == 0))
             return self._hear(self.lag)
-        workers = self._workers_with_images(epoch_step)
+        workers = self._workers_with_images(self.step)
         losses: dict[int, torch.Tensor] = {}
         self.state.bad_images.discard()
         self.stages.step = self.step
@@ -371,13 +390,21 @@ class Trainer:
             self.stages.enter(Stage.COMPUTE)
             with self.group_size.timed(sum(len(labels) for _, labels in parts)):
                 each = self.losses(group, parts)
+                audited = self.audit.owns(self.step, group)
+                if audited:
+                    self.state.optimizer.watch_digest()
+                    beside = self._digests_beside(each)
                 self.state.statistics.after_forward()
                 loss = each[0] if len(each) == 1 else torch.stack(each).sum()
                 self.state.optimizer.backward(self.state.scaler.scale(loss), last=group[-1] == workers[-1])
+            if audited:
+                self.audit.note(self.step, torch.cat([self.state.optimizer.own_digest(), beside]))
             if watched:
                 own = self.state.optimizer.own_norm(), sum(len(labels) for _, labels in parts)
             losses |= zip(group, (loss.detach() for loss in each), strict=True)
             self.observer.microbatch(self.step, len(losses), len(workers))
+        if drawn := self.audit.audits(self.step):
+            self.audit.note(self.step, self._digests(drawn.workers, batches))
         global_images = self.plan.step_images(epoch_step)
         self._synchronize(global_images)
         self._note_norms(*own, global_images)
@@ -439,6 +466,7 @@ class Trainer:
     def _synchronize(self, global_images: int) -> None:
         """Completes all sums of the step, also when one of them overflows: other processes take part in each."""
         overflow: FixedPointOverflow | None = None
+        exponents = self.state.exponents() if self.audit.of(self.step) else ({}, [])
         for complete in (
             self.state.statistics.synchronize,
             partial(self.state.optimizer.synchronize, global_images=global_images),
@@ -450,6 +478,34 @@ class Trainer:
         if overflow:
             self.state.give_up_step()
             raise overflow
+        try:
+            self.audit.compare(self.step)
+        except Disagreement:
+            self.state.take_back(exponents)
+            raise
+
+    def _compute_again(self, step: int, workers: Sequence[int]) -> torch.Tensor:
+        """For an audit, outside of the steps: digests of these workers' microbatches."""
+        with self.kernels(), self.loaders.open(self.microbatch(step, of) for of in workers) as loader:
+            return self._digests(workers, loader)
+
+    def _digests(self, workers: Sequence[int], batches: Iterator[Batch]) -> torch.Tensor:
+        """Those of gradient, statistics and losses of workers, of this process or others; nothing is added by it."""
+        told = len(self.state.bad_images.found)
+        parts = [next(batches) for _ in workers]
+        del self.state.bad_images.found[told:]  # their own process tells them
+        each = self.losses(workers, parts)
+        beside = self._digests_beside(each)
+        loss = each[0] if len(each) == 1 else torch.stack(each).sum()
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        found = torch.autograd.grad(self.state.scaler.scale(loss), learning, allow_unused=True)
+        self.state.statistics.forget_forward()
+        gradients = self.state.optimizer.digest(dict(zip(learning, found, strict=True)))
+        return torch.cat([gradients, beside])
+
+    def _digests_beside(self, losses: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Of the statistics of the forward that was made last, and of its losses."""
+        return torch.cat([self.state.statistics.digest(), integer_digest(losses).cpu()])
 
     def losses(self, workers: Sequence[int], parts: Sequence[Batch]) -> list[torch.Tensor]:
         """The loss of each of these workers, computed together, on its images and labels."""
@@ -486,8 +542,8 @@ class Trainer:
         for step in range(self.step, self.end):
             if step in self.state.left_out:
                 continue
-            epoch_step = step % self.plan.steps_per_epoch
-            for worker in self._workers_with_images(epoch_step):
+            drawn = self.audit.audits(step)
+            for worker in [*self._workers_with_images(step), *(drawn.workers if drawn else ())]:
                 yield self.microbatch(step, worker)
 
     def microbatch(self, step: int, worker: int) -> Microbatch:
@@ -499,8 +555,11 @@ class Trainer:
             ids, draw(ids, *sizes(self.dataset.train, ids)), Origin("train", epoch, step, worker), draw
         )
 
-    def _workers_with_images(self, epoch_step: int) -> list[int]:
-        return [worker for worker in self.workers if len(self.plan.positions(epoch_step, worker))]
+    def _workers_with_images(self, step: int) -> list[int]:
+        """Those that this process computes."""
+        epoch_step = step % self.plan.steps_per_epoch
+        own = [worker for worker in self.workers if len(self.plan.positions(epoch_step, worker))]
+        return self.audit.own_workers(step, own)
 
     def batches(self) -> Loader:
         """This process's microbatches as tensors, from the present step to the end."""
