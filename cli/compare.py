@@ -102,6 +102,8 @@ def _metric(metric: MetricDifference) -> str:
 
 
 def _value(value: object) -> str:
+    if isinstance(value, str) and len(value) > 16:  # a digest
+        return f"{value[:8]}…"
     return f"{value:.9g}" if isinstance(value, float) else "null" if value is None else str(value)
 
 

@@ -30,7 +30,8 @@ _COLOURS = {"ok": "green", "missing": "yellow", "wrong": "red"}
     "--selftest",
     "with_selftest",
     is_flag=True,
-    help="Also run a sum, DALI's pixels and ten training steps on every device here (about a minute).",
+    help="Also run a sum, DALI's pixels and ten training steps on every device here (about a minute). With --hosts: "
+    "whether all of them compute the same bits.",
 )
 @click.option(
     "--network",
@@ -66,10 +67,13 @@ def doctor(
     Each line is ok, missing or wrong, with the fix. A missing GPU or Open MPI is no failure.
     With --hosts or --hostfile it checks those, as `hvd-lb train` does before it starts anything. With --network it
     starts processes there and measures, within a minute or so, allreduces between all and each link between two hosts.
+    With --selftest it has each of them compute the same microbatch: unlike hardware or libraries are found before a
+    reproducible run begins.
 
     \b
     hvd-lb doctor --selftest
     hvd-lb doctor --hosts h1:8,h2:8 --data /data/imagenet --output /shared/runs
+    hvd-lb doctor --hosts h1:8,h2:8 --selftest --output /shared/runs
     hvd-lb doctor --hosts h1:8,h2:8 --network --output /shared/runs
     """
     console = plain_console()
@@ -82,9 +86,13 @@ def doctor(
         return check_network(context, console, launch_options, device, output, figures)
     refuse_options(context, {"figures"}, "is for the figures of --network: give that, or leave it out")
     if launch_options.hosts is not None or launch_options.hostfile is not None:
-        refuse_options(
-            context, {"with_selftest"}, "is for this machine: give it on each host, without --hosts"
-        )
+        if with_selftest:
+            refuse_options(
+                context, {"data", "image"}, "is not looked at with --selftest and --hosts: leave it out"
+            )
+            from hvd_lb_cli.doctor.network import check_alike
+
+            return check_alike(context, console, launch_options, device, output)
         if image is not None:
             refuse_options(
                 context,

@@ -1,4 +1,4 @@
-"""`hvd-lb doctor --network`: what the network between processes does, and which link is not as the others."""
+"""`hvd-lb doctor` with processes on hosts: what the network between them does, and whether they compute alike."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hvd_lb.doctor.alike import unlike
 from hvd_lb.errors import UserError
-from hvd_lb.launch.measuring.network import measure_network
+from hvd_lb.launch.launch_plan import LaunchPlan
+from hvd_lb.launch.measuring.job import compare_bits, measure_network
 from hvd_lb.launch.options import LaunchOptions
 from hvd_lb.launch.preflight.judge import Request
 from hvd_lb.launch.starters.srun import asking_over_srun
 from hvd_lb.launch.starters.ssh import asking_over_ssh
 from hvd_lb.launch.target import find_target
 from hvd_lb.machine.cpu import usable_cores
-from hvd_lb.machine.placement import choose_device, choose_placement, default_gpus
+from hvd_lb.machine.placement import Placement, choose_device, choose_placement, default_gpus
 from hvd_lb.network.measure import NetworkReport
 from hvd_lb.network.words import allreduce_rows, fit_of, host_rows, problems
 from hvd_lb.report.run_directory import replace_text
@@ -61,8 +63,47 @@ def measured_network(
     output: Path,
 ) -> tuple[NetworkReport, int]:
     """Measures with the processes of a run, on CPUs one for each host; also the cores of the host that has fewest."""
+    placement, plan, cores = measuring_plan(context, console, options, device, output)
+    if placement.processes == 1:
+        raise UserError(
+            "--network measures between processes, and here is one: name hosts, as in --hosts h1:8,h2:8"
+        )
+    with console.status(Text(f"measuring between {count(placement.processes, 'process')}")):
+        return measure_network(placement, plan, output.expanduser().absolute()), cores
+
+
+def check_alike(
+    context: click.Context,
+    console: Console,
+    options: LaunchOptions,
+    device: Literal["auto", "cpu", "cuda"],
+    output: Path,
+) -> int:
+    """1 when a process of the hosts computes other bits than the others."""
+    placement, plan, _ = measuring_plan(context, console, options, device, output)
+    with console.status(Text(f"computing a microbatch on {count(placement.processes, 'process')}")):
+        answers = compare_bits(placement, plan, output.expanduser().absolute())
+    wrong = unlike(answers)
+    for line in wrong:
+        click.echo(f"wrong   {line}")
+    if wrong:
+        click.echo("a reproducible run on these hosts would not be reproducible")
+        return 1
+    hosts = len({answer.host for answer in answers})
+    where = f"{count(len(answers), 'process')} on {count(hosts, 'host')}"
+    click.echo(f"ok      {where} compute the same bits: {', '.join(answers[0].digests)}")
+    return 0
+
+
+def measuring_plan(
+    context: click.Context,
+    console: Console,
+    options: LaunchOptions,
+    device: Literal["auto", "cpu", "cuda"],
+    output: Path,
+) -> tuple[Placement, LaunchPlan, int]:
+    """The processes of a run, on CPUs one for each host; how they are started; cores of the host that has fewest."""
     target = find_target(options, device, os.environ)
-    output = output.expanduser().absolute()
     if target.kind == "local":
         refuse_options(context, SSH_OPTIONS, "is about other hosts: name them, as in --hosts h1:8,h2:8")
         cluster = None
@@ -71,7 +112,8 @@ def measured_network(
         placement = choose_placement(there, gpus=processes, processes=processes, threads=1, more=target.more)
     else:
         ask = asking_over_srun(target.gpus) if target.kind == "slurm" else asking_over_ssh(options)
-        request = Request(device, None, output, options.network_interface, target.more)
+        folder = output.expanduser().absolute()
+        request = Request(device, None, folder, options.network_interface, target.more)
         cluster = examine(console, target, request, ask)
         if cluster.device == "cpu" and len(cluster.hosts) > 1:
             said = {host.name: host.slots for host in target.hosts if target.kind == "ssh"}
@@ -79,14 +121,8 @@ def measured_network(
                 cluster, hosts=[replace(host, slots=said.get(host.name) or 1) for host in cluster.hosts]
             )
         placement = cluster.placement(gpus=cluster.slots, processes=None, threads=1)
-    if placement.processes == 1:
-        raise UserError(
-            "--network measures between processes, and here is one: name hosts, as in --hosts h1:8,h2:8"
-        )
     plan = plan_launch(target, cluster, placement, options, None)
-    with console.status(Text(f"measuring between {count(placement.processes, 'process')}")):
-        report = measure_network(placement, plan, output)
-    return report, min(cluster.cores.values()) if cluster else usable_cores()
+    return placement, plan, min(cluster.cores.values()) if cluster else usable_cores()
 
 
 def show_network(console: Console, report: NetworkReport) -> None:

@@ -174,10 +174,11 @@ def _before(
 
 
 def _rows(seen: StepSeen, again: Again, verdict: str) -> list[tuple[str, str]]:
+    clipping = "clipping and " if again.run.recipe.clip_norm else ""
     rows = [
         (f"step {seen.step}", f"epoch {seen.epoch}, learning rate {seen.learning_rate:.6g}"),
         ("loss", f"{seen.loss:.9g}, the mean of {count(_images_of(again, seen.step), 'image')}"),
-        ("gradient norm", f"{seen.gradient_norm:.6g}, of the mean gradient before weight decay"),
+        ("gradient norm", f"{seen.gradient_norm:.6g}, of the mean gradient before {clipping}weight decay"),
     ]
     if seen.worker is not None:
         rows.append(

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from hvd_lb.recipe import Recipe
 from hvd_lb.world.engine import Engine
 
+Task = Literal["train", "network", "alike"]
+
 
 class Job(BaseModel):
     """A checked run: its recipe, where it writes, and on what it runs."""
@@ -33,7 +35,7 @@ class Job(BaseModel):
     hosts: list[tuple[str, int]]  #: filled with ranks in this order
     interfaces: dict[str, str]  #: network interface of each host
     environment: dict[str, str]
-    task: Literal["train", "network"] = "train"  #: what its ranks do
+    task: Task = "train"  #: what its ranks do
 
     def to_json(self) -> str:
         """In ASCII: a path need not be UTF-8, and pydantic's own JSON has to be."""

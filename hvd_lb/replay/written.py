@@ -66,6 +66,7 @@ def _load(trainer: Trainer, step: int, worker: int) -> dict[str, Tensor]:
     microbatch = trainer.microbatch(step, worker)
     with trainer.loaders.open([microbatch]) as loader:
         images, labels = next(loader)
+    images, _ = trainer.mixing(images, labels, step, worker)
     return {
         "images": images.cpu(),
         "labels": labels.cpu(),

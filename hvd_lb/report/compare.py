@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hvd_lb.errors import UserError
+from hvd_lb.exact.digest import PARTS
 from hvd_lb.recipe import FREE_FIELDS, Recipe, differing_fields, load_values, make_recipe
 from hvd_lb.report.compare_tensors import CheckpointComparison, compare_checkpoints
 from hvd_lb.report.metrics import read_records
@@ -23,7 +24,7 @@ from hvd_lb.report.text import count
 from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from hvd_lb.training.pointers import followed
 
-KINDS = ("train", "eval")
+KINDS = ("train", "eval", "digest")
 _NO_RESULT = {"kind", "epoch", "step", "images_per_second", "data_wait"}
 _ABSENT = "absent"
 # How a run was typed says nothing about where it ran.
@@ -104,7 +105,11 @@ def compare_runs(a: Path, b: Path, step: int | None = None) -> Comparison:
         else:
             notes.append("environment.json is absent or damaged: the environments were not compared")
         records = [_records(run, notes) for run in runs]
-        metrics = [_compare_metrics(kind, *(found[kind] for found in records)) for kind in KINDS]
+        metrics = [
+            _compare_metrics(kind, *(found[kind] for found in records))
+            for kind in KINDS
+            if kind != "digest" or any(found[kind] for found in records)
+        ]
     checkpoints = _choose(*sides, step, notes)
     compared = compare_checkpoints(*checkpoints) if checkpoints else None
     return Comparison(mathematics, free, environment, metrics, compared, notes)
@@ -161,7 +166,7 @@ def _compare_metrics(
     fields: dict[str, int] = {}
     found: dict[str, list[tuple[int, Any, Any, float]]] = {}
     for step in common:
-        for field in sorted({*a[step], *b[step]} - _NO_RESULT) if kind == "eval" else ("lr", "loss"):
+        for field in _fields(kind, a[step], b[step]):
             # A training loss is the mean since the record before: comparable over the same steps only.
             comparable = (kind, field) != ("train", "loss") or before_a[step] == before_b[step]
             fields[field] = fields.get(field, 0) + comparable
@@ -175,6 +180,13 @@ def _compare_metrics(
         for field, cases in found.items()
     ]
     return MetricsComparison(kind, (len(a), len(b)), len(common), fields, differing)
+
+
+def _fields(kind: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Sequence[str]:
+    """What of two records of a step is compared."""
+    if kind == "digest":  # in float mode there is none of statistics; a link is of everything before
+        return [part for part in PARTS if part in a and part in b]
+    return sorted({*a, *b} - _NO_RESULT) if kind == "eval" else ("lr", "loss")
 
 
 def _steps_before(records: Mapping[int, Any]) -> dict[int, int | None]:

@@ -45,7 +45,7 @@ COMMANDS: dict[str, tuple[tuple[object, ...], Begun]] = {
     "doctor": (("doctor",), lambda process, folder: len(children(process)) > 2),
     "doctor --network": (
         ("doctor", "--network", "--device", "cpu", "--output", "."),
-        lambda process, folder: list(folder.glob(".hvd-lb-network-*/logs/rank-*.log")),
+        lambda process, folder: list(folder.glob(".hvd-lb-measuring-*/logs/rank-*.log")),
     ),
 }
 

@@ -163,7 +163,7 @@ OTHERS = [
     (doctor, (), parameters(doctor).keys() - {"hosts", "hostfile", "with_selftest", "network"}),
     (doctor, ("--hosts", "h1:1"), {"figures"}),
     (doctor, ("--network",), {"with_selftest", "image", "ssh_port", "ssh_key", "network_interface"}),
-    (doctor, ("--hosts", "h1:1"), {"with_selftest"}),
+    (doctor, ("--hosts", "h1:1", "--selftest"), {"image"}),
 ]
 
 

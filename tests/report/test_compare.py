@@ -96,6 +96,24 @@ def test_identical_runs(tmp_path: Path) -> None:
     ] * 4
 
 
+def digest(step: int, weights: str = "w", **more: str) -> dict[str, Any]:
+    return {"kind": "digest", "epoch": 0, "step": step, "weights": weights, "velocities": "v", **more}
+
+
+def test_digests_tell_where_two_runs_part(tmp_path: Path) -> None:
+    """Between two evaluations, and although the links of other records differ; statistics only where both have them."""
+    digests = [digest(9, chain="1", statistics="s"), digest(19, chain="2"), digest(29, chain="3")]
+    others = [digest(9, chain="a"), digest(19, "x", chain="b"), digest(29, "y", chain="c")]
+    a = make_run(tmp_path / "a", metrics=[*METRICS, *digests])
+    compared = compare_runs(a, make_run(tmp_path / "b", metrics=[*METRICS, *others]))
+    assert not compared.identical
+    (found,) = (metrics for metrics in compared.metrics if metrics.kind == "digest")
+    assert (found.records, found.compared) == ((3, 3), 3)
+    ((field, count, step),) = ((of.field, of.records, of.step) for of in found.differing)
+    assert (field, count, step) == ("weights", 2, 19)
+    assert compare_runs(a, make_run(tmp_path / "c", metrics=[*METRICS, *digests])).identical
+
+
 def test_speed_hardware_free_fields_and_other_records_are_no_difference(tmp_path: Path) -> None:
     records = [{**record, "epoch": 7, "images_per_second": 1.0, "data_wait": 0.1} for record in METRICS]
     comparison = compare(

@@ -18,8 +18,8 @@ def log_name(rank: int, host: str) -> str:
     return f"rank-{rank:04d}-{host}.log"
 
 
-#: What rank 0 writes where the ranks have measured the network.
-NETWORK_REPORT = "network.json"
+#: What rank 0 writes where the ranks have measured something.
+MEASURED = "measured.json"
 
 #: What a rank says when another one has failed: Horovod's error, and ours for torch.distributed.
 OF_OTHERS = ("HorovodInternalError", "ExchangeError")

@@ -128,10 +128,11 @@ def main(job_text: str, rank: int, host: str, cores: int, end: Callable[[int], o
                 f"rank {rank} of {job.processes} found itself to be rank {world.rank} of {world.size}: "
                 "the launcher did not tell it who it is"
             )
-        if job.task == "network":
-            from hvd_lb.launch.rank.network import measure_network
+        if job.task != "train":
+            from hvd_lb.launch.rank import measuring
 
-            measure_network(job, world, _ready(job, world), host)
+            work = measuring.measure_network if job.task == "network" else measuring.compare_bits
+            work(job, world, _ready(job, world), host)
         else:
             with (
                 stop_requested.watched() if rank == 0 else nullcontext(),

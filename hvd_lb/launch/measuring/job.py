@@ -1,21 +1,23 @@
-"""A job whose ranks measure the network instead of training, started as a run is.
+"""A job whose ranks measure something instead of training, started as a run is.
 
 Its files are in a folder of its own, in the one of the output, which all hosts share; it is gone at the end.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hvd_lb.doctor.alike import Answer
 from hvd_lb.errors import UserError
-from hvd_lb.launch.job import Job
+from hvd_lb.launch.job import Job, Task
 from hvd_lb.launch.launch_plan import LaunchPlan, process_environment
 from hvd_lb.launch.processes import RankProcesses
-from hvd_lb.launch.rank.names import NETWORK_REPORT
+from hvd_lb.launch.rank.names import MEASURED
 from hvd_lb.machine.placement import Placement
 from hvd_lb.network.measure import NetworkReport
 from hvd_lb.recipe import Recipe
@@ -29,10 +31,21 @@ def measure_network(placement: Placement, launch: LaunchPlan, output: Path) -> N
 
     UserError when they could not, with the reason of the first that failed.
     """
+    return NetworkReport.model_validate_json(_measured("network", "the network", placement, launch, output))
+
+
+def compare_bits(placement: Placement, launch: LaunchPlan, output: Path) -> list[Answer]:
+    """What each rank has computed from the same microbatch, by rank; as `measure_network`."""
+    text = _measured("alike", "a microbatch on each host", placement, launch, output)
+    return [Answer.model_validate(answer) for answer in json.loads(text)]
+
+
+def _measured(task: Task, what: str, placement: Placement, launch: LaunchPlan, output: Path) -> str:
+    """The report that rank 0 of such a job has written."""
     with _folder(output) as run:
         lock = run.lock()
         job = Job(
-            task="network",
+            task=task,
             recipe=Recipe.model_validate({"gpus": placement.processes}),
             output=run.path,
             device=placement.device,
@@ -55,12 +68,12 @@ def measure_network(placement: Placement, launch: LaunchPlan, output: Path) -> N
             lock.close()
         if status is None:
             raise UserError(
-                f"the network could not be measured within {_MOST_SECONDS:.0f} s: name fewer hosts, to find "
-                "the one that hangs"
+                f"{what} could not be measured within {_MOST_SECONDS:.0f} s: name fewer hosts, to find the one "
+                "that hangs"
             )
         if status:
-            raise UserError(f"the network could not be measured: {processes.failure(status)}")
-        return NetworkReport.model_validate_json((run.path / NETWORK_REPORT).read_text("utf-8"))
+            raise UserError(f"{what} could not be measured: {processes.failure(status)}")
+        return (run.path / MEASURED).read_text("utf-8")
 
 
 @contextmanager
@@ -68,7 +81,7 @@ def _folder(output: Path) -> Iterator[RunDirectory]:
     """A new folder in the nearest one that exists, for its owner alone."""
     parent = next(folder for folder in (output, *output.parents) if folder.is_dir())
     try:
-        path = Path(tempfile.mkdtemp(prefix=".hvd-lb-network-", dir=parent))
+        path = Path(tempfile.mkdtemp(prefix=".hvd-lb-measuring-", dir=parent))
     except OSError as error:
         raise UserError(
             f"output folder {parent} cannot be written ({error.strerror}): choose another --output"
