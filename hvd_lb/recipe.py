@@ -249,6 +249,14 @@ class Recipe(BaseModel):
     cutmix: float = Field(
         0.0, ge=0, le=4, description="CutMix likewise; with both, each microbatch gets one of them."
     )
+    init_from: str | None = _free(
+        None,
+        "Begin with these weights, of a run, a checkpoint or a .safetensors file; of other classes: with a new last "
+        "layer.",
+    )
+    freeze: Literal["none", "backbone"] = Field(
+        "none", description="What does not learn: with backbone all but the last layer."
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the training loss.")
     precision: Precision = Field(
         "fp32",
@@ -485,13 +493,14 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json", exclude=FREE_FIELDS - counting)
 
     def digest(self) -> str:
-        """Eight hexadecimal digits that name the mathematics and the data.
+        """Eight hexadecimal digits that name the mathematics, the data and the weights it begins with.
 
         Fields that have their default are left out, so that those of later versions change no name.
         """
         chosen = self.model_dump(exclude_defaults=True).keys()
         mathematics = {name: value for name, value in self.mathematics().items() if name in chosen}
-        text = json.dumps([self.data, mathematics], sort_keys=True)
+        begins = [self.init_from] if self.init_from else []
+        text = json.dumps([self.data, mathematics, *begins], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def to_yaml(self, leave_out: set[str] | None = None) -> str:

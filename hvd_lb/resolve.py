@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ class Resolved:
     plan: SamplePlan
     schedule: Schedule
     chosen: frozenset[str] = frozenset()  #: the fields that options, or a recipe asked for, name
+    new_head: tuple[str, ...] = ()  #: tensors that do not come from the weights it begins with
 
     @property
     def total_steps(self) -> int:
@@ -71,7 +73,10 @@ def resolve(
     `fallback_data` is used where neither options nor recipe name data (`simulate`: synthetic); without it
     $HVD_LB_DATA or /data is. UserError for what cannot work.
     """
-    from hvd_lb.training.models import check_input  # here and below: needs torch, which --help does not
+    from hvd_lb.training.models import (
+        check_input,
+        new_head,
+    )  # here and below: needs torch, which --help does not
 
     given = check_options(options, recipe)
     chosen = frozenset({**given, **options})
@@ -96,6 +101,8 @@ def resolve(
         given = load_values(preset)
     here = {"gpus": default_gpus, "num_classes": len(dataset.train.classes)}
     places = {"data": absolute_spec(spec)} | ({"val": absolute_spec(val)} if val is not None else {})
+    if begins := options.get("init_from", given.get("init_from")):
+        places["init_from"] = str(Path(begins).expanduser().absolute())
     resolved = _merged(given, preset, {**options, **places}, here)
     if (resolved.num_classes or 0) < len(dataset.train.classes):
         raise UserError(
@@ -121,7 +128,10 @@ def resolve(
             # One image alone in a short last step can be trained on (`allow_single_values`), but not always one.
             min(2, resolved.per_gpu_batch),
         )
-    return Resolved(resolved, dataset, preset, why, plan, resolved.lr_schedule(plan.steps_per_epoch), chosen)
+    schedule = resolved.lr_schedule(plan.steps_per_epoch)
+    classes = resolved.num_classes or len(dataset.train.classes)
+    head = tuple(new_head(resolved, classes)) if resolved.init_from else ()
+    return Resolved(resolved, dataset, preset, why, plan, schedule, chosen, head)
 
 
 def check_options(options: Mapping[str, Any], recipe: str | None) -> Mapping[str, Any]:
@@ -235,6 +245,11 @@ def explain(resolved: Resolved, device: str) -> list[tuple[str, str]]:
         ("length", f"{epochs}, {length}" if not resolved.stops_early else length),
         ("learning rate", resolved.schedule.describe()),
     ]
+    if recipe.init_from:
+        head = f", but for a new last layer ({', '.join(resolved.new_head)})" if resolved.new_head else ""
+        rows.append(("begins with", f"the weights of {recipe.init_from}{head}"))
+    if recipe.freeze != "none":
+        rows.append(("frozen", "all but the last layer"))
     if recipe.together not in ("auto", 1):
         rows.append(("together", f"up to {recipe.together} virtual workers of a process as one batch"))
     if recipe.reproducible:

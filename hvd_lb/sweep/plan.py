@@ -196,8 +196,10 @@ def grown(folder: Path, base: Recipe, mode: Mode) -> Sweep:
         return Sweep(folder, base, mode)
     there = open_sweep(folder)
     differing = differing_fields(there.base.mathematics(), base.mathematics())
-    if there.base.data != base.data:
-        differing.append(f"data: {there.base.data} → {base.data}")
+    for name in ("data", "init_from"):  # free fields, as a run that goes on may find them elsewhere
+        before, now = getattr(there.base, name), getattr(base, name)
+        if before != now:
+            differing.append(f"{name}: {before} → {now}")
     if there.mode != mode:
         differing.append(f"{there.mode} → {mode}")
     if differing:

@@ -362,6 +362,19 @@ def _is_checkpoint(path: Path) -> bool:
     return pointers.CHECKPOINT.fullmatch(path.name) is not None and path.is_dir()
 
 
+def weights_file(path: Path) -> Path:
+    """The model.safetensors that a run (its last checkpoint), a checkpoint or the file itself names; UserError."""
+    if not path.exists():
+        raise UserError(f"{path} is not there: expected a run, a checkpoint or a .safetensors file")
+    if path.is_file() and not pointers.followed(path).is_dir():
+        return path
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints" / "last"
+        if not pointers.followed(path).is_dir():
+            raise UserError(f"{path.parents[1]} has no checkpoint yet: nothing is trained in it")
+    return open_checkpoint(path).path / "model.safetensors"
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint that `path` is or leads to, every byte verified.
 

@@ -6,15 +6,20 @@ Any classification model of torchvision, and the small residual networks for ima
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
+from types import MethodType
 
 import torch
 import torchvision
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from hvd_lb.errors import UserError, nearest
+from hvd_lb.recipe import Recipe
+from hvd_lb.training.checkpoint import weights_file
 
 # Depth of each: 3 stages of (depth − 2) / 6 blocks.
 SMALL_RESNETS = {f"resnet{depth}": (depth - 2) // 6 for depth in (8, 14, 20, 32, 44, 56, 110)}
@@ -122,6 +127,54 @@ def initialise(model: nn.Module, *, zero_gamma: bool) -> None:
                 nn.init.zeros_(module.bn3.weight)
             elif isinstance(module, BasicBlock):
                 nn.init.zeros_(module.bn2.weight)
+
+
+def last_layer(model: nn.Module) -> str:
+    """The name of the layer that gives the logits: the last one with weights that is no batch norm."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return layers[-1]
+
+
+def take_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> list[str]:
+    """Gives `model` the tensors of a network of the same kind; those of the last layer keep their values where the
+    other network tells other classes apart. Their names; UserError where it is no such network.
+    """
+    own = model.state_dict()
+    head = f"{last_layer(model)}."
+    other = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
+    wrong = sorted(own.keys() ^ tensors.keys()) + [
+        name for name in other if not name.startswith(head) or tensors[name].shape[1:] != own[name].shape[1:]
+    ]
+    if wrong:
+        raise UserError(
+            f"--init-from {source}: holds the weights of another network ({wrong[0]} and "
+            f"{len(wrong) - 1} more differ): give the --model that they are of"
+        )
+    model.load_state_dict({name: own[name] if name in other else tensors[name] for name in own})
+    return other
+
+
+def new_head(recipe: Recipe, classes: int) -> list[str]:
+    """What `take_weights` would leave as it is of the weights that a recipe begins with; reads shapes only."""
+    assert recipe.init_from
+    file = weights_file(Path(recipe.init_from))
+    try:
+        with safe_open(file, "pt") as opened:
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"--init-from {file}: is no safetensors file ({error})") from None
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return take_weights(_without_memory(recipe.model, classes), tensors, str(file))
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Nothing but the last layer learns; batch norm elsewhere uses its running statistics, and keeps them."""
+    head = last_layer(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(f"{head}."))
+    for norm in batch_norms(model):
+        norm.eval()
+        norm.train = MethodType(lambda self, mode=True: self, norm)  # type: ignore[method-assign]
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

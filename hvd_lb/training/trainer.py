@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file
 
 from hvd_lb import arithmetic
 from hvd_lb.audit.audit import Audit, Disagreement
@@ -39,10 +40,16 @@ from hvd_lb.plan.mixing import Mixing, Targets
 from hvd_lb.recipe import Recipe, differing_fields, period_in_seconds, period_in_steps
 from hvd_lb.training.bad_images import BadImages
 from hvd_lb.training.batchnorm import allow_single_values, running_statistics
-from hvd_lb.training.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore, open_checkpoint
+from hvd_lb.training.checkpoint import (
+    BackgroundWriter,
+    Checkpoint,
+    CheckpointStore,
+    open_checkpoint,
+    weights_file,
+)
 from hvd_lb.training.clock import StepClock, Timer
 from hvd_lb.training.evaluation import Evaluation, Evaluator, Stopped, open_loaders
-from hvd_lb.training.models import build_model, sum_loss
+from hvd_lb.training.models import build_model, freeze_backbone, sum_loss, take_weights
 from hvd_lb.training.recomputation import Recomputation
 from hvd_lb.training.run_state import RunState
 from hvd_lb.training.together import Group, GroupSize, draw_apart, room_for_groups, strange
@@ -177,6 +184,10 @@ class Trainer:
             zero_gamma=recipe.zero_gamma,
             bn_momentum=recipe.bn_momentum,
         ).to(device, self.dtype)
+        if recipe.init_from and not checkpoint:
+            take_weights(self.model, load_file(weights_file(Path(recipe.init_from))), recipe.init_from)
+        if recipe.freeze == "backbone":
+            freeze_backbone(self.model)
         self.model.to(memory_format=self.memory_format)
         allow_single_values(self.model)
         self.forward = torch.compile(self.model) if recipe.compile else self.model

@@ -1,0 +1,117 @@
+"""Runs that begin with trained weights, and learn all of them or the last layer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_trainer import largest_difference, make_trainer, run_steps, small_recipe
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
+from hvd_lb.training.models import build_model
+from hvd_lb.training.trainer import Trainer
+
+
+def weights(path: Path, classes: int = 5, model: str = "resnet8") -> Path:
+    """Of a network that has seen something: no weight or statistic is as it begins."""
+    network = build_model(model, classes, seed=9, zero_gamma=False)
+    random = torch.Generator().manual_seed(0)
+    for tensor in network.state_dict().values():
+        if tensor.is_floating_point():
+            tensor += 0.1 * torch.rand(tensor.shape, generator=random)
+    save_file(network.state_dict(), path)
+    return path
+
+
+def test_all_of_them_or_all_but_a_new_head(tmp_path: Path) -> None:
+    fresh = make_trainer(small_recipe()).model.state_dict()
+    same = make_trainer(small_recipe(init_from=str(weights(tmp_path / "5.safetensors"))))
+    other = make_trainer(small_recipe(init_from=str(weights(tmp_path / "7.safetensors", classes=7))))
+    trained = build_model("resnet8", 5, seed=9, zero_gamma=False).state_dict()
+    for name, tensor in other.model.state_dict().items():
+        begun = same.model.state_dict()[name]
+        if name.startswith("fc."):
+            assert torch.equal(tensor, fresh[name])
+            assert not torch.equal(begun, fresh[name])
+        else:
+            assert torch.equal(tensor, begun)
+            if tensor.is_floating_point():
+                assert 0 < (begun - trained[name]).abs().max() <= 0.11
+
+
+def test_a_checkpoint_comes_first(tmp_path: Path) -> None:
+    recipe = small_recipe(init_from=str(weights(tmp_path / "a.safetensors")), steps=1)
+    trainer = make_trainer(recipe, store=CheckpointStore(tmp_path / "c"))
+    trainer.fit()
+    (tmp_path / "a.safetensors").unlink()
+    again = make_trainer(recipe, checkpoint=open_checkpoint(tmp_path / "c" / "last"))
+    assert largest_difference(again.model, trainer.model) == 0
+    begun = make_trainer(small_recipe(init_from=str(tmp_path / "c" / "last")))
+    assert largest_difference(begun.model, trainer.model) == 0
+    assert begun.step == 0
+
+
+def plain_head(trainer: Trainer, steps: int) -> nn.Module:
+    """A linear layer on features that never change, by plain PyTorch."""
+    recipe, plan = trainer.recipe, trainer.plan
+    model = build_model("resnet8", 5, seed=0)
+    model.load_state_dict(trainer.model.state_dict())
+    model = model.double().eval()
+    optimizer = torch.optim.SGD(
+        model.fc.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
+    )
+    with trainer.batches() as batches:
+        for step in range(steps):
+            optimizer.zero_grad()
+            for _ in range(recipe.gpus):
+                x, y = next(batches)
+                loss = F.cross_entropy(model(x.double()), y, reduction="sum")
+                (loss / plan.step_images(step % plan.steps_per_epoch)).backward()
+            optimizer.param_groups[0]["lr"] = trainer.schedule(step)
+            optimizer.step()
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_frozen_backbone_is_a_linear_layer_on_fixed_features(tmp_path: Path, reproducible: bool) -> None:
+    recipe = small_recipe(
+        init_from=str(weights(tmp_path / "a.safetensors", classes=7)),
+        freeze="backbone",
+        reproducible=reproducible,
+    )
+    trainer = make_trainer(recipe)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    plain = plain_head(trainer, 4)
+    run_steps(trainer, 4)
+    assert largest_difference(trainer.model, plain) < 1e-12
+    changed = [
+        name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])
+    ]
+    assert changed == ["fc.weight", "fc.bias"]
+
+
+WORDS = ("--data", "digits", "--model", "resnet8", "--gpus", 2, "--per-gpu-batch", 16, "--device", "cpu")
+
+
+def test_what_is_new_is_said_before_the_run(hvd_lb: Callable[..., Any], tmp_path: Path) -> None:
+    file = weights(tmp_path / "7.safetensors", classes=7)
+    said = hvd_lb("train", *WORDS, "--init-from", file, "--freeze", "backbone", "--dry-run", "--processes", 1)
+    assert said.status == 0, said.err
+    assert f"begins with: the weights of {file}, but for a new last layer (fc.weight, fc.bias)\n" in said.out
+    assert "frozen: all but the last layer\n" in said.out
+    for name, wrong in (
+        ("none", "is not there"),
+        (weights(tmp_path / "20.safetensors", model="resnet20"), "holds the weights of another network"),
+        (__file__, "is no safetensors file"),
+    ):
+        refused = hvd_lb("train", *WORDS, "--init-from", name, "--dry-run", "--processes", 1)
+        assert (refused.status, refused.out) == (2, ""), name
+        assert wrong in refused.err
+        assert refused.err.count("\n") == 1
