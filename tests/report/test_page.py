@@ -33,8 +33,10 @@ def make_run(path: Path, **fields: Any) -> RunDirectory:
         for step in (*range(8), *range(5, 20))
     ]
     lines[3:3] = [{"kind": "warning", "epoch": 0, "step": 3, "message": "the disk is </script><b>full</b>"}]
-    lines[9:9] = [{"kind": "rollback", "step": 7, "to": 5, "left_out": True}]
+    lines[:0] = [{"kind": "begin", "step": -1, "recipe": {}}, {"kind": "digest", "epoch": 0, "step": 0}]
+    lines[11:11] = [{"kind": "rollback", "step": 7, "to": 5, "left_out": True}]
     lines += [
+        {"kind": "generation", "step": 14, "to": 15, "before": 3, "processes": 2},
         {"kind": "noise", "epoch": 1, "step": 15, "noise_scale": 900.0, "low": 500.0, "high": 4000.0},
         {"kind": "noise", "epoch": 1, "step": 16, "noise_scale": None, "low": 500.0, "high": None},
         {
@@ -76,6 +78,7 @@ def test_events_are_told_in_their_order(tmp_path: Path) -> None:
         (8, "stop", "stopped after 8 steps, with a checkpoint"),
         (8, "resume", "went on at step 8, 2 → 3 processes"),
         (12, "stand-in", "epoch 1: 2 images that could not be decoded, others stood in"),
+        (14, "generation", "went on with other processes: 3 → 2"),
     ]
 
 
@@ -87,7 +90,7 @@ def test_the_page_of_one_run(tmp_path: Path) -> None:
     assert (charts["error"]["series"][0]["x"], charts["error"]["series"][0]["y"]) == ([2.0], [12.345])
     assert charts["noise"]["series"][0]["high"] == [4000.0]
     assert len(charts["loss"]["series"][0]["x"]) == 20
-    assert [mark["x"] for mark in charts["loss"]["marks"]] == [0.3, 0.7, 0.8, 0.8, 1.2]
+    assert [mark["x"] for mark in charts["loss"]["marks"]] == [0.3, 0.7, 0.8, 0.8, 1.2, 1.4]
     assert "<b>full" not in page
     assert "</script>&lt;" not in page
     for text in ("12.35 %", "20 of 20", "finished", "100 images/s (median)", "1 min 1 s", "stood in"):

@@ -16,8 +16,8 @@ from hvd_lb.report.metrics import read_metrics
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.report.text import count
 
-# Records that are curves, or nothing that happened.
-_CURVES = {"train", "eval", "ranks", "checkpoint", "together", "noise"}
+# Records of something that happened; others are curves, digests and notes.
+_HAPPENED = {"warning", "rollback", "repeat", "generation"}
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ def _of_records(records: Sequence[dict[str, Any]]) -> list[Event]:
     found = []
     for record in records:
         kind = str(record.get("kind"))
-        if kind in _CURVES or "kind" not in record:
+        if kind not in _HAPPENED:
             continue
         if kind == "rollback":
             left = f", and left step {record['step']} out" if record.get("left_out") else ""
             text = f"went back to step {record['to']}{left}"
+        elif kind == "generation":
+            text = f"went on with other processes: {record.get('before')} → {record.get('processes')}"
         else:
             text = str(record.get("message") or record.get("reason") or "") or ", ".join(
                 f"{name} {value}" for name, value in record.items() if name not in ("kind", "epoch", "step")
