@@ -113,7 +113,7 @@ def table(sweep: Sweep, found: Sequence[Result]) -> list[list[str]]:
     heads = [
         *(name.replace("_", " ") for name in fields),
         "minibatch",
-        "learning rate",
+        "scaled learning rate",
         "top-1 error (%)",
         "runs",
     ]
@@ -151,7 +151,16 @@ def as_csv(sweep: Sweep, found: Sequence[Result]) -> str:
     """With every digit, for programs."""
     fields, text = sweep.fields(), io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    more = ("minibatch", "learning_rate", "runs", "diverged", "planned", "mean_error", "std_error", "errors")
+    more = (
+        "minibatch",
+        "scaled_learning_rate",
+        "runs",
+        "diverged",
+        "planned",
+        "mean_error",
+        "std_error",
+        "errors",
+    )
     writer.writerow([*fields, *more])
     for result in found:
         values: list[Any] = [text_of(sweep.value(result.setting, name)) for name in fields]

@@ -77,7 +77,7 @@ def test_tables(hvd_lb: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> Non
     assert re.search(r"8 +256 +0\.1 +diverged +1 of 2, 1 diverged *\n", text.out)
     markdown = hvd_lb("sweep", "table", sweep.folder, "--format", "markdown").out.splitlines()
     assert markdown[:3] == [
-        "| gpus | minibatch | learning rate | top-1 error (%) | runs |",
+        "| gpus | minibatch | scaled learning rate | top-1 error (%) | runs |",
         "| --- | --- | --- | --- | --- |",
         "| 2 | 64 | 0.025 | 11.00 ± 1.41 | 2 of 2 |",
     ]
