@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from hvd_lb.report.metrics import read_metrics
 from hvd_lb.report.page.chart import Chart, Series
+from hvd_lb.report.summary import ended_after
 from hvd_lb.report.text import printable
 from hvd_lb.sweep.plan import Setting, Sweep
 from hvd_lb.sweep.results import Result, within_noise
@@ -71,15 +72,16 @@ def minibatch_chart(
 
 
 def curve_charts(sweep: Sweep, settings: Sequence[Setting]) -> list[Chart]:
-    """Validation error and training loss over epochs of these settings, the mean over their seeds and its range."""
+    """Validation error and training loss over epochs of these settings, the mean over their seeds and its range.
+
+    Of the runs that have ended, where there are any: means over other seeds in each epoch would be no curve.
+    """
     error = Chart("error", "Validation error", "epoch", "top-1 error, validation (%)")
     loss = Chart("loss", "Training loss", "epoch", "loss")
     for setting in settings:
-        records = [
-            read_metrics(point.run.metrics)
-            for point in sweep.points_of(setting)
-            if point.run.metrics.exists()
-        ]
+        begun = [point for point in sweep.points_of(setting) if point.run.metrics.exists()]
+        ended = [point for point in begun if ended_after(point.run)]
+        records = [read_metrics(point.run.metrics) for point in ended or begun]
         for chart, kind, name in ((error, "eval", "top1_error"), (loss, "train", "loss")):
             by_epoch: dict[int, list[float]] = {}
             for of_run in records:

@@ -136,7 +136,8 @@ def test_figure_2(hvd_lb: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> N
     assert [series["name"] for series in error["series"]] == ["gpus=2", "gpus=16"]
     assert error["series"][0]["y"] == [90.0, 31.0, 11.0, 11.5, 10.5, 11.25]
     assert error["series"][0]["low"] == [90, 12, 9, 11, 10, 10]
-    assert error["series"][1]["x"] == [1, 2, 3, 4, 5, 6]
+    assert error["series"][1]["x"] == [1, 2, 3, 4, 5, 6]  # of the run that has ended
+    assert error["series"][1]["y"] == [30] * 6
     assert loss["series"][0]["y"][0] == 9.0
     wrong = hvd_lb("sweep", "figure", sweep.folder, "--output", page, *words, "--baseline", "gpus=2")
     assert wrong.status == 2
