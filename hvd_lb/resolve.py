@@ -73,10 +73,8 @@ def resolve(
     `fallback_data` is used where neither options nor recipe name data (`simulate`: synthetic); without it
     $HVD_LB_DATA or /data is. UserError for what cannot work.
     """
-    from hvd_lb.training.models import (
-        check_input,
-        new_head,
-    )  # here and below: needs torch, which --help does not
+    # Here and below: needs torch, which --help does not.
+    from hvd_lb.training.models import check_input, new_head
 
     given = check_options(options, recipe)
     chosen = frozenset({**given, **options})
