@@ -14,6 +14,8 @@ from rich.text import Text
 
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count
+from hvd_lb_cli.options.given import refuse_options
+from hvd_lb_cli.output.progress import long_progress
 from hvd_lb_cli.output.show import print_rows
 from hvd_lb_cli.output.terminal import plain_console
 
@@ -39,7 +41,29 @@ _RUN = click.Path(path_type=Path)
     show_default=True,
     help="Differing tensors that are listed, the worst first.",
 )
-def compare(run_a: Path, run_b: Path, step: int | None, tensors: int) -> int:
+@click.option(
+    "--replay",
+    "again",
+    is_flag=True,
+    help="Take steps of both runs again here, from where they are the same, and name the first tensor that differs.",
+)
+@click.option(
+    "--most-steps",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    help="With --replay: at most so many steps of each.",
+)
+@click.pass_context
+def compare(
+    context: click.Context,
+    run_a: Path,
+    run_b: Path,
+    step: int | None,
+    tensors: int,
+    again: bool,
+    most_steps: int,
+) -> int:
     """Compare two run directories, or two checkpoints; exit code 0 when they are bitwise identical, 1 when not.
 
     Recipe, metrics and every tensor of a checkpoint that both have; the last line is the verdict. What does not touch
@@ -48,8 +72,11 @@ def compare(run_a: Path, run_b: Path, step: int | None, tensors: int) -> int:
     \b
     hvd-lb compare runs/one-process runs/two-processes
     hvd-lb compare runs/a runs/b --step 440
+    hvd-lb compare runs/a runs/b --replay
     hvd-lb compare runs/a/checkpoints/best runs/b/checkpoints/last
     """
+    if not again:
+        refuse_options(context, {"most_steps"}, "is for steps that are taken again: add --replay")
     from hvd_lb.report.compare import compare_runs  # needs torch
 
     console = plain_console()
@@ -61,8 +88,43 @@ def compare(run_a: Path, run_b: Path, step: int | None, tensors: int) -> int:
     print_rows(console, [("A", str(run_a)), ("B", str(run_b)), *_rows(comparison)])
     if comparison.checkpoint:
         _print_tensors(console, comparison.checkpoint.differing, tensors)
+    if again:
+        _tell_parting(console, run_a, run_b, most_steps)
     click.echo("bitwise identical" if comparison.identical else _verdict(comparison))
     return 0 if comparison.identical else 1
+
+
+def _tell_parting(console: Console, run_a: Path, run_b: Path, most_steps: int) -> None:
+    import torch
+
+    from hvd_lb.machine.placement import choose_device
+    from hvd_lb.replay.parting import find_parting
+    from hvd_lb.replay.recorded import open_run
+
+    device = torch.device(choose_device("auto"))
+    with long_progress(console) as progress:
+        parting = find_parting(
+            open_run(run_a),
+            open_run(run_b),
+            device,
+            most_steps,
+            lambda step, first, end: progress("steps of both", step + 1 - first, end - first),
+        )
+    steps = f"steps {parting.start} to {parting.end - 1}"
+    if parting.step is None:
+        rows = [("taken again", f"{steps}: both recipes give the same bits here")]
+    else:
+        count_of = count(len(parting.tensors), "tensor")
+        rows = [
+            (
+                "taken again",
+                f"they part in step {parting.step}: first in {parting.tensors[0]}, of {count_of} that differ",
+            )
+        ]
+    for name, unlike in zip("AB", parting.unlike, strict=True):
+        if unlike:
+            rows.append((f"{name} by itself", f"is not what its recipe gives here: {unlike}"))
+    print_rows(console, rows)
 
 
 def _rows(comparison: Comparison) -> list[tuple[str, str]]:

@@ -189,11 +189,15 @@ class Again(SilentObserver):
             except FixedPointOverflow:
                 pass  # as in the run
 
-    def digests(self) -> dict[str, str]:
-        """Of what has been learnt up to now."""
+    def learnt(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copies of what has been learnt up to now: the model's tensors and the optimizer's."""
         if self.run.recipe.reproducible:
             self.trainer.state.statistics.publish()
-        return state_digests(*self.trainer.state.learnt(statistics=self.run.recipe.reproducible))
+        return self.trainer.state.learnt(statistics=self.run.recipe.reproducible)
+
+    def digests(self) -> dict[str, str]:
+        """Of these."""
+        return state_digests(*self.learnt())
 
     def _compare(self, step: int) -> None:
         if (told := self._trained.get(step)) and self.trainer.state.loss_images:

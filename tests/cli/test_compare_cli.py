@@ -89,6 +89,7 @@ def test_bad_input_is_one_line_and_never_the_exit_code_of_a_difference(hvd_lb: R
         ((run, run, "--step", 23), "has no checkpoint of step 23: it has step 22"),
         ((run, other), "metrics.jsonl cannot be read"),
         ((run,), "RUN_B"),
+        ((run, run, "--most-steps", 3), "--most-steps is for steps that are taken again: add --replay"),
     ):
         said = hvd_lb("compare", *arguments)
         assert (said.status, said.out) == (2, "")
