@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hvd_lb.data.spec import data_folder, data_spec
+from hvd_lb.errors import UserError
 from hvd_lb.launch.allreduce import allreduce_environment, needs_mpi
 from hvd_lb.launch.dry_run import describe
 from hvd_lb.launch.hosts import in_words
@@ -31,6 +32,7 @@ from hvd_lb.launch.starters.ssh import asking_over_ssh, over_ssh
 from hvd_lb.launch.target import Target, find_target
 from hvd_lb.machine.gpus import SHOWN_BY
 from hvd_lb.machine.placement import Placement, choose_device, choose_placement, default_gpus
+from hvd_lb.recipe import Recipe
 from hvd_lb.report.text import count
 from hvd_lb.resolve import check_options, explain, resolve
 from hvd_lb.world.engine import Engine, choose_engine
@@ -45,7 +47,7 @@ from hvd_lb_cli.submit import is_submission, refuse_unused, submit
 _OF_HOROVOD = {"fusion_threshold", "cycle_time", "autotune", "timeline"}
 # What is told again at a restart.
 _OF_A_START = ("processes", "hosts")
-_OF_THE_EXCHANGE = {"engine", "allreduce", *_OF_HOROVOD}
+_OF_THE_EXCHANGE = {"engine", "allreduce", "elastic", "min_processes", *_OF_HOROVOD}
 
 
 def dispatch(
@@ -151,6 +153,9 @@ def _train(
         )
     launch_plan = plan_launch(target, cluster, placement, options.launch, container)
     refuse_of_horovod(context, launch_plan.engine, launch_plan.why_engine)
+    elastic = options.launch.min_processes if options.launch.elastic else None
+    if elastic is not None:
+        refuse_elastic(placement, launch_plan, recipe, elastic)
     if options.launch.dry_run:
         directory = run_directory(options.output, resolved.recipe)
         resume_point = resume_point_of(directory, resolved, placement, options.resume)
@@ -159,7 +164,9 @@ def _train(
             return 0
         click.echo(
             describe(
-                make_job(resolved, placement, launch_plan, directory, resume_point), launch_plan, directory
+                make_job(resolved, placement, launch_plan, directory, resume_point, elastic),
+                launch_plan,
+                directory,
             ),
             nl=False,
         )
@@ -192,6 +199,7 @@ def _train(
         console=console,
         on_ready=ready,
         forecast=options.launch.forecast,
+        elastic=elastic,
     )
 
 
@@ -199,6 +207,27 @@ def refuse_of_horovod(context: click.Context, engine: Engine, why: str) -> None:
     """UserError for an option that only Horovod reads, where it is not Horovod that exchanges."""
     if engine == "torch":
         refuse_options(context, _OF_HOROVOD, f"is Horovod's own, and this run has torch.distributed ({why})")
+
+
+def refuse_elastic(placement: Placement, plan: LaunchPlan, recipe: Recipe, least: int) -> None:
+    """UserError for a run that cannot be elastic, or not yet."""
+    if least > placement.processes:
+        raise UserError(
+            f"--min-processes {least:,} of {count(placement.processes, 'process')}: give at most as many"
+        )
+    why = ""
+    if placement.device == "cuda":
+        why = "on GPUs: a process that waits within NCCL for a lost one is not freed"
+    elif plan.engine == "horovod" and needs_mpi(plan.environment):
+        why = (
+            "with an --allreduce of Open MPI, which ends all processes with the first: give --allreduce ring"
+        )
+    elif recipe.cache != "none":
+        why = f"with --cache {recipe.cache}, which all processes open together: leave it out"
+    elif recipe.audit:
+        why = "with --audit: leave it out"
+    if why:
+        raise UserError(f"--elastic is not possible yet {why}")
 
 
 def examine(

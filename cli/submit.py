@@ -45,6 +45,8 @@ _STARTED = {
     "submit-slurm": "as a Slurm job",
     "submit-kubernetes": "on Kubernetes",
 }
+# How an elastic run can be started.
+_ELASTIC = ("local",)
 
 
 def is_submission(target: Target, train: TrainOptions) -> bool:
@@ -88,6 +90,15 @@ def refuse_unused(context: click.Context, target: Target, options: SubmitOptions
         "k8s_": target.kind == "submit-kubernetes",
         "per_node": target.kind.startswith("submit"),
     }
+    if "min_processes" in given and "elastic" not in given:
+        raise UserError(
+            "--min-processes is for runs that go on when processes are lost: give --elastic as well"
+        )
+    if "elastic" in given and (target.kind not in _ELASTIC or options.image is not None):
+        raise UserError(
+            f"--elastic is not possible yet for a run that is started {_STARTED[target.kind]}"
+            f"{' in containers' if options.image is not None else ''}: leave it out, and see --restarts"
+        )
     for name, option in given.items():
         prefix = next((prefix for prefix in read if name.startswith(prefix)), None)
         if prefix and not read[prefix]:

@@ -95,6 +95,20 @@ _OPTIONS = (
         "others waiting and where they are. 0: never.",
     ),
     _option(
+        "--elastic",
+        is_flag=True,
+        help="Go on with those that are left when processes are lost; they are started again, and join. docs/"
+        "fault-tolerance.md",
+    ),
+    _option(
+        "--min-processes",
+        type=click.IntRange(min=1),
+        default=LaunchOptions.min_processes,
+        show_default=True,
+        metavar="P",
+        help="With --elastic: with fewer processes wait for those that are being started, or end.",
+    ),
+    _option(
         "--restarts",
         type=click.IntRange(0, 1000),
         default=LaunchOptions.restarts,

@@ -39,10 +39,12 @@ class RankFailure:
 
     message: str
     rank: int | None
-    host: str
+    host: str  #: empty where it is none of a process
     log: Path
 
     def __str__(self) -> str:
+        if not self.host:
+            return f"{self.message} (full log: {self.log})"
         who = "a process" if self.rank is None else f"rank {self.rank}"
         return f"{who} on {self.host} failed: {self.message} (full log: {self.log})"
 
@@ -56,10 +58,12 @@ def find_failure(
     """
     errors = read_errors(logs)
     own = sorted((e for e in errors if e["kind"] not in OF_OTHERS), key=lambda error: error["time"])
+    endings = [json.loads(line) for line in _text(logs / "endings.jsonl").splitlines()]
+    if found := _of_elastic(endings, own, hosts, launcher_log):
+        return found
     if own:
         return _from_error_file(own[0], logs, hosts)
     explained = {error["rank"] for error in errors}
-    endings = [json.loads(line) for line in _text(logs / "endings.jsonl").splitlines()]
     text = _text(launcher_log)
     if failed := _NODE_FAILURE.search(text):
         return RankFailure(
@@ -125,11 +129,31 @@ def _first_rank(name: str, hosts: Sequence[Host]) -> int | None:
     return None
 
 
-def _from_error_file(error: dict[str, Any], logs: Path, hosts: Sequence[Host]) -> RankFailure:
+def _of_elastic(
+    endings: Sequence[dict[str, Any]],
+    errors: Sequence[dict[str, Any]],
+    hosts: Sequence[Host],
+    launcher_log: Path,
+) -> RankFailure | None:
+    """Why an elastic job did not go on; other failures in it were overcome."""
+    for entry in endings:
+        if "wrong" in entry and (found := [error for error in errors if error["rank"] == entry["wrong"]]):
+            return _from_error_file(found[0], launcher_log.parent, hosts)
+        if gave_up := entry.get("gave_up"):
+            last = f"; {_said(errors[-1])}" if errors else ""
+            return RankFailure(f"{gave_up}{last}", None, "", launcher_log)
+    return None
+
+
+def _said(error: dict[str, Any]) -> str:
     plain = error["kind"] in ("UserError", "Diverged")
-    message = error["message"] if plain else f"{error['kind']}: {error['message']}"
-    host = host_of_rank(hosts, error["rank"])
-    return RankFailure(message, error["rank"], host, logs / log_name(error["rank"], host))
+    return error["message"] if plain else f"{error['kind']}: {error['message']}"
+
+
+def _from_error_file(error: dict[str, Any], logs: Path, hosts: Sequence[Host]) -> RankFailure:
+    first_ones = sum(host.slots or 0 for host in hosts)  # others have joined later
+    host = host_of_rank(hosts, error["rank"]) if error["rank"] < first_ones else error["host"]
+    return RankFailure(_said(error), error["rank"], host, logs / log_name(error["rank"], host))
 
 
 def _in_record(
@@ -147,7 +171,7 @@ def _in_record(
     for entry in endings:
         if late := entry.get("late"):
             return _late(late[0], len(late) - 1, f"{entry['seconds']:.0f}", logs, hosts)
-        if entry["status"] and not entry["signalled"] and entry["rank"] not in explained:
+        if entry.get("status") and not entry["signalled"] and entry["rank"] not in explained:
             return _ended(entry["rank"], entry["status"], logs, hosts, launcher_log)
     return None
 

@@ -35,6 +35,8 @@ class Job(BaseModel):
     hosts: list[tuple[str, int]]  #: filled with ranks in this order
     interfaces: dict[str, str]  #: network interface of each host
     environment: dict[str, str]
+    elastic: bool = False  #: it goes on when ranks are lost
+    min_processes: int = 1  #: with fewer an elastic job waits for new ones, or ends
     task: Task = "train"  #: what its ranks do
 
     def to_json(self) -> str:

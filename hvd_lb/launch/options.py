@@ -63,6 +63,8 @@ class LaunchOptions:
     forecast: Path | None = None  #: what the run is held against at its end
     pin: bool = True
     hang_timeout: float = 300.0  #: s without any progress before the job is ended; 0: never
+    elastic: bool = False  #: go on when processes are lost
+    min_processes: int = 1  #: with fewer an elastic run waits for new ones, or ends
     restarts: int = 0  #: how often a run that has failed is started again
     env: tuple[str, ...] = ()  #: NAME=VALUE, or NAME to take the value it has here
     dry_run: bool = False

@@ -32,6 +32,9 @@ class RankProcesses:
             more = self._during.enter_context(launch.during())
             job = job.model_copy(update={"environment": {**job.environment, **more}})
         replace_text(run.job, job.to_json(), mode=0o600)
+        # The processes that train, by their number in the job, which in its first generation is their rank.
+        hosts = [host.name for host in launch.hosts for _ in range(host.slots or 0)]
+        self.members = dict(enumerate(hosts))
         self._head: socket.socket | None = None
         self._heard = b""
         self._process = launch.started.begin(job.to_json()) if launch.started else self._start(job, lock)
@@ -74,12 +77,16 @@ class RankProcesses:
             return None
 
     def notes(self) -> list[str]:
-        """What the head of the job has to say to a person since the last call."""
+        """What the head of the job has to say to a person since the last call; `members` are as it says."""
         with suppress(OSError):
             while self._head and (more := self._head.recv(1 << 16)):
                 self._heard += more
         *lines, self._heard = self._heard.split(b"\n")
-        return [json.loads(line)["note"] for line in lines]
+        messages = [json.loads(line) for line in lines]
+        for message in messages:
+            if members := message.get("members"):
+                self.members = {int(number): host for number, host in members.items()}
+        return [message["note"] for message in messages if "note" in message]
 
     def signal(self, number: int, rank: int | None = None) -> None:
         """Send a signal to a rank, or to all, wherever they run. Ranks that no agent has started get none."""

@@ -79,9 +79,14 @@ def _rounding_environment(placement: Placement) -> dict[str, Any]:
 
 
 def make_job(
-    resolved: Resolved, placement: Placement, launch: LaunchPlan, run: RunDirectory, resume_point: ResumePoint
+    resolved: Resolved,
+    placement: Placement,
+    launch: LaunchPlan,
+    run: RunDirectory,
+    resume_point: ResumePoint,
+    elastic: int | None = None,
 ) -> Job:
-    """What every process of the run is told."""
+    """What every process of the run is told; `elastic` is the smallest number of processes of one that is elastic."""
     return Job(
         recipe=resolved.recipe,
         output=run.path,
@@ -96,6 +101,8 @@ def make_job(
         hosts=[(host.name, host.slots or 1) for host in launch.hosts],
         interfaces=dict(launch.interfaces),
         environment={**process_environment(placement.threads), **launch.environment},
+        elastic=elastic is not None,
+        min_processes=elastic or 1,
     )
 
 
@@ -110,8 +117,11 @@ def run_job(
     console: Console,
     on_ready: Callable[[], None] = lambda: None,
     forecast: Path | None = None,
+    elastic: int | None = None,
 ) -> int:
     """Train as resolved, telling `on_ready` when all checks have passed; at the end held against a `forecast`.
+
+    `elastic`: going on when processes are lost, with at least so many.
 
     The exit status: 0 at the end, and for a run that has come to it before; 1 when a rank failed, 128 + signal when
     interrupted. The first SIGINT, SIGTERM or SIGHUP ends the run with a checkpoint after the present step, a second one
@@ -159,7 +169,7 @@ def run_job(
         console.print(f"writing to {run.path}", soft_wrap=True)
         if resume_point.step >= resolved.total_steps and not resume_point.evaluation_due:
             return _finish(run, resolved, placement.processes, 0.0, console)
-        job = make_job(resolved, placement, launch, run, resume_point)
+        job = make_job(resolved, placement, launch, run, resume_point, elastic)
         return _watch(job, launch, run, resolved, resume_point, lock.descriptor, console)
     finally:
         said.end()
@@ -209,11 +219,10 @@ def _watch(
         try:
             with RunView(run, display, resume_point.first_record) as view:
                 asked, hung = False, None
-                hangs = HangReports(
-                    run, launch.hosts, job.processes, float(job.environment.get(HANG_TIMEOUT, 0))
-                )
+                hangs = HangReports(run, processes.members, float(job.environment.get(HANG_TIMEOUT, 0)))
                 while (status := processes.wait(_LOOK_SECONDS)) is None and len(received) < 2:
-                    if hung := hangs.look():
+                    hangs.ranks = processes.members
+                    if (hung := hangs.look()) and not _take_out(job, processes, hangs, hung, display):
                         break
                     _heed(read_wish(run.stop), received)
                     if received and not asked:
@@ -239,6 +248,17 @@ def _watch(
         _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began, console)
         return 1
     return _finish(run, resolved, job.processes, time.monotonic() - began, console)
+
+
+def _take_out(job: Job, processes: RankProcesses, hangs: HangReports, hung: str, display: Display) -> bool:
+    """Of an elastic job end those that hang, where others do not; whether that was done."""
+    if not job.elastic or not 0 < len(hangs.late) < len(hangs.ranks):
+        return False
+    display.note(f"{hung}; they are taken out")
+    for rank in hangs.late:
+        processes.signal(signal.SIGKILL, rank)
+    hangs.begin_again()
+    return True
 
 
 def _heed(wish: str, received: list[signal.Signals]) -> None:

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -33,9 +34,9 @@ from hvd_lb.optim.state_dict import broadcast_optimizer, broadcast_tensors
 from hvd_lb.optim.watched import Lookout, gradient
 from hvd_lb.world import Handle, World, current
 
-# Names agree between processes and differ between optimizers of a process. An optimizer of this process alone takes no
-# number: the others know nothing of it.
-_instances = itertools.count()
+# Names agree between the processes of a world and differ between optimizers of a process. An optimizer of this process
+# alone takes no number: the others know nothing of it.
+_instances: WeakKeyDictionary[World, Iterator[int]] = WeakKeyDictionary()
 _hooks = (
     WeakTensorKeyDictionary()
 )  # the hooks on a parameter: a newer optimizer removes those of an older one
@@ -130,7 +131,10 @@ class DistributedOptimizer(Optimizer):
         self._riders = riders
         self._carrier: Bucket | None = None
         self.carried: Arriving | None = None
-        self._name = f"hvd_lb.optimizer.{next(_instances) if self.world.size > 1 else 'alone'}"
+        number = (
+            next(_instances.setdefault(self.world, itertools.count())) if self.world.size > 1 else "alone"
+        )
+        self._name = f"hvd_lb.optimizer.{number}"
         self._order = {p: i for i, p in enumerate(model.parameters())} if model is not None else {}
         self._names: dict[Tensor, str] = (
             {p: name for name, p in model.named_parameters()} if model is not None else {}
@@ -311,6 +315,11 @@ class DistributedOptimizer(Optimizer):
         divisor = (self._divisor or 1) if self._phase is Phase.REDUCED else 1
         slots = [slot for bucket in self._buckets for slot in bucket.slots if slot.present]
         return {self._label(slot.parameter): slot.view.clone().div_(divisor) for slot in slots}
+
+    def abandon(self) -> None:
+        """Forgets all gradients where an exchange cannot be completed, as processes were lost: then this one only has
+        a state that another can take over."""
+        self._reset()
 
     # What the wrapped optimizer has
 

@@ -34,7 +34,15 @@ _NUMBERS = {
     "checkpoint": ("epoch", "stall_seconds"),
     "ranks": ("epoch", "median", "slowest", "slower"),
     "noise": ("epoch", "noise_scale", "low", "high"),
+    "recovered": ("epoch", "seconds"),
 }
+
+
+# Steps from `to` on are told of again after these; and what stays when others are told again.
+_FROM_THERE = ("rollback", "generation")
+_EVENTS = (*_FROM_THERE, "recovered")
+# What comes after a step, and may have to be done when processes were lost meanwhile.
+_AFTER_STEPS = ("digest", "checkpoint", "eval", "seal")
 
 
 class JsonLines:
@@ -47,10 +55,10 @@ class JsonLines:
     def add(self, *records: dict[str, Any]) -> None:
         self._waiting += _lines(records)
 
-    def forget(self, first_step: int) -> None:
+    def forget(self, first_step: int, evaluation_due: bool = False) -> None:
         """The records of steps from there on, which will be added again."""
-        self._waiting = _before(self._waiting, first_step)
-        truncate_metrics(self.path, first_step)
+        self._waiting = _before(self._waiting, first_step, evaluation_due)
+        truncate_metrics(self.path, first_step, evaluation_due=evaluation_due)
 
     def records(self) -> list[dict[str, Any]]:
         """All that count, those included that wait; OSError where the file cannot be read."""
@@ -161,6 +169,17 @@ class RunObserver:
     ) -> None:
         self._later(self._write_digests, record, model, optimizer)
 
+    def generation(self, record: dict[str, Any]) -> None:
+        """Other processes go on from step `to`, as after a rollback; with `redone` they keep and evaluate once more
+        what came of the step before."""
+        self._later(self._write, "generation", record)
+        self._later(self._take_up_chain)
+        self._later(self._forget_bad_images, record["to"], record["redone"])
+
+    def recovered(self, record: dict[str, Any]) -> None:
+        """A generation has taken its first step."""
+        self._later(self._write, "recovered", record)
+
     def rollback(self, record: dict[str, Any]) -> None:
         self._later(self._write, "rollback", record)
         self._later(self._take_up_chain)
@@ -232,9 +251,9 @@ class RunObserver:
                 self._board.close()
             self._open_board()
 
-    def _forget_bad_images(self, first_step: int) -> None:
+    def _forget_bad_images(self, first_step: int, evaluation_due: bool = False) -> None:
         with self._told_of(self._run.bad_images):
-            self._bad_images.forget(first_step)
+            self._bad_images.forget(first_step, evaluation_due)
 
     def _write_bad_images(self, records: Sequence[dict[str, Any]]) -> None:
         self._bad_images.add(*records)
@@ -360,13 +379,20 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _that_count(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without those that a rollback has taken back."""
+    """Without those that a rollback, or a change of the processes, has taken back."""
     records: list[dict[str, Any]] = []
     for record in found:
-        if record.get("kind") == "rollback":
-            records = [old for old in records if old.get("kind") == "rollback" or old["step"] < record["to"]]
+        if record.get("kind") in _FROM_THERE:
+            records = [old for old in records if old.get("kind") in _EVENTS or _counts_after(record, old)]
         records.append(record)
     return records
+
+
+def _counts_after(change: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether a record from before a rollback, or from another generation, is told no more after it."""
+    redone = bool(change.get("redone")) and record.get("kind") in _AFTER_STEPS
+    before: bool = record["step"] < change["to"] - redone
+    return before
 
 
 def last_records(path: Path) -> list[dict[str, Any]]:
@@ -400,7 +426,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict):
         return None
-    steps = ("step", "to") if record.get("kind") == "rollback" else ("step",)
+    steps = ("step", "to") if record.get("kind") in _FROM_THERE else ("step",)
     numbers = _NUMBERS.get(str(record.get("kind")), ())
     whole = all(isinstance(record.get(name), int) for name in steps) and all(
         isinstance(record.get(name), int | float | None) for name in numbers
@@ -436,7 +462,7 @@ def _before(text: bytes, first_step: int, evaluation_due: bool = False) -> bytes
 
 def _begins(record: dict[str, Any]) -> int:
     """The first step that a record tells of: a rollback, whichever step was left out, of that which it goes on from."""
-    step: int = record["to" if record.get("kind") == "rollback" else "step"]
+    step: int = record["to" if record.get("kind") in _FROM_THERE else "step"]
     return step
 
 

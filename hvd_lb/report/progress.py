@@ -14,7 +14,7 @@ from rich.text import Text
 
 from hvd_lb.report.metrics import MetricsFollower
 from hvd_lb.report.run_directory import RunDirectory
-from hvd_lb.report.text import duration, evaluation_line, figure, printable, speed
+from hvd_lb.report.text import duration, evaluation_line, figure, generation_in_words, printable, speed
 
 # Piped output: how often a line of metrics may come, and after how long without any a sign of life does.
 _LINE_SECONDS = 10.0
@@ -76,6 +76,13 @@ class RunView:
                 self._display.note(_rolled_back(record))
             elif kind == "audit":
                 self._display.note(f"warning: {audit_line(record)}")
+            elif kind == "generation":
+                self._display.note(
+                    f"epoch {record.get('epoch')} step {record['step']}: {generation_in_words(record)}"
+                )
+            elif kind == "recovered":
+                after = f"{figure(record.get('seconds'), '.1f')} s after the change was noticed"
+                self._display.note(f"epoch {record.get('epoch')} step {record['step']} was taken {after}")
             elif kind == "warning":
                 self._display.note(f"warning: {record.get('message')}")
         for bad in self._bad_images.new_records():

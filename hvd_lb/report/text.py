@@ -55,3 +55,15 @@ def duration(seconds: float) -> str:
             rest = whole % size // part
             return f"{whole // size} {big}" + (f" {rest} {small}" if rest else "")
     return f"{whole} s"
+
+
+def generation_in_words(record: dict[str, Any]) -> str:
+    """`3 processes go on, before 4 (lost: rank 2 on h1 (ended by SIGKILL)); this step is taken again`."""
+    lost, left = (", ".join(map(str, record.get(name) or ())) for name in ("lost", "left"))
+    why = [f"lost: {lost}" if lost else "", f"asked to leave: {left}" if left else ""]
+    why.append(f"new: {record['joined']}" if record.get("joined") else "")
+    return (
+        f"{record.get('processes')} processes go on, before {record.get('before')} "
+        f"({'; '.join(filter(None, why)) or 'an exchange failed'})"
+        + ("; this step is taken again" if record.get("repeated") else "")
+    )

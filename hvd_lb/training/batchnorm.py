@@ -63,11 +63,20 @@ def _of_single_values(layer: _BatchNorm, x: Tensor) -> Tensor:
 
 
 def running_statistics(
-    model: nn.Module, world: World, reproducible_terms: int | None, group: Group | None = None
+    model: nn.Module,
+    world: World,
+    reproducible_terms: int | None,
+    group: Group | None = None,
+    whole: bool = False,
 ) -> RunningStatistics:
-    """Those of the float mode, or of the reproducible one with at most so many microbatches a sum."""
-    if reproducible_terms is None or not batch_norms(model):
+    """Those of the float mode, or of the reproducible one with at most so many microbatches a sum.
+
+    With `whole` every process has the whole of r after each step, and not a share: for one that may be lost.
+    """
+    if not batch_norms(model):
         return RunningStatistics(model, world, group)
+    if reproducible_terms is None:
+        return (WholeStatistics if whole else RunningStatistics)(model, world, group)
     return ReproducibleStatistics(model, world, reproducible_terms, group)
 
 
@@ -316,6 +325,13 @@ class RunningStatistics:
         torch._foreach_copy_(self._published, self._buffers())
         self._adopt()
 
+    def keep(self) -> None:
+        """Put what this process has of r into the layers' buffers: all of it, where every process has that."""
+        for buffer, share in zip(self._buffers(), self._share, strict=True):
+            buffer.copy_(share)
+        for layer, *updates in zip(self._layers, self._before, self._updates, strict=True):
+            layer.num_batches_tracked.fill_(sum(updates))  # type: ignore[union-attr]
+
     def _agree(self) -> None:
         """Checks that all processes have counted the same updates, and takes over rank 0's count from before."""
         before = torch.tensor(self._before)
@@ -342,6 +358,24 @@ class RunningStatistics:
 def _of(layers: list[int], items: Sequence[T]) -> list[T]:
     """Those of these layers, of which each has two."""
     return [items[number] for index in layers for number in (2 * index, 2 * index + 1)]
+
+
+class WholeStatistics(RunningStatistics):
+    """Added up over the processes at every step: each has the whole of r."""
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        flat = torch.cat([total.flatten() for total in self._sums])
+        self._world.allreduce(flat, "hvd_lb.batch_norm")
+        parts = flat.split([total.numel() for total in self._sums])
+        for part, total in zip(parts, self._sums, strict=True):
+            total.copy_(part.view_as(total))
+
+    def _adopt(self) -> None:
+        torch._foreach_copy_(self._share, self._buffers())
+
+    def _whole(self) -> list[Tensor]:
+        return self._share
 
 
 class ReproducibleStatistics(RunningStatistics):

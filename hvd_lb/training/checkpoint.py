@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from hvd_lb.errors import UserError
@@ -68,6 +68,10 @@ class Checkpoint:
         """Tensors of the optimizer's state, on the CPU (see `hvd_lb.optim.state_dict`)."""
         return load_file(self.path / "optimizer.safetensors")
 
+    def read(self) -> Snapshot:
+        """All of it, in memory."""
+        return Snapshot(self.step, self.model(), self.optimizer(), self.state)
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -77,7 +81,32 @@ class Snapshot:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
-    best: bool
+    best: bool = False
+
+    @property
+    def saved(self) -> SavedState:
+        """The state's fields, with defaults for what an older checkpoint lacks."""
+        return SavedState.from_json(self.state)
+
+    def to_bytes(self) -> bytes:
+        """For another process: the length of a header in JSON, the header, and tensors as safetensors has them."""
+        header = json.dumps({"step": self.step, "state": self.state}).encode()
+        named = {"model": self.model, "optimizer": self.optimizer}
+        tensors = {
+            f"{of}/{name}": tensor for of, tensors in named.items() for name, tensor in tensors.items()
+        }
+        return len(header).to_bytes(8, "big") + header + save(tensors)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Snapshot:
+        """What `to_bytes` has made."""
+        end = 8 + int.from_bytes(data[:8], "big")
+        header = json.loads(data[8:end])
+        found: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        for name, tensor in load(data[end:]).items():
+            of, _, name_there = name.partition("/")
+            found[of][name_there] = tensor
+        return cls(header["step"], found["model"], found["optimizer"], header["state"])
 
 
 class CheckpointStore:

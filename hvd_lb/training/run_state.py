@@ -15,16 +15,17 @@ from hvd_lb.optim import DistributedOptimizer
 from hvd_lb.optim.state_dict import flatten_state, restore_state
 from hvd_lb.training.bad_images import BadImages
 from hvd_lb.training.batchnorm import ReproducibleStatistics, RunningStatistics
-from hvd_lb.training.checkpoint import Checkpoint, copied
+from hvd_lb.training.checkpoint import Snapshot, copied
 from hvd_lb.training.evaluation import Evaluation
 from hvd_lb.training.saved_state import LOSSES, SavedState
-from hvd_lb.world import World
+from hvd_lb.world import Handle, World
 
 
 class RunState:
     """The position in the run (`step`, steps done), what has been learnt, and what has not been told yet.
 
-    `workers` are the virtual workers of this process out of `gpus`.
+    `workers` are the virtual workers of this process out of `gpus`. With `whole` every process has all of it after each
+    step: losses are exchanged in each, and statistics kept so. Then `hand_over` is of one process alone.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class RunState:
         statistics: RunningStatistics,
         bad_images: BadImages,
         device: torch.device,
+        whole: bool = False,
     ):
-        self._world, self._workers = world, workers
+        self._world, self._workers, self.whole = world, workers, whole
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.statistics, self.bad_images = statistics, bad_images
         self.step = 0
@@ -52,13 +54,49 @@ class RunState:
         self.evaluation_due = False
         # Steps whose minibatch is left out (--on-nan rollback).
         self.left_out: set[int] = set()
+        # Of a whole state: the losses of the present step, on their way.
+        self._exchanged: Handle | None = None
+        # As they were before what is under way was begun: exponents change before all sums are there.
+        self._exponents: tuple[dict[int, int], list[int]] | None = None
+
+    def begin(self) -> None:
+        """Notes, of a `whole` state, what has to be as it was when a failure ends what is begun here."""
+        if self.whole:
+            self._exponents = self.exponents()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether something was begun and is not done; known only of a `whole` state."""
+        return self._exponents is not None
+
+    def done(self) -> None:
+        """What was begun is whole."""
+        self._exponents = None
+
+    def exchange_losses(self, losses: Mapping[int, Tensor]) -> None:
+        """Starts adding up the losses of a step by virtual worker, of which a `whole` state has those of all."""
+        if self.whole:
+            sums = torch.zeros_like(self.losses)
+            for worker, loss in losses.items():
+                sums[worker] = loss
+            self._exchanged = self._world.allreduce_async(sums, "hvd_lb.losses.step")
 
     def step_taken(self, losses: Mapping[int, Tensor], images: int) -> None:
-        """A step of `images` images (of all processes) is done; `losses` are sums, by this process's workers."""
-        for worker, loss in losses.items():
-            self.losses[worker] += loss
+        """A step of `images` images (of all processes) is done; `losses` are those of this process's workers."""
+        if self._exchanged:
+            self.losses += self._exchanged.wait()
+            self._exchanged = None
+        else:
+            for worker, loss in losses.items():
+                self.losses[worker] += loss
         self.loss_images += images
         self.step += 1
+        self.done()
+
+    def wait_for_losses(self) -> None:
+        """Until the losses that are exchanged, if any, are there."""
+        if self._exchanged:
+            self._exchanged.wait()
 
     def give_up_step(self) -> None:
         """Forget what was gathered for a step that is not finished."""
@@ -96,7 +134,7 @@ class RunState:
 
     def take_loss_and_sum(self, beside: Tensor) -> tuple[float, Tensor]:
         """`take_loss`, and by the same exchange the sum of `beside` over the processes."""
-        together = torch.cat([self.losses, beside.flatten().to(self.losses)])
+        together = torch.cat([self._own_losses(), beside.flatten().to(self.losses)])
         sums = self._world.allreduce(together, "hvd_lb.losses")
         loss = sums[: len(self.losses)].sum().item() / self.loss_images
         self.losses.zero_()
@@ -164,23 +202,35 @@ class RunState:
         }
         return copied(model), copied(flatten_state(self.optimizer.state_dict())[0])
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Become what was saved; every process loads the same checkpoint."""
-        state = checkpoint.saved
-        self.model.load_state_dict(checkpoint.model())
+    def hand_over(
+        self, steps_per_epoch: int, recipe: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], SavedState]:
+        """As `saved`, by a process alone that has the `whole` state: that at the end of the last step taken."""
+        if self._exponents:  # a step was not finished
+            self.optimizer.exponents = self._exponents[0]
+            if isinstance(self.statistics, ReproducibleStatistics):
+                self.statistics.exponents = self._exponents[1]
+        self.optimizer.abandon()
+        self.statistics.discard()
+        self.statistics.keep()
+        return self.saved(self.losses, steps_per_epoch, recipe, data="", environment={})
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Become what was saved; every process loads the same."""
+        state, tensors = snapshot.saved, snapshot.optimizer
+        self.model.load_state_dict(snapshot.model)
         self.statistics.adopt()
-        tensors = checkpoint.optimizer()
         self.optimizer.load_state_dict(restore_state(tensors, state.optimizer))
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state.scaler)
         if isinstance(self.statistics, ReproducibleStatistics) and state.batch_norm_exponents is not None:
-            self.statistics.exponents = state.batch_norm_exponents
-        self.step = checkpoint.step
+            self.statistics.exponents = list(state.batch_norm_exponents)
+        self.step = snapshot.step
         self.losses.zero_()
-        own = slice(self._workers.start, self._workers.stop)
+        own = slice(None) if self.whole else slice(self._workers.start, self._workers.stop)
         if state.loss_sum is None:
             self.losses[own] = tensors[LOSSES][own].to(self.losses.device)
-        elif own.start == 0:
+        elif self.whole or own.start == 0:
             self.losses[0] = state.loss_sum
         self.loss_images = state.loss_images
         self.bad_images.in_epoch = state.bad_images
@@ -190,4 +240,8 @@ class RunState:
 
     def all_losses(self) -> Tensor:
         """Loss of every virtual worker since the last record; collective. Adding zeros is exact."""
-        return self._world.allreduce(self.losses.clone(), "hvd_lb.losses")
+        return self._world.allreduce(self._own_losses(), "hvd_lb.losses")
+
+    def _own_losses(self) -> Tensor:
+        """What this process adds to the losses of all: adding zeros is exact."""
+        return torch.zeros_like(self.losses) if self.whole and self._world.rank else self.losses.clone()

@@ -11,7 +11,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -44,6 +44,8 @@ from hvd_lb.training.checkpoint import (
     BackgroundWriter,
     Checkpoint,
     CheckpointStore,
+    Snapshot,
+    copied,
     open_checkpoint,
     weights_file,
 )
@@ -122,6 +124,16 @@ def _never() -> int:
     return 0
 
 
+class Membership(Protocol):
+    """This process as a member of an elastic job."""
+
+    def wishes(self) -> tuple[bool, bool]:
+        """Whether others want to join, so that all shall end this generation; and whether this process has to leave."""
+
+    def step_taken(self, step: int) -> None:
+        """So many steps are done."""
+
+
 @dataclass(frozen=True)
 class _Said:
     """What the processes said to each other in a step; `sums` are None where the step was left out."""
@@ -137,6 +149,10 @@ class Trainer:
     Collective: every process builds one, with the same arguments but for its world's rank. `stop_requested` is asked in
     every step on every process; when it gives a signal's number on any, the run ends after that step with a checkpoint.
     `threads` are those of the loader. `stages` tell what this process does.
+
+    With a `membership` every process has the whole state after each step (`hand_over`), and `fit` also returns, with
+    `regrouping`, where processes want to join or to leave. `carried` is what one has handed over; `unfinished`: what
+    follows its last step (records, a checkpoint, an evaluation) is to be done.
     """
 
     def __init__(
@@ -152,7 +168,11 @@ class Trainer:
         checkpoint: Checkpoint | None = None,
         stop_requested: Callable[[], int] = _never,
         stages: Stages | None = None,
+        membership: Membership | None = None,
+        carried: Snapshot | None = None,
+        unfinished: bool = False,
     ):
+        self.membership, self.unfinished, self.regrouping, self.repeats = membership, unfinished, False, False
         self.stages = stages or Stages()
         world = Staged(world, self.stages)
         self.recipe, self.dataset, self.world, self.device = recipe, dataset, world, device
@@ -169,6 +189,7 @@ class Trainer:
         self.told_group_size = False
         #: Called in each step when its gradients are known, before the update: for whoever looks at them.
         self.on_gradients: Callable[[], None] = lambda: None
+        self.told: dict[str, dict[str, Any]] = {}  # the last record of each kind, as rank 0 has told it
         self.plan = recipe.sample_plan(len(dataset.train))
         self.schedule = recipe.lr_schedule(self.plan.steps_per_epoch)
         self.end = recipe.total_steps(self.plan.steps_per_epoch)
@@ -200,7 +221,7 @@ class Trainer:
             world=world,
             schedule=self.schedule,
             reproducible_terms=recipe.gpus if recipe.reproducible else None,
-            riders=Riders(signal.NSIG + 1, self._to_say),
+            riders=Riders(signal.NSIG + (3 if membership else 1), self._to_say),
         )
         # A microbatch's loss is a sum: dividing by n gives the scale the gradients of a mean would get.
         scaler = torch.amp.GradScaler(
@@ -221,9 +242,10 @@ class Trainer:
             model=self.model,
             optimizer=optimizer,
             scaler=scaler,
-            statistics=running_statistics(self.model, world, terms, self.group),
+            statistics=running_statistics(self.model, world, terms, self.group, whole=membership is not None),
             bad_images=BadImages.of(recipe, world, observer.bad_images),
             device=device,
+            whole=membership is not None,
         )
         self.audit = Audit(
             recipe.audit,
@@ -241,7 +263,10 @@ class Trainer:
         self.group_size = self._choose_group_size()
         # Whether the store has what this run begins with.
         self.kept = bool(store and checkpoint and checkpoint.path.parent.resolve() == store.folder.resolve())
-        if checkpoint:
+        if carried:
+            self.state.load(carried)
+            self.kept = True
+        elif checkpoint:
             self._load(checkpoint)
             if store and not self.kept:
                 self.state.best_error = math.inf  # the best of another run is not here
@@ -306,7 +331,10 @@ class Trainer:
         try:
             if not self.kept and (self.recipe.on_nan == "rollback" or self.state.evaluation_due):
                 self._save()  # to go back to, and to note the evaluation in
-            if self.state.evaluation_due:
+            if self.unfinished:
+                with self.kernels():
+                    self._finish_step(None)
+            elif self.state.evaluation_due:
                 with self.kernels():
                     self._evaluate(saved=True)
             self._go_on()
@@ -323,7 +351,7 @@ class Trainer:
     def _go_on(self) -> None:
         """Steps until the end or a stop, some of them again."""
         repeated: list[int] = []
-        while self.step < self.end and not self.stopped_by:
+        while self._goes_on:
             try:
                 self._take_steps()
             except FixedPointOverflow as overflow:
@@ -341,33 +369,48 @@ class Trainer:
                     raise
                 self._roll_back(diverged)
 
+    @property
+    def _goes_on(self) -> bool:
+        return self.step < self.end and not self.stopped_by and not self.regrouping
+
     def _take_steps(self) -> None:
         """Steps from the present one until the end, a stop, an overflow or a loss that is no number."""
-        steps_per_epoch = self.plan.steps_per_epoch
-        log_every = self.recipe.log_every or max(1, min(10, steps_per_epoch // 20))
-        eval_every = period_in_steps(self.recipe.eval_every, steps_per_epoch)
-        save_every = period_in_steps(self.recipe.checkpoint_every, steps_per_epoch)
-        digest_every = period_in_steps(self.recipe.digest_every, steps_per_epoch)
         with self.kernels(), self.batches() as loader:
             clock = StepClock(loader)
-            while self.step < self.end and not self.stopped_by:
+            while self._goes_on:
                 save_now = self.train_step(loader)
-                done = self.step == self.end
-                evaluate, save = _due(eval_every, self.step, done), _due(save_every, self.step, done)
-                digest = digest_every > 0 and _due(digest_every, self.step, done)
-                if evaluate or save:
-                    save_now |= self._hear()
-                if self.step <= self.watched_until:
-                    self._check(self.state.gather())
-                if self.step % steps_per_epoch % log_every == 0 or done:
-                    self._log(clock)
-                with clock.paused(), self.stages.between_steps():
-                    self.after_step(evaluate, save or save_now, digest)
+                self._finish_step(clock, save_now)
+
+    @cached_property
+    def _periods(self) -> tuple[int, ...]:
+        """Steps between records, evaluations, checkpoints and digests; 0: never."""
+        recipe, steps_per_epoch = self.recipe, self.plan.steps_per_epoch
+        log_every = recipe.log_every or max(1, min(10, steps_per_epoch // 20))
+        every = (recipe.eval_every, recipe.checkpoint_every, recipe.digest_every)
+        return (log_every, *(period_in_steps(period, steps_per_epoch) for period in every))
+
+    def _finish_step(self, clock: StepClock | None, save_now: bool = False) -> None:
+        """What is due after a step; without a clock its time is not known."""
+        log_every, eval_every, save_every, digest_every = self._periods
+        done = self.step == self.end
+        evaluate, save = _due(eval_every, self.step, done), _due(save_every, self.step, done)
+        digest = digest_every > 0 and _due(digest_every, self.step, done)
+        evaluate |= clock is None and self.state.evaluation_due
+        if evaluate or save:
+            save_now |= self._hear()
+        if self.step <= self.watched_until:
+            self._check(self.state.gather())
+        if self.step % self.plan.steps_per_epoch % log_every == 0 or done:
+            self._log(clock)
+        with clock.paused() if clock else nullcontext(), self.stages.between_steps():
+            self.after_step(evaluate, save or save_now, digest)
+        self.unfinished = False
 
     def after_step(self, evaluate: bool, save: bool, digest: bool = False) -> None:
         """What is due after a step: first the checkpoint, then the evaluation, which a kill or a stop may hit."""
         self.state.evaluation_due = evaluate
         if evaluate and self.recomputation.images:
+            self.state.begin()
             self._recompute_statistics()
         if digest:
             self._digest()
@@ -375,6 +418,7 @@ class Trainer:
             self._save()
         if evaluate and not self.stopped_by:
             self._evaluate(saved=save)
+        self.state.done()
 
     def train_step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> bool:
         """One weight update from the step's kn images, of which this process takes its workers' share.
@@ -385,10 +429,12 @@ class Trainer:
         epoch_step = self.step % self.plan.steps_per_epoch
         if self.step in self.state.left_out:
             self.state.step_taken({}, 0)
+            self.unfinished = True
             self.said.append(_Said(None, [], epoch_step == 0))
             return self._hear(self.lag)
         workers = self._workers_with_images(self.step)
         losses: dict[int, torch.Tensor] = {}
+        self.state.begin()
         self.state.bad_images.discard()
         self.stages.step = self.step
         own: tuple[torch.Tensor | None, int] = None, 0
@@ -417,6 +463,7 @@ class Trainer:
         if drawn := self.audit.audits(self.step):
             self.audit.note(self.step, self._digests(drawn.workers, batches))
         global_images = self.plan.step_images(epoch_step)
+        self.state.exchange_losses(losses)
         self._synchronize(global_images)
         self._note_norms(*own, global_images)
         self.on_gradients()
@@ -429,7 +476,10 @@ class Trainer:
         self.state.optimizer.zero_grad()
         self.state.statistics.step(self.plan.active_workers(epoch_step))
         self.state.step_taken(losses, global_images)
+        self.unfinished = True
         self.stages.taken += 1
+        if self.membership:
+            self.membership.step_taken(self.step)
         self._tell_group_size()
         self.said.append(
             _Said(self.state.optimizer.carried, self.state.bad_images.take(), first=epoch_step == 0)
@@ -457,17 +507,24 @@ class Trainer:
         """What this process has to tell the others in each step: its signal, a wish to save, and its stand-ins."""
         stop = self.stop_requested()
         signals = [int(number == stop) for number in range(1, signal.NSIG)]
-        return [*signals, int(self.save_due()), len(self.state.bad_images.found)]
+        wishes = map(int, self.membership.wishes()) if self.membership else ()
+        return [*signals, int(self.save_due()), len(self.state.bad_images.found), *wishes]
 
     def _hear(self, but: int = 0) -> bool:
         """Acts on what was said up to now, `but` in the last steps; whether anybody wants a checkpoint now."""
         save = False
         while len(self.said) > but:
             said = self.said.popleft()
-            *signals, saves, stand_ins = said.sums.wait() if said.sums else [0, 0]
+            heard = said.sums.wait() if said.sums else [0, 0, 0, 0]
+            if self.membership:
+                *heard, join, leave = heard
+                self.regrouping |= bool(join or leave)
+                if leave == self.world.size:  # nobody would go on
+                    self.stopped_by = self.stopped_by or signal.SIGTERM
+            *signals, saves, stand_ins = heard
             stop = max((number for number, count in enumerate(signals, start=1) if count), default=0)
             self.stopped_by = self.stopped_by or stop
-            if stop or saves:
+            if self.stopped_by or saves:
                 save, but = True, 0  # a checkpoint tells of every step
             self.state.bad_images.settle_step(
                 said.stand_ins, stand_ins, first=said.first, images=len(self.dataset.train)
@@ -479,6 +536,7 @@ class Trainer:
         overflow: FixedPointOverflow | None = None
         exponents = self.state.exponents() if self.audit.of(self.step) else ({}, [])
         for complete in (
+            self.state.wait_for_losses,
             self.state.statistics.synchronize,
             partial(self.state.optimizer.synchronize, global_images=global_images),
         ):
@@ -588,24 +646,23 @@ class Trainer:
         number = self.step - 1 if step is None else step
         return {"epoch": number // self.plan.steps_per_epoch, "step": number}
 
-    def _log(self, clock: StepClock) -> None:
+    def _log(self, clock: StepClock | None) -> None:
         images = self.state.loss_images
         spent = torch.zeros(self.world.size, 3, dtype=torch.float64)
         spent[self.world.rank] = torch.tensor(self.stages.take())
         loss, spent = self.state.take_loss_and_sum(spent) if images else (None, spent)
-        seconds, waited = clock.lap()
+        seconds, waited = clock.lap() if clock else (math.nan, math.nan)
         if loss is None:  # its steps were left out
             return
+        self.told["train"] = record = {
+            **self._position(),
+            "lr": self.schedule(self.step - 1),
+            "loss": loss,
+            "images_per_second": images / seconds,
+            "data_wait": waited / seconds,
+        }
         if self.world.rank == 0:
-            self.observer.train(
-                {
-                    **self._position(),
-                    "lr": self.schedule(self.step - 1),
-                    "loss": loss,
-                    "images_per_second": images / seconds,
-                    "data_wait": waited / seconds,
-                }
-            )
+            self.observer.train(record)
             if self.noise_scale and (noise := self.noise_scale.estimate()):
                 figures = {"noise_scale": noise.value, "low": noise.low, "high": noise.high}
                 self.observer.noise({**self._position(), **figures})
@@ -646,7 +703,7 @@ class Trainer:
             raise Diverged(
                 f"{diverged} ({len(left_out)} minibatches were left out before{went}: --max-rollbacks)"
             ) from diverged
-        self.searching = not found
+        self.searching, self.unfinished = not found, False
         if found:
             left_out.add(culprit)
         else:
@@ -727,8 +784,9 @@ class Trainer:
         finally:
             self.model.train()
         self.state.last_evaluation, self.state.evaluation_due = evaluation, False
+        self.told["eval"] = {**self._position(), **asdict(evaluation)}
         if self.world.rank == 0:
-            self.observer.evaluation({**self._position(), **asdict(evaluation)})
+            self.observer.evaluation(self.told["eval"])
         if self.writer and not saved:
             self.writer.flush()  # whether the best one could be written
         self._forget_lost_best()
@@ -789,13 +847,23 @@ class Trainer:
             "environment": rounding_environment(self.device.type),
         }
 
+    def hand_over(self) -> Snapshot:
+        """The state after the last step taken, by this process alone; afterwards this trainer is good for nothing.
+
+        `unfinished` says whether what follows that step is still to be done, `repeats` whether the next was begun.
+        """
+        self.unfinished |= self.state.evaluation_due
+        self.repeats = self.state.under_way and not self.unfinished
+        model, optimizer, state = self.state.hand_over(self.plan.steps_per_epoch, self.recipe.mathematics())
+        return Snapshot(self.step, copied(model), copied(optimizer), state.to_json())
+
     def _load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of this recipe on these data."""
         saved = checkpoint.saved
         if differing := differing_fields(saved.recipe, self.recipe.mathematics()):
             raise UserError(f"checkpoint {checkpoint.path} is of another recipe: {'; '.join(differing)}")
         refuse_other_images(checkpoint.path, saved.data, self._provenance["data"], self.dataset.name)
-        self.state.load(checkpoint)
+        self.state.load(checkpoint.read())
 
 
 def _due(period: int, step: int, done: bool) -> bool:

@@ -9,6 +9,7 @@ int32, int64, fp16, fp32 and fp64.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from hvd_lb.world.engine import EngineName, choose_engine
@@ -67,16 +68,29 @@ class World(Protocol):
         ...
 
 
-_current: World | None = None
+class Joined(World, Protocol):
+    """A world that can be left without the others."""
+
+    def cut(self) -> None:
+        """Ends its connections, from any thread: whoever waits in it has an error."""
+        ...
+
+    def abandon(self) -> None:
+        """After `cut`, as `shutdown` where not all call that."""
+        ...
 
 
-def init(engine: EngineName = "auto") -> World:
+_current: Joined | None = None
+
+
+def init(engine: EngineName = "auto", given_up: Callable[[], bool] | None = None) -> World:
     """Joins the job this process was launched into, or makes a world of one; later calls return the same.
 
     A job is what horovodrun, mpirun, torchrun or srun has made of several processes, or RANK, WORLD_SIZE, MASTER_ADDR
     and MASTER_PORT tell of. `engine` is what exchanges tensors: Horovod, or torch.distributed; auto takes Horovod where
     it is installed and the launcher tells it how processes meet (horovodrun, mpirun), else torch. Raises `UserError`
-    where Horovod is asked for and cannot be had, and where the other processes do not come.
+    where Horovod is asked for and cannot be had, and where the other processes do not come. `given_up` is asked now and
+    then by who waits for them: when it says so, `ExchangeError` (Horovod is told by its rendezvous).
     """
     global _current
     if _current is None:
@@ -92,7 +106,7 @@ def init(engine: EngineName = "auto") -> World:
         else:
             from hvd_lb.world.torch_distributed import TorchWorld
 
-            _current = TorchWorld(place)
+            _current = TorchWorld(place, given_up)
     return _current
 
 
@@ -101,6 +115,21 @@ def current() -> World:
     if _current is None:
         raise RuntimeError("no world yet: call hvd_lb.init() first")
     return _current
+
+
+def cut() -> None:
+    """Ends the connections of the world that there is, from any thread: whoever waits in it has an error."""
+    if _current is not None:
+        _current.cut()
+
+
+def abandon() -> None:
+    """Leaves the world `init` has made, if any, whatever the others do; `init` may be called again."""
+    global _current
+    if _current is not None:
+        _current.cut()
+        _current.abandon()
+        _current = None
 
 
 def shutdown() -> None:

@@ -10,21 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_lb.errors import UserError
+from hvd_lb.errors import ExchangeError, UserError
 from hvd_lb.world.build import HOW_TO_BUILD, import_horovod
 from hvd_lb.world.gather import broadcast_bytes
 from hvd_lb.world.launched import launched
+from hvd_lb.world.lines import Lines
 
 # Between two looks at a reduction: nothing at first, when most are done; then this share of what was waited, up to a
 # bound in seconds. So waiting is prolonged by little, and takes some hundredths of a core.
 _AT_ONCE, _SHARE, _LONGEST = 50e-6, 1 / 16, 1e-3
+# An error of a cut connection comes at once; now and then Gloo loses one, and would wait for its timeout.
+_LOST_SECONDS = 0.5
 
 
 class HorovodHandle:
     """A reduction under way in Horovod's background thread."""
 
-    def __init__(self, hvd: Any, handle: int, tensor: Tensor) -> None:
-        self._hvd, self._handle, self._tensor = hvd, handle, tensor
+    def __init__(self, hvd: Any, handle: int, tensor: Tensor, lines: Lines) -> None:
+        self._hvd, self._handle, self._tensor, self._lines = hvd, handle, tensor, lines
         self._done = False
 
     def wait(self) -> Tensor:
@@ -34,6 +37,8 @@ class HorovodHandle:
             while not self._hvd.poll(self._handle):
                 waited = time.perf_counter() - began
                 time.sleep(0 if waited < _AT_ONCE else min(waited * _SHARE, _LONGEST))
+                if self._lines.cut_for > _LOST_SECONDS:
+                    raise ExchangeError("the connections were cut")
             self._done = True
             self._hvd.synchronize(self._handle)  # raises what went wrong
         return self._tensor
@@ -51,7 +56,9 @@ class HorovodWorld:
         # Gradients come in buckets. Horovod would copy those that are ready together into one of its own, and back.
         if "HOROVOD_AUTOTUNE" not in os.environ:
             os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
-        self._hvd.init()
+        self._lines = Lines()
+        with self._lines.while_joining():
+            self._hvd.init()
         self.rank: int = self._hvd.rank()
         self.size: int = self._hvd.size()
         self.local_rank: int = self._hvd.local_rank()
@@ -69,15 +76,15 @@ class HorovodWorld:
         return self._start(tensor, name, self._hvd.Max)
 
     def _start(self, tensor: Tensor, name: str, op: Any) -> HorovodHandle:
-        return HorovodHandle(self._hvd, self._hvd.allreduce_async_(tensor, name=name, op=op), tensor)
+        handle = self._hvd.allreduce_async_(tensor, name=name, op=op)
+        return HorovodHandle(self._hvd, handle, tensor, self._lines)
 
     def allreduce(self, tensor: Tensor, name: str) -> Tensor:
         return self.allreduce_async(tensor, name).wait()
 
     def broadcast(self, tensor: Tensor, name: str) -> Tensor:
-        return HorovodHandle(
-            self._hvd, self._hvd.broadcast_async_(tensor, root_rank=0, name=name), tensor
-        ).wait()
+        handle = self._hvd.broadcast_async_(tensor, root_rank=0, name=name)
+        return HorovodHandle(self._hvd, handle, tensor, self._lines).wait()
 
     def broadcast_bytes(self, data: bytes, name: str) -> bytes:
         return broadcast_bytes(self, data, name)
@@ -87,3 +94,10 @@ class HorovodWorld:
 
     def shutdown(self) -> None:
         self._hvd.shutdown()
+
+    def cut(self) -> None:
+        self._lines.cut()
+
+    def abandon(self) -> None:
+        self._hvd.shutdown()
+        self._hvd.mpi_ops._handle_map.clear()  # what was under way when another process died holds its tensors

@@ -37,21 +37,23 @@ def serve(address: str) -> Iterator[Mapping[str, str]]:
         del store
 
 
-@functools.cache  # one server for the worlds that a process makes one after another
 def join(place: Place) -> tuple[Store, str]:
     """The store of this process's job, and this host's address towards it. UserError where there is none."""
     host, port, serving = _meeting_point(place, os.environ)
+    try:
+        return _store(host, port, serving), _address_towards(host, port)
+    except RuntimeError as error:
+        raise UserError(
+            f"rank {place.rank} of {place.size} ({place.launcher}) does not reach the others at {host}:{port} "
+            f"({str(error).splitlines()[0]}): {_STALE}"
+        ) from None
+
+
+@functools.cache  # one for the worlds that a process makes one after another
+def _store(host: str, port: int, serving: bool) -> Store:
     if serving:
-        store, _ = _server(host, port)
-    else:
-        try:
-            store = TCPStore(host, port, timeout=timedelta(seconds=JOIN_SECONDS), wait_for_workers=False)
-        except RuntimeError as error:
-            raise UserError(
-                f"rank {place.rank} of {place.size} ({place.launcher}) does not reach the others at {host}:{port} "
-                f"({str(error).splitlines()[0]}): {_STALE}"
-            ) from None
-    return store, _address_towards(host, port)
+        return _server(host, port)[0]
+    return TCPStore(host, port, timeout=timedelta(seconds=JOIN_SECONDS), wait_for_workers=False)
 
 
 _STALE = "is MASTER_ADDR right? Where its variables are left from another job, unset them"

@@ -43,3 +43,5 @@ class Solo:
 
     def shutdown(self) -> None:
         return None
+
+    cut = abandon = shutdown

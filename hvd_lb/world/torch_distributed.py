@@ -15,7 +15,9 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -36,13 +38,18 @@ from torch.distributed import (
 from hvd_lb.errors import ExchangeError, UserError
 from hvd_lb.world.gather import broadcast_bytes
 from hvd_lb.world.launched import Place
+from hvd_lb.world.lines import Lines
 from hvd_lb.world.rendezvous import JOIN_SECONDS, join
 
 # Long enough for the slowest step, short enough that a hang does not last the night.
 _WAIT = timedelta(seconds=1800)
+# Between processes that are all there: one that dies meanwhile is to hold up the others no longer.
+_CONNECT = timedelta(seconds=20)
+_LOOK_SECONDS = 0.05
 # Those that Horovod adds up, too.
 _NUMBERS = (torch.int32, torch.int64, torch.float16, torch.float32, torch.float64)
-_worlds = itertools.count()  # all processes make equally many
+# All processes make equally many in a start.
+_worlds: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 class TorchHandle:
@@ -92,16 +99,23 @@ class TorchWorld:
     do not come. `ExchangeError` surfaces where one of them has ended.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, given_up: Callable[[], bool] | None = None) -> None:
         self.rank, self.size = place.rank, place.size
         store, address = join(place)
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the processes
-        self._store = PrefixStore(f"hvd_lb/{start}/{next(_worlds)}", store)
-        hosts = _hosts(self._store, place)
+        # torchrun's store outlives the processes, and ours generations of an elastic job.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = PrefixStore(f"hvd_lb/{start}/{next(_worlds[start])}", store)
+        hosts = _hosts(self._store, place, given_up)
         here = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
         self.local_size = len(here)
         self.local_rank = here.index(self.rank) if place.local_rank is None else place.local_rank
-        self._gloo: Any = _gloo(PrefixStore("gloo", self._store), self.rank, self.size, address)
+        self._lines = Lines()
+        with self._lines.while_joining():
+            try:
+                wait = _CONNECT if given_up else _WAIT
+                self._gloo: Any = _gloo(PrefixStore("gloo", self._store), self.rank, self.size, address, wait)
+            except RuntimeError as error:
+                raise ExchangeError(f"the processes are not connected ({_first_line(error)})") from error
         self._nccl: Any = None
         self._stream: Any = None  # a torch.cuda.Stream, with self._nccl
         self._changed = threading.RLock()
@@ -144,6 +158,12 @@ class TorchWorld:
         """Returns when all processes have called it, or one has ended."""
         with suppress(ExchangeError):
             self.barrier()
+        self.abandon()
+
+    def cut(self) -> None:
+        self._lines.cut()
+
+    def abandon(self) -> None:
         atexit.unregister(self._end)
         self._gloo = self._nccl = None
 
@@ -238,10 +258,15 @@ def _from_rank_0() -> BroadcastOptions:
     return options
 
 
-def _hosts(store: Store, place: Place) -> list[str]:
+def _hosts(store: Store, place: Place, given_up: Callable[[], bool] | None) -> list[str]:
     """The host of each rank, once all have come. UserError that names those that do not."""
     keys = [f"host/{rank}" for rank in range(place.size)]
     store.set(keys[place.rank], socket.gethostname())
+    deadline = time.monotonic() + JOIN_SECONDS
+    while given_up and time.monotonic() < deadline and not store.check(keys):
+        if given_up():
+            raise ExchangeError("the generation is over before all ranks have come")
+        time.sleep(_LOOK_SECONDS)
     try:
         store.wait(keys, timedelta(seconds=JOIN_SECONDS))
     except RuntimeError:
@@ -254,13 +279,13 @@ def _hosts(store: Store, place: Place) -> list[str]:
     return [host.decode() for host in store.multi_get(keys)]
 
 
-def _gloo(store: Store, rank: int, size: int, address: str) -> Any:
+def _gloo(store: Store, rank: int, size: int, address: str, wait: timedelta) -> Any:
     """Gloo's processes, connected on GLOO_SOCKET_IFNAME, or else on the interface of `address`."""
     gloo: Any = ProcessGroupGloo  # of which torch's types tell less than there is
     options = gloo._Options()
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
     where = {"interface": interface} if interface else {"hostname": address}
-    options._devices, options._timeout = [gloo.create_device(**where)], _WAIT
+    options._devices, options._timeout = [gloo.create_device(**where)], wait
     return gloo(store, rank, size, options)
 
 

@@ -23,7 +23,7 @@ EVERYWHERE = {"local", "ssh", "slurm", "submit-slurm", "submit-kubernetes"}
 SUBMITTED = {"submit-slurm", "submit-kubernetes"}
 IN_SLURM = {"slurm", "submit-slurm"}
 
-PAIRS = {"container_port": "image", "container_mount": "container_image"}
+PAIRS = {"container_port": "image", "container_mount": "container_image", "min_processes": "elastic"}
 
 # Where each option of `train` is read that is no field of the recipe. `hosts` and `hostfile` make it ssh.
 TRAIN = {
@@ -48,6 +48,7 @@ TRAIN = {
     **dict.fromkeys(
         ("engine", "allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"), EVERYWHERE
     ),
+    **dict.fromkeys(("elastic", "min_processes"), {"local"}),
     **dict.fromkeys(("hosts", "hostfile"), {"ssh"}),
     **dict.fromkeys(("ssh_port", "ssh_key", "strict_host_keys"), {"ssh"}),
     "network_interface": EVERYWHERE - {"local"},
@@ -89,6 +90,7 @@ VALUES = {
     "ssh_port": "22", "per_node": "4", "slurm_cpus_per_task": "4", "fusion_threshold": "1", "cycle_time": "1",
     "hang_timeout": "60",
     "restarts": "2",
+    "min_processes": "1",
     "allreduce": "ring", "engine": "torch", "launcher": "auto", "device": "cpu", "processes": "2", "hosts": "h1:2",
 }  # fmt: skip
 

@@ -173,3 +173,20 @@ def test_a_launcher_that_could_not_even_start(logs: Path) -> None:
 def test_a_single_process(logs: Path) -> None:
     found = failure(logs, "", -9, [Host("localhost", 1)])
     assert str(found).startswith("rank 0 on localhost failed: ended by SIGKILL")
+
+
+def test_an_elastic_job_tells_why_it_could_not_go_on_not_what_it_has_overcome(logs: Path) -> None:
+    tell(logs, 1, "ValueError", "odd", 1.0)
+    endings = [
+        {"rank": 1, "host": "h1", "pid": 1, "status": 1, "signalled": False},
+        {"generation": 1, "processes": 3},
+        {"gave_up": "all processes that had the state of the run were lost"},
+    ]
+    (logs / "endings.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in endings))
+    why = "all processes that had the state of the run were lost; ValueError: odd"
+    assert str(failure(logs)) == f"{why} (full log: {logs}/launcher.log)"
+    tell(logs, 5, "UserError", "put it right", 2.0)
+    endings[-1] = {"wrong": 5}
+    (logs / "endings.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in endings))
+    found = failure(logs)
+    assert (found.rank, found.host, found.message) == (5, "?", "put it right")

@@ -143,6 +143,22 @@ def test_a_rollback_counts_for_a_run_that_goes_on_after_it(tmp_path: Path) -> No
     assert read_metrics(path) == told[:2]
 
 
+def test_another_generation_tells_again_what_it_takes_again(tmp_path: Path) -> None:
+    """And, where that was not done when the others were lost, what was kept and evaluated after the step before."""
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    before = [{"kind": kind, "step": 4} for kind in ("train", "checkpoint", "eval")]
+    change = {"kind": "generation", "step": 5, "to": 5, "redone": True}
+    file.add(*before, {"kind": "recovered", "step": 5}, {"kind": "train", "step": 5}, change)
+    file.write()
+    records = read_metrics(file.path)
+    assert records == [before[0], {"kind": "recovered", "step": 5}, change]
+    file.add({**change, "to": 4, "redone": False})
+    file.write()
+    assert [record["kind"] for record in read_metrics(file.path)] == ["recovered", "generation", "generation"]
+    truncate_metrics(file.path, 4)
+    assert read_metrics(file.path) == []
+
+
 def test_numbers_of_older_versions_that_are_not_finite(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"kind": "train", **train(0, loss=NAN, lr=INF)}) + "\n")

@@ -30,9 +30,8 @@ def one_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_trainer(world: World, data: Dataset | None = None, lag: bool = False, **arguments: Any) -> Trainer:
-    options = {
-        name: arguments.pop(name) for name in ("store", "stop_requested", "observer") if name in arguments
-    }
+    of_trainer = ("store", "stop_requested", "observer", "membership", "carried", "unfinished")
+    options = {name: arguments.pop(name) for name in of_trainer if name in arguments}
     trainer = Trainer(
         small_recipe(epochs=2, last_batch="keep", **arguments), data or small_data(), world,
         device=torch.device("cpu"), threads=1, **{"observer": Records(), **options},

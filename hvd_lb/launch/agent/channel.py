@@ -13,12 +13,17 @@ import select
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 #: The variable with the number of the inherited socket.
 DESCRIPTOR = "HVD_LB_AGENT_FD"
 MOST_BYTES = 1 << 14  #: of what is told at once, as JSON
+#: Of what an agent says to a rank: in it are the hosts of a job.
+MOST_BYTES_DOWN = 1 << 17
+#: What is told of these kinds goes to the head at once.
+AT_ONCE = ("awaits", "begun", "leaving")
 
 _line: socket.socket | None = None
 
@@ -45,6 +50,35 @@ def tell(kind: str, **values: Any) -> None:
         raise ValueError(f"{kind}: {len(message)} bytes to tell, expected at most {MOST_BYTES}")
     with suppress(OSError):  # the agent is busy and misses it, or gone
         _line.send(message, socket.MSG_DONTWAIT)
+
+
+def say(kind: str, **values: Any) -> None:
+    """As `tell`, but it waits until the agent takes it; for what is AT_ONCE."""
+    if _line is not None:
+        with suppress(OSError):  # the agent is gone, and soon this process
+            _line.send(json.dumps({"kind": kind, **values}).encode())
+
+
+def hear(heard: Callable[[dict[str, Any]], None]) -> None:
+    """Have a thread call `heard` with all that the agent says to this rank from here on."""
+    line = _line
+    if line is None:
+        raise RuntimeError("this process has no agent")
+
+    def listen() -> None:
+        with suppress(OSError):
+            while message := line.recv(MOST_BYTES_DOWN):
+                heard(json.loads(message))
+
+    threading.Thread(target=listen, name="agent", daemon=True).start()
+
+
+def hand_on_line() -> dict[str, str]:
+    """What the environment of a program has to hold that takes this one's place, and with it the line."""
+    if _line is None:
+        raise RuntimeError("this process has no agent")
+    os.set_inheritable(_line.fileno(), True)
+    return {DESCRIPTOR: str(_line.fileno())}
 
 
 def end_without(stream: int) -> None:

@@ -6,8 +6,12 @@ well. `each` starts agents one by one, with COMMAND (ssh …) in front where the
 COMMAND (srun …) once, which starts one agent on every host.
 
 The launching process, if there is one, holds the other end of a socket (`CONTROL`): lines of JSON, downwards
-{"signal": 10, "rank": 3 or null} and {"stop": true}, upwards {"note": "for a person"}. When it is gone, the job is
-ended. Then signals to this process are ignored: the launching process decides what becomes of them.
+{"signal": 10, "rank": 3 or null} and {"stop": true}, upwards {"note": "for a person"} and, of an elastic job,
+{"members": {"3": "h1"}}. When it is gone, the job is ended. Then signals to this process are ignored: the launching
+process decides what becomes of them.
+
+In an elastic job a lost rank or host ends none of the others: they make the next generation (`generations`), and where
+a rank was lost on a host that is there another is started, which joins.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lb.launch.agent.connection import ALIVE_SECONDS, Connection, ConnectionLost, answer
+from hvd_lb.launch.agent.generations import Ask, Begin, Generations, GiveUp, Over, Wait
 from hvd_lb.launch.agent.places import name_ranks, ranks_by_host
 from hvd_lb.launch.agent.process import allow_open_files, dies_with_parent
 from hvd_lb.launch.agent.record import Record
@@ -53,6 +58,7 @@ _LAST_SECONDS = 3.0  # for agents to tell that they have
 _FILES_PER_HOST, _FILES = 6, 64
 _SAID = 1 << 16
 _QUIET_SECONDS = 10.0  # of waiting for ranks before that is told, and between two tellings
+_WRONG = 2  # the exit status of a rank whose failure others would repeat
 
 
 @dataclass
@@ -83,6 +89,16 @@ class Head:
         self._failed = False
         self._control: asyncio.StreamWriter | None = None
         self._secret = secrets.token_bytes(32)
+        self._generations: Generations | None = None
+        if job.get("elastic"):
+            where = {rank: host.name for host in self._hosts.values() for rank in sorted(host.ranks)}
+            self._generations = Generations(where, job["min_processes"])
+            places = ranks_by_host(self._places)
+            self._slots = {
+                rank: (rank - there.start, len(there)) for there in places.values() for rank in there
+            }
+            self._leaving: set[int] = set()
+            self._since = 0.0  # when the present generation was found to be over, or newcomers were there
 
     async def run(self, address: str) -> int:
         """The exit status: 0 when all ranks have ended well."""
@@ -98,6 +114,9 @@ class Head:
         for task in tasks:
             task.add_done_callback(self._look_at)
         await self._over.wait()
+        if self._generations:  # agents of other jobs end with their ranks
+            self._to_agents("end")
+            await asyncio.sleep(0)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -213,6 +232,8 @@ class Head:
                     self._table[int(rank)]["pid"] = pid
             case "ended":
                 self._end(host, message["rank"], message["pid"], message["status"], message["signalled"])
+            case "word":
+                self._word(message["rank"], message["word"], message["values"])
             case "failed":
                 self._lose(host, message["why"])
             case "note":
@@ -230,18 +251,116 @@ class Head:
         self._waited_for.discard(rank)
         self._table[rank]["ended"] = status
         self._record.ending(rank=rank, host=host.name, pid=pid, status=status, signalled=signalled)
-        if status:
+        if self._generations:
+            self._end_member(host, rank, status, signalled)
+        elif status:
             self.stop()
         self._look_for_end()
 
     def _lose(self, host: _Host, why: str) -> None:
         """A host of which nothing more will be heard."""
         print(f"{host.name}: {why}", flush=True)
-        self._record.ending(host=host.name, lost=why, ranks=sorted(host.ranks))
+        ranks = sorted(host.ranks)
+        self._record.ending(host=host.name, lost=why, ranks=ranks)
         host.ranks.clear()
         host.connected.set()
-        self.stop()
+        if self._generations:
+            for rank in ranks:
+                self._waited_for.discard(rank)
+                self._generations.lose(rank, f"rank {rank} on {host.name} ({why})")
+            self._go_on()
+        else:
+            self.stop()
         self._look_for_end()
+
+    # Elastic jobs
+
+    def _word(self, member: int, kind: str, values: dict[str, Any]) -> None:
+        """What a member says of itself."""
+        if self._generations is None:
+            return
+        if kind == "leaving":
+            self._leaving.add(member)
+        elif kind == "begun":
+            self._generations.begun(values["generation"])
+        else:
+            self._generations.ready(member, **values)
+            self._go_on()
+
+    def _end_member(self, host: _Host, member: int, status: int, signalled: bool) -> None:
+        generations = self._generations
+        assert generations is not None
+        if self._failed:
+            return
+        if status == _WRONG:
+            self._record.ending(wrong=member)
+            self.stop()
+        elif status == 0 and member in self._leaving:
+            generations.leave(member, f"rank {member} on {host.name}")
+        elif status == 0:
+            generations.finish(member)
+            for newcomer in generations.newcomers:
+                self._to_agents("signal", signal=signal.SIGKILL, rank=newcomer)
+        else:
+            had_joined = member in generations.members
+            generations.lose(member, f"rank {member} on {host.name} ({_in_words(status)})")
+            if had_joined and host.connection and not generations.finished:
+                self._replace(host, member)
+        self._go_on()
+
+    def _replace(self, host: _Host, member: int) -> None:
+        """Start a newcomer in the place of a lost member; one that is lost before it has joined is not replaced."""
+        assert self._generations is not None
+        assert host.connection is not None
+        newcomer = len(self._table)
+        slot, slots = self._slots[newcomer] = self._slots[member]
+        self._table[newcomer] = {"host": host.name}
+        host.ranks.add(newcomer)
+        self._generations.start(newcomer, host.name)
+        host.connection.send("start", member=newcomer, slot=slot, slots=slots)
+
+    def _go_on(self) -> None:
+        """Do what the generations say is to be done."""
+        generations = self._generations
+        assert generations is not None
+        while not self._failed and (order := generations.order()):
+            match order:
+                case Over(generation):
+                    self._since = time.monotonic()
+                    self._to_agents("over", generation=generation, members=list(generations.members))
+                    # Values of the rendezvous that an agent puts from now on are of later generations.
+                    self._values.clear()
+                case Ask(member):
+                    self._to_agents("ask", member=member)
+                case Wait(why):
+                    self._note(why)
+                case Begin():
+                    self._begin(order)
+                case GiveUp(why):
+                    self._record.ending(gave_up=why)
+                    self.stop(grace=0.0)
+
+    def _begin(self, begin: Begin) -> None:
+        now = sum(len(there) for _, there in begin.hosts)
+        self._record.ending(generation=begin.generation, processes=now)
+        self._to_agents(
+            "begin",
+            generation=begin.generation,
+            hosts=begin.hosts,
+            change={
+                "before": begin.before,
+                "processes": now,
+                "lost": begin.lost,
+                "left": begin.left,
+                "joined": begin.joined,
+                "seconds": time.monotonic() - self._since,
+            },
+        )
+        print(
+            f"generation {begin.generation}: {begin.hosts}; lost: {begin.lost}, left: {begin.left}",
+            flush=True,
+        )
+        self._tell_control(members={str(member): host for host, there in begin.hosts for member in there})
 
     def stop(self, grace: float = _GRACE_SECONDS) -> None:
         """End all ranks, as the job has failed or is to fail."""
@@ -293,8 +412,11 @@ class Head:
 
     def _note(self, text: str) -> None:
         print(text, flush=True)
+        self._tell_control(note=text)
+
+    def _tell_control(self, **message: Any) -> None:
         if self._control:
-            self._control.write(json.dumps({"note": text}).encode() + b"\n")
+            self._control.write(json.dumps(message).encode() + b"\n")
 
     def _controlled(self) -> list[Any]:
         loop = asyncio.get_running_loop()
@@ -315,6 +437,10 @@ class Head:
                 else:
                     self._to_agents("signal", signal=message["signal"], rank=message["rank"])
         self.stop(grace=0.0)
+
+
+def _in_words(status: int) -> str:
+    return f"exit code {status}" if status > 0 else f"ended by {signal.Signals(-status).name}"
 
 
 async def _talk(process: subprocess.Popen[bytes], line: bytes, name: str) -> str:

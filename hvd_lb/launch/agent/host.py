@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from hvd_lb.launch.agent.places import rank_environments
 from hvd_lb.launch.agent.process import allow_open_files
 from hvd_lb.launch.agent.ranks import HostRanks, RankEnd
 from hvd_lb.launch.agent.rendezvous import Rendezvous
-from hvd_lb.launch.rank.names import log_name
+from hvd_lb.launch.rank.names import MEMBER, log_name
 from hvd_lb.world.launched import without_job
 
 _TELL_SECONDS = 1.0
@@ -51,24 +52,27 @@ class Agent:
     def __init__(self, connection: Connection):
         self._connection = connection
         self._over = asyncio.Event()
-        self.ranks = HostRanks(self._ended)
+        self._spawn: Callable[[int, dict[str, str]], int]
+        self._elastic = False  # ranks may come after all have ended
+        self.ranks = HostRanks(self._ended, self._said)
         self.rendezvous = Rendezvous(publish=self._publish)
 
     def start(self, job_file: Path, host: str) -> None:
         """OSError where that cannot be."""
         job = json.loads(job_file.read_text("utf-8"))
+        self._host, self._elastic = host, job.get("elastic", False)
         logs = Path(job["output"]) / "logs"
+
+        def begin(member: int, place: dict[str, str]) -> int:
+            environment = {**without_job(os.environ), **job["environment"], **place}
+            return self.ranks.start(member, job_file, environment, logs / log_name(member, host))
+
+        self._spawn = begin
         if said := allow_open_files(2 * job["processes"] + _FILES):
             self._connection.send("note", text=said)
         started = {}
         for rank, place in rank_environments(job["hosts"], host).items():
-            environment = {
-                **without_job(os.environ),
-                **job["environment"],
-                **place,
-                **self.rendezvous.environment(str(rank)),
-            }
-            started[rank] = self.ranks.start(rank, job_file, environment, logs / log_name(rank, host))
+            started[rank] = begin(rank, {**place, **self.rendezvous.environment(str(rank))})
         self._connection.send("started", pids=started)
 
     async def run(self) -> int:
@@ -105,14 +109,50 @@ class Agent:
                     self.rendezvous.set(message["key"], None)
                 case "signal":
                     self.ranks.signal(message["signal"], message["rank"])
+                case "start":
+                    self._begin_member(**message)
+                case "over":
+                    self.rendezvous.end(message["generation"])
+                    for member in message["members"]:
+                        self.ranks.say(member, message)
+                case "ask":
+                    self.ranks.say(message["member"], message)
+                case "begin":
+                    self._begin_generation(message)
+                case "end":
+                    return
                 case "stop":
                     self.ranks.terminate()
                     loop.call_later(message["grace"], self.ranks.kill)
 
+    def _begin_member(self, kind: str, member: int, slot: int, slots: int) -> None:
+        """A newcomer in a place of this host; it learns its rank when a generation begins."""
+        try:
+            pid = self._spawn(member, {MEMBER: f"{member} {self._host} {slot} {slots}"})
+        except OSError as error:
+            self._connection.send("note", text=f"a process cannot be started: {error}")
+            self._connection.send("ended", rank=member, pid=0, status=1, signalled=False)
+        else:
+            self._connection.send("started", pids={member: pid})
+
+    def _begin_generation(self, message: dict[str, Any]) -> None:
+        """Tell the members of this host their places."""
+        members = dict(message["hosts"])
+        hosts = [(name, len(there)) for name, there in message["hosts"]]
+        if self._host not in members:
+            return
+        places = rank_environments(hosts, self._host).values()
+        for member, place in zip(members[self._host], places, strict=True):
+            meeting = self.rendezvous.environment(str(member), message["generation"])
+            self.ranks.say(member, {**message, "hosts": hosts, "environment": {**place, **meeting}})
+
+    def _said(self, rank: int, kind: str, values: dict[str, Any]) -> None:
+        self._connection.send("word", rank=rank, word=kind, values=values)
+
     def _ended(self, rank: int, end: RankEnd) -> None:
         self._connection.send("told", ranks={rank: end.told})
         self._connection.send("ended", rank=rank, pid=end.pid, status=end.status, signalled=end.signalled)
-        if not self.ranks.alive:
+        if not self.ranks.alive and not self._elastic:
             self._over.set()
 
     def _publish(self, key: str, value: bytes | None) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hvd_lb.launch.agent.channel import DESCRIPTOR, MOST_BYTES
+from hvd_lb.launch.agent.channel import AT_ONCE, DESCRIPTOR, MOST_BYTES
 from hvd_lb.launch.agent.process import dies_with_parent
 from hvd_lb.launch.launch_plan import rank_command
 
@@ -41,11 +41,18 @@ class _Rank:
 
 
 class HostRanks:
-    """Processes of this host; `on_end(rank, ended)` is called once for each that ends."""
+    """Processes of this host; `on_end(rank, ended)` is called once for each that ends, before that what it said.
 
-    def __init__(self, on_end: Callable[[int, RankEnd], None]):
+    `on_word(rank, kind, values)` is called for what it says AT_ONCE.
+    """
+
+    def __init__(
+        self,
+        on_end: Callable[[int, RankEnd], None],
+        on_word: Callable[[int, str, dict[str, Any]], None] = lambda rank, kind, values: None,
+    ):
         self._ranks: dict[int, _Rank] = {}
-        self._on_end = on_end
+        self._on_end, self._on_word = on_end, on_word
         self._loop = asyncio.get_running_loop()
         self._loop.add_signal_handler(signal.SIGCHLD, self._bury)
 
@@ -69,7 +76,7 @@ class HostRanks:
             os.close(descriptor)
             theirs.close()
         self._ranks[rank] = _Rank(process, ours)
-        self._loop.add_reader(ours, self._hear, self._ranks[rank])
+        self._loop.add_reader(ours, self._hear, rank, self._ranks[rank])
         return process.pid
 
     @property
@@ -105,13 +112,22 @@ class HostRanks:
     def _bury(self) -> None:
         for number, rank in list(self._ranks.items()):
             if (status := rank.process.poll()) is not None:
-                self._hear(rank)
+                self._hear(number, rank)
                 self._loop.remove_reader(rank.line)
                 rank.line.close()
                 del self._ranks[number]
                 self._on_end(number, RankEnd(rank.process.pid, status, rank.signalled, rank.told))
 
-    def _hear(self, rank: _Rank) -> None:
+    def say(self, rank: int, message: Mapping[str, Any]) -> None:
+        """To a rank, if it still lives."""
+        if there := self._ranks.get(rank):
+            with suppress(OSError):  # it has just ended, or stands still and has not taken a hundred of them
+                there.line.send(json.dumps(message).encode())
+
+    def __contains__(self, rank: int) -> bool:
+        return rank in self._ranks
+
+    def _hear(self, number: int, rank: _Rank) -> None:
         while True:
             try:
                 message = rank.line.recv(MOST_BYTES)
@@ -125,4 +141,7 @@ class HostRanks:
             with suppress(ValueError, LookupError, AttributeError):  # not from `tell`
                 values = json.loads(message)
                 kind = values.pop("kind")
-                rank.told[kind] = {"time": time.time(), **values}
+                if kind in AT_ONCE:
+                    self._on_word(number, kind, values)
+                else:
+                    rank.told[kind] = {"time": time.time(), **values}

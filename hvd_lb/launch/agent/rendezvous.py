@@ -5,7 +5,8 @@ but its address may go on with a path, `127.0.0.1:4711/SECRET/CLIENT`, in which 
 asks for one key at a time, on a new connection, again every 10 ms after a 404: so a GET is held here until its key is
 there. Each member of a scope puts the keys `N` and `rank_N`, gets those of the others, and deletes N when all are
 connected. That may happen again in the same process, so the keys of a client belong to its first, second, … meeting in
-a scope: old addresses are never taken for new ones, however late they are deleted elsewhere.
+a scope: old addresses are never taken for new ones, however late they are deleted elsewhere. In an elastic job they
+are counted anew in each generation, and who still asks in one that is over gets an error.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ _BACKLOG = 1024
 _AT_ONCE = 128  # connections taken before other events have their turn
 _RECEIVE = 1 << 18
 _MOST_HEAD, _MOST_VALUE = 1 << 13, 1 << 24
-_REASONS = {200: b"OK", 400: b"Bad Request", 403: b"Forbidden", 404: b"Not Found", 405: b"Method Not Allowed"}
+_REASONS = {
+    200: b"OK",
+    400: b"Bad Request",
+    403: b"Forbidden",
+    404: b"Not Found",
+    405: b"Method Not Allowed",
+    410: b"Gone",
+}
 
 Publish = Callable[[str, bytes | None], None]
 """Is told of a key that a client put (its value) or deleted (None)."""
@@ -40,6 +48,7 @@ class Rendezvous:
         self._values: dict[str, bytes] = {}
         self._held: dict[str, dict[socket.socket, asyncio.TimerHandle]] = defaultdict(dict)
         self._meetings: dict[tuple[str, str], int] = defaultdict(int)
+        self._generation = 0  # the first one that is not over
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._listener = socket.create_server((address, 0), backlog=_BACKLOG)
@@ -49,11 +58,12 @@ class Rendezvous:
         self._loop.add_reader(self._listener, self._accept)
         self.requests = 0  #: so far
 
-    def environment(self, client: str) -> dict[str, str]:
-        """What Horovod has to find in the environment of `client`, a name of its own for each."""
+    def environment(self, client: str, generation: int = 0) -> dict[str, str]:
+        """What Horovod has to find in the environment of `client`, a name of its own for each, in a generation."""
         address, port = self._listener.getsockname()
+        name = f"{client}.{generation}" if generation else client
         return {
-            "HOROVOD_GLOO_RENDEZVOUS_ADDR": f"{address}:{port}/{self._secret}/{client}",
+            "HOROVOD_GLOO_RENDEZVOUS_ADDR": f"{address}:{port}/{self._secret}/{name}",
             "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
             "HOROVOD_CONTROLLER": "gloo",
             "HOROVOD_CPU_OPERATIONS": "gloo",
@@ -61,13 +71,25 @@ class Rendezvous:
 
     def set(self, key: str, value: bytes | None) -> None:
         """A key as it is elsewhere; None: it is there no more."""
-        if value is None:
+        if value is None or self._is_over(key):
             self._values.pop(key, None)
             return
         self._values[key] = value
         for client, timer in self._held.pop(key, {}).items():
             timer.cancel()
             self._answer(client, 200, value)
+
+    def end(self, generation: int) -> None:
+        """That generation, and all before, are over: their keys are forgotten, and who waits for one gets an error."""
+        self._generation = max(self._generation, generation + 1)
+        for key in [key for key in (*self._values, *self._held) if self._is_over(key)]:
+            self._values.pop(key, None)
+            for client, timer in self._held.pop(key, {}).items():
+                timer.cancel()
+                self._answer(client, 410)
+
+    def _is_over(self, key: str) -> bool:
+        return int(key.partition("/")[0]) < self._generation
 
     def close(self) -> None:
         self._loop.remove_reader(self._listener)
@@ -132,8 +154,15 @@ class Rendezvous:
             self._answer(client, 403)
             return
         name = name.partition(":")[0]
-        meeting = f"{scope}/{self._meetings[name, scope]}"
+        generation = name.partition(".")[2] or "0"
+        if not generation.isdecimal():
+            self._answer(client, 400)
+            return
+        meeting = f"{generation}/{scope}/{self._meetings[name, scope]}"
         full = f"{meeting}/{key}"
+        if self._is_over(full):
+            self._answer(client, 410)
+            return
         match method:
             case "GET" if full in self._values:
                 self._answer(client, 200, self._values[full])

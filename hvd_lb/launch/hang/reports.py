@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from hvd_lb.launch.hosts import Host, host_of_rank
 from hvd_lb.launch.rank.names import log_name
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.world.stages import Stage
@@ -22,12 +21,16 @@ _MOST_NAMED = 3
 
 
 class HangReports:
-    """The reports of a job's ranks, looked at now and then."""
+    """The reports of a job's ranks, looked at now and then.
 
-    def __init__(self, run: RunDirectory, hosts: Sequence[Host], processes: int, timeout: float):
-        self._run, self._hosts, self._processes, self._timeout = run, hosts, processes, timeout
+    `ranks` are given with their hosts; `late` are those for which the others wait, where `look` has found any.
+    """
+
+    def __init__(self, run: RunDirectory, ranks: Mapping[int, str], timeout: float):
+        self._run, self.ranks, self._timeout = run, ranks, timeout
         self._looked = 0.0
         self._first: float | None = None  # when a report of a rank that waits for others was there first
+        self.late: list[int] = []
 
     def look(self) -> str | None:
         """What hangs, in one line; None while all goes on, or may still do so."""
@@ -35,23 +38,31 @@ class HangReports:
         if not self._timeout or now - self._looked < _LOOK_SECONDS:
             return None
         self._looked = now
-        reports = self._reports()
+        reports = {rank: report for rank, report in self._reports().items() if rank in self.ranks}
         waiting = [of for of in reports.values() if of["stage"] == Stage.NETWORK]
         self._first = (self._first or now) if waiting else None
         if not reports or any(of["until"] > time.time() for of in reports.values()):
             return None
         graceful = self._first is not None and now - self._first >= _GRACE * self._timeout
-        if len(reports) < self._processes and not graceful:
+        if len(reports) < len(self.ranks) and not graceful:
             return None
-        late = [rank for rank in range(self._processes) if reports.get(rank) not in waiting]
+        self.late = late = [rank for rank in self.ranks if reports.get(rank) not in waiting]
         step = max(of["step"] for of in waiting or reports.values())
         if late:
-            names = [self._late(rank, reports.get(rank), step, bool(waiting)) for rank in late]
+            names = [
+                self._late(rank, self.ranks[rank], reports.get(rank), step, bool(waiting)) for rank in late
+            ]
             more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
             who = ", ".join(names[:_MOST_NAMED]) + more
         else:
             who = f"all ranks wait for each other in step {step}, as the network is cut or they wait for other things"
         return f"no step for {self._timeout:g} s: {who}; stacks in {self._run.logs}"
+
+    def begin_again(self) -> None:
+        """Those that were late are being ended, and so do the waits for them: as if nobody had reported."""
+        self._first = None
+        for rank in self.ranks:
+            self._run.hang(rank).unlink(missing_ok=True)
 
     def _reports(self) -> dict[int, dict[str, Any]]:
         found = {}
@@ -63,8 +74,7 @@ class HangReports:
                 continue
         return found
 
-    def _late(self, rank: int, report: dict[str, Any] | None, step: int, awaited: bool) -> str:
-        host = host_of_rank(self._hosts, rank)
+    def _late(self, rank: int, host: str, report: dict[str, Any] | None, step: int, awaited: bool) -> str:
         if report:
             why = report["stage"]
         elif b"\nTimeout (" in self._log(rank, host):

@@ -15,7 +15,7 @@ from typing import Any
 
 from hvd_lb.launch.agent.channel import open_line
 from hvd_lb.launch.hosts import Host, place_of_rank
-from hvd_lb.launch.rank.names import log_name, this_rank
+from hvd_lb.launch.rank.names import MEMBER, log_name, this_rank
 from hvd_lb.machine import nccl
 from hvd_lb.machine.cpu import usable_cores
 from hvd_lb.machine.gpus import gpus
@@ -30,8 +30,13 @@ def main(job_file: str) -> None:
         from hvd_lb.launch.rank.slurm import rank_environment
 
         os.environ.update(rank_environment(os.environ))
-    rank = this_rank()
-    host, local_rank, local_size = place_of_rank([Host(name, slots) for name, slots in job["hosts"]], rank)
+    if member := os.environ.get(MEMBER):
+        number, host, *there = member.split()
+        rank, local_rank, local_size = map(int, (number, *there))
+    else:
+        rank = this_rank()
+        hosts = [Host(name, slots) for name, slots in job["hosts"]]
+        host, local_rank, local_size = place_of_rank(hosts, rank)
     if interface := job["interfaces"].get(host):
         os.environ["HOROVOD_GLOO_IFACE"] = os.environ["GLOO_SOCKET_IFNAME"] = (
             interface  # Horovod's and torch's

@@ -13,6 +13,13 @@ def this_rank() -> int:
     return place.rank if place else 0
 
 
+#: The variable that tells a newcomer of an elastic job its number, its host, and which place of how many it has there.
+MEMBER = "HVD_LB_MEMBER"
+
+#: The variable of a process that has begun again: its generation, its step, and the descriptor of what it carries.
+CARRIED = "HVD_LB_CARRIED"
+
+
 def log_name(rank: int, host: str) -> str:
     """The file in RUN/logs that a rank writes to."""
     return f"rank-{rank:04d}-{host}.log"

@@ -14,10 +14,10 @@ from typing import Any
 
 from hvd_lb.report.metrics import read_metrics
 from hvd_lb.report.run_directory import RunDirectory
-from hvd_lb.report.text import count
+from hvd_lb.report.text import count, figure, generation_in_words
 
 # Records of something that happened; others are curves, digests and notes.
-_HAPPENED = {"warning", "rollback", "repeat", "generation"}
+_HAPPENED = {"warning", "rollback", "repeat", "generation", "recovered"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ def _of_records(records: Sequence[dict[str, Any]]) -> list[Event]:
             left = f", and left step {record['step']} out" if record.get("left_out") else ""
             text = f"went back to step {record['to']}{left}"
         elif kind == "generation":
-            text = f"went on with other processes: {record.get('before')} → {record.get('processes')}"
+            text = generation_in_words(record)
+        elif kind == "recovered":
+            text = f"taken {figure(record.get('seconds'), '.1f')} s after the change was noticed"
         else:
             text = str(record.get("message") or record.get("reason") or "") or ", ".join(
                 f"{name} {value}" for name, value in record.items() if name not in ("kind", "epoch", "step")

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from hvd_lb.launch.hang.reports import HangReports
-from hvd_lb.launch.hosts import Host
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.world.stages import Stage
 
-HOSTS = [Host("h1", 2), Host("h2", 2)]
+HOSTS = {0: "h1", 1: "h1", 2: "h2", 3: "h2"}
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def report(run: RunDirectory, rank: int, stage: str, step: int = 41, more: float
 
 
 def reports(run: RunDirectory, **options: Any) -> HangReports:
-    return HangReports(run, HOSTS, 4, options.get("timeout", 300.0))
+    return HangReports(run, HOSTS, options.get("timeout", 300.0))
 
 
 def test_who_does_something_else_is_named_when_the_others_wait(run: RunDirectory, clock: list[float]) -> None:

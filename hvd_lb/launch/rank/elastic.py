@@ -1,0 +1,211 @@
+"""A rank of an elastic job: it trains in one generation after another, with whoever is there.
+
+A generation ends by a failure, of which the rank has an error of its engine or hears from its agent, or as its members
+have agreed after a step, since some want to join or to leave. The process stays. It takes what it has of the run's
+state with it, the head says who it is in the next generation (`agent.generations`), and all take the state of rank 0,
+who is furthest. So a step is given up by all and taken again, or was taken.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from hvd_lb.data.images import Dataset
+from hvd_lb.errors import UserError
+from hvd_lb.launch.agent.channel import say
+from hvd_lb.launch.agent.generations import NO_STATE
+from hvd_lb.launch.job import Job
+from hvd_lb.launch.rank.member import Carried, Member
+from hvd_lb.launch.rank.names import MEMBER, OF_OTHERS
+from hvd_lb.launch.rank.training import data_of, device_of, note_stop, observer_of, trainer_of
+from hvd_lb.launch.stopping import StopRequests
+from hvd_lb.report.metrics import RunObserver, SilentObserver, last_records
+from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
+from hvd_lb.training.trainer import Trainer
+from hvd_lb.world import World
+from hvd_lb.world.stages import Stage, Stages
+
+
+def take_part(job: Job, number: int, cores: int, stop_requested: StopRequests, stages: Stages) -> None:
+    """Be member `number` until the end of the run, or until this process is asked to leave."""
+    checkpoint = open_checkpoint(job.checkpoint) if job.checkpoint else None
+    begins_at = checkpoint.step if checkpoint else 0
+    newcomer = MEMBER in os.environ
+    member = Member(number, RunDirectory(job.output).job)
+    carried = member.inherited() or Carried(NO_STATE if newcomer else begins_at)
+    more = {"cores": cores, "checkpoint": checkpoint, "stop_requested": stop_requested, "stages": stages}
+    dataset = data_of(job)
+    begun = member.next(carried) if newcomer else None
+    while found := _train(job, member, begun, carried, dataset, begins_at, more):
+        carried = found
+        begun = member.next(carried)
+
+
+def _train(
+    job: Job,
+    member: Member,
+    begun: dict[str, Any] | None,
+    carried: Carried,
+    dataset: Dataset,
+    begins_at: int,
+    more: dict[str, Any],
+) -> Carried | None:
+    """One generation, with what the head says of it (None: the first one), from what this process has carried to it.
+
+    What it carries to the next; None where there is none for it.
+    """
+    trainer: Trainer | None = None
+    ended = regrouped = False
+    stages: Stages = more["stages"]
+    try:
+        world = member.join(job.engine, carried)
+        if begun is None and (world.rank, world.size) != (member.number, job.processes):
+            raise UserError(
+                f"rank {member.number} of {job.processes} found itself to be rank {world.rank} of {world.size}: the "
+                "launcher did not tell it who it is"
+            )
+        if begun:
+            own = _taken_over(job, carried, dataset).to_bytes() if world.rank == 0 else b""
+            carried = Carried.from_bytes(world.broadcast_bytes(own, "hvd_lb.state"), begins_at)
+        present = _Generation(job, member, world, begun, carried, dataset, more["checkpoint"])
+        with ExitStack() as stack:
+            stack.callback(present.observer.close)
+            if world.rank == 0:
+                stack.enter_context(more["stop_requested"].watched())
+            trainer = present.trainer(**more)
+            trainer.fit()
+            regrouped = trainer.regrouping
+            ended = bool(trainer.stopped_by) or trainer.step == trainer.end
+            stages.enter(Stage.ENDING if ended else Stage.STARTING)
+            if ended:
+                note_stop(job, trainer)
+        if ended:
+            with stages.within(Stage.NETWORK):
+                world.barrier()
+            return None
+    except Exception as error:
+        if type(error).__name__ not in OF_OTHERS:
+            raise
+        print(f"generation {member.generation} is over: {error}", flush=True)
+    stages.enter(Stage.STARTING)
+    if trainer:
+        snapshot = trainer.hand_over()
+        carried = Carried(snapshot.step, snapshot, trainer.unfinished, trainer.repeats, trainer.told)
+    member.part(carried, together=regrouped and not ended)
+    if regrouped and not ended and member.leaving:
+        say("leaving")
+        return None
+    return carried
+
+
+class _Generation:
+    """The present generation on this process; for its trainer it is the job's `Membership`."""
+
+    def __init__(
+        self,
+        job: Job,
+        member: Member,
+        world: World,
+        begun: dict[str, Any] | None,
+        carried: Carried,
+        dataset: Dataset,
+        checkpoint: Checkpoint | None,
+    ):
+        self._job, self._member, self._world = job, member, world
+        self._carried, self._dataset = carried, dataset
+        plan = job.recipe.sample_plan(len(dataset.train))
+        self._steps_per_epoch = plan.steps_per_epoch
+        snapshot = carried.snapshot
+        # Losses that were not told of yet are told again with the last step.
+        again = carried.unfinished and snapshot is not None and bool(snapshot.saved.loss_images)
+        told_from = carried.step - again
+        hosts = begun["hosts"] if begun else job.hosts
+        self.observer: RunObserver | SilentObserver = observer_of(
+            job, world, hosts, dataset, checkpoint, told_from
+        )
+        self._since: float | None = None
+        if begun and isinstance(self.observer, RunObserver):
+            change = dict(begun["change"])
+            self._since = time.monotonic() - change.pop("seconds")
+            step = min(carried.step, job.recipe.total_steps(plan.steps_per_epoch) - 1)
+            self.observer.generation(
+                {
+                    **self._position(step),
+                    "to": told_from,
+                    "redone": carried.unfinished,
+                    "generation": begun["generation"],
+                    **change,
+                    "repeated": carried.repeats,
+                }
+            )
+            say("begun", generation=begun["generation"])
+            self._tell_again(told_from)
+
+    def _tell_again(self, told_from: int) -> None:
+        """The last records, where the process that was rank 0 was lost before it had written them."""
+        records = last_records(RunDirectory(self._job.output).metrics)
+        written = {(record.get("kind"), record["step"]) for record in records}
+        redone = self._carried.unfinished
+        for kind, tell, told_again in (
+            ("train", self.observer.train, told_from),
+            ("eval", self.observer.evaluation, told_from - redone),
+        ):
+            record = self._carried.told.get(kind)
+            if record and record["step"] < told_again and (kind, record["step"]) not in written:
+                tell(record)
+
+    def trainer(self, cores: int, checkpoint: Checkpoint | None, **more: Any) -> Trainer:
+        job, carried = self._job, self._carried
+        trainer = trainer_of(
+            job,
+            self._world,
+            self._dataset,
+            device_of(job, self._world),
+            self.observer,
+            cores,
+            checkpoint=None if carried.snapshot else checkpoint,
+            membership=self,
+            carried=carried.snapshot,
+            unfinished=carried.unfinished,
+            **more,
+        )
+        trainer.told |= carried.told
+        return trainer
+
+    def wishes(self) -> tuple[bool, bool]:
+        return self._member.asked, self._member.leaving
+
+    def step_taken(self, step: int) -> None:
+        if self._since is not None and isinstance(self.observer, RunObserver):
+            self.observer.recovered({**self._position(step - 1), "seconds": time.monotonic() - self._since})
+            self._since = None
+
+    def _position(self, step: int) -> dict[str, int]:
+        return {"epoch": step // self._steps_per_epoch, "step": step}
+
+
+def _taken_over(job: Job, carried: Carried, dataset: Dataset) -> Carried:
+    """The state that this process, as rank 0 of a generation, gives to all: what the one before has not written is
+    written again.
+
+    The best checkpoint is the one on disk, and the last one of a run is whole before it ends.
+    """
+    snapshot, recipe = carried.snapshot, job.recipe
+    if snapshot is None:
+        return carried
+    store = CheckpointStore(RunDirectory(job.output).checkpoints, recipe.keep_checkpoints)
+    store.discard_after(snapshot.step)
+    state = dict(snapshot.state)
+    if recipe.checkpoint_every != "never" and (best := store.best_error()) is not None:
+        state["best_error"] = best if math.isfinite(best) else None
+    unfinished = carried.unfinished
+    if snapshot.step == recipe.total_steps(recipe.sample_plan(len(dataset.train)).steps_per_epoch):
+        newest, _ = store.newest_intact()
+        unfinished |= newest is None or newest.step < snapshot.step or newest.saved.evaluation_due
+    return replace(carried, snapshot=replace(snapshot, state=state), unfinished=unfinished)

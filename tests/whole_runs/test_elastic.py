@@ -1,0 +1,387 @@
+"""--elastic: processes are killed, hang or leave within a run, and its end has the bits of the undisturbed one.
+
+Where a process dies is said exactly: by what it is about to do, in which step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from real_runs import SMALL, Start, finish, processes_of, until
+
+from hvd_lb.errors import UserError
+from hvd_lb.launch.starters.local import local
+from hvd_lb.report.metrics import read_metrics
+from hvd_lb_cli.dispatch import refuse_elastic
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("horovod") is None, reason="needs Horovod"),
+]
+horovod_and_torch = pytest.mark.parametrize(
+    "engine", ["horovod", pytest.param("torch", marks=pytest.mark.long)]
+)
+
+STEPS = 12
+RECIPE = (
+    *("train", *SMALL, "--reproducible", "--gpus", 4, "--per-gpu-batch", 24, "--steps", STEPS),
+    *("--log-every", 1, "--checkpoint-every", "4steps", "--eval-every", "6steps", "--digest-every", "5steps"),
+)
+# For every Python that starts; a rank does to itself what FAULTS says of its number in the job: [number, what it is
+# about to do, after how many steps (or how often it has come to that), how].
+SITE = """
+    import json, os, signal, sys, threading, time
+
+    NUMBER = int((os.environ.get("HVD_LB_MEMBER") or os.environ.get("HOROVOD_RANK") or "-1").split()[0])
+    FAULTS = [fault for fault in json.loads(os.environ.get("FAULTS", "[]")) if fault[0] == NUMBER]
+    PLACES = {
+        "step": ("training.trainer", "Trainer", "train_step"),
+        "sums": ("training.run_state", "RunState", "step_taken"),
+        "log": ("training.trainer", "Trainer", "_log"),
+        "save": ("training.trainer", "Trainer", "_save"),
+        "evaluation": ("training.evaluation", "Evaluator", "__call__"),
+        "end": ("launch.rank.elastic", "", "note_stop"),
+        "join": ("launch.rank.member", "Member", "join"),
+        "state": ("launch.rank.member", "Carried", "from_bytes"),
+        "data": ("launch.rank.elastic", "", "data_of"),
+    }
+
+    def fail(how):
+        if how == "error":
+            raise ValueError("a fault of this rank alone")
+        if how == "UserError":
+            raise sys.modules["hvd_lb.errors"].UserError("put it right")
+        os.kill(os.getpid(), getattr(signal, how))
+
+    def prepare():
+        while not hasattr(sys.modules.get("hvd_lb.launch.rank.train"), "main"):
+            time.sleep(0.002)
+        for _, place, when, how in FAULTS:
+            module, holder, name = PLACES[place]
+            owner = sys.modules["hvd_lb." + module]
+            replace(getattr(owner, holder) if holder else owner, name, when, how)
+
+    def replace(owner, name, when, how):
+        before, calls = getattr(owner, name), []
+
+        def instead(*arguments, **more):
+            calls.append(None)
+            if getattr(arguments[0], "step", len(calls)) == when:
+                fail(how)
+            return before(*arguments, **more)
+
+        setattr(owner, name, staticmethod(instead) if name == "from_bytes" else instead)
+
+    if FAULTS and any("rank.entry" in word for word in sys.orig_argv):
+        threading.Thread(target=prepare, daemon=True).start()
+"""
+Fault = tuple[int, str, int, str]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run on one process, which nothing happens to."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    command = [sys.executable, "-m", "hvd_lb_cli.main", *RECIPE, "--processes", 1, "--output", run]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    return run
+
+
+@pytest.fixture
+def disturbed(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Path, str]]:
+    """disturbed(processes, *options, faults=…): an elastic run to its end, and what it printed."""
+
+    def run(
+        processes: int,
+        *options: object,
+        faults: Sequence[Fault] = (),
+        meanwhile: Callable[[Path], object] = lambda run: None,
+    ) -> tuple[Path, str]:
+        begun = begin(start, tmp_path, monkeypatch, processes, *options, faults=faults)
+        meanwhile(tmp_path / "run")
+        out, _ = finish(begun)
+        assert not processes_of(tmp_path / "run")
+        return tmp_path / "run", out
+
+    return run
+
+
+def begin(
+    start: Start,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+    *options: object,
+    faults: Sequence[Fault],
+) -> subprocess.Popen[str]:
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(textwrap.dedent(SITE))
+    paths = [str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("FAULTS", json.dumps(list(faults)))
+    return start(*RECIPE, "--processes", processes, "--elastic", *options, "--output", folder / "run")
+
+
+def ranks_of(run: Path) -> dict[int, int]:
+    """Living ranks by their number in the job, with their process IDs."""
+    found = {}
+    for pid in processes_of(run):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+            environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        except OSError:
+            continue
+        variables = dict(line.split("=", 1) for line in environment if "=" in line)
+        if "rank.entry" in command:
+            number = variables.get("HVD_LB_MEMBER") or variables["HOROVOD_RANK"]
+            found[int(number.split()[0])] = pid
+    return found
+
+
+def events(run: Path, kind: str = "generation") -> list[dict[str, Any]]:
+    return [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == kind]
+
+
+def assert_the_same(undisturbed: Path, run: Path) -> None:
+    """Weights, velocities and all else that is saved, bitwise; records of each step and evaluation, once."""
+    for name in ("last", "best"):
+        one, other = (of / "checkpoints" / name for of in (undisturbed, run))
+        assert other.resolve().name == one.resolve().name
+        for file in ("model.safetensors", "optimizer.safetensors", "state.json"):
+            assert (other / file).read_bytes() == (one / file).read_bytes(), (name, file)
+    for kind, names in (
+        ("train", ("step", "loss", "lr")),
+        ("eval", ("step", "top1_error", "loss", "images")),
+        ("digest", ("step", "weights", "velocities", "statistics", "chain")),
+    ):
+        one, other = (
+            [[record[name] for name in names] for record in events(of, kind)] for of in (undisturbed, run)
+        )
+        assert other == one
+
+
+@horovod_and_torch
+@pytest.mark.parametrize(
+    ("processes", "faults", "left"),
+    [
+        (2, [(1, "step", 5, "SIGKILL")], [1]),
+        pytest.param(2, [(0, "sums", 5, "SIGKILL")], [1], marks=pytest.mark.long),
+        pytest.param(4, [(1, "step", 3, "SIGKILL"), (2, "sums", 3, "SIGKILL")], [2], marks=pytest.mark.long),
+        pytest.param(3, [(2, "log", 6, "SIGKILL")], [2], marks=pytest.mark.long),
+        pytest.param(3, [(1, "save", 4, "SIGKILL")], [2], marks=pytest.mark.long),
+        pytest.param(3, [(0, "save", 8, "SIGKILL")], [2], marks=pytest.mark.long),
+        pytest.param(3, [(0, "evaluation", 1, "SIGKILL")], [2], marks=pytest.mark.long),
+        pytest.param(3, [(1, "evaluation", 2, "SIGKILL")], [2], marks=pytest.mark.long),
+        pytest.param(3, [(1, "step", 5, "error")], [2], marks=pytest.mark.long),
+        pytest.param(3, [(0, "end", 1, "SIGKILL")], [2], marks=pytest.mark.long),
+        # The second one dies while the others wait for the next generation, begin it, or hand over the state.
+        pytest.param(
+            3, [(2, "step", 5, "SIGKILL"), (1, "join", 2, "SIGKILL")], [2, 1], marks=pytest.mark.long
+        ),
+        pytest.param(
+            4, [(3, "step", 5, "SIGKILL"), (0, "join", 2, "SIGKILL")], [3, 2], marks=pytest.mark.long
+        ),
+        pytest.param(
+            3, [(2, "step", 5, "SIGKILL"), (1, "state", 1, "SIGKILL")], [2, 1], marks=pytest.mark.long
+        ),
+    ],
+)
+def test_killed_processes_change_no_bit(
+    disturbed: Callable[..., tuple[Path, str]],
+    undisturbed: Path,
+    engine: str,
+    processes: int,
+    faults: list[Fault],
+    left: list[int],
+) -> None:
+    run, out = disturbed(processes, "--engine", engine, faults=faults)
+    assert_the_same(undisturbed, run)
+    changes = events(run)
+    lost = [lost for change in changes for lost in change["lost"]]
+    ends = {how: "exit code 1" if how == "error" else f"ended by {how}" for *_, how in faults}
+    assert sorted(lost) == sorted(f"rank {number} on localhost ({ends[how]})" for number, *_, how in faults)
+    assert all(line in out for line in lost)
+    assert sum(change["repeated"] for change in changes) <= len(changes) <= len(faults)
+    assert [change["processes"] for change in changes if change["lost"]][-1] >= left[-1]
+    assert len(events(run, "recovered")) <= len(changes)
+
+
+@horovod_and_torch
+@pytest.mark.parametrize(
+    ("processes", "faults"),
+    [
+        (2, [(1, "step", 5, "SIGKILL")]),
+        pytest.param(3, [(0, "sums", 5, "SIGKILL"), (2, "sums", 5, "SIGKILL")], marks=pytest.mark.long),
+        # The first one that takes a lost one's place dies when it is given the state, its successor does not.
+        pytest.param(2, [(1, "step", 5, "SIGKILL"), (2, "state", 1, "SIGKILL")], marks=pytest.mark.long),
+    ],
+)
+def test_others_take_the_places_of_the_lost(
+    disturbed: Callable[..., tuple[Path, str]],
+    undisturbed: Path,
+    engine: str,
+    processes: int,
+    faults: list[Fault],
+) -> None:
+    """They are waited for here."""
+    options = ("--engine", engine, "--min-processes", processes)
+    run, out = disturbed(processes, *options, faults=faults)
+    assert_the_same(undisturbed, run)
+    last = events(run)[-1]
+    assert (last["processes"], last["joined"]) == (processes, min(len(faults), processes - 1))
+    assert f"fewer than --min-processes {processes}: waiting for those that are starting" in out
+
+
+@pytest.mark.long
+@horovod_and_torch
+@pytest.mark.parametrize("leaver", [0, 1])
+def test_who_is_asked_to_leaves_after_the_step(
+    disturbed: Callable[..., tuple[Path, str]], undisturbed: Path, engine: str, leaver: int
+) -> None:
+    run, out = disturbed(2, "--engine", engine, faults=[(leaver, "step", 5, "SIGTERM")])
+    assert_the_same(undisturbed, run)
+    (change,) = events(run)
+    assert (change["left"], change["lost"], change["step"]) == ([f"rank {leaver} on localhost"], [], 6)
+    assert not change["repeated"]
+    assert f"asked to leave: rank {leaver} on localhost" in out
+
+
+@pytest.mark.long
+def test_when_all_are_asked_to_leave_the_run_ends_with_a_checkpoint_and_goes_on(
+    start: Start, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = [(0, "step", 5, "SIGTERM"), (1, "step", 5, "SIGTERM")]
+    out, _ = finish(begin(start, tmp_path, monkeypatch, 2, faults=faults), 128 + signal.SIGTERM)
+    assert "stopped after 6 steps, with a checkpoint" in out
+    monkeypatch.setenv("FAULTS", "[]")
+    finish(start(*RECIPE, "--processes", 1, "--output", tmp_path / "run"))
+    assert_the_same(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_an_elastic_run_that_has_lost_a_rank(
+    start: Start, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    process = begin(
+        start, tmp_path, monkeypatch, 2, faults=[(0, "step", 2, "SIGKILL"), (1, "step", 5, "SIGSTOP")]
+    )
+    until(lambda: (run / "metrics.jsonl").exists() and events(run, "recovered"))
+    process.send_signal(signal.SIGINT)
+    until(lambda: (run / "logs" / "stop").exists())
+    os.kill(ranks_of(run)[1], signal.SIGCONT)
+    out, _ = finish(process, 128 + signal.SIGINT)
+    assert "with a checkpoint" in out
+    monkeypatch.setenv("FAULTS", "[]")
+    finish(start(*RECIPE, "--processes", 2, "--output", run))
+    assert_the_same(undisturbed, run)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("faults", "options", "words"),
+    [
+        (
+            [(1, "step", 5, "SIGKILL"), (2, "data", 1, "SIGKILL")],
+            ("--min-processes", 2),
+            "1 of 2 processes are left, fewer than --min-processes 2",
+        ),
+        (
+            [(0, "step", 5, "SIGKILL"), (1, "step", 5, "SIGKILL")],
+            (),
+            "all processes that had the state of the run were lost",
+        ),
+    ],
+)
+def test_a_run_that_cannot_go_on_ends_in_one_line_and_goes_on_from_its_checkpoint(
+    start: Start,
+    tmp_path: Path,
+    undisturbed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    faults: list[Fault],
+    options: tuple[object, ...],
+    words: str,
+) -> None:
+    run = tmp_path / "run"
+    _, err = finish(begin(start, tmp_path, monkeypatch, 2, *options, faults=faults), 1)
+    assert f"hvd-lb: error: {words}" in err
+    assert len(err.splitlines()) == 1
+    assert not processes_of(run)
+    monkeypatch.setenv("FAULTS", "[]")
+    out, _ = finish(start(*RECIPE, "--processes", 2, "--elastic", "--output", run))
+    assert "going on from step 4" in out
+    assert_the_same(undisturbed, run)
+
+
+@pytest.mark.long
+def test_what_a_user_has_to_put_right_ends_the_run(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, err = finish(begin(start, tmp_path, monkeypatch, 2, faults=[(1, "step", 5, "UserError")]), 1)
+    assert "rank 1 on localhost failed: put it right" in err
+    assert not processes_of(tmp_path / "run")
+
+
+@pytest.mark.long
+@horovod_and_torch
+def test_one_that_hangs_is_taken_out(
+    disturbed: Callable[..., tuple[Path, str]], undisturbed: Path, engine: str
+) -> None:
+    options = ("--engine", engine, "--hang-timeout", 8)
+    run, out = disturbed(3, *options, faults=[(1, "step", 5, "SIGSTOP")])
+    assert_the_same(undisturbed, run)
+    assert "rank 1 on localhost has not arrived in step 5 (stopped or unreachable)" in out
+    (change,) = [change for change in events(run) if change["lost"]]
+    assert change["lost"] == ["rank 1 on localhost (ended by SIGKILL)"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--processes", 1, "--elastic"), "--elastic is about the exchange between processes"),
+        (("--processes", 2, "--min-processes", 2), "--min-processes is for runs that go on"),
+        (("--processes", 2, "--elastic", "--min-processes", 3), "--min-processes 3 of 2 processes"),
+        (
+            ("--hosts", "h1:1,h2:1", "--elastic"),
+            "--elastic is not possible yet for a run that is started over ssh",
+        ),
+    ],
+)
+def test_what_cannot_be_elastic_is_refused(
+    hvd_lb: Callable[..., Any], tmp_path: Path, options: tuple[object, ...], words: str
+) -> None:
+    said = hvd_lb("train", *SMALL, "--gpus", 4, *options, "--output", tmp_path / "run")
+    assert said.status == 2
+    assert said.err.startswith(f"hvd-lb: error: {words}")
+    assert len(said.err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "variables", "cache", "words"),
+    [
+        ("cuda", {}, "none", "on GPUs"),
+        ("cpu", {"HOROVOD_CPU_OPERATIONS": "MPI"}, "none", "with an --allreduce of Open MPI"),
+        ("cpu", {}, "disk", "with --cache disk"),
+    ],
+)
+def test_what_is_not_built_is_refused(device: str, variables: dict[str, str], cache: str, words: str) -> None:
+    placement: Any = SimpleNamespace(device=device, processes=2)
+    recipe: Any = SimpleNamespace(cache=cache, audit=0)
+    plan = replace(local(2, {}), environment=variables)
+    with pytest.raises(UserError, match=f"--elastic is not possible yet {words}"):
+        refuse_elastic(placement, plan, recipe, 1)
