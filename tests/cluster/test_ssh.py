@@ -400,7 +400,8 @@ def test_a_run_is_watched_and_stopped_from_another_host(hosts: list[Host], tmp_p
     with running(hosts, run, *long) as process:
         process.send_signal(signal.SIGKILL)
         process.wait(10)
-        assert json.loads(hvd_lb(hosts[1], "status", run, "--json")[0])["state"] == "lost"
+        # Until its ranks have noticed, the run's lock is still held.
+        until(lambda: json.loads(hvd_lb(hosts[1], "status", run, "--json")[0])["state"] == "lost", 60)
         until(lambda: not processes_of(run), 60)
 
 
