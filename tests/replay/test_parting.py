@@ -28,6 +28,7 @@ def test_runs_of_two_recipes(hvd_lb: Run, recorded: Path, copied: Callable[[Path
     assert "A by itself" not in said.out
 
 
+@pytest.mark.long
 def test_a_run_that_is_not_what_its_recipe_gives(
     hvd_lb: Run, recorded: Path, copied: Callable[[Path], Path]
 ) -> None:

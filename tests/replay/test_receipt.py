@@ -109,6 +109,7 @@ def test_an_exchanged_checkpoint(hvd_lb: Run, recorded: Path, copied: Copied) ->
     )
 
 
+@pytest.mark.long
 def test_an_exchanged_checkpoint_of_which_no_digest_was_recorded(
     hvd_lb: Run, recorded: Path, copied: Copied
 ) -> None:
@@ -122,6 +123,7 @@ def test_an_exchanged_checkpoint_of_which_no_digest_was_recorded(
     assert hvd_lb("verify", run, "--segments", 0).status == 2
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint(hvd_lb: Run, recorded: Path, copied: Copied) -> None:
     run = copied(recorded)
     file = run / "checkpoints/step-00000024/optimizer.safetensors"
@@ -140,6 +142,7 @@ def test_a_changed_recipe(hvd_lb: Run, recorded: Path, copied: Copied) -> None:
     assert "as recorded, to the bit" not in said.out  # nothing was computed
 
 
+@pytest.mark.long
 def test_it_cannot_be_told_on_other_hardware(hvd_lb: Run, recorded: Path, copied: Copied) -> None:
     """A loss that is a little off: with the same libraries it would be wrong, here it may be theirs."""
     run = copied(recorded)

@@ -165,6 +165,7 @@ def test_float_mode_says_what_can_be_told(
     assert "in float mode on 2 processes" in other["verdict"]
 
 
+@pytest.mark.long
 def test_a_spike_is_looked_for_step_by_step(
     hvd_lb: Run, recorded: Path, copied: Callable[[Path], Path]
 ) -> None:

@@ -126,6 +126,7 @@ def test_three_processes_tell_the_same_bytes(alone: Path, tmp_path: Path) -> Non
     assert chain(tmp_path).last == chain(alone).last
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("killed", [False, True])
 def test_so_does_a_run_that_was_stopped_or_killed_and_goes_on(
     killed: bool, alone: Path, tmp_path: Path
@@ -141,6 +142,7 @@ def test_so_does_a_run_that_was_stopped_or_killed_and_goes_on(
     assert chain(tmp_path).last == chain(alone).last
 
 
+@pytest.mark.long
 def test_a_minibatch_that_is_left_out_is_in_the_chain(alone: Path, tmp_path: Path) -> None:
     run(Solo(), tmp_path, on_nan="rollback", bad=6)
     report = chain(tmp_path)

@@ -19,6 +19,7 @@ WORDS = (
 )
 
 
+@pytest.mark.long
 def test_killed_and_gone_on_with(start: Start, hvd_lb: Callable[..., Any], tmp_path: Path) -> None:
     folder = tmp_path / "s"
     first = start("sweep", "run", folder, *WORDS)

@@ -220,6 +220,7 @@ def test_an_export_brings_the_network_along(
         assert text in card, text
 
 
+@pytest.mark.long
 def test_torchvision_takes_its_own_networks(hvd_lb: Callable[..., Any], tmp_path: Path) -> None:
     """One of torchvision's that mixes with others' weights: a file, and a recipe that is named."""
     refused = hvd_lb("export", train(tmp_path / "run"), "--format", "torchvision")
