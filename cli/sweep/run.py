@@ -130,7 +130,7 @@ def run(
     if sweep.base.threads is None:
         more += ["--threads", str(_threads(jobs, processes or 1))]
     commands = Commands(sweep, jobs, more)
-    with outliving_readers(), held(sweep), console.status("") as status:
+    with outliving_readers(), held(sweep), console.status(Text()) as status:
 
         def on_end(ended: Any) -> None:
             nonlocal done, failed

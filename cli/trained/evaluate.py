@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import rich_click as click
+from rich.text import Text
 
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count, figure, printable
@@ -68,7 +69,7 @@ def evaluate(
         what, images = open_images(
             trained, spec, val=val, val_fraction=val_fraction, split=split, on_progress=on_progress
         )
-    with console.status(f"evaluating {count(len(images), 'image')}"):
+    with console.status(Text(f"evaluating {count(len(images), 'image')}")):
         found = evaluate_weights(trained, images, what, device=use.device, threads=use.loader_threads)
     figures = found.figures
     if not figures.images:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import rich_click as click
+from rich.text import Text
 
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import printable
@@ -42,7 +43,7 @@ def export(weights: Path, form: str, output: Path | None, recipe: str | None) ->
             raise UserError(f"{printable(str(weights))} is in no run directory: give --output FOLDER")
         output = trained.run.path / "exported" / form
     (chosen,) = (name for name in FORMATS if name == form)
-    with plain_console(stderr=True).status(f"exporting {trained.recipe.model}"):
+    with plain_console(stderr=True).status(Text(f"exporting {trained.recipe.model}")):
         done = export_weights(trained, chosen, output.expanduser())
     print_rows(
         plain_console(),

@@ -35,8 +35,9 @@ def make_run(path: Path, **fields: Any) -> RunDirectory:
     lines[3:3] = [{"kind": "warning", "epoch": 0, "step": 3, "message": "the disk is </script><b>full</b>"}]
     lines[:0] = [{"kind": "begin", "step": -1, "recipe": {}}, {"kind": "digest", "epoch": 0, "step": 0}]
     lines[11:11] = [{"kind": "rollback", "step": 7, "to": 5, "left_out": True}]
+    change = {"kind": "generation", "step": 14, "to": 15, "before": 3, "processes": 2}
+    lines.insert(next(at for at, line in enumerate(lines) if line["step"] == 15), change)
     lines += [
-        {"kind": "generation", "step": 14, "to": 15, "before": 3, "processes": 2},
         {"kind": "noise", "epoch": 1, "step": 15, "noise_scale": 900.0, "low": 500.0, "high": 4000.0},
         {"kind": "noise", "epoch": 1, "step": 16, "noise_scale": None, "low": 500.0, "high": None},
         {
@@ -78,7 +79,7 @@ def test_events_are_told_in_their_order(tmp_path: Path) -> None:
         (8, "stop", "stopped after 8 steps, with a checkpoint"),
         (8, "resume", "went on at step 8, 2 → 3 processes"),
         (12, "stand-in", "epoch 1: 2 images that could not be decoded, others stood in"),
-        (14, "generation", "went on with other processes: 3 → 2"),
+        (14, "generation", "2 processes go on, before 3 (an exchange failed)"),
     ]
 
 

@@ -98,4 +98,4 @@ def test_the_slow_one_of_three_is_named_with_its_reason(tmp_path: Path, where: s
 
 
 def test_one_process_tells_no_ranks(tmp_path: Path) -> None:
-    assert {record["kind"] for record in train(tmp_path, 1, {0: 0.01}, {})} == {"train", "eval"}
+    assert {record["kind"] for record in train(tmp_path, 1, {0: 0.01}, {})} == {"train", "eval", "digest"}
