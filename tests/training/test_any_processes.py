@@ -70,7 +70,9 @@ def assert_the_same(found: Trainer, expected: Trainer, first: int = 0) -> None:
         (3, {"gpus": 3}),
         (3, {"freeze": "backbone"}),
         (2, {"auto_augment": "trivialaugment", "random_erasing": 0.5, "mixup": 0.8, "cutmix": 1.0}),
-        (3, {"clip_norm": 0.85, "optimizer": "lars", "trust_coefficient": 0.02}),
+        pytest.param(
+            3, {"clip_norm": 0.85, "optimizer": "lars", "trust_coefficient": 0.02}, marks=pytest.mark.long
+        ),
     ],
 )
 def test_a_run_in_float_mode(processes: int, changes: dict[str, Any], tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from real_runs import (
 
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
 
-KILLS = int(os.environ.get("HVD_LB_KILLS", "6"))
+KILLS = int(os.environ.get("HVD_LB_KILLS", "4"))
 # Of 1,438 images in steps of 96.
 STEPS_PER_EPOCH = 15
 # More than a kill lets through.
