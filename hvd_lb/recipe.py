@@ -49,6 +49,7 @@ def _check_together(value: Any) -> Any:
 
 OnNan = Literal["stop", "rollback"]
 OptimizerKind = Literal["sgd", "lars"]
+Shuffle = Literal["global", "per-worker"]
 AutoAugmentKind = Literal["none", "randaugment", "trivialaugment"]
 
 # The source of fields that were given on the command line.
@@ -223,6 +224,11 @@ class Recipe(BaseModel):
     per_gpu_batch: int = Field(32, ge=1, le=_MOST, description="Images of one virtual worker in a step, n.")
     last_batch: LastBatch = Field(
         "drop", description="What becomes of the rest of an epoch that fills no step."
+    )
+    shuffle: Shuffle = Field(
+        "global",
+        description="One order of all images per epoch, divided among the workers; or, an ablation, each worker keeps "
+        "a share and shuffles that.",
     )
     epochs: int = Field(
         90, ge=1, le=_MOST, description="Length of the run; the learning rate schedule fits itself to it."
@@ -443,10 +449,10 @@ class Recipe(BaseModel):
     def sample_plan(self, images: int) -> SamplePlan:
         """The plan on a data set of so many training images; UserError when the minibatch is larger than that."""
         from hvd_lb.plan.counter import generator_seed  # needs numpy, which --help does not
+        from hvd_lb.plan.per_worker import PerWorkerPlan
 
-        return SamplePlan(
-            images, self.gpus, self.per_gpu_batch, generator_seed(self.seed, 2), self.last_batch
-        )
+        plan = PerWorkerPlan if self.shuffle == "per-worker" else SamplePlan
+        return plan(images, self.gpus, self.per_gpu_batch, generator_seed(self.seed, 2), self.last_batch)
 
     def random_windows(self) -> RandomWindows:
         """Crop windows of training, and what is done to the crops."""

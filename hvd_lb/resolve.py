@@ -248,6 +248,10 @@ def explain(resolved: Resolved, device: str) -> list[tuple[str, str]]:
         rows.append(("begins with", f"the weights of {recipe.init_from}{head}"))
     if recipe.freeze != "none":
         rows.append(("frozen", "all but the last layer"))
+    if recipe.shuffle == "per-worker":
+        rows.append(
+            ("shuffling", "each worker keeps a share of the images and shuffles that, as an ablation")
+        )
     if recipe.together not in ("auto", 1):
         rows.append(("together", f"up to {recipe.together} virtual workers of a process as one batch"))
     if recipe.reproducible:

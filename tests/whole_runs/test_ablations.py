@@ -12,6 +12,7 @@ import pytest
 import torch
 from plain_case import EXACT, Reference, largest_difference, make_trainer, run_plain
 
+from hvd_lb.plan.per_worker import PerWorkerPlan
 from hvd_lb.plan.samples import SamplePlan
 from hvd_lb.training.trainer import Trainer
 
@@ -106,19 +107,8 @@ def scaled_loss(trainer: Trainer) -> None:
         group["lr_scale"] = 1 / ratio
 
 
-class ShardedPlan(SamplePlan):
-    """Every worker keeps its share of the images and shuffles only that (against remark 4)."""
-
-    def image_ids(self, epoch: int, step: int, worker: int) -> np.ndarray:
-        steps = [self.positions(step, worker) for step in range(self.steps_per_epoch)]
-        shard = [image for positions in steps for image in positions]
-        begin = sum(map(len, steps[:step]))
-        order = np.random.default_rng((self.seed, epoch, worker)).permutation(shard)
-        return order[begin : begin + len(steps[step])]
-
-
 def shuffled_by_each_worker(trainer: Trainer) -> None:
-    plan = ShardedPlan(**{field.name: getattr(trainer.plan, field.name) for field in fields(SamplePlan)})
+    plan = PerWorkerPlan(**{field.name: getattr(trainer.plan, field.name) for field in fields(SamplePlan)})
     places = [(step, worker) for step in range(plan.steps_per_epoch) for worker in range(plan.workers)]
     epoch = np.concatenate([plan.image_ids(0, step, worker) for step, worker in places])
     assert np.array_equal(np.sort(epoch), np.arange(plan.images))
