@@ -35,6 +35,7 @@ from hvd_lb.machine.placement import Placement, choose_device, choose_placement,
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.text import count
 from hvd_lb.resolve import check_options, explain, resolve
+from hvd_lb.track.target import refuse_untracked
 from hvd_lb.world.engine import Engine, choose_engine
 from hvd_lb.world.launched import launched_alone
 from hvd_lb_cli.arguments import without_secrets
@@ -62,6 +63,7 @@ def dispatch(
     refuse_unused(context, target, options.submit)
     if is_submission(target, options):
         return submit(context.command, options, target)
+    refuse_untracked(options.track)
     restarts = Restarts(options.launch.restarts)
     while True:
         status = _train(context, options, target, leave, restarts, console)
@@ -200,6 +202,7 @@ def _train(
         on_ready=ready,
         forecast=options.launch.forecast,
         elastic=elastic,
+        track=options.track,
     )
 
 

@@ -17,6 +17,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.launch.agent.process import dies_with_parent
 from hvd_lb.launch.launch_plan import START_SECONDS, LaunchPlan, rank_command
 from hvd_lb.launch.options import HANG_TIMEOUT, START_TIMEOUT, environment
+from hvd_lb.track.target import refuse_untracked
 from hvd_lb.world.engine import refuse_unconnected
 from hvd_lb.world.launched import Place
 from hvd_lb_cli.arguments import without_secrets
@@ -45,6 +46,7 @@ def train_launched(context: click.Context, options: TrainOptions, place: Place) 
         f"is about starting processes, and {place.launcher} has started {place.size}: leave it out",
     )
     refuse_unconnected(options.launch.engine, place)
+    refuse_untracked(options.track)
     if options.processes not in (None, place.size):
         raise UserError(
             f"--processes {options.processes}, and {place.launcher} has started {place.size}: leave it out"
@@ -136,4 +138,5 @@ def _launch(context: click.Context, options: TrainOptions, place: Place, line: s
         console=console,
         on_ready=lambda: print_rows(console, rows),
         forecast=options.launch.forecast,
+        track=options.track,
     )

@@ -15,6 +15,7 @@ from rich.text import Text
 from hvd_lb.errors import UserError
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.text import count, duration, speed
+from hvd_lb.track.target import refuse_untracked, track_targets
 from hvd_lb_cli.arguments import without_secrets
 from hvd_lb_cli.options.given import refuse_options
 from hvd_lb_cli.options.kinds import Finite
@@ -97,6 +98,7 @@ def simulate(
     device: str,
     output: Path | None,
     resume: str,
+    track: tuple[str, ...],
     budget: float,
     whole: bool,
     cluster: str | None,
@@ -124,11 +126,13 @@ def simulate(
     else:
         refuse_options(
             context,
-            {"resume"} if cluster else {"resume", "output"},
+            {"resume", "track"} if cluster else {"resume", "output", "track"},
             "is for a run, and this is a rehearsal: add --run for all of its steps, or --steps N",
         )
         if cluster is None:
             refuse_options(context, forecasting, "is for a forecast: add --cluster, as in --cluster dgx-h100")
+    targets = track_targets(track)
+    refuse_untracked(targets)
     import torch  # here: --help needs neither it nor what follows
 
     from hvd_lb.forecast.profile import load_device
@@ -169,6 +173,7 @@ def simulate(
                 command=without_secrets(sys.argv),
                 console=console,
                 on_ready=lambda: print_rows(console, plan),
+                track=targets,
             )
     if "epochs" in options:
         plan.append(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import rich_click as click
 
+from hvd_lb.track.target import track_targets
 from hvd_lb.world.launched import launched
 from hvd_lb_cli.detached import detached
 from hvd_lb_cli.options.kubernetes import kubernetes_options
@@ -62,6 +63,7 @@ def train(
     processes: int | None,
     output: Path | None,
     resume: str,
+    track: tuple[str, ...],
 ) -> int:
     """Train a model. Typed again, the same command goes on where the run stopped.
 
@@ -82,6 +84,7 @@ def train(
         processes,
         output,
         resume,
+        track_targets(track),
         launch_options,
         submit_options,
         slurm_options,

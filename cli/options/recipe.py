@@ -128,6 +128,13 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 show_default=True,
                 help="Go on from the newest intact checkpoint in the run directory, or from this one.",
             ),
+            _run_option(
+                "--track",
+                multiple=True,
+                metavar="TRACKER",
+                help="Also tell mlflow[:URI], wandb[:PROJECT] or tensorboard[:FOLDER] of the run; may be repeated. "
+                "docs/tracking.md",
+            ),
         )
     ):
         command = option(command)

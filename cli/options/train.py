@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from hvd_lb.launch.options import LaunchOptions
     from hvd_lb.launch.submit.kubernetes.options import KubernetesOptions
     from hvd_lb.launch.submit.slurm.script import SlurmOptions
+    from hvd_lb.track.target import TrackTarget
     from hvd_lb_cli.options.submit import SubmitOptions
 
 
@@ -23,6 +24,7 @@ class TrainOptions:
     processes: int | None
     output: Path | None
     resume: str
+    track: tuple[TrackTarget, ...]
     launch: LaunchOptions
     submit: SubmitOptions
     slurm: SlurmOptions

@@ -38,6 +38,8 @@ from hvd_lb.report.progress import Display, RunView, open_display
 from hvd_lb.report.run_directory import RunDirectory, replace_bytes, replace_text, write_json
 from hvd_lb.report.summary import FINISHED, STOPPED, summarise
 from hvd_lb.resolve import Resolved
+from hvd_lb.track.target import TrackTarget
+from hvd_lb.track.tracking import Tracking
 from hvd_lb.training.checkpoint import CheckpointStore
 
 _LOOK_SECONDS = 0.2
@@ -118,10 +120,11 @@ def run_job(
     on_ready: Callable[[], None] = lambda: None,
     forecast: Path | None = None,
     elastic: int | None = None,
+    track: Sequence[TrackTarget] = (),
 ) -> int:
     """Train as resolved, telling `on_ready` when all checks have passed; at the end held against a `forecast`.
 
-    `elastic`: going on when processes are lost, with at least so many.
+    `elastic`: going on when processes are lost, with at least so many. `track`: who else is told of the run.
 
     The exit status: 0 at the end, and for a run that has come to it before; 1 when a rank failed, 128 + signal when
     interrupted. The first SIGINT, SIGTERM or SIGHUP ends the run with a checkpoint after the present step, a second one
@@ -155,7 +158,8 @@ def run_job(
         replace_text(run.recipe, resolved.recipe.to_yaml())
         write_json(run.environment, describe_environment(placement, command))
         run.summary.unlink(missing_ok=True)
-        alive.begin(_facts(resolved, placement, launch, resume_point, command))
+        facts = _facts(resolved, placement, launch, resume_point, command)
+        alive.begin(facts)
         for path in resume_point.damaged:
             store.set_aside(path)
         # First: while they are there, a start that is killed here goes on from them, and needs all records before.
@@ -170,7 +174,14 @@ def run_job(
         if resume_point.step >= resolved.total_steps and not resume_point.evaluation_due:
             return _finish(run, resolved, placement.processes, 0.0, console)
         job = make_job(resolved, placement, launch, run, resume_point, elastic)
-        return _watch(job, launch, run, resolved, resume_point, lock.descriptor, console)
+        tracking = Tracking(track, run, resolved.recipe, facts, resume_point.first_record)
+        status = 1
+        try:
+            status = _watch(job, launch, run, resolved, resume_point, lock.descriptor, console, tracking)
+        finally:
+            for note in tracking.close(status):
+                console.print(note, soft_wrap=True)
+        return status
     finally:
         said.end()
         alive.end()
@@ -205,6 +216,7 @@ def _watch(
     resume_point: ResumePoint,
     lock: int,
     console: Console,
+    tracking: Tracking,
 ) -> int:
     """Start the ranks, show what they do, and sum up what came of it; the exit status."""
     display = open_display(
@@ -227,7 +239,7 @@ def _watch(
                     _heed(read_wish(run.stop), received)
                     if received and not asked:
                         asked = _ask_to_stop(processes, received[0], display)
-                    for note in processes.notes():
+                    for note in (*processes.notes(), *tracking.update()):
                         display.note(note)
                     view.update()
             _heed(read_wish(run.stop), received)

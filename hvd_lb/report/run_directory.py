@@ -56,6 +56,11 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     @property
+    def tracking(self) -> Path:
+        """As what trackers know the run (`hvd_lb.track`)."""
+        return self.path / "tracking.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -33,6 +33,7 @@ TRAIN = {
             "device",
             "output",
             "resume",
+            "track",
             "processes",
             "launcher",
             "pin",
@@ -82,7 +83,7 @@ TRAIN = {
 }
 ROOT = Path(__file__).parents[2]
 VALUES = {
-    "price": "2",
+    "price": "2", "track": "wandb",
     "k8s_volume": "pvc:a:/b", "k8s_shm": "1Gi", "k8s_cpus": "4", "k8s_memory": "4Gi", "k8s_resource": "a/b=1",
     "k8s_node_selector": "a=b", "k8s_gpu_resource": "a/b", "k8s_label": "a=b", "k8s_annotation": "a=b",
     "k8s_grace": "60", "k8s_kind": "trainjob", "k8s_patch": str(ROOT / "hvd_lb/recipes/digits.yaml"),
@@ -158,8 +159,8 @@ def test_one_process_exchanges_nothing(option: str, hvd_lb: Run, tmp_path: Any, 
 
 # The modes of other commands: what is typed for the mode, and what is refused there.
 OTHERS = [
-    (simulate, (), {"output", "resume", "device_profile", "price"}),
-    (simulate, ("--cluster", "big-basin"), {"resume"}),
+    (simulate, (), {"output", "resume", "track", "device_profile", "price"}),
+    (simulate, ("--cluster", "big-basin"), {"resume", "track"}),
     (simulate, ("--run",), {"budget", "cluster", "device_profile", "price"}),
     (simulate, ("--steps", "3"), {"budget"}),
     (doctor, (), parameters(doctor).keys() - {"hosts", "hostfile", "with_selftest", "network"}),

@@ -16,8 +16,8 @@ from hvd_lb.report.metrics import read_metrics
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.report.text import count, figure, generation_in_words
 
-# Records of something that happened; others are curves, digests and notes.
-_HAPPENED = {"warning", "rollback", "repeat", "generation", "recovered"}
+#: Kinds of records of something that happened; others are curves, digests and notes.
+HAPPENED = {"warning", "rollback", "repeat", "generation", "recovered"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def _of_records(records: Sequence[dict[str, Any]]) -> list[Event]:
     found = []
     for record in records:
         kind = str(record.get("kind"))
-        if kind not in _HAPPENED:
+        if kind not in HAPPENED:
             continue
         if kind == "rollback":
             left = f", and left step {record['step']} out" if record.get("left_out") else ""
