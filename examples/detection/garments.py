@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from hvd_lb.data.builtin.named import open_fashion_mnist
-from hvd_lb.data.images import ArrayImages
+from hvd_lb.data.images import ArrayImages, Dataset
 
 SIDE = 96
 SPLITS = ("train", "val")
@@ -35,12 +35,11 @@ def main() -> None:
     parser.add_argument("--val", type=int, default=250, help="validation pictures [250]")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    make(options.folder, {"train": options.train, "val": options.val}, options.seed)
+    make(options.folder, open_fashion_mnist(), {"train": options.train, "val": options.val}, options.seed)
 
 
-def make(folder: Path, pictures: dict[str, int], seed: int) -> None:
-    """So many `pictures` of each split."""
-    garments = open_fashion_mnist()
+def make(folder: Path, garments: Dataset, pictures: dict[str, int], seed: int) -> None:
+    """So many `pictures` of each split, of small grey images on black."""
     for split, images in (("train", garments.train), ("val", garments.val)):
         (folder / split).mkdir(parents=True, exist_ok=True)
         told: dict[str, list[dict[str, Any]]] = {

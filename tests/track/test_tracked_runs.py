@@ -1,0 +1,88 @@
+"""Whole runs, tracked by real stores: MLflow's SQLite or files, W&B offline."""
+
+import json
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_runs import SMALL, finish, records, until
+
+Start = Callable[..., subprocess.Popen[str]]
+RUN = (*SMALL, "--gpus", 2, "--per-gpu-batch", 32, "--log-every", 1, "--epochs", 2, "--warmup-epochs", 0)
+
+pytestmark = pytest.mark.slow
+
+
+def test_mlflow_keeps_one_run_over_a_stop(start: Start, tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    uri = f"sqlite:///{tmp_path}/mlflow.db" if _has("sqlalchemy") else (tmp_path / "mlruns").as_uri()
+    run = tmp_path / "a-run"
+    command = ("train", *RUN, "--processes", 2, "--output", run, "--track", f"mlflow:{uri}")
+    first = start(*command, cwd=tmp_path)
+    until(lambda: (run / "metrics.jsonl").exists() and len(records(run)) > 3)
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=120)
+    assert first.returncode == 128 + signal.SIGINT, out + err
+    client = mlflow.MlflowClient(uri)
+    [told] = client.search_runs([client.get_experiment_by_name("hvd-lb").experiment_id])
+    assert told.info.status == "KILLED"
+    finish(start(*command, cwd=tmp_path))
+    [told] = client.search_runs([client.get_experiment_by_name("hvd-lb").experiment_id])
+    assert (told.info.run_name, told.info.status) == ("a-run", "FINISHED")
+    assert told.data.params["model"] == "resnet8"
+    assert told.data.tags["hvd_lb.processes"] == "2"
+    losses = [record for record in records(run) if record["kind"] == "train"]
+    history = client.get_metric_history(told.info.run_id, "train/loss")
+    found = {point.step: point.value for point in history}
+    assert found == {record["step"]: record["loss"] for record in losses}
+    errors = client.get_metric_history(told.info.run_id, "eval/top1_error_percent")
+    assert errors[-1].value == json.loads((run / "summary.json").read_text())["final"]["top1_error"]
+    files = {file.path for file in client.list_artifacts(told.info.run_id)}
+    assert files == {"recipe.yaml", "events.txt", "README.md"}
+    card = mlflow.artifacts.load_text(f"{told.info.artifact_uri}/README.md")
+    assert card.startswith("# resnet8, trained on digits")
+    events = mlflow.artifacts.load_text(f"{told.info.artifact_uri}/events.txt")
+    assert "resume: went on at step" in events
+
+
+def test_wandb_offline(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "a-run"
+    finish(start("simulate", *RUN, "--run", "--output", run, "--track", "wandb:cats", cwd=tmp_path))
+    identity = json.loads((run / "tracking.json").read_text())["wandb:cats"]["id"]
+    [kept] = (run / "wandb").glob(f"offline-run-*-{identity}")
+    assert (kept / "files" / "README.md").read_text().startswith("# resnet8, trained on digits")
+    losses = [record["loss"] for record in records(run) if record["kind"] == "train"]
+    assert [point["train/loss"] for point in _history(kept) if "train/loss" in point] == losses
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    """Points in W&B's own file."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    [file] = folder.glob("*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(file))
+    points = []
+    while data := store.scan_data():
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            points.append(
+                {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                    for item in record.history.item
+                }
+            )
+    return points
+
+
+def _has(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None
