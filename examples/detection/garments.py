@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from hvd_lb.data.builtin.named import open_fashion_mnist
-from hvd_lb.data.images import ArrayImages, Dataset
+from hvd_lb.data.images import Dataset, Images
 
 SIDE = 96
 SPLITS = ("train", "val")
@@ -60,7 +60,7 @@ def make(folder: Path, garments: Dataset, pictures: dict[str, int], seed: int) -
         (folder / f"{split}.json").write_text(json.dumps(told))
 
 
-def compose(garments: ArrayImages, seed: tuple[int, ...]) -> tuple[np.ndarray, list[dict[str, Any]]]:
+def compose(garments: Images, seed: tuple[int, ...]) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """A picture, uint8 (side, side), and its annotations, but for their numbers."""
     random = np.random.default_rng(seed)
     canvas = _background(random)
@@ -85,7 +85,7 @@ def _background(random: np.random.Generator) -> np.ndarray:
 
 
 def _crowd(
-    canvas: np.ndarray, garments: ArrayImages, random: np.random.Generator
+    canvas: np.ndarray, garments: Images, random: np.random.Generator
 ) -> tuple[int, bool, np.ndarray]:
     """Many small garments of one kind in one place, told of as one region."""
     label = int(random.integers(len(garments.classes)))
@@ -104,7 +104,7 @@ def _crowd(
     return label + 1, True, np.logical_or.reduce(masks)
 
 
-def _pixels(garments: ArrayImages, image: int) -> np.ndarray:
+def _pixels(garments: Images, image: int) -> np.ndarray:
     """uint8 (28, 28)."""
     return garments.read(np.array([image]))[0][:, :, 0]
 
