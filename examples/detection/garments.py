@@ -31,8 +31,8 @@ _CROWDED_PICTURES = 0.1
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=640, help="training pictures [640]")
-    parser.add_argument("--val", type=int, default=250, help="validation pictures [250]")
+    parser.add_argument("--train", type=int, default=480, help="training pictures [480]")
+    parser.add_argument("--val", type=int, default=200, help="validation pictures [200]")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     make(options.folder, open_fashion_mnist(), {"train": options.train, "val": options.val}, options.seed)
@@ -84,9 +84,7 @@ def _background(random: np.random.Generator) -> np.ndarray:
     return np.clip(slope + random.normal(0, 10, (SIDE, SIDE)), 0, 255).astype(np.uint8)
 
 
-def _crowd(
-    canvas: np.ndarray, garments: Images, random: np.random.Generator
-) -> tuple[int, bool, np.ndarray]:
+def _crowd(canvas: np.ndarray, garments: Images, random: np.random.Generator) -> tuple[int, bool, np.ndarray]:
     """Many small garments of one kind in one place, told of as one region."""
     label = int(random.integers(len(garments.classes)))
     alike = np.flatnonzero(garments.labels == label)

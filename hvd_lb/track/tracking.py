@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -88,8 +89,9 @@ class Tracking:
                 line.tell(partial(line.tracker.text, "README.md", told))
         for line in self._lines:
             line.end(ending)
+        until = time.monotonic() + _CLOSE_SECONDS
         for line in self._lines:
-            line.thread.join(_CLOSE_SECONDS)
+            line.thread.join(max(0.0, until - time.monotonic()))
         notes += self.update()
         return notes + [
             f"{line.target}: {count(left, 'message')} could not be told there"
