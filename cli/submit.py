@@ -46,7 +46,7 @@ _STARTED = {
     "submit-kubernetes": "on Kubernetes",
 }
 # How an elastic run can be started.
-_ELASTIC = ("local",)
+_ELASTIC = ("local", "ssh")
 
 
 def is_submission(target: Target, train: TrainOptions) -> bool:

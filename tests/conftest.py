@@ -14,7 +14,7 @@ import torch
 
 from hvd_lb_cli.commands import run as run_command
 
-pytest.register_assert_rewrite("real_runs")
+pytest.register_assert_rewrite("real_runs", "elastic_runs")
 
 
 @pytest.fixture(autouse=True)

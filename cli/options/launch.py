@@ -88,11 +88,9 @@ _OPTIONS = (
     _option(
         "--hang-timeout",
         type=Finite(0, 1e6),
-        default=LaunchOptions.hang_timeout,
-        show_default=True,
         metavar="SECONDS",
         help="After so long without a step or a batch of an evaluation the run is ended, with the ranks that keep the "
-        "others waiting and where they are. 0: never.",
+        "others waiting and where they are; with --elastic these are taken out. 0: never. [300; 60 with --elastic]",
     ),
     _option(
         "--elastic",

@@ -21,6 +21,7 @@ START_TIMEOUT = "HOROVOD_GLOO_TIMEOUT_SECONDS"
 HANG_TIMEOUT = "HVD_LB_HANG_TIMEOUT"
 # Long enough for the slowest step, short enough that a hang does not last the night (off by default in Horovod).
 _STALL_SECONDS = 1800.0
+_HANG_SECONDS, _HANG_SECONDS_ELASTIC = 300.0, 60.0
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 # Variables that tune the libraries of a run go with it to every host; others stay, as they may be secret or local.
@@ -62,18 +63,27 @@ class LaunchOptions:
     timeline: Path | None = None
     forecast: Path | None = None  #: what the run is held against at its end
     pin: bool = True
-    hang_timeout: float = 300.0  #: s without any progress before the job is ended; 0: never
+    hang_timeout: float | None = (
+        None  #: s without any progress before something is done; 0: never; see hang_seconds
+    )
     elastic: bool = False  #: go on when processes are lost
     min_processes: int = 1  #: with fewer an elastic run waits for new ones, or ends
     restarts: int = 0  #: how often a run that has failed is started again
     env: tuple[str, ...] = ()  #: NAME=VALUE, or NAME to take the value it has here
     dry_run: bool = False
 
+    @property
+    def hang_seconds(self) -> float:
+        """Where a process that hangs is taken out, a mistake costs little; where the run is ended, it costs the run."""
+        if self.hang_timeout is not None:
+            return self.hang_timeout
+        return _HANG_SECONDS_ELASTIC if self.elastic else _HANG_SECONDS
+
 
 def environment(options: LaunchOptions, here: Mapping[str, str]) -> dict[str, str]:
     """Environment variables for every process of the job, beside its own; `here` is this process's environment."""
     # Horovod's own end of ranks that wait for each other comes later, as it does not know for whom.
-    stall = max(_STALL_SECONDS, 2 * options.hang_timeout)
+    stall = max(_STALL_SECONDS, 2 * options.hang_seconds)
     variables = {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": f"{stall:.0f}"} | carried_environment(here)
     if options.fusion_threshold is not None:
         variables["HOROVOD_FUSION_THRESHOLD"] = str(round(options.fusion_threshold * 2**20))
@@ -84,7 +94,7 @@ def environment(options: LaunchOptions, here: Mapping[str, str]) -> dict[str, st
     if options.timeline is not None:
         variables["HOROVOD_TIMELINE"] = str(options.timeline.expanduser().absolute())
     variables |= named_environment(options.env, here)
-    variables[HANG_TIMEOUT] = f"{options.hang_timeout:g}"
+    variables[HANG_TIMEOUT] = f"{options.hang_seconds:g}"
     seconds = variables.get(START_TIMEOUT, "1")
     if not re.fullmatch("[1-9][0-9]{0,5}", seconds):
         raise UserError(f"{START_TIMEOUT}={seconds}: expected whole seconds from 1 to 999999, such as 600")

@@ -92,6 +92,10 @@ class RankProcesses:
         """Send a signal to a rank, or to all, wherever they run. Ranks that no agent has started get none."""
         self._say(signal=number, rank=rank)
 
+    def connect_anew(self) -> None:
+        """Have the ranks of an elastic job give up the present step, and take it again over new connections."""
+        self._say(again=True)
+
     def ask_to_stop(self, number: int) -> None:
         """Ask for a checkpoint after the present step and an end; `number` is the signal that caused it."""
         replace_text(self._run.stop, str(number))

@@ -43,6 +43,7 @@ from hvd_lb.track.tracking import Tracking
 from hvd_lb.training.checkpoint import CheckpointStore
 
 _LOOK_SECONDS = 0.2
+_PATIENCE = 4  # times --hang-timeout more, where all processes of an elastic job hang
 
 
 def default_output(recipe: Recipe, prefix: str = "") -> Path:
@@ -263,12 +264,22 @@ def _watch(
 
 
 def _take_out(job: Job, processes: RankProcesses, hangs: HangReports, hung: str, display: Display) -> bool:
-    """Of an elastic job end those that hang, where others do not; whether that was done."""
-    if not job.elastic or not 0 < len(hangs.late) < len(hangs.ranks):
+    """What an elastic job does about ranks that hang; False: it has to be ended.
+
+    Those for whom others wait are ended. Where all wait for each other, as a connection is dead, they make others.
+    Where none goes on, with its data most likely, a new process would do no better, and patience may.
+    """
+    if not job.elastic:
         return False
-    display.note(f"{hung}; they are taken out")
-    for rank in hangs.late:
-        processes.signal(signal.SIGKILL, rank)
+    if len(hangs.late) == len(hangs.ranks):
+        return hangs.lasted < _PATIENCE * float(job.environment[HANG_TIMEOUT])
+    if hangs.late:
+        display.note(f"{hung}; they are taken out")
+        for rank in hangs.late:
+            processes.signal(signal.SIGKILL, rank)
+    else:
+        display.note(f"{hung}; they connect anew")
+        processes.connect_anew()
     hangs.begin_again()
     return True
 

@@ -5,12 +5,10 @@ Where a process dies is said exactly: by what it is about to do, in which step.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -19,11 +17,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from elastic_runs import RECIPE, Fault, assert_the_same, events, ranks_of, with_faults
 from real_runs import SMALL, Start, finish, processes_of, until
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.starters.local import local
-from hvd_lb.report.metrics import read_metrics
 from hvd_lb_cli.dispatch import refuse_elastic
 
 pytestmark = [
@@ -33,61 +31,6 @@ pytestmark = [
 horovod_and_torch = pytest.mark.parametrize(
     "engine", ["horovod", pytest.param("torch", marks=pytest.mark.long)]
 )
-
-STEPS = 12
-RECIPE = (
-    *("train", *SMALL, "--reproducible", "--gpus", 4, "--per-gpu-batch", 24, "--steps", STEPS),
-    *("--log-every", 1, "--checkpoint-every", "4steps", "--eval-every", "6steps", "--digest-every", "5steps"),
-)
-# For every Python that starts; a rank does to itself what FAULTS says of its number in the job: [number, what it is
-# about to do, after how many steps (or how often it has come to that), how].
-SITE = """
-    import json, os, signal, sys, threading, time
-
-    NUMBER = int((os.environ.get("HVD_LB_MEMBER") or os.environ.get("HOROVOD_RANK") or "-1").split()[0])
-    FAULTS = [fault for fault in json.loads(os.environ.get("FAULTS", "[]")) if fault[0] == NUMBER]
-    PLACES = {
-        "step": ("training.trainer", "Trainer", "train_step"),
-        "sums": ("training.run_state", "RunState", "step_taken"),
-        "log": ("training.trainer", "Trainer", "_log"),
-        "save": ("training.trainer", "Trainer", "_save"),
-        "evaluation": ("training.evaluation", "Evaluator", "__call__"),
-        "end": ("launch.rank.elastic", "", "note_stop"),
-        "join": ("launch.rank.member", "Member", "join"),
-        "state": ("launch.rank.member", "Carried", "from_bytes"),
-        "data": ("launch.rank.elastic", "", "data_of"),
-    }
-
-    def fail(how):
-        if how == "error":
-            raise ValueError("a fault of this rank alone")
-        if how == "UserError":
-            raise sys.modules["hvd_lb.errors"].UserError("put it right")
-        os.kill(os.getpid(), getattr(signal, how))
-
-    def prepare():
-        while not hasattr(sys.modules.get("hvd_lb.launch.rank.train"), "main"):
-            time.sleep(0.002)
-        for _, place, when, how in FAULTS:
-            module, holder, name = PLACES[place]
-            owner = sys.modules["hvd_lb." + module]
-            replace(getattr(owner, holder) if holder else owner, name, when, how)
-
-    def replace(owner, name, when, how):
-        before, calls = getattr(owner, name), []
-
-        def instead(*arguments, **more):
-            calls.append(None)
-            if getattr(arguments[0], "step", len(calls)) == when:
-                fail(how)
-            return before(*arguments, **more)
-
-        setattr(owner, name, staticmethod(instead) if name == "from_bytes" else instead)
-
-    if FAULTS and any("rank.entry" in word for word in sys.orig_argv):
-        threading.Thread(target=prepare, daemon=True).start()
-"""
-Fault = tuple[int, str, int, str]
 
 
 @pytest.fixture(scope="module")
@@ -128,50 +71,8 @@ def begin(
     *options: object,
     faults: Sequence[Fault],
 ) -> subprocess.Popen[str]:
-    (folder / "site").mkdir()
-    (folder / "site" / "sitecustomize.py").write_text(textwrap.dedent(SITE))
-    paths = [str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    monkeypatch.setenv("FAULTS", json.dumps(list(faults)))
+    with_faults(folder, monkeypatch, faults)
     return start(*RECIPE, "--processes", processes, "--elastic", *options, "--output", folder / "run")
-
-
-def ranks_of(run: Path) -> dict[int, int]:
-    """Living ranks by their number in the job, with their process IDs."""
-    found = {}
-    for pid in processes_of(run):
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_text()
-            environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
-        except OSError:
-            continue
-        variables = dict(line.split("=", 1) for line in environment if "=" in line)
-        if "rank.entry" in command:
-            number = variables.get("HVD_LB_MEMBER") or variables["HOROVOD_RANK"]
-            found[int(number.split()[0])] = pid
-    return found
-
-
-def events(run: Path, kind: str = "generation") -> list[dict[str, Any]]:
-    return [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == kind]
-
-
-def assert_the_same(undisturbed: Path, run: Path) -> None:
-    """Weights, velocities and all else that is saved, bitwise; records of each step and evaluation, once."""
-    for name in ("last", "best"):
-        one, other = (of / "checkpoints" / name for of in (undisturbed, run))
-        assert other.resolve().name == one.resolve().name
-        for file in ("model.safetensors", "optimizer.safetensors", "state.json"):
-            assert (other / file).read_bytes() == (one / file).read_bytes(), (name, file)
-    for kind, names in (
-        ("train", ("step", "loss", "lr")),
-        ("eval", ("step", "top1_error", "loss", "images")),
-        ("digest", ("step", "weights", "velocities", "statistics", "chain")),
-    ):
-        one, other = (
-            [[record[name] for name in names] for record in events(of, kind)] for of in (undisturbed, run)
-        )
-        assert other == one
 
 
 @horovod_and_torch
@@ -356,8 +257,8 @@ def test_one_that_hangs_is_taken_out(
         (("--processes", 2, "--min-processes", 2), "--min-processes is for runs that go on"),
         (("--processes", 2, "--elastic", "--min-processes", 3), "--min-processes 3 of 2 processes"),
         (
-            ("--hosts", "h1:1,h2:1", "--elastic"),
-            "--elastic is not possible yet for a run that is started over ssh",
+            ("--launcher", "slurm", "--elastic"),
+            "--elastic is not possible yet for a run that is started as a Slurm job",
         ),
     ],
 )

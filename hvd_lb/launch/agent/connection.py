@@ -15,11 +15,11 @@ import json
 import secrets
 import struct
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 HANDSHAKE_SECONDS = 10.0  #: for who connects to prove who he is
-SILENCE_SECONDS = 60.0  #: without a word from the other side it is taken for dead
-ALIVE_SECONDS = 5.0  #: how often each side says something
+_CLOSE_SECONDS = 5.0
 _BYTES = 32  # of a nonce, and of an HMAC-SHA256
 _LENGTHS = struct.Struct("!II")
 _COUNT = struct.Struct("!Q")
@@ -30,14 +30,37 @@ class ConnectionLost(Exception):
     """Says in a few words why nothing more will come."""
 
 
+@dataclass(frozen=True)
+class Patience:
+    """Seconds after which the head takes a silent agent for lost, and between two words of each side."""
+
+    silence: float = 60.0
+    alive: int = 5
+
+    @classmethod
+    def of_elastic(cls, hang_timeout: float) -> Self:
+        """So that a host that is cut off is lost before those that wait for its ranks are thought to hang; 0: never."""
+        silence = min(cls.silence, 0.75 * hang_timeout) if hang_timeout else cls.silence
+        return cls(silence, max(1, min(cls.alive, int(silence / 12))))
+
+    @property
+    def of_agent(self) -> float:
+        """Seconds of silence after which an agent ends its ranks: before others take their places."""
+        return max(self.silence - 2 * self.alive, self.silence / 2)
+
+
 class Connection:
     """Messages to and from the other side."""
 
     def __init__(
-        self, streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], send_key: bytes, receive_key: bytes
+        self,
+        streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        send_key: bytes,
+        receive_key: bytes,
+        silence: float,
     ):
         self._reader, self._writer = streams
-        self._send_key, self._receive_key = send_key, receive_key
+        self._send_key, self._receive_key, self._silence = send_key, receive_key, silence
         self._sent = self._received = 0
         self._queue: list[bytes] = []
 
@@ -59,10 +82,10 @@ class Connection:
         """The next message, of which `alive` is none. `ConnectionLost` at the end, after silence, for a wrong HMAC."""
         while True:
             try:
-                async with asyncio.timeout(SILENCE_SECONDS):
+                async with asyncio.timeout(self._silence):
                     header, body = await self._message()
             except TimeoutError:
-                raise ConnectionLost(f"no word from it for {SILENCE_SECONDS:.0f} s") from None
+                raise ConnectionLost(f"no word from it for {self._silence:.0f} s") from None
             except (asyncio.IncompleteReadError, OSError):
                 raise ConnectionLost("its connection ended") from None
             if header["kind"] != "alive":
@@ -86,12 +109,19 @@ class Connection:
         self._flush()
         self._writer.close()
         with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(ALIVE_SECONDS):
+            async with asyncio.timeout(_CLOSE_SECONDS):
                 await self._writer.wait_closed()
+
+    def drop(self) -> None:
+        """At once: the other side hears of it with whatever it sends next."""
+        self._writer.transport.abort()
 
 
 async def answer(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    secret: bytes,
+    silence: float = Patience.silence,
 ) -> tuple[str, Connection]:
     """The head's side: the host whose agent has connected. `ConnectionLost` for whoever does not know the secret."""
     try:
@@ -109,11 +139,13 @@ async def answer(
     except (asyncio.IncompleteReadError, OSError, TimeoutError) as error:
         raise ConnectionLost(f"it did not say who it is ({type(error).__name__})") from None
     return host, Connection(
-        (reader, writer), _hmac(secret, b"to agent", seen), _hmac(secret, b"to head", seen)
+        (reader, writer), _hmac(secret, b"to agent", seen), _hmac(secret, b"to head", seen), silence
     )
 
 
-async def call(address: str, port: int, secret: bytes, host: str) -> Connection:
+async def call(
+    address: str, port: int, secret: bytes, host: str, silence: float = Patience.silence
+) -> Connection:
     """The agent's side. `ConnectionLost` where no head answers, or one that does not know the secret."""
     try:
         reader, writer = await asyncio.wait_for(asyncio.open_connection(address, port), HANDSHAKE_SECONDS)
@@ -134,7 +166,8 @@ async def call(address: str, port: int, secret: bytes, host: str) -> Connection:
     except ConnectionLost:
         writer.close()
         raise
-    return Connection((reader, writer), _hmac(secret, b"to head", seen), _hmac(secret, b"to agent", seen))
+    keys = _hmac(secret, b"to head", seen), _hmac(secret, b"to agent", seen)
+    return Connection((reader, writer), *keys, silence)
 
 
 def _hmac(key: bytes, *parts: bytes) -> bytes:

@@ -76,6 +76,7 @@ class Generations:
     least: int = 1
     members: list[int] = field(init=False)  #: of the present generation, living ones, by rank
     number: int = 0
+    coming: set[str] = field(default_factory=set)  #: hosts that are away, and may come back
 
     def __post_init__(self) -> None:
         self.members = list(self.hosts)
@@ -88,6 +89,7 @@ class Generations:
         self._left: list[str] = []
         self._told = 0, 0
         self._began_at, self._in_vain = NO_STATE, 0
+        self._goes_on = True  # its rank 0 has written down that it does
         self.finished = False  #: a member has come to the end of the run
 
     def start(self, member: int, host: str) -> None:
@@ -104,15 +106,17 @@ class Generations:
     def begun(self, generation: int) -> None:
         """Its rank 0 has written down that it goes on, and who was lost before."""
         if generation == self.number:
+            self._goes_on = True
             lost, left = self._told
             self._lost, self._left, self._told = self._lost[lost:], self._left[left:], (0, 0)
             self._before = self._of_begun
 
-    def lose(self, member: int, how: str) -> None:
-        """Its process has ended, or is not reached any more."""
+    def lose(self, member: int, how: str = "") -> None:
+        """Its process has ended, or is not reached any more; that is told where it says how."""
         if self._end(member):
             self._over = True
-        self._lost.append(how)
+        if how:
+            self._lost.append(how)
 
     def leave(self, member: int, who: str) -> None:
         """Its process has ended as it was asked to; the others have heard of that from itself."""
@@ -137,6 +141,17 @@ class Generations:
     def newcomers(self) -> list[int]:
         return [member for member in self.hosts if member not in self.members]
 
+    @property
+    def awaited(self) -> list[int]:
+        """Members for whom the others wait: to say how far they are, or for a generation to begin."""
+        if self._told_over:
+            return [member for member in self.members if member not in self._places]
+        return [] if self._goes_on else list(self.members)
+
+    def end(self) -> None:
+        """Have the present generation end, though nobody is lost: its members wait for each other in vain."""
+        self._over = True
+
     def order(self) -> Order | None:
         """What is to be done next."""
         if self._given_up or (self.finished and not self.members):
@@ -159,7 +174,7 @@ class Generations:
         there = len(self.members) + len(arrived)
         if there < self.least and not self.finished:
             few = f"{there} of {self._before} processes are left, fewer than --min-processes {self.least}"
-            if len(arrived) == len(self.newcomers):
+            if len(arrived) == len(self.newcomers) and not self.coming:
                 return self._give_up(few)
             if self._told_to_wait:
                 return None
@@ -189,7 +204,7 @@ class Generations:
         self.number += 1
         self.members = [member for _, there in hosts for member in there]
         self._of_begun = len(self.members)
-        self._over = self._told_over = self._asked = self._told_to_wait = False
+        self._over = self._told_over = self._asked = self._told_to_wait = self._goes_on = False
         self._places = {}
         return begin
 

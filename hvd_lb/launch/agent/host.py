@@ -2,8 +2,9 @@
 
 It reads one line: where the head listens, and the job's secret. It connects, starts the ranks of its host, is their
 rendezvous, and tells the head what they put there, what they tell, and how each ends. HOST may be left out in a task of
-Slurm. Its life is the connection: when that ends, or is silent for a minute, it kills its ranks and ends. Signals that
-a scheduler sends to all processes are left to the ranks, which end with a checkpoint; then so does the agent.
+Slurm. Its life is the connection: when that ends, or is silent for about a minute, it kills its ranks and ends.
+Signals that a scheduler sends to all processes are left to the ranks, which end with a checkpoint; then so does the
+agent.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hvd_lb.launch.agent.connection import ALIVE_SECONDS, Connection, ConnectionLost, call
+from hvd_lb.launch.agent.connection import Connection, ConnectionLost, Patience, call
 from hvd_lb.launch.agent.places import rank_environments
-from hvd_lb.launch.agent.process import allow_open_files
+from hvd_lb.launch.agent.process import allow_open_files, end_predecessors
 from hvd_lb.launch.agent.ranks import HostRanks, RankEnd
 from hvd_lb.launch.agent.rendezvous import Rendezvous
 from hvd_lb.launch.rank.names import MEMBER, log_name
@@ -33,10 +34,14 @@ _FILES = 1024  # of a rank, beside its connections
 
 async def serve(job_file: Path, host: str, meeting: dict[str, Any]) -> int:
     """Run the ranks of a host; the exit status, 0 when all of them have ended and that is told."""
-    connection = await call(meeting["address"], meeting["port"], bytes.fromhex(meeting["secret"]), host)
-    agent = Agent(connection)
+    patience = Patience(meeting["silence"], meeting["alive"])
+    if meeting["again"]:  # the one before may stand still, or not know yet that it is lost
+        end_predecessors()
+    secret = bytes.fromhex(meeting["secret"])
+    connection = await call(meeting["address"], meeting["port"], secret, host, patience.of_agent)
+    agent = Agent(connection, patience.alive)
     try:
-        agent.start(job_file, host)
+        agent.start(job_file, host, begins=not meeting["again"])
         return await agent.run()
     except OSError as error:
         connection.send("failed", why=f"its ranks cannot be started: {error}")
@@ -49,16 +54,16 @@ async def serve(job_file: Path, host: str, meeting: dict[str, Any]) -> int:
 class Agent:
     """What a host's agent holds: its ranks, their rendezvous, its connection."""
 
-    def __init__(self, connection: Connection):
-        self._connection = connection
+    def __init__(self, connection: Connection, alive: int):
+        self._connection, self._alive = connection, alive
         self._over = asyncio.Event()
         self._spawn: Callable[[int, dict[str, str]], int]
         self._elastic = False  # ranks may come after all have ended
         self.ranks = HostRanks(self._ended, self._said)
         self.rendezvous = Rendezvous(publish=self._publish)
 
-    def start(self, job_file: Path, host: str) -> None:
-        """OSError where that cannot be."""
+    def start(self, job_file: Path, host: str, *, begins: bool) -> None:
+        """With the ranks that the job begins with on this host, or none; OSError where that cannot be."""
         job = json.loads(job_file.read_text("utf-8"))
         self._host, self._elastic = host, job.get("elastic", False)
         logs = Path(job["output"]) / "logs"
@@ -70,6 +75,8 @@ class Agent:
         self._spawn = begin
         if said := allow_open_files(2 * job["processes"] + _FILES):
             self._connection.send("note", text=said)
+        if not begins:
+            return
         started = {}
         for rank, place in rank_environments(job["hosts"], host).items():
             started[rank] = begin(rank, {**place, **self.rendezvous.environment(str(rank))})
@@ -94,7 +101,7 @@ class Agent:
             rounds += 1
             if news := self.ranks.news():
                 self._connection.send("told", ranks=news)
-            elif rounds % ALIVE_SECONDS == 0:
+            elif rounds % self._alive == 0:
                 self._connection.send("alive")
 
     async def _listen(self) -> None:

@@ -39,12 +39,12 @@ def name_ranks(hosts: Hosts, ranks: Collection[int], most: int = 8) -> str:
     named = []
     for host, there in ranks_by_host(hosts).items():
         if found := [rank for rank in there if rank in ranks]:
-            named.append(f"{host} {_numbers(found)}")
+            named.append(f"{host} {numbered(found)}")
     more = f" and {len(named) - most} more hosts" if len(named) > most else ""
     return ", ".join(named[:most]) + more
 
 
-def _numbers(ranks: Sequence[int]) -> str:
+def numbered(ranks: Sequence[int]) -> str:
     """`ranks 3, 5…7` of ascending numbers."""
     runs: list[list[int]] = []
     for rank in ranks:

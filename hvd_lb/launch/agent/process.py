@@ -7,6 +7,8 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -27,6 +29,15 @@ def dies_with_parent(sign: signal.Signals = signal.SIGKILL) -> Callable[[], None
 def outlives_parent() -> None:
     """Takes back, for this process, what `dies_with_parent` did."""
     _libc.prctl(_PR_SET_PDEATHSIG, 0)
+
+
+def end_predecessors() -> None:
+    """Kill the other processes here with this one's command line, and with them those that die with their parent."""
+    own = Path("/proc/self/cmdline").read_bytes()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # ended, or somebody else's
+            if int(folder.name) != os.getpid() and (folder / "cmdline").read_bytes() == own:
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def allow_open_files(needed: int) -> str | None:

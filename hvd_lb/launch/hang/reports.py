@@ -23,14 +23,17 @@ _MOST_NAMED = 3
 class HangReports:
     """The reports of a job's ranks, looked at now and then.
 
-    `ranks` are given with their hosts; `late` are those for which the others wait, where `look` has found any.
+    `ranks` are given with their hosts; `late` are those for which the others wait, where `look` has found any, and
+    `lasted` the seconds since it has first found so.
     """
 
     def __init__(self, run: RunDirectory, ranks: Mapping[int, str], timeout: float):
         self._run, self.ranks, self._timeout = run, ranks, timeout
         self._looked = 0.0
         self._first: float | None = None  # when a report of a rank that waits for others was there first
+        self._since: float | None = None
         self.late: list[int] = []
+        self.lasted = 0.0
 
     def look(self) -> str | None:
         """What hangs, in one line; None while all goes on, or may still do so."""
@@ -38,6 +41,12 @@ class HangReports:
         if not self._timeout or now - self._looked < _LOOK_SECONDS:
             return None
         self._looked = now
+        found = self._find(now)
+        self._since = (self._since or now) if found else None
+        self.lasted = now - (self._since or now)
+        return found
+
+    def _find(self, now: float) -> str | None:
         reports = {rank: report for rank, report in self._reports().items() if rank in self.ranks}
         waiting = [of for of in reports.values() if of["stage"] == Stage.NETWORK]
         self._first = (self._first or now) if waiting else None

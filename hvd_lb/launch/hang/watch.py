@@ -52,12 +52,14 @@ def _watch(run: RunDirectory, rank: int, stages: Stages, timeout: float, over: t
         if position != stages.taken:
             began, position = now, stages.taken
         seconds = now - since
-        tell("stage", stage=stage, step=stages.step, seconds=round(seconds, 1))
+        # A first step may compile. Who waits then waits for one that says so.
+        long = stage in _TAKES_LONG or (not stages.taken and stage != Stage.NETWORK)
+        hangs = seconds >= timeout and not long
+        tell("stage", stage=stage, step=stages.step, seconds=round(seconds, 1), hangs=hangs)
         report = {"rank": rank, "step": stages.step, "stage": stage, "seconds": seconds}
         with suppress(OSError):
             if seconds >= timeout:
                 if hung != since:
-                    long = stage in _TAKES_LONG or not stages.taken
                     left = max(0.0, _PATIENCE_SECONDS - seconds) if long else 0.0
                     write_json(run.hang(rank), {**report, "until": time.time() + left})
                     hung, reported = since, True

@@ -63,6 +63,7 @@ def _train(
     trainer: Trainer | None = None
     ended = regrouped = False
     stages: Stages = more["stages"]
+    stages.taken = 0  # with a new trainer the first step may take long again
     try:
         world = member.join(job.engine, carried)
         if begun is None and (world.rank, world.size) != (member.number, job.processes):

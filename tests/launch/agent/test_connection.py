@@ -127,8 +127,7 @@ def test_who_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_silence_ends_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     async def head(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Any:
-        _, connection = await answer(reader, writer, SECRET)
-        monkeypatch.setattr(module, "SILENCE_SECONDS", 0.05)
+        _, connection = await answer(reader, writer, SECRET, 0.05)
         await connection.receive()
 
     heads, _ = connected(head, lambda port: call("127.0.0.1", port, SECRET, "h1"))

@@ -1,0 +1,219 @@
+"""The members of an elastic job, for its head: `generations` says what is to be done, and this does it.
+
+A lost rank gets a successor on its host at once, a lost host new ranks when it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from hvd_lb.launch.agent.connection import Connection, Patience
+from hvd_lb.launch.agent.generations import Ask, Begin, Generations, GiveUp, Over, Wait
+from hvd_lb.launch.agent.places import numbered, ranks_by_host
+from hvd_lb.launch.agent.record import Record
+from hvd_lb.launch.options import HANG_TIMEOUT, START_TIMEOUT
+
+_WRONG = 2  # the exit status of a rank whose failure others would repeat
+_LOADING_SECONDS = 30.0  # a process that begins anew says nothing while it loads its libraries
+
+
+@dataclass
+class Host:
+    """A host of a job, as its head sees it."""
+
+    name: str
+    ranks: set[int]  #: that have not ended
+    connected: asyncio.Event = field(default_factory=asyncio.Event)  #: or lost before it was
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+    connection: Connection | None = None
+    # Of an elastic job:
+    away: bool = False  #: lost, and tried again
+    vacant: list[int] = field(default_factory=list)  #: places that are filled when it is back
+    settled: bool = False  #: one of its processes has joined since it was lost
+
+
+class Holder(Protocol):
+    """What of a head its members need."""
+
+    hosts: dict[str, Host]
+    table: dict[int, dict[str, Any]]  #: what is known of each rank
+    waited_for: set[int]
+    values: dict[str, bytes]  #: of the rendezvous
+    record: Record
+    failed: bool
+
+    def tell_agents(self, kind: str, body: bytes = b"", but: Host | None = None, **fields: Any) -> None: ...
+    def tell_control(self, **message: Any) -> None: ...
+    def note(self, text: str) -> None: ...
+    def lose(self, host: Host, why: str) -> None: ...
+    def stop(self, grace: float = ...) -> None: ...
+
+
+class Members:
+    """All methods are told what has happened, and return when what follows from it has been sent."""
+
+    def __init__(self, job: Mapping[str, Any], head: Holder):
+        self._head = head
+        where = {rank: host.name for host in head.hosts.values() for rank in sorted(host.ranks)}
+        self._generations = Generations(where, job["min_processes"])
+        places = ranks_by_host(job["hosts"])
+        self._slots = {name: len(there) for name, there in places.items()}
+        self._place = {rank: rank - there.start for there in places.values() for rank in there}
+        self._leaving: set[int] = set()
+        self._since = 0.0  # when the present generation was found to be over, or newcomers were there
+        self._timeout = float(job["environment"][START_TIMEOUT])
+        self._hang = float(job["environment"].get(HANG_TIMEOUT, 0))
+        self._heard_at: dict[int, float] = {}  # when a member has said last what it does
+        self._waits_until = math.inf  # for hosts that are away, as too few are left
+        self.patience = Patience.of_elastic(self._hang)
+
+    def told(self, rank: int) -> None:
+        """It has said what it does."""
+        self._heard_at[rank] = time.monotonic()
+
+    def word(self, member: int, kind: str, values: dict[str, Any]) -> None:
+        """What a member says of itself."""
+        if kind == "leaving":
+            self._leaving.add(member)
+        elif kind == "begun":
+            self._generations.begun(values["generation"])
+        else:
+            self._generations.ready(member, **values)
+            self._go_on()
+
+    def end_generation(self) -> None:
+        """Its members wait for each other in vain: they give up the present step, and connect anew."""
+        self._generations.end()
+        self._go_on()
+
+    def ended(self, host: Host, member: int, status: int) -> None:
+        """Its process has ended."""
+        head, generations = self._head, self._generations
+        if head.failed:
+            return
+        had_joined = member in generations.members
+        if status == _WRONG and had_joined:
+            head.record.ending(wrong=member)
+            head.stop()
+        elif status == 0 and member in self._leaving:
+            generations.leave(member, f"rank {member} on {host.name}")
+        elif status == 0:
+            generations.finish(member)
+            for newcomer in generations.newcomers:
+                head.tell_agents("signal", signal=signal.SIGKILL, rank=newcomer)
+        else:
+            how = f"exit code {status}" if status > 0 else f"ended by {signal.Signals(-status).name}"
+            generations.lose(member, f"rank {member} on {host.name} ({how})")
+            if had_joined and host.connection and not generations.finished:
+                self._start(host, self._place[member])
+            else:  # who is lost before it has joined is not replaced; where nobody is left, later
+                host.vacant.append(self._place[member])
+                if not host.ranks and len(head.hosts) > 1 and not generations.finished:
+                    head.lose(host, f"rank {member} ended before it had joined ({how})")
+        self._go_on()
+
+    def host_lost(self, host: Host, ranks: list[int], why: str) -> None:
+        """With these ranks; it is tried again from now on."""
+        host.away = True
+        for rank in ranks:
+            self._head.waited_for.discard(rank)
+            host.vacant.append(self._place[rank])
+            of_all = f"{numbered(ranks)} on {host.name} ({why})"
+            self._generations.lose(rank, of_all if rank == ranks[0] else "")
+        if not self._head.failed and not self._generations.finished:
+            self._generations.coming.add(host.name)
+            self._head.note(f"{host.name} is lost ({why}); it is tried again, and joins when it answers")
+        self._go_on()
+
+    def host_is_there(self, host: Host) -> None:
+        """Its agent is connected; on a host that was away its ranks are started again."""
+        if not host.away:
+            return
+        host.away = False
+        self._generations.coming.discard(host.name)
+        if self._generations.finished:
+            return
+        self._head.note(f"{host.name} is back: {len(host.vacant):,} starting there")
+        for place in host.vacant:
+            self._start(host, place)
+        host.vacant.clear()
+
+    def look(self) -> None:
+        """Now and then: whether somebody is waited for who will not come."""
+        now = time.monotonic()
+        if self._hang and not self._head.failed:
+            for member in self._generations.awaited:
+                self._take_out(member, now)
+        if now > self._waits_until:
+            self._waits_until = math.inf
+            self._generations.coming.clear()
+            self._go_on()
+
+    def _take_out(self, member: int, now: float) -> None:
+        """Kill a member for which the others wait, if it stands still, or hangs while it does something else."""
+        known = self._head.table[member]
+        silent = now - max(self._since, self._heard_at.get(member, 0.0))
+        hangs = known.get("stage", {}).get("hangs") and now - self._since > self._hang
+        if hangs or silent > max(self._hang, _LOADING_SECONDS):
+            self._head.note(f"rank {member} on {known['host']} does not answer: it is taken out")
+            self._heard_at[member] = now  # and again after as long, if it is still there
+            self._head.tell_agents("signal", signal=signal.SIGKILL, rank=member)
+
+    def _start(self, host: Host, place: int) -> None:
+        """Start a newcomer in a place of a host."""
+        assert host.connection is not None
+        newcomer, slots = len(self._head.table), self._slots[host.name]
+        self._place[newcomer] = place
+        self._head.table[newcomer] = {"host": host.name}
+        host.ranks.add(newcomer)
+        self._generations.start(newcomer, host.name)
+        host.connection.send("start", member=newcomer, slot=place, slots=slots)
+
+    def _go_on(self) -> None:
+        """Do what the generations say is to be done."""
+        head, generations = self._head, self._generations
+        while not head.failed and (order := generations.order()):
+            match order:
+                case Over(generation):
+                    self._since = time.monotonic()
+                    head.tell_agents("over", generation=generation, members=list(generations.members))
+                    # Values of the rendezvous that an agent puts from now on are of later generations.
+                    head.values.clear()
+                case Ask(member):
+                    head.tell_agents("ask", member=member)
+                case Wait(why):
+                    self._waits_until = time.monotonic() + self._timeout
+                    head.note(why)
+                case Begin():
+                    self._begin(order)
+                case GiveUp(why):
+                    head.record.ending(gave_up=why)
+                    head.stop(0.0)
+
+    def _begin(self, begin: Begin) -> None:
+        head = self._head
+        now = sum(len(there) for _, there in begin.hosts)
+        self._waits_until = math.inf
+        for name, _ in begin.hosts:
+            head.hosts[name].settled = True
+        head.record.ending(generation=begin.generation, processes=now)
+        change = {
+            "before": begin.before,
+            "processes": now,
+            "lost": begin.lost,
+            "left": begin.left,
+            "joined": begin.joined,
+            "seconds": time.monotonic() - self._since,
+        }
+        head.tell_agents("begin", generation=begin.generation, hosts=begin.hosts, change=change)
+        print(
+            f"generation {begin.generation}: {begin.hosts}; lost: {begin.lost}, left: {begin.left}",
+            flush=True,
+        )
+        head.tell_control(members={str(member): host for host, there in begin.hosts for member in there})

@@ -1,0 +1,193 @@
+"""`hvd-lb train --hosts … --elastic` on three hosts of a lab: ranks, agents, hosts and links are lost and come back.
+
+The weights are those of the undisturbed run, bitwise.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from elastic_runs import RECIPE, Fault, assert_the_same, events, with_faults
+from hosts import Host, lab
+from real_runs import kill_all, processes_of, until
+
+pytest.importorskip("horovod")
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+horovod_and_torch = pytest.mark.parametrize("engine", ["horovod", "torch"])
+
+HVD_LB = Path(sys.executable).with_name("hvd-lb")
+THREE = ("--hosts", "h1:1,h2:1,h3:1")
+# The others wait for who takes the place of a lost one.
+ALL = ("--min-processes", 3)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[list[Host]]:
+    with lab(["h1", "h2", "h3"]) as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    command = [HVD_LB, *RECIPE, "--processes", 1, "--output", run]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    return run
+
+
+@contextmanager
+def running(
+    host: Host, folder: Path, monkeypatch: pytest.MonkeyPatch, faults: Sequence[Fault], *options: object
+) -> Iterator[subprocess.Popen[str]]:
+    with_faults(folder, monkeypatch, faults)
+    run, pipe = folder / "run", subprocess.PIPE
+    process = host.start(
+        [HVD_LB, *RECIPE, *THREE, "--elastic", "--env", "FAULTS", *options, "--output", run],
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+    )
+    try:
+        yield process
+    finally:
+        kill_all(run)
+        process.kill()
+        process.communicate()
+
+
+def finished(process: subprocess.Popen[str], run: Path) -> str:
+    """What it printed, once it has come to its end and left nothing behind."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    assert "Traceback" not in out + err
+    until(lambda: not processes_of(run), 60)
+    return out
+
+
+def agent_of(host: Host, run: Path) -> str:
+    (pid,) = host.run(["pgrep", "-f", f"^[^ ]*python -P -m hvd_lb.launch.agent.host {run}"]).stdout.split()
+    return str(pid)
+
+
+@horovod_and_torch
+@pytest.mark.parametrize("fault", [(2, "step", 5, "SIGKILL"), (0, "sums", 5, "SIGKILL")])
+def test_a_rank_that_is_killed_is_replaced_on_its_host(
+    hosts: list[Host],
+    tmp_path: Path,
+    undisturbed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    fault: Fault,
+) -> None:
+    run = tmp_path / "run"
+    with running(hosts[0], tmp_path, monkeypatch, [fault], *ALL, "--engine", engine) as process:
+        out = finished(process, run)
+    assert_the_same(undisturbed, run)
+    (change,) = events(run)
+    who = f"rank {fault[0]} on h{fault[0] + 1}"
+    assert (change["lost"], change["joined"]) == ([f"{who} (ended by SIGKILL)"], 1)
+    assert who in out
+    assert (run / "logs" / f"rank-0003-h{fault[0] + 1}.log").exists()
+
+
+@horovod_and_torch
+@pytest.mark.parametrize("how", ["agent", "host", "link"])
+@pytest.mark.parametrize("which", [1, 0])
+def test_a_host_is_lost_and_comes_back(
+    hosts: list[Host],
+    tmp_path: Path,
+    undisturbed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    how: str,
+    which: int,
+) -> None:
+    """By its agent, its power, or its link, which says nothing; and the host of the launching process by its agent."""
+    if which == 0 and how != "agent":
+        pytest.skip("with it the launching process would be lost")
+    run, here = tmp_path / "run", tmp_path / "go"
+    faults: list[Fault] = [(2, "step", 5, str(here))]
+    options = (*ALL, "--engine", engine, "--hang-timeout", 16)
+    host = hosts[which]
+    with running(hosts[0], tmp_path, monkeypatch, faults, *options) as process:
+        until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None)
+        ends: dict[str, Callable[[], object]] = {
+            "agent": lambda: host.run(["kill", "-KILL", agent_of(host, run)]),
+            "host": host.kill,
+            "link": host.cut,
+        }
+        ends[how]()
+        here.touch()
+        log = run / "logs" / "launcher.log"
+        until(lambda: f"{host.name} is lost" in log.read_text())
+        if how == "host":
+            host.boot()
+        elif how == "link":
+            host.fix()
+        out = finished(process, run)
+    assert_the_same(undisturbed, run)
+    (change,) = events(run)
+    (lost,) = change["lost"]
+    why = "no word from it for 12 s" if how == "link" else "its connection ended"
+    assert lost.startswith(f"rank {which} on {host.name} (its agent was killed, or its host or network went")
+    if how != "host":  # whose end may be seen or not
+        assert why in lost
+    assert change["joined"] == 1
+    assert out.count(f"{host.name} is lost (") == 1
+    assert f"{host.name} is back: 1 starting there" in out
+
+
+def test_the_others_go_on_without_a_lost_host(
+    hosts: list[Host], tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three, one of which is away for good, and a killed ssh, by which nothing is lost."""
+    run, here = tmp_path / "run", tmp_path / "go"
+    with running(hosts[0], tmp_path, monkeypatch, [(2, "step", 5, str(here))]) as process:
+        until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None)
+        hosts[0].run(["pkill", "-KILL", "-f", f"^ssh .* h2 .*{run}"])
+        hosts[2].kill()
+        out = finished(process, run)
+        hosts[2].boot()
+    assert_the_same(undisturbed, run)
+    assert [change["processes"] for change in events(run) if change["lost"]] == [2]
+    assert out.count("h3 is lost (") == 1
+    assert "h2" not in "".join(lost for change in events(run) for lost in change["lost"])
+
+
+def test_a_newcomer_that_fails_ends_no_run_and_its_host_is_tried_again(
+    hosts: list[Host], tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host whose data are not there yet, say."""
+    run = tmp_path / "run"
+    faults: list[Fault] = [(2, "step", 5, "SIGKILL"), (3, "data", 1, "UserError")]
+    with running(hosts[0], tmp_path, monkeypatch, faults, *ALL) as process:
+        out = finished(process, run)
+    assert_the_same(undisturbed, run)
+    assert events(run)[-1]["processes"] == 3
+    assert "h3 is lost (rank 3 ended before it had joined (exit code 2))" in out
+    assert "h3 is back" in out
+
+
+@horovod_and_torch
+def test_a_dead_connection_between_two_hosts_is_made_anew(
+    hosts: list[Host], tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """The head reaches both, so neither is lost: all wait for each other."""
+    run, here = tmp_path / "run", tmp_path / "go"
+    options = ("--engine", engine, "--hang-timeout", 12)
+    with running(hosts[0], tmp_path, monkeypatch, [(2, "step", 5, str(here))], *options) as process:
+        until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None)
+        hosts[1].run(["ip", "route", "add", "blackhole", f"{hosts[2].address}/32"])
+        here.touch()
+        log = run / "logs"
+        until(lambda: len(list(log.glob("hang-*.json"))) == 3 or process.poll() is not None)
+        hosts[1].run(["ip", "route", "del", "blackhole", f"{hosts[2].address}/32"])
+        out = finished(process, run)
+    assert_the_same(undisturbed, run)
+    assert "they connect anew" in out
+    assert not [lost for change in events(run) for lost in change["lost"]]
