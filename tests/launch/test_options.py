@@ -56,6 +56,8 @@ def test_a_time_that_horovod_would_misread_is_refused(seconds: str) -> None:
 def test_the_hang_timeout_is_that_of_its_option() -> None:
     named = ("HVD_LB_HANG_TIMEOUT=abc",)
     assert environment(LaunchOptions(env=named), {})["HVD_LB_HANG_TIMEOUT"] == "300"
+    assert environment(LaunchOptions(elastic=True), {})["HVD_LB_HANG_TIMEOUT"] == "60"
+    assert environment(LaunchOptions(elastic=True, hang_timeout=0), {})["HVD_LB_HANG_TIMEOUT"] == "0"
 
 
 def test_a_variable_without_a_value_is_handed_on() -> None:

@@ -74,7 +74,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     started = []
 
     def begin(
-        script: str, hosts: list[tuple[str, int]] = TWO, ssh: tuple[str, ...] = (), **environment: str
+        script: str,
+        hosts: list[tuple[str, int]] = TWO,
+        ssh: tuple[str, ...] = (),
+        elastic: int = 0,
+        **environment: str,
     ) -> Run:
         # The ranks, and they alone, find this in place of `hvd_lb.launch.rank.entry`.
         package = tmp_path / "stub" / "hvd_lb" / "launch" / "rank"
@@ -92,6 +96,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
             "processes": sum(n for _, n in hosts),
             "output": str(run),
             "environment": variables,
+            **({"elastic": True, "min_processes": elastic} if elastic else {}),
         }
         (run / "logs" / "job.json").write_text(json.dumps(job))
         ours, theirs = socket.socketpair()
@@ -275,6 +280,81 @@ def test_a_host_that_cannot_be_started_is_lost_with_the_reason(
     lost = run.endings[0]
     assert (lost["host"], lost["ranks"]) == ("192.0.2.1", [1, 2])
     assert lost["lost"] == "its agent did not start: ssh: connect to host: No route to host"
+
+
+# What a rank of an elastic job says: how far it is when it is told that its generation is over, and when it has begun.
+MEMBER = """
+import json, os, signal, socket, sys
+line = socket.socket(fileno=int(os.environ["HVD_LB_AGENT_FD"]))
+def tell(kind, **values): line.send(json.dumps({"kind": kind, **values}).encode())
+place = os.environ.get("HVD_LB_MEMBER")
+number, generation, step = (int(place.split()[0]), -1, -1) if place else (int(os.environ["HOROVOD_RANK"]), 0, 0)
+def ready(): tell("awaits", generation=generation, step=step, unfinished=False)
+tell("arrived")
+tell("stage", hangs=False)
+if place: ready()
+while message := line.recv(1 << 17):
+    said = json.loads(message)
+    if said["kind"] in ("over", "ask"): ready()
+    if said["kind"] == "begin":
+        generation, step = said["generation"], step + 1
+        print(generation, [n for _, n in said["hosts"]], said["change"]["lost"], flush=True)
+        tell("begun", generation=generation)
+"""
+
+
+def generations(run: Run) -> list[int]:
+    return [entry["processes"] for entry in run.endings if "generation" in entry]
+
+
+@pytest.mark.parametrize("stands_still", [False, True])
+def test_an_agent_of_an_elastic_job_is_lost_and_its_host_gets_another(
+    start: Callable[..., Run], stands_still: bool
+) -> None:
+    run = start(MEMBER, elastic=3, HVD_LB_HANG_TIMEOUT="4")
+    until(lambda: len(run.ranks) == 3 and all("arrived" in rank for rank in run.ranks.values()), 60)
+    (agent,) = [
+        pid
+        for pid in run.pids("launch.agent.host")
+        if Path(f"/proc/{pid}/cmdline").read_text().split("\0")[-2] == "127.0.0.1"
+    ]
+    os.kill(agent, signal.SIGSTOP if stands_still else signal.SIGKILL)
+    until(lambda: generations(run) == [3], 60)
+    (lost,) = [entry for entry in run.endings if "lost" in entry]
+    assert lost["ranks"] == [0, 1]
+    why = "no word from it for 3 s" if stands_still else "its connection ended"
+    assert (
+        f"1 [2, 1] ['ranks 0…1 on 127.0.0.1 (its agent was killed, or its host or network went away ({why}))']"
+        in (run.log(3)).replace("[1, 2]", "[2, 1]")
+    )
+    assert len(run.pids("launch.rank.entry")) == 3  # those of the agent that stands still were killed with it
+    assert run.process.poll() is None
+
+
+def test_a_newcomer_that_cannot_start_ends_no_elastic_job_and_its_host_is_tried_again(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    script = f"import os, sys\nif os.environ.get('HVD_LB_MEMBER', '').startswith('3 '): sys.exit(2)\n{MEMBER}"
+    run = start(script, elastic=3)
+    until(lambda: len(run.ranks) == 3 and all("arrived" in rank for rank in run.ranks.values()), 60)
+    os.kill(run.ranks["2"]["pid"], signal.SIGKILL)  # the only one of its host
+    until(lambda: generations(run) == [3], 60)
+    assert [entry["lost"] for entry in run.endings if "lost" in entry] == [
+        "rank 3 ended before it had joined (exit code 2)"
+    ]
+
+
+@pytest.mark.long
+def test_one_that_says_nothing_when_a_generation_is_over_is_killed(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(MEMBER, elastic=3, HVD_LB_HANG_TIMEOUT="2")
+    until(lambda: len(run.ranks) == 3 and all("arrived" in rank for rank in run.ranks.values()), 60)
+    os.kill(run.ranks["1"]["pid"], signal.SIGSTOP)
+    os.kill(run.ranks["0"]["pid"], signal.SIGKILL)
+    until(lambda: 3 in generations(run), 90)
+    ended = {entry["rank"]: entry["status"] for entry in run.endings if "status" in entry}
+    assert ended == {0: -signal.SIGKILL, 1: -signal.SIGKILL}
 
 
 def test_a_stranger_at_the_door_changes_nothing(start: Callable[..., Run]) -> None:

@@ -23,7 +23,12 @@ def until(condition: object, seconds: float = 20.0) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "taken", "patient"),
-    [(Stage.DATA, 3, False), (Stage.NETWORK, 0, True), (Stage.CHECKPOINT, 3, True)],
+    [
+        (Stage.DATA, 3, False),
+        (Stage.COMPUTE, 0, True),
+        (Stage.NETWORK, 0, False),
+        (Stage.CHECKPOINT, 3, True),
+    ],
 )
 def test_it_reports_what_it_does_until_it_goes_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], stage: Stage, taken: int, patient: bool
