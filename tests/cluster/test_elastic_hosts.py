@@ -75,7 +75,7 @@ def agent_of(host: Host, run: Path) -> str:
 
 
 @horovod_and_torch
-@pytest.mark.parametrize("fault", [(2, "step", 5, "SIGKILL"), (0, "sums", 5, "SIGKILL")])
+@pytest.mark.parametrize("fault", [(2, "step", 5, "SIGKILL"), (0, "sums", 7, "SIGKILL")])
 def test_a_rank_that_is_killed_is_replaced_on_its_host(
     hosts: list[Host],
     tmp_path: Path,
