@@ -324,6 +324,7 @@ def test_an_agent_of_an_elastic_job_is_lost_and_its_host_gets_another(
     assert lost["ranks"] == [0, 1]
     why = "no word from it for 3 s" if stands_still else "its connection ended"
     how = f"its agent was killed, or its host or network went away ({why})"
+    until(lambda: run.log(3), 30)
     assert run.log(3) == f"1 [1, 2] ['ranks 0, 1 on 127.0.0.1 ({how})']\n"
     assert len(run.pids("launch.rank.entry")) == 3  # those of the agent that stands still were killed with it
     assert run.process.poll() is None
