@@ -89,6 +89,8 @@ def begin(
         pytest.param(3, [(1, "evaluation", 2, "SIGKILL")], [2], marks=pytest.mark.long),
         pytest.param(3, [(1, "step", 5, "error")], [2], marks=pytest.mark.long),
         pytest.param(3, [(0, "end", 1, "SIGKILL")], [2], marks=pytest.mark.long),
+        pytest.param(3, [(0, "join", 1, "SIGKILL")], [2], marks=pytest.mark.long),
+        pytest.param(3, [(0, "step", 0, "SIGKILL")], [2], marks=pytest.mark.long),
         # The second one dies while the others wait for the next generation, begin it, or hand over the state.
         pytest.param(
             3, [(2, "step", 5, "SIGKILL"), (1, "join", 2, "SIGKILL")], [2, 1], marks=pytest.mark.long
@@ -174,13 +176,13 @@ def test_when_all_are_asked_to_leave_the_run_ends_with_a_checkpoint_and_goes_on(
 
 
 @pytest.mark.long
+@horovod_and_torch
 def test_ctrl_c_ends_an_elastic_run_that_has_lost_a_rank(
-    start: Start, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+    start: Start, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     run = tmp_path / "run"
-    process = begin(
-        start, tmp_path, monkeypatch, 2, faults=[(0, "step", 2, "SIGKILL"), (1, "step", 5, "SIGSTOP")]
-    )
+    faults: list[Fault] = [(0, "step", 2, "SIGKILL"), (1, "step", 5, "SIGSTOP")]
+    process = begin(start, tmp_path, monkeypatch, 2, "--engine", engine, faults=faults)
     until(lambda: (run / "metrics.jsonl").exists() and events(run, "recovered"))
     process.send_signal(signal.SIGINT)
     until(lambda: (run / "logs" / "stop").exists())
