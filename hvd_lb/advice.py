@@ -8,10 +8,13 @@ from hvd_lb.recipe import Recipe
 _FEW_STEPS = 10  # of an epoch: with fewer, schedules that go by epochs have no time for their parts
 _SHORT_WARMUP = 30  # steps
 _ABOVE_NOISE = 2.0
+_LARGE_FOR_LAMB = 0.05  # of a tensor's length in each step; SGD's usual rates are above it
 #: The largest minibatch for which a preset's errors are known to stay: the paper's table 1 and figure 1.
 _TESTED = {
     "goyal-resnet50": (8192, "with 16,384 the paper's error grows from 23.7 to 24.8 %"),
     "goyal-resnet101": (8192, "the paper has nothing beyond it"),
+    "torchvision-resnet50": (1024, "nothing beyond it was published"),
+    "lars-resnet50": (32768, "nothing beyond it was looked up"),
 }
 
 
@@ -36,6 +39,13 @@ def advice(
         found.append(
             f"{steps_per_epoch} steps make an epoch of {images:,} images: with fewer than {_FEW_STEPS} the "
             f"schedule is coarse; {_instead(recipe, images // _FEW_STEPS)}"
+        )
+    if preset == "fine-tune" and not recipe.init_from:
+        found.append("without --init-from it begins with random weights, for which these rates are low")
+    if recipe.optimizer == "lamb" and recipe.learning_rate >= _LARGE_FOR_LAMB:
+        found.append(
+            f"each step of LAMB changes a tensor by about the learning rate times its own length, and "
+            f"{recipe.learning_rate:g} for 256 images is a lot; --learning-rate 0.0035 --lr-rule sqrt is a beginning"
         )
     warmup = recipe.warmup_epochs * steps_per_epoch
     if recipe.warmup == "gradual" and 0 < warmup < _SHORT_WARMUP and batch > 256:

@@ -32,10 +32,13 @@ from pydantic_core import PydanticCustomError
 from hvd_lb.data.options import MAX_PIXELS, MOST_PIXELS, CacheKind, LoaderKind, OnBadImage
 from hvd_lb.errors import UserError, nearest
 from hvd_lb.plan.samples import LastBatch, SamplePlan
+from hvd_lb.plan.sizes import ImageSizes
 from hvd_lb.recipe_file import dump_values, parse_values, read_text
 from hvd_lb.schedule import REFERENCE_EPOCHS, Rule, Schedule, Shape, Warmup
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from hvd_lb.plan.augment import CentreWindows, RandomWindows
 
 Precision = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
@@ -48,8 +51,9 @@ def _check_together(value: Any) -> Any:
 
 
 OnNan = Literal["stop", "rollback"]
-OptimizerKind = Literal["sgd", "lars"]
+OptimizerKind = Literal["sgd", "lars", "lamb"]
 Shuffle = Literal["global", "per-worker"]
+Sampling = Literal["uniform", "balanced"]
 AutoAugmentKind = Literal["none", "randaugment", "trivialaugment"]
 
 # The source of fields that were given on the command line.
@@ -95,6 +99,12 @@ def _check_every_or_minutes(text: str) -> str:
     return text
 
 
+def _check_class_weights(value: str | tuple[float, ...] | None) -> str | tuple[float, ...] | None:
+    if isinstance(value, tuple) and not (value and min(value) >= 0 and max(value) > 0):
+        raise ValueError("expected weights of at least 0, not all of them 0")
+    return value
+
+
 def _listed(length: int | None = None) -> BeforeValidator:
     """A YAML list as a tuple, of this length."""
 
@@ -133,6 +143,15 @@ CropScale = Annotated[tuple[float, float], _listed(2), _range(1)]
 CropRatio = Annotated[tuple[float, float], _listed(2), _range(1000)]
 Noise = Annotated[Literal["on", "off"], BeforeValidator(lambda value: _SWITCH.get(value, value))]
 Together = Annotated[int | Literal["auto"], BeforeValidator(_check_together)]
+Sizes = Annotated[
+    tuple[int, ...], _listed(), _each(1, 8192, increasing=True, what="increasing whole numbers")
+]
+# A file's become numbers, in the order of the classes, when a run is resolved.
+ClassWeights = Annotated[
+    str | tuple[float, ...] | None,
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    AfterValidator(_check_class_weights),
+]
 Epochs = Annotated[
     tuple[float, ...],
     _listed(),
@@ -182,6 +201,10 @@ class Recipe(BaseModel):
     )
     loader: LoaderKind = Field("dali", description="What decodes and resizes the images.")
     image_size: int = Field(224, ge=1, le=8192, description="Side of the square the network sees, in pixels.")
+    progressive_size: Sizes = Field(
+        (),
+        description="Smaller sides that training begins with, in pixels, for as many epochs each as --image-size.",
+    )
     crop_scale: CropScale = Field((0.08, 1.0), description="Random crop: share of the image's area.")
     crop_ratio: CropRatio = Field((3 / 4, 4 / 3), description="Random crop: aspect ratio, width/height.")
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
@@ -230,6 +253,15 @@ class Recipe(BaseModel):
         description="One order of all images per epoch, divided among the workers; or, an ablation, each worker keeps "
         "a share and shuffles that.",
     )
+    sampling: Sampling = Field(
+        "uniform", description="Which images an epoch has: each once, or (balanced) as many of each class."
+    )
+    repeated_augment: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Times that a minibatch has each of its images, with other augmentations.",
+    )
     epochs: int = Field(
         90, ge=1, le=_MOST, description="Length of the run; the learning rate schedule fits itself to it."
     )
@@ -263,6 +295,11 @@ class Recipe(BaseModel):
     freeze: Literal["none", "backbone"] = Field(
         "none", description="What does not learn: with backbone all but the last layer."
     )
+    class_weights: ClassWeights = Field(
+        None,
+        description="Weights of classes in the training loss: balanced (rare ones count more), or a file with a line "
+        "NAME WEIGHT for each; of mean 1 over the images.",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the training loss.")
     precision: Precision = Field(
         "fp32",
@@ -283,14 +320,23 @@ class Recipe(BaseModel):
 
     # optimizer
     optimizer: OptimizerKind = Field(
-        "sgd", description="sgd, or lars, in which each tensor scales the rate by its own trust ratio."
+        "sgd",
+        description="sgd, or lars (the same) and lamb (Adam), in which each tensor scales the rate by a trust ratio.",
     )
     trust_coefficient: float = Field(0.001, gt=0, description="LARS: factor of the trust ratios.")
-    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum m.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum m; of LAMB β₁.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="LAMB: β₂, of the squared gradients' average.")
+    epsilon: float = Field(1e-6, gt=0, description="LAMB: ε, added to the square root of that average.")
     nesterov: bool = Field(True, description="Nesterov momentum.")
     momentum_form: Literal[9, 10] = Field(10, description="Momentum as in equation 9 or 10 of the paper.")
     momentum_correction: bool = Field(
         True, description="Form 10: rescale the velocity when the rate changes."
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Keep an average of the weights, too: its decay at each 256 images, such as 0.9999.",
     )
     clip_norm: float | None = Field(
         None, gt=0, description="Longest gradient of a step, in its L2 norm; longer ones are scaled down."
@@ -393,7 +439,7 @@ class Recipe(BaseModel):
     def _without_negative_zero(cls, value: Any) -> Any:
         """-0.0 is 0: two spellings of a run are one run."""
         if isinstance(value, tuple):
-            return tuple(number + 0.0 for number in value)
+            return tuple(number + 0.0 if isinstance(number, float) else number for number in value)
         return value + 0.0 if isinstance(value, float) else value
 
     @model_validator(mode="after")
@@ -410,7 +456,33 @@ class Recipe(BaseModel):
                 "audit",
                 "reproducible",
             )
-        if self.nesterov and not self.momentum:
+        if self.sampling == "balanced" and self.class_weights == "balanced":
+            raise _conflict(
+                "either is enough: with both, rare classes would count more than others",
+                "sampling",
+                "class_weights",
+            )
+        if self.progressive_size and self.progressive_size[-1] >= self.image_size:
+            raise _conflict(
+                "training ends with the latter: expected smaller ones before it",
+                "progressive_size",
+                "image_size",
+            )
+        if len(self.progressive_size) >= self.epochs:
+            raise _conflict("each size has an epoch at least", "progressive_size", "epochs")
+        if self.shuffle == "per-worker" and (self.sampling != "uniform" or self.repeated_augment > 1):
+            raise _conflict(
+                "shares that workers keep are an ablation of plain epochs, in which each image comes once",
+                "shuffle",
+                "sampling" if self.sampling != "uniform" else "repeated_augment",
+            )
+        if self.ema and self.recompute_bn:
+            raise _conflict(
+                "statistics are taken anew with the weights as they are, not with their average: leave one of them out",
+                "ema",
+                "recompute_bn",
+            )
+        if self.nesterov and not self.momentum and self.optimizer != "lamb":
             raise _conflict(
                 "nesterov needs a momentum above 0: give --momentum 0.9 or --no-nesterov",
                 "momentum",
@@ -446,16 +518,39 @@ class Recipe(BaseModel):
             power=self.power,
         )
 
-    def sample_plan(self, images: int) -> SamplePlan:
-        """The plan on a data set of so many training images; UserError when the minibatch is larger than that."""
-        from hvd_lb.plan.counter import generator_seed  # needs numpy, which --help does not
+    def sample_plan(self, images: int, labels: np.ndarray | None = None) -> SamplePlan:
+        """The plan on a data set of so many training images; UserError when the minibatch is larger than that.
+
+        Which images come, with balanced sampling, only a plan with their `labels` tells.
+        """
+        from hvd_lb.plan.classes import Balanced  # needs numpy, which --help does not
+        from hvd_lb.plan.counter import generator_seed
         from hvd_lb.plan.per_worker import PerWorkerPlan
 
+        seed = generator_seed(self.seed, 2)
+        balanced = Balanced(labels, seed) if self.sampling == "balanced" and labels is not None else None
         plan = PerWorkerPlan if self.shuffle == "per-worker" else SamplePlan
-        return plan(images, self.gpus, self.per_gpu_batch, generator_seed(self.seed, 2), self.last_batch)
+        return plan(
+            images,
+            self.gpus,
+            self.per_gpu_batch,
+            seed,
+            self.last_batch,
+            self.repeated_augment,
+            balanced,
+        )
 
-    def random_windows(self) -> RandomWindows:
-        """Crop windows of training, and what is done to the crops."""
+    def image_sizes(self, steps_per_epoch: int) -> ImageSizes:
+        """The sides of training images, by step."""
+        return ImageSizes((*self.progressive_size, self.image_size), self.epochs, steps_per_epoch)
+
+    @property
+    def all_sizes(self) -> set[int]:
+        """Of images that the network sees, in training and evaluations."""
+        return {*self.progressive_size, self.image_size, self.evaluation_size}
+
+    def random_windows(self, size: int | None = None) -> RandomWindows:
+        """Crop windows of training, and what is done to the crops, which are of this size, or `image_size`."""
         from hvd_lb.plan.augment import Augmentation, Erase, Flip, RandomWindows  # as above
         from hvd_lb.plan.auto_augment import RANDOM, TRIVIAL_WIDE, AutoAugment
 
@@ -466,7 +561,7 @@ class Recipe(BaseModel):
         elif self.auto_augment == "trivialaugment":
             parts.append(AutoAugment(TRIVIAL_WIDE, 1, None, self.mean, self.std))
         if self.random_erasing:
-            parts.append(Erase(self.random_erasing, self.image_size, self.mean))
+            parts.append(Erase(self.random_erasing, size or self.image_size, self.mean))
         return RandomWindows(self.seed, self.crop_scale, self.crop_ratio, tuple(parts))
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from hvd_lb.schedule import Schedule
 
 _IMAGENET_CLASSES, _IMAGENET_IMAGES = 1000, 1_000_000
 _SMALL_SIDE = 64
+# What data choose, where no recipe is named.
+_CHOSEN = ("digits", "fashion-mnist", "goyal-resnet50", "images", "small-images")
 # Fields that only some values of another one read.
 _READ_WITH = {
     "warmup_epochs": ("warmup", ("gradual", "constant")),
@@ -31,6 +33,8 @@ _READ_WITH = {
     "drop_factor": ("schedule", ("step",)),
     "power": ("schedule", ("polynomial",)),
     "trust_coefficient": ("optimizer", ("lars",)),
+    **dict.fromkeys(("nesterov", "momentum_form", "momentum_correction"), ("optimizer", ("sgd", "lars"))),
+    **dict.fromkeys(("beta2", "epsilon"), ("optimizer", ("lamb",))),
     "randaugment_operations": ("auto_augment", ("randaugment",)),
     "randaugment_strength": ("auto_augment", ("randaugment",)),
     "max_bad_images": ("on_bad_image", ("skip",)),
@@ -98,7 +102,17 @@ def resolve(
         preset, why = choose_preset(spec, dataset)
         given = load_values(preset)
     here = {"gpus": default_gpus, "num_classes": len(dataset.train.classes)}
-    places = {"data": absolute_spec(spec)} | ({"val": absolute_spec(val)} if val is not None else {})
+    places: dict[str, Any] = {"data": absolute_spec(spec)} | (
+        {"val": absolute_spec(val)} if val is not None else {}
+    )
+    weights = options.get("class_weights", given.get("class_weights"))
+    if isinstance(weights, str) and weights != "balanced":
+        places["class_weights"] = read_class_weights(Path(weights).expanduser(), dataset.train.classes)
+    elif isinstance(weights, list | tuple) and len(weights) != len(dataset.train.classes):
+        raise UserError(
+            f"class_weights has {len(weights)} numbers, but {dataset.name} has {len(dataset.train.classes)} classes: "
+            "expected one for each, in their order"
+        )
     if begins := options.get("init_from", given.get("init_from")):
         places["init_from"] = str(Path(begins).expanduser().absolute())
     resolved = _merged(given, preset, {**options, **places}, here)
@@ -116,9 +130,9 @@ def resolve(
         for split in (dataset.train, dataset.val):
             refuse_large(split, resolved.max_pixels)
     check_cache(resolved.cache, dataset)
-    plan = resolved.sample_plan(len(dataset.train))
+    plan = resolved.sample_plan(len(dataset.train), dataset.train.labels)
     _check_recompute_bn(resolved, plan)
-    for size in {resolved.image_size, resolved.evaluation_size}:
+    for size in resolved.all_sizes:
         check_input(
             resolved.model,
             resolved.num_classes or len(dataset.train.classes),
@@ -130,6 +144,33 @@ def resolve(
     classes = resolved.num_classes or len(dataset.train.classes)
     head = tuple(new_head(resolved, classes)) if resolved.init_from else ()
     return Resolved(resolved, dataset, preset, why, plan, schedule, chosen, head)
+
+
+def read_class_weights(path: Path, classes: Sequence[str]) -> tuple[float, ...]:
+    """The numbers in a file with a line NAME WEIGHT for each class, in the order of `classes`; UserError."""
+    found: dict[str, float] = {}
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(
+            f"--class-weights {path}: cannot be read ({why}): expected balanced or a file"
+        ) from None
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+        parts = line.rsplit(maxsplit=1)
+        try:
+            found |= {parts[0]: float(parts[1])} if line else {}
+        except (IndexError, ValueError):
+            raise UserError(
+                f"--class-weights {path}, line {number}: expected NAME WEIGHT, found {line!r}"
+            ) from None
+    wrong = sorted(found.keys() ^ set(classes))
+    if wrong:
+        what = "is no class of the data" if wrong[0] in found else "has no line"
+        raise UserError(
+            f"--class-weights {path}: {wrong[0]!r} {what}: expected a line NAME WEIGHT for each class"
+        )
+    return tuple(found[name] for name in classes)
 
 
 def check_options(options: Mapping[str, Any], recipe: str | None) -> Mapping[str, Any]:
@@ -150,7 +191,7 @@ def check_options(options: Mapping[str, Any], recipe: str | None) -> Mapping[str
 def _check_with_presets(options: Mapping[str, Any]) -> None:
     """UserError for options that no preset goes with: which one it will be, the data decide."""
     errors = []
-    for preset in preset_names():
+    for preset in _CHOSEN:
         try:
             _merged(load_values(preset), preset, options)
         except UserError as error:
@@ -252,6 +293,23 @@ def explain(resolved: Resolved, device: str) -> list[tuple[str, str]]:
         rows.append(
             ("shuffling", "each worker keeps a share of the images and shuffles that, as an ablation")
         )
+    if recipe.progressive_size:
+        sides = ", ".join(map(str, (*recipe.progressive_size, recipe.image_size)))
+        rows.append(
+            (
+                "image sizes",
+                f"{sides} pixels, for as many epochs each; rehearsals and forecasts take the last",
+            )
+        )
+    rows += _sampling(recipe, plan)
+    if recipe.class_weights is not None:
+        how = "inverse to their images" if recipe.class_weights == "balanced" else "as given, scaled"
+        rows.append(("class weights", f"{how}, so that their mean over the images is 1"))
+    if recipe.ema:
+        a_step = recipe.ema ** (recipe.global_batch / 256)
+        rows.append(
+            ("averaged weights", f"decay {recipe.ema:g} at each 256 images, {a_step:.6g} a step after warmup")
+        )
     if recipe.together not in ("auto", 1):
         rows.append(("together", f"up to {recipe.together} virtual workers of a process as one batch"))
     if recipe.reproducible:
@@ -272,6 +330,30 @@ def explain(resolved: Resolved, device: str) -> list[tuple[str, str]]:
         rows.append(("warning", f"{' and '.join(newer)}: newer than hvd-lb was tried with; {compare}"))
     if recipe.recompute_bn:
         rows.append(("batch norm", f"statistics from {recipe.recompute_bn:,} images before each evaluation"))
+    return rows
+
+
+def _sampling(recipe: Recipe, plan: SamplePlan) -> list[tuple[str, str]]:
+    """What an epoch has in place of each image once."""
+    rows = []
+    if balanced := plan.balanced:
+        least, most = (int(end) for end in (balanced.sizes.min(), balanced.sizes.max()))
+        each = plan.images / len(balanced.classes)
+        rows.append(
+            (
+                "sampling",
+                f"each of {len(balanced.classes):,} classes {each:,.4g} times an epoch: an image of the smallest "
+                f"({least:,}) {each / least:.3g} times, one of the largest ({most:,}) {each / most:.3g} times",
+            )
+        )
+    if plan.repeats > 1:
+        rows.append(
+            (
+                "repeated",
+                f"each image {plan.repeats} times in its minibatch, {plan.distinct_per_epoch:,} of {plan.images:,} "
+                "images in an epoch",
+            )
+        )
     return rows
 
 

@@ -105,7 +105,8 @@ def rehearse(
 ) -> Rehearsal:
     """Take steps until the next whole one would end after `deadline` (of time.monotonic)."""
     watch = _Stopwatch(deadline, on_microbatch)
-    recipe = resolved.recipe
+    recipe = resolved.recipe.model_copy(update={"progressive_size": ()})  # whose steps take longest
+    resolved = replace(resolved, recipe=recipe)
     trainer = _trainer(resolved, device, threads, watch)
     trainer.model.train()
     images = min(recipe.per_gpu_batch, _PROBED_IMAGES)
@@ -176,8 +177,15 @@ def measure_device(
 
 def _alone(resolved: Resolved, images: int) -> Resolved:
     """A run of one virtual worker of so many images, which does not end."""
-    changes = {"gpus": 1, "per_gpu_batch": images, "epochs": 10**6, "steps": None, "last_batch": "drop"}
-    return replace(resolved, recipe=resolved.recipe.model_copy(update={**changes, "together": 1}))
+    changes: dict[str, Any] = {
+        "gpus": 1,
+        "per_gpu_batch": images,
+        "epochs": 10**6,
+        "steps": None,
+        "last_batch": "drop",
+    }
+    changes |= {"together": 1, "progressive_size": (), "repeated_augment": 1}
+    return replace(resolved, recipe=resolved.recipe.model_copy(update=changes))
 
 
 def _trainer(resolved: Resolved, device: torch.device, threads: int, observer: SilentObserver) -> Trainer:

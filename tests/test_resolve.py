@@ -8,6 +8,7 @@ from PIL import Image
 
 from hvd_lb.data.spec import absolute_spec
 from hvd_lb.errors import UserError
+from hvd_lb.recipe import load_values, make_recipe, preset_names
 from hvd_lb.resolve import check_options, explain, resolve
 
 DIGITS = {"data": "digits", "gpus": 2}
@@ -90,6 +91,31 @@ def test_options_alone_are_refused_where_no_preset_goes_with_them() -> None:
     check_options({"drop_epochs": (10.0,)}, None)
     with pytest.raises(UserError, match="--drop-epochs has no effect with schedule cosine"):
         resolve({**DIGITS, "drop_epochs": (10.0,)}, recipe=None, default_gpus=2)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_becomes_a_run(name: str) -> None:
+    resolved = resolve(dict(DIGITS), recipe=name, default_gpus=2)
+    assert resolved.preset == name
+    assert resolved.total_steps > 0
+    rows = dict(explain(resolved, "cpu"))
+    assert ("without --init-from" in rows.get("advice", "")) == (name == "fine-tune")
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "minibatch", "rate"),
+    [
+        ("torchvision-resnet50", 8, 1024, 0.5),
+        ("lars-resnet50", 256, 32768, 32.0),
+        ("goyal-resnet50", 256, 8192, 3.2),
+    ],
+)
+def test_minibatch_and_rate_are_those_published(name: str, gpus: int, minibatch: int, rate: float) -> None:
+    recipe = make_recipe({**load_values(name), "gpus": gpus}, name)
+    assert recipe.global_batch == minibatch
+    schedule = recipe.lr_schedule(1_281_167 // minibatch)
+    assert schedule.peak == pytest.approx(rate)
+    assert schedule(schedule.warmup_steps) == pytest.approx(rate)
 
 
 def folder(name: str) -> None:

@@ -45,18 +45,22 @@ class _Choice(click.ParamType[Any]):
 
 
 class _Numbers(click.ParamType[Any]):
-    """Numbers with commas between them."""
+    """Numbers of a kind with commas between them."""
 
     name = "numbers"
+
+    def __init__(self, kind: type[float]):
+        self._kind = kind
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         return "NUMBER,…"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            return tuple(float(part) for part in value.split(","))
+            return tuple(self._kind(part) for part in value.split(","))
         except ValueError:
-            self.fail(f"{value!r} is not numbers with commas between them, such as 0.08,1", param, ctx)
+            what, such = ("whole numbers", "128,160") if self._kind is int else ("numbers", "0.08,1")
+            self.fail(f"{value!r} is not {what} with commas between them, such as {such}", param, ctx)
 
 
 class _NumberOr(click.ParamType[Any]):
@@ -160,8 +164,10 @@ def _field_option(name: str, field: FieldInfo, panel: str) -> Callable[..., Any]
         return click.option(flag, type=_Choice(get_args(kind)), **settings)
     if parts := [part for part in get_args(kind) if get_origin(part) is Literal]:
         return click.option(flag, type=_NumberOr(*get_args(parts[0])), **settings)
+    if str in get_args(kind):
+        return click.option(flag, type=str, **{**settings, "metavar": "balanced|FILE"})
     if get_origin(kind) is tuple:
-        return click.option(flag, type=_Numbers(), **settings)
+        return click.option(flag, type=_Numbers(get_args(kind)[0]), **settings)
     return click.option(flag, type=kind, **settings)
 
 

@@ -183,7 +183,7 @@ def _check(sweep: Any, images: int) -> None:
         try:
             recipe.lr_schedule(recipe.sample_plan(images).steps_per_epoch)
             classes, microbatch = recipe.num_classes or 1, min(2, recipe.per_gpu_batch)
-            for size in {recipe.image_size, recipe.evaluation_size}:
+            for size in recipe.all_sizes:
                 check_input(recipe.model, classes, size, microbatch)
         except UserError as error:
             raise UserError(f"{setting.name}: {error}") from None

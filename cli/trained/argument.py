@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
     from hvd_lb.trained.weights import Trained
 
+AVERAGED = click.option("--ema", is_flag=True, help="Take the averaged weights of a run with --ema.")
 _OPTIONS = (
     click.option(
         "--recipe",
         metavar="NAME|FILE",
         help="The recipe of weights that do not bring one along: a preset or a YAML file.",
     ),
+    AVERAGED,
     click.option(
         "--device",
         type=click.Choice(["auto", "cpu", "cuda"]),
@@ -51,7 +53,7 @@ class Ready:
     loader_threads: int
 
 
-def ready(weights: Path, recipe: str | None, device: str, threads: int | None) -> Ready:
+def ready(weights: Path, recipe: str | None, ema: bool, device: str, threads: int | None) -> Ready:
     """As in the run, where nothing else is said: another number of threads may round otherwise."""
     import torch
 
@@ -59,7 +61,7 @@ def ready(weights: Path, recipe: str | None, device: str, threads: int | None) -
     from hvd_lb.machine.placement import choose_device, loader_threads
     from hvd_lb.trained.weights import open_trained
 
-    trained = open_trained(weights, recipe)
+    trained = open_trained(weights, recipe, averaged=ema)
     known = trained.environment().get("threads_per_process")
     cores = usable_cores()
     number = threads or trained.recipe.threads or (known if isinstance(known, int) and known > 0 else cores)

@@ -39,6 +39,7 @@ def evaluate(
     split: str,
     as_json: bool,
     recipe: str | None,
+    ema: bool,
     device: str,
     threads: int | None,
 ) -> None:
@@ -57,7 +58,7 @@ def evaluate(
     from hvd_lb.trained.evaluate import open_images
 
     console = plain_console(stderr=as_json)
-    use = ready(weights, recipe, device, threads)
+    use = ready(weights, recipe, ema, device, threads)
     trained = use.trained
     spec = data_spec({"data": data}, {"data": trained.recipe.data})
     if data is None:  # the run's, with its splits

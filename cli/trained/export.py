@@ -12,7 +12,7 @@ from hvd_lb.report.text import printable
 from hvd_lb_cli.options.kinds import Target
 from hvd_lb_cli.output.show import print_rows
 from hvd_lb_cli.output.terminal import plain_console
-from hvd_lb_cli.trained.argument import WEIGHTS
+from hvd_lb_cli.trained.argument import AVERAGED, WEIGHTS
 
 
 @click.command()
@@ -26,7 +26,8 @@ from hvd_lb_cli.trained.argument import WEIGHTS
 )
 @click.option("--output", type=Target(), help="Folder to write [default: exported/FORMAT in the run]")
 @click.option("--recipe", metavar="NAME|FILE", help="The recipe of weights that do not bring one along.")
-def export(weights: Path, form: str, output: Path | None, recipe: str | None) -> None:
+@AVERAGED
+def export(weights: Path, form: str, output: Path | None, recipe: str | None, ema: bool) -> None:
     """Write a trained network for other programs, with class names and a model card; load it back and compare.
 
     \b
@@ -37,7 +38,7 @@ def export(weights: Path, form: str, output: Path | None, recipe: str | None) ->
     from hvd_lb.trained.export import export as export_weights
     from hvd_lb.trained.weights import open_trained
 
-    trained = open_trained(weights, recipe)
+    trained = open_trained(weights, recipe, averaged=ema)
     if output is None:
         if trained.run is None:
             raise UserError(f"{printable(str(weights))} is in no run directory: give --output FOLDER")

@@ -32,6 +32,7 @@ def predict(
     top: int,
     as_json: bool,
     recipe: str | None,
+    ema: bool,
     device: str,
     threads: int | None,
 ) -> None:
@@ -45,7 +46,7 @@ def predict(
     from hvd_lb.trained.predict import predict as predict_images
 
     found = ImageFiles(find_images(images))
-    use = ready(weights, recipe, device, threads)
+    use = ready(weights, recipe, ema, device, threads)
     name = use.trained.class_name
     predictions = predict_images(use.trained, found, top, device=use.device, threads=use.loader_threads)
     if as_json or not sys.stdout.isatty():

@@ -21,7 +21,10 @@ from typing import Any
 _SEALED = {
     "begin": ("step", "recipe", "data", "plan", "from"),
     "train": ("epoch", "step", "lr", "loss"),
-    "eval": ("epoch", "step", "top1_error", "top5_error", "loss", "images"),
+    "eval": (
+        *("epoch", "step", "top1_error", "top5_error", "loss", "images"),
+        *("ema_top1_error", "ema_top5_error", "ema_loss"),
+    ),
     "digest": ("epoch", "step", "weights", "velocities", "statistics", "left_out"),
 }
 # Kinds that tell the link as it is after them.

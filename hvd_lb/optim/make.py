@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hvd_lb.optim.groups import parameter_groups
+from hvd_lb.optim.lamb import LAMB
 from hvd_lb.optim.lars import LARS
 from hvd_lb.optim.sgd import SGD
 from hvd_lb.recipe import Recipe
@@ -18,6 +19,10 @@ _PLAIN = ("fp16", "fp64")
 def make_optimizer(recipe: Recipe, model: nn.Module, learning_rate: float) -> Optimizer:
     """On the parameters of `model`, as the recipe says; `learning_rate` is that of the first step."""
     decayed, normalising = parameter_groups(model, recipe.weight_decay)
+    if recipe.optimizer == "lamb":
+        normalising["trust"] = False  # as below
+        betas = recipe.momentum, recipe.beta2
+        return LAMB([decayed, normalising], learning_rate, betas, recipe.epsilon)
     options: dict[str, Any] = {
         "lr": learning_rate,
         "momentum": recipe.momentum,

@@ -23,8 +23,8 @@ class PerWorkerPlan(SamplePlan):
     the rest of an epoch is dropped, it is another rest of each share in each epoch.
     """
 
-    def image_ids(self, epoch: int, step: int, worker: int) -> np.ndarray:
-        """Image ids of one microbatch, int64 (n,); shorter, perhaps empty, in a short last step."""
+    def draws(self, epoch: int, step: int, worker: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image ids of one microbatch, int64 (n,), twice; shorter, perhaps empty, in a short last step."""
         import numpy as np  # which --help does not need
 
         from hvd_lb.plan.counter import generator_seed
@@ -33,8 +33,9 @@ class PerWorkerPlan(SamplePlan):
         share = hosted(worker, self.workers, self.images)
         count = len(self.positions(step, worker))
         if not count:
-            return np.empty(0, np.int64)
+            return np.empty(0, np.int64), np.empty(0, np.int64)
         begin = step * self.per_worker
         within = Permutation(len(share), generator_seed(self.seed, 1, worker), epoch)
         shares = Permutation(self.images, generator_seed(self.seed, 0), 0)
-        return shares(share.start + within.slice(begin, begin + count))
+        ids = shares(share.start + within.slice(begin, begin + count))
+        return ids, ids

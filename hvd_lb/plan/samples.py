@@ -1,11 +1,14 @@
 """Which images virtual worker j sees in step t of epoch e: a function of the recipe (remark 4; docs/design.md 5).
 
-Number of processes, hosts and devices appear nowhere.
+Number of processes, hosts and devices appear nowhere. By default each image has one position of an epoch. With
+`balanced` each class has equally many (`hvd_lb.plan.classes`). With `repeats`, R, a step has each of its images R times
+(repeated augmentation: Hoffer et al. 2020, arXiv 1901.09335; Berman et al. 2019, arXiv 1902.05509): an epoch still has
+N positions, and R epochs show every image once, R times each.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -15,9 +18,13 @@ from hvd_lb.plan.hosting import hosted
 if TYPE_CHECKING:
     import numpy as np
 
+    from hvd_lb.plan.classes import Balanced
     from hvd_lb.plan.shuffle import Permutation
 
 LastBatch = Literal["drop", "keep"]
+
+# A draw's key is that of the image, and which of its occurrences this is above so many bits.
+_OCCURRENCE = 40
 
 
 @dataclass(frozen=True)
@@ -29,10 +36,17 @@ class SamplePlan:
     per_worker: int
     seed: int
     last_batch: LastBatch = "drop"
+    repeats: int = 1
+    balanced: Balanced | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if min(self.images, self.workers, self.per_worker) < 1:
             raise ValueError(f"{self}: images, workers and per_worker must be at least 1")
+        if self.repeats > self.global_batch:
+            raise UserError(
+                f"--repeated-augment {self.repeats}, but a minibatch has {self.global_batch} images: "
+                "expected at most as many"
+            )
         if self.last_batch == "drop" and self.global_batch > self.images:
             largest = self.images // self.per_worker
             fix = (
@@ -87,8 +101,46 @@ class SamplePlan:
 
     def image_ids(self, epoch: int, step: int, worker: int) -> np.ndarray:
         """Image ids of one microbatch, int64 (n,); shorter, perhaps empty, in a short last step."""
+        return self.draws(epoch, step, worker)[0]
+
+    def draws(self, epoch: int, step: int, worker: int) -> tuple[np.ndarray, np.ndarray]:
+        """`image_ids`, and for each a key, int64 (n,), that no other occurrence of the image has in this epoch: for
+        what is drawn at random for it. Where images have one occurrence it is their id.
+        """
+        import numpy as np  # as below
+
         positions = self.positions(step, worker)
-        return _permutation(self.images, self.seed, epoch).slice(positions.start, positions.stop)
+        if self.repeats == 1:
+            ids, times = self._ids(epoch, np.arange(positions.start, positions.stop))
+            return ids, ids + (times << _OCCURRENCE)
+        copies, places = np.divmod(
+            np.arange(positions.start, positions.stop) - step * self.global_batch, self._distinct(step)
+        )
+        # All distinct images of a run are numbered through, so that none comes again before the others have come.
+        before = epoch * self.distinct_per_epoch + step * self._distinct(0)
+        passes, places = np.divmod(before + places, self.images)
+        ids, times = np.empty_like(places), np.empty_like(places)
+        for one in np.unique(passes).tolist():
+            ids[passes == one], times[passes == one] = self._ids(one, places[passes == one])
+        times = times if self.balanced else passes
+        return ids, ids + ((times * self.repeats + copies) << _OCCURRENCE)
+
+    @property
+    def distinct_per_epoch(self) -> int:
+        """Different images of an epoch, but for those that a repeated one shows again."""
+        last = self.steps_per_epoch - 1
+        return last * self._distinct(0) + self._distinct(last)
+
+    def _distinct(self, step: int) -> int:
+        """Different images of a step."""
+        return -(-self.step_images(step) // self.repeats)
+
+    def _ids(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Image ids at positions of an epoch, and how often each has come before in the run, as far as that matters."""
+        if self.balanced:
+            return self.balanced(epoch, positions)
+        ids = _permutation(self.images, self.seed, epoch)(positions)
+        return ids, ids * 0
 
 
 @lru_cache(maxsize=4)

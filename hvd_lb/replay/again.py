@@ -30,7 +30,10 @@ from hvd_lb.world.solo import Solo
 #: Relative differences of losses up to here are put down to rounding, where that may differ.
 ROUNDING = 1e-3
 # What is compared of an evaluation.
-_OF_EVALUATIONS = ("top1_error", "top5_error", "loss", "images")
+_OF_EVALUATIONS = (
+    *("top1_error", "top5_error", "loss", "images"),
+    *("ema_top1_error", "ema_top5_error", "ema_loss"),
+)
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,7 @@ class Again(SilentObserver):
         for name in _OF_EVALUATIONS:
             if name in told:
                 self.compared.number(
-                    record["step"], f"evaluation's {name.replace('_', ' ')}", told[name], record[name]
+                    record["step"], f"evaluation's {name.replace('_', ' ')}", told[name], record.get(name)
                 )
 
     def digest(

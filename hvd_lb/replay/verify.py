@@ -17,13 +17,13 @@ import torch
 
 from hvd_lb.data.images import Dataset
 from hvd_lb.errors import UserError
-from hvd_lb.exact.digest import PARTS, state_digests
+from hvd_lb.exact.digest import PARTS, STATISTICS, state_digests
 from hvd_lb.recipe import differing_fields
 from hvd_lb.replay.again import ROUNDING, Again, Compared, Expectation, expectation
 from hvd_lb.replay.beginning import plan_of
 from hvd_lb.replay.recorded import RecordedRun
 from hvd_lb.training.checkpoint import Checkpoint, DamagedCheckpoint, open_checkpoint
-from hvd_lb.training.saved_state import LOSSES
+from hvd_lb.training.saved_state import AVERAGED, LOSSES
 
 Verdict = Literal["holds", "does not hold", "cannot be told"]
 
@@ -132,7 +132,12 @@ def _differing_parts(checkpoint: Checkpoint, recorded: dict[str, Any]) -> list[s
 
 def checkpoint_digests(checkpoint: Checkpoint) -> dict[str, str]:
     """Those of the state that it was taken from."""
-    optimizer = {name: tensor for name, tensor in checkpoint.optimizer().items() if name != LOSSES}
+    whole = checkpoint.saved.recipe.get("reproducible", False)
+    optimizer = {
+        name: tensor
+        for name, tensor in checkpoint.optimizer().items()
+        if name != LOSSES and (whole or not (name.startswith(AVERAGED) and name.endswith(STATISTICS)))
+    }
     return state_digests(checkpoint.model(), optimizer)
 
 
@@ -140,7 +145,8 @@ def examine_plan(run: RecordedRun, dataset: Dataset, found: Examined) -> None:
     """Whether recipe and data give the plan that the run began with."""
     if run.chain.begin is None:
         return
-    known, here = run.chain.begin.get("plan", {}), plan_of(run.recipe.sample_plan(len(dataset.train)))
+    plan = run.recipe.sample_plan(len(dataset.train), dataset.train.labels)
+    known, here = run.chain.begin.get("plan", {}), plan_of(plan)
     if differing := differing_fields(known, here):
         found.problems.append(
             f"the plan of who sees which images is not the one the run began with: {'; '.join(differing)}"

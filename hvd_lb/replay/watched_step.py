@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from hvd_lb.plan.mixing import Targets
 from hvd_lb.replay.again import Again
+from hvd_lb.training.models import sum_loss
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,9 @@ class WatchedSteps:
     def _watched_loss(self, targets: Targets, logits: Tensor) -> Tensor:
         loss = self._loss_of(targets, logits)
         if self._again.step in self._steps:
-            smoothing, known = self._again.run.recipe.label_smoothing, logits.detach()
-            each = targets.loss(partial(F.cross_entropy, reduction="none", label_smoothing=smoothing), known)
+            trainer, known = self._again.trainer, logits.detach()
+            alone = sum_loss(trainer.recipe.label_smoothing, trainer.class_weights, reduction="none")
+            each = targets.loss(alone, known)
             self._noted.append(_Noted(loss.item(), each.tolist(), known.argmax(1).tolist()))
         return loss
 
@@ -108,7 +108,7 @@ class WatchedSteps:
     def _own_gradients(self, step: int, worker: int) -> dict[str, Tensor]:
         """Of the mean loss over the worker's images, by the weights before the step."""
         trainer = self._again.trainer
-        with trainer.loaders.open([trainer.microbatch(step, worker)]) as loader:
+        with trainer.loaders_at(step).open([trainer.microbatch(step, worker)]) as loader:
             batch = next(loader)
         loss = trainer.losses([worker], [batch])[0] / len(batch[1])
         learning = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}

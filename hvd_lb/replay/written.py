@@ -64,7 +64,7 @@ def _workers(trainer: Trainer, seen: StepSeen) -> list[int]:
 
 def _load(trainer: Trainer, step: int, worker: int) -> dict[str, Tensor]:
     microbatch = trainer.microbatch(step, worker)
-    with trainer.loaders.open([microbatch]) as loader:
+    with trainer.loaders_at(step).open([microbatch]) as loader:
         images, labels = next(loader)
     images, _ = trainer.mixing(images, labels, step, worker)
     return {

@@ -9,6 +9,7 @@ from typing import Any
 from hvd_lb.report.metrics import read_metrics
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.report.text import duration, evaluation_line, speed
+from hvd_lb.training.saved_state import counted_error
 
 FINISHED, STOPPED = "finished", "stopped at --steps"
 """How a run ends that came to its end."""
@@ -37,8 +38,8 @@ def summarise(
     stalls = _numbers(records, "checkpoint", "stall_seconds")
     bad = read_metrics(run.bad_images)
     last = evaluations[-1] if evaluations else None
-    errors = [record for record in evaluations if record.get("top1_error") is not None]
-    best = min(errors, key=lambda record: record["top1_error"], default=None)
+    errors = {error: of for of in reversed(evaluations) if (error := counted_error(of)) is not None}
+    best = errors[min(errors)] if errors else None
     done = [record["step"] + 1 for record in records if record.get("kind") in _OF_STEPS_DONE]
     steps = max(done, default=0)
     summary: dict[str, Any] = {
@@ -59,7 +60,7 @@ def summarise(
     figures = [("ended", reason), ("steps", f"{steps:,} of {total_steps:,}")]
     if last and best:
         figures.append(("last", evaluation_line(last)))
-        figures.append(("best top-1 error", f"{best['top1_error']:.2f} % (epoch {best.get('epoch')})"))
+        figures.append(("best top-1 error", f"{min(errors):.2f} % (epoch {best.get('epoch')})"))
     if rates:
         figures.append(("speed", f"{speed(statistics.median(rates))} (median)"))
     if bad:

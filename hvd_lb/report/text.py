@@ -10,9 +10,12 @@ def evaluation_line(record: dict[str, Any]) -> str:
         figure(record.get(name), form)
         for name, form in (("top1_error", ".2f"), ("top5_error", ".2f"), ("loss", ".4f"))
     )
+    averaged = ""
+    if "ema_top1_error" in record:
+        averaged = f" (averaged weights: top-1 error {figure(record['ema_top1_error'], '.2f')} %)"
     return (
         f"epoch {record.get('epoch')} step {record['step']} evaluation: top-1 error {top1} %, "
-        f"top-5 error {top5} %, loss {loss}, {figure(record.get('images'), ',')} images"
+        f"top-5 error {top5} %, loss {loss}, {figure(record.get('images'), ',')} images{averaged}"
     )
 
 

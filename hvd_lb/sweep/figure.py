@@ -11,6 +11,7 @@ import os
 import statistics
 import warnings
 from collections.abc import Sequence
+from operator import itemgetter
 
 from hvd_lb.report.metrics import read_metrics
 from hvd_lb.report.page.chart import Chart, Series
@@ -18,6 +19,7 @@ from hvd_lb.report.summary import ended_after
 from hvd_lb.report.text import printable
 from hvd_lb.sweep.plan import Setting, Sweep
 from hvd_lb.sweep.results import Result, within_noise
+from hvd_lb.training.saved_state import counted_error
 
 
 def minibatch_chart(
@@ -82,13 +84,13 @@ def curve_charts(sweep: Sweep, settings: Sequence[Setting]) -> list[Chart]:
         begun = [point for point in sweep.points_of(setting) if point.run.metrics.exists()]
         ended = [point for point in begun if ended_after(point.run)]
         records = [read_metrics(point.run.metrics) for point in ended or begun]
-        for chart, kind, name in ((error, "eval", "top1_error"), (loss, "train", "loss")):
+        for chart, kind, value_of in ((error, "eval", counted_error), (loss, "train", itemgetter("loss"))):
             by_epoch: dict[int, list[float]] = {}
             for of_run in records:
                 own: dict[int, list[float]] = {}
                 for record in of_run:
-                    if record.get("kind") == kind and record.get(name) is not None:
-                        own.setdefault(record["epoch"], []).append(record[name])
+                    if record.get("kind") == kind and (value := value_of(record)) is not None:
+                        own.setdefault(record["epoch"], []).append(value)
                 for epoch, values in own.items():
                     by_epoch.setdefault(epoch, []).append(
                         values[-1] if kind == "eval" else statistics.fmean(values)

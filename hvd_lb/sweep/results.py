@@ -16,6 +16,7 @@ from hvd_lb.report.metrics import read_metrics
 from hvd_lb.report.summary import ended_after
 from hvd_lb.schedule import scaled_learning_rate
 from hvd_lb.sweep.plan import Point, Setting, Sweep, text_of
+from hvd_lb.training.saved_state import counted_error
 
 LAST_EPOCHS = 5
 
@@ -59,8 +60,8 @@ def error_of(point: Point, epochs: int = LAST_EPOCHS) -> float | None:
         return None
     last: dict[int, float] = {}
     for record in read_metrics(point.run.metrics):
-        if record.get("kind") == "eval" and record.get("top1_error") is not None:
-            last[record["epoch"]] = record["top1_error"]
+        if record.get("kind") == "eval" and (error := counted_error(record)) is not None:
+            last[record["epoch"]] = error
     newest = [last[epoch] for epoch in sorted(last)[-epochs:]]
     return statistics.median(newest) if newest else None
 

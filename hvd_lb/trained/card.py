@@ -51,9 +51,10 @@ def _what(trained: Trained) -> str:
     names = trained.classes or []
     listed = f": {', '.join(map(printable, names))}" if 0 < len(names) <= _NAMED_CLASSES else ""
     recipe = trained.recipe
+    kind = "averaged weights (`ema`)" if trained.averaged else "weights"
     after = f" after {trained.checkpoint.step:,} steps" if trained.checkpoint else ""
     return (
-        f"An image classifier with {trained.outputs:,} classes{listed}. These are the weights{after} of a training by "
+        f"An image classifier with {trained.outputs:,} classes{listed}. These are the {kind}{after} of a training by "
         f"hvd-lb of {recipe.epochs} epochs with minibatches of {recipe.gpus} × {recipe.per_gpu_batch} = "
         f"{recipe.global_batch:,} images."
     )
@@ -63,6 +64,8 @@ def _results(trained: Trained) -> str:
     found = trained.checkpoint.saved.evaluation if trained.checkpoint else None
     if not found or (trained.checkpoint and trained.checkpoint.saved.evaluation_due):
         return "No evaluation of these weights is known: `hvd-lb evaluate` makes one."
+    if trained.averaged:
+        found = {**found, **{name: found[f"ema_{name}"] for name in ("top1_error", "top5_error", "loss")}}
     return (
         "On the validation images, each counted once, one central crop:\n\n"
         "| top-1 error | top-5 error | loss | images |\n|---|---|---|---|\n"

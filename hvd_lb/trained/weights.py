@@ -65,6 +65,11 @@ class Trained:
         """Of the network; by its last layer where the recipe leaves it to the data."""
         return self.recipe.num_classes or len(self.classes or ()) or list(self.tensors.values())[-1].shape[0]
 
+    @property
+    def averaged(self) -> bool:
+        """Whether these are the averaged weights of a checkpoint."""
+        return self.checkpoint is not None and self.file == self.checkpoint.averaged
+
     def class_name(self, label: int) -> str:
         return self.classes[label] if self.classes and label < len(self.classes) else str(label)
 
@@ -91,10 +96,11 @@ class Trained:
         return content if isinstance(content, dict) else {}
 
 
-def open_trained(path: Path, recipe: str | None = None) -> Trained:
+def open_trained(path: Path, recipe: str | None = None, *, averaged: bool = False) -> Trained:
     """The weights that `path` names: a run directory (its last checkpoint), a checkpoint, or a safetensors file.
 
-    `recipe`, a preset or YAML file, stands for that of a file without one. UserError where something is missing.
+    `recipe`, a preset or YAML file, stands for that of a file without one. With `averaged` those of a run with --ema.
+    UserError where something is missing.
     """
     path = path.expanduser()
     if not path.exists():
@@ -102,6 +108,10 @@ def open_trained(path: Path, recipe: str | None = None) -> Trained:
             f"{printable(str(path))} is not there: expected a run, a checkpoint or a .safetensors file"
         )
     if path.is_file() and not pointers.followed(path).is_dir():
+        if averaged:
+            raise UserError(
+                f"--ema with {printable(str(path))}: it is one network; name a run or a checkpoint"
+            )
         return _of_file(path, recipe)
     in_run = path / "checkpoints"
     if in_run.is_dir():
@@ -115,7 +125,11 @@ def open_trained(path: Path, recipe: str | None = None) -> Trained:
         )
     checkpoint = open_checkpoint(path)
     run = _run_of(checkpoint.path)
-    file = checkpoint.path / "model.safetensors"
+    file = checkpoint.averaged if averaged else checkpoint.path / "model.safetensors"
+    if file is None:
+        raise UserError(
+            f"{printable(str(checkpoint.path))} has no averaged weights: it was trained without --ema"
+        )
     own = make_recipe(checkpoint.saved.recipe, str(checkpoint.path))
     if run:  # which has the free fields too
         stored = make_recipe(load_values(str(run.recipe)), str(run.recipe))

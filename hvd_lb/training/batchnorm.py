@@ -14,7 +14,7 @@ in fixed point at every step, and every process has the whole of r.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import TypeVar
 
@@ -196,6 +196,9 @@ class RunningStatistics:
         self._sums = [torch.zeros_like(buffer, dtype=gathering_dtype(buffer)) for buffer in self._buffers()]
         self._share = [torch.zeros_like(total) for total in self._sums]
         self._published = [buffer.clone() for buffer in self._buffers()]
+        # Of r, divided among the processes as r is; none unless `keep_average` was called.
+        self._averages: list[Tensor] = []
+        self._published_averages: list[Tensor] = []
         self.adopt()
 
     def _buffers(self) -> list[Tensor]:
@@ -208,14 +211,39 @@ class RunningStatistics:
         self._updates = [0] * len(self._layers)
         if self._layers:
             torch._foreach_copy_(self._published, self._buffers())
-        self._adopt()
+        self._divide(self._buffers(), self._share)
 
-    def _adopt(self) -> None:
-        for share, buffer in zip(self._share, self._buffers(), strict=True):
+    def _divide(self, whole: list[Tensor], shares: list[Tensor]) -> None:
+        """Gives this process its share of what all processes have."""
+        for share, of in zip(shares, whole, strict=True):
             if self._world.rank == 0:
-                share.copy_(buffer)
+                share.copy_(of)
             else:
                 share.zero_()
+
+    @torch.no_grad()
+    def keep_average(self) -> None:
+        """Keep an average of r from here on, which `average` moves; it begins as r is."""
+        self._averages = [share.clone() for share in self._share]
+        self._published_averages = [buffer.clone() for buffer in self._published]
+
+    @torch.no_grad()
+    def average(self, share: float) -> None:
+        """Moves it by this share of the way to r: linear, and so each process moves its own share."""
+        if self._averages:
+            torch._foreach_lerp_(self._averages, self._share, share)
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The average as it was published last, by the buffers' names in the model; not copied."""
+        names = [f"{name}.{of}".lstrip(".") for name in self._names for of in ("running_mean", "running_var")]
+        return dict(zip(names, self._published_averages, strict=bool(self._published_averages)))
+
+    @torch.no_grad()
+    def adopt_average(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take this (equal on all processes) as the average."""
+        for name, average in self.averaged().items():
+            average.copy_(tensors[name])
+        self._divide(self._published_averages, self._averages)
 
     @torch.no_grad()
     def after_forward(self, weight: float = 1.0) -> None:
@@ -318,17 +346,19 @@ class RunningStatistics:
         if not self._layers:
             return
         self._agree()
-        for buffer, whole in zip(self._buffers(), self._whole(), strict=True):
-            buffer.copy_(whole)
-        for layer, *updates in zip(self._layers, self._before, self._updates, strict=True):
-            layer.num_batches_tracked.fill_(sum(updates))  # type: ignore[union-attr]
+        self._put(self._whole([*self._share, *self._averages]))
         torch._foreach_copy_(self._published, self._buffers())
-        self._adopt()
+        self._divide(self._buffers(), self._share)
+        self._divide(self._published_averages, self._averages)
 
     def keep(self) -> None:
         """Put what this process has of r into the layers' buffers: all of it, where every process has that."""
-        for buffer, share in zip(self._buffers(), self._share, strict=True):
-            buffer.copy_(share)
+        self._put([*self._share, *self._averages])
+
+    def _put(self, whole: Sequence[Tensor]) -> None:
+        """These are r, and its average if one is kept."""
+        for buffer, of in zip([*self._buffers(), *self._published_averages], whole, strict=True):
+            buffer.copy_(of)
         for layer, *updates in zip(self._layers, self._before, self._updates, strict=True):
             layer.num_batches_tracked.fill_(sum(updates))  # type: ignore[union-attr]
 
@@ -347,12 +377,12 @@ class RunningStatistics:
                 )
         self._before = rank_0.tolist()
 
-    def _whole(self) -> list[Tensor]:
+    def _whole(self, shares: Sequence[Tensor]) -> list[Tensor]:
         """r = Σ_p R_p."""
-        flat = torch.cat([share.flatten() for share in self._share])
+        flat = torch.cat([share.flatten() for share in shares])
         self._world.allreduce(flat, "hvd_lb.batch_norm")
-        parts = flat.split([share.numel() for share in self._share])
-        return [part.view_as(share) for part, share in zip(parts, self._share, strict=True)]
+        parts = flat.split([share.numel() for share in shares])
+        return [part.view_as(share) for part, share in zip(parts, shares, strict=True)]
 
 
 def _of(layers: list[int], items: Sequence[T]) -> list[T]:
@@ -371,11 +401,12 @@ class WholeStatistics(RunningStatistics):
         for part, total in zip(parts, self._sums, strict=True):
             total.copy_(part.view_as(total))
 
-    def _adopt(self) -> None:
-        torch._foreach_copy_(self._share, self._buffers())
+    def _divide(self, whole: list[Tensor], shares: list[Tensor]) -> None:
+        if shares:
+            torch._foreach_copy_(shares, whole)
 
-    def _whole(self) -> list[Tensor]:
-        return self._share
+    def _whole(self, shares: Sequence[Tensor]) -> list[Tensor]:
+        return list(shares)
 
 
 class ReproducibleStatistics(RunningStatistics):
@@ -402,8 +433,9 @@ class ReproducibleStatistics(RunningStatistics):
     def exponents(self, exponents: list[int]) -> None:
         self._sum.exponents = exponents
 
-    def _adopt(self) -> None:
-        torch._foreach_copy_(self._share, self._buffers())
+    def _divide(self, whole: list[Tensor], shares: list[Tensor]) -> None:
+        if shares:
+            torch._foreach_copy_(shares, whole)
 
     def _add(self, trained: list[int], statistics: list[Tensor], weight: float) -> None:
         numbers = _of(trained, range(len(self._sums)))
@@ -429,5 +461,5 @@ class ReproducibleStatistics(RunningStatistics):
         if not self._sum.empty:
             self._sum.discard()
 
-    def _whole(self) -> list[Tensor]:
-        return self._share
+    def _whole(self, shares: Sequence[Tensor]) -> list[Tensor]:
+        return list(shares)

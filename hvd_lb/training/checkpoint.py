@@ -1,4 +1,5 @@
-"""Checkpoints: `step-00001234/{model.safetensors, optimizer.safetensors, state.json}`, `last → …`, `best → …`.
+"""Checkpoints: `step-00001234/{model.safetensors, optimizer.safetensors, state.json}`, `last → …`, `best → …`; with
+averaged weights there is a model-ema.safetensors, too.
 
 The number is that of steps done. A checkpoint is written under a temporary name, synced and renamed, so a name is
 either absent or whole; state.json carries the SHA-256 of the other two files and of itself, so one that was damaged
@@ -29,10 +30,11 @@ from torch import Tensor
 
 from hvd_lb.errors import UserError
 from hvd_lb.training import pointers
-from hvd_lb.training.saved_state import FORMAT, FORMATS, SavedState
+from hvd_lb.training.saved_state import AVERAGED, FORMAT, FORMATS, SavedState, counted_error
 
 _STATE = "state.json"
 _TENSORS = ("model", "optimizer")
+_EMA = "model-ema"
 # What a file system without room says.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What a write or a removal that was killed has left.
@@ -65,8 +67,15 @@ class Checkpoint:
         return load_file(self.path / "model.safetensors")
 
     def optimizer(self) -> dict[str, Tensor]:
-        """Tensors of the optimizer's state, on the CPU (see `hvd_lb.optim.state_dict`)."""
-        return load_file(self.path / "optimizer.safetensors")
+        """Tensors of the optimizer's state, on the CPU (see `hvd_lb.optim.state_dict`), and the averaged weights."""
+        averaged = load_file(self.averaged) if self.averaged else {}
+        named = {f"{AVERAGED}{name}": tensor for name, tensor in averaged.items()}
+        return {**load_file(self.path / "optimizer.safetensors"), **named}
+
+    @property
+    def averaged(self) -> Path | None:
+        """The file with the network of averaged weights; None where the run has none."""
+        return self.path / f"{_EMA}.safetensors" if _EMA in self.state["checksums"] else None
 
     def read(self) -> Snapshot:
         """All of it, in memory."""
@@ -158,9 +167,13 @@ class CheckpointStore:
         try:
             folder.mkdir()
             checksums = {}
-            for name, tensors in zip(_TENSORS, (snapshot.model, snapshot.optimizer), strict=True):
+            files: dict[str, dict[str, Tensor]] = {"model": snapshot.model, "optimizer": {}}
+            for name, tensor in snapshot.optimizer.items():
+                of = _EMA if name.startswith(AVERAGED) else "optimizer"
+                files.setdefault(of, {})[name.removeprefix(AVERAGED)] = tensor
+            for name, tensors in files.items():
                 file = folder / f"{name}.safetensors"
-                save_tensors(tensors, file, self._metadata if name == "model" else {})
+                save_tensors(tensors, file, {} if name == "optimizer" else self._metadata)
                 checksums[name] = _sha256(file)
             _write_state(folder, {**snapshot.state, "step": snapshot.step, "checksums": checksums})
             _sync(folder)
@@ -188,7 +201,7 @@ class CheckpointStore:
         return True
 
     def best_error(self) -> float | None:
-        """Top-1 error of the checkpoint that `best` leads to, infinite where there is none; None if it is not known."""
+        """`counted_error` of the checkpoint that `best` leads to, infinite where there is none; None if not known."""
         path = pointers.followed(self.folder / "best")
         if not path.is_dir():
             return math.inf
@@ -197,7 +210,7 @@ class CheckpointStore:
         except (UserError, OSError):
             return None
         evaluation = state.get("evaluation")
-        return evaluation["top1_error"] if evaluation and not state.get("evaluation_due") else None
+        return counted_error(evaluation) if evaluation and not state.get("evaluation_due") else None
 
     def discard_after(self, step: int) -> None:
         """Remove the checkpoints of more than `step` steps: the run goes on from there and writes them again."""
@@ -420,7 +433,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open(path: Path) -> Checkpoint:
     state = _open_state(path)
-    for name in _TENSORS:
+    for name in (*_TENSORS, *({_EMA} & state["checksums"].keys())):
         file = path / f"{name}.safetensors"
         if not file.is_file() or _sha256(file) != state["checksums"][name]:
             raise DamagedCheckpoint(

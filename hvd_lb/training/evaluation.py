@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -39,12 +39,31 @@ class Stopped(Exception):  # noqa: N818 - not an error: how an evaluation is giv
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Errors in per cent, mean loss (without label smoothing), and the number of images they are over."""
+    """Errors in per cent, mean loss (without label smoothing), and the number of images they are over.
+
+    Those of `ema_…` are of the averaged weights, over the same images.
+    """
 
     top1_error: float
     top5_error: float
     loss: float
     images: int
+    ema_top1_error: float | None = None
+    ema_top5_error: float | None = None
+    ema_loss: float | None = None
+
+    def with_averaged(self, other: Evaluation) -> Evaluation:
+        """And the figures of `other` as those of the averaged weights."""
+        return replace(
+            self,
+            ema_top1_error=other.top1_error,
+            ema_top5_error=other.top5_error,
+            ema_loss=other.loss,
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """For records: without averages where there are none."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def open_loaders(

@@ -214,6 +214,14 @@ def _shortcut(width_in: int, width: int, stride: int) -> nn.Module | None:
     return nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
 
-def sum_loss(label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """Softmax cross-entropy summed over a microbatch: the step divides by the global count (paper remark 3)."""
-    return partial(nn.functional.cross_entropy, reduction="sum", label_smoothing=label_smoothing)
+def sum_loss(
+    label_smoothing: float = 0.0, class_weights: Tensor | None = None, reduction: str = "sum"
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Softmax cross-entropy summed over a microbatch: the step divides by the global count (paper remark 3).
+
+    With `class_weights` (outputs,) it is torch's weighted one, in their dtype.
+    """
+    loss = partial(nn.functional.cross_entropy, reduction=reduction, label_smoothing=label_smoothing)
+    if class_weights is None:
+        return loss
+    return lambda logits, labels: loss(logits.to(class_weights.dtype), labels, weight=class_weights)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from hvd_lb.exact.digest import STATISTICS
 from hvd_lb.optim import DistributedOptimizer
+from hvd_lb.optim.average import WeightAverage
 from hvd_lb.optim.state_dict import flatten_state, restore_state
 from hvd_lb.training.bad_images import BadImages
 from hvd_lb.training.batchnorm import ReproducibleStatistics, RunningStatistics
 from hvd_lb.training.checkpoint import Snapshot, copied
 from hvd_lb.training.evaluation import Evaluation
-from hvd_lb.training.saved_state import LOSSES, SavedState
+from hvd_lb.training.saved_state import AVERAGED, LOSSES, SavedState, counted_error
 from hvd_lb.world import Handle, World
 
 
@@ -41,10 +42,14 @@ class RunState:
         bad_images: BadImages,
         device: torch.device,
         whole: bool = False,
+        average: WeightAverage | None = None,
     ):
         self._world, self._workers, self.whole = world, workers, whole
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.statistics, self.bad_images = statistics, bad_images
+        self.average = average
+        if average:
+            statistics.keep_average()
         self.step = 0
         # A sum for each virtual worker, 0 for those of other processes: what is added up does not depend on p.
         self.losses = torch.zeros(gpus, dtype=torch.float64, device=device)
@@ -91,6 +96,10 @@ class RunState:
                 self.losses[worker] += loss
         self.loss_images += images
         self.step += 1
+        if self.average and images:
+            share = self.average.share(self.step)
+            self.average.update(share)
+            self.statistics.average(share)
         self.done()
 
     def wait_for_losses(self) -> None:
@@ -143,16 +152,19 @@ class RunState:
 
     def note_best(self) -> bool:
         """Whether the last evaluation has fewer errors than all that were asked about before."""
-        if self.last_evaluation is None or self.last_evaluation.top1_error >= self.best_error:
+        if self.last_evaluation is None:
             return False
-        self.best_error = self.last_evaluation.top1_error
+        error = counted_error(self.last_evaluation.figures())
+        if error is None or error >= self.best_error:
+            return False
+        self.best_error = error
         return True
 
     def evaluated(self) -> dict[str, Any]:
         """What an evaluation changes in the checkpoint of its step, as in `saved`."""
         return {
             "best_error": self.best_error if math.isfinite(self.best_error) else None,
-            "evaluation": asdict(self.last_evaluation) if self.last_evaluation else None,
+            "evaluation": self.last_evaluation.figures() if self.last_evaluation else None,
             "evaluation_due": self.evaluation_due,
         }
 
@@ -188,19 +200,36 @@ class RunState:
                 list(statistics.exponents) if isinstance(statistics, ReproducibleStatistics) else None
             ),
         )
-        return self.model.state_dict(), {**optimizer, LOSSES: losses}, state
+        return self.model.state_dict(), {**optimizer, **self._averaged(), LOSSES: losses}, state
+
+    def _averaged(self) -> dict[str, Tensor]:
+        """The network of averaged weights, as far as it was published, among the optimizer's tensors; not copied."""
+        if not self.average:
+            return {}
+        whole = {**self.model.state_dict(), **self.average.tensors(), **self.statistics.averaged()}
+        return {f"{AVERAGED}{name}": tensor for name, tensor in whole.items()}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Meanwhile the model has the averaged weights, and statistics as they were published."""
+        own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(_without(AVERAGED, self._averaged()))
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own)
 
     def learnt(self, *, statistics: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies of the model's tensors, perhaps without batch norm's statistics, and of the optimizer's, on the CPU.
 
         They are those of a checkpoint but for its losses.
         """
-        model = {
-            name: tensor
-            for name, tensor in self.model.state_dict().items()
-            if statistics or not name.endswith(STATISTICS)
-        }
-        return copied(model), copied(flatten_state(self.optimizer.state_dict())[0])
+
+        def kept(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {of: tensors[of] for of in tensors if statistics or not of.endswith(STATISTICS)}
+
+        optimizer = {**flatten_state(self.optimizer.state_dict())[0], **kept(self._averaged())}
+        return copied(kept(self.model.state_dict())), copied(optimizer)
 
     def hand_over(
         self, steps_per_epoch: int, recipe: dict[str, Any]
@@ -220,6 +249,10 @@ class RunState:
         state, tensors = snapshot.saved, snapshot.optimizer
         self.model.load_state_dict(snapshot.model)
         self.statistics.adopt()
+        if self.average:
+            averaged = _without(AVERAGED, tensors)
+            self.average.load(averaged)
+            self.statistics.adopt_average(averaged)
         self.optimizer.load_state_dict(restore_state(tensors, state.optimizer))
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state.scaler)
@@ -245,3 +278,8 @@ class RunState:
     def _own_losses(self) -> Tensor:
         """What this process adds to the losses of all: adding zeros is exact."""
         return torch.zeros_like(self.losses) if self.whole and self._world.rank else self.losses.clone()
+
+
+def _without(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin so, without it."""
+    return {name.removeprefix(prefix): of for name, of in tensors.items() if name.startswith(prefix)}

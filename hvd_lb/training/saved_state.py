@@ -3,7 +3,7 @@
 A new field gets a default here, so that older checkpoints can still be read; a field that changes its meaning gets a
 new FORMAT. Format 1, before the reproducible mode, had one sum of losses (`loss_sum`) in place of one for each virtual
 worker (`LOSSES`), and no `environment`. Tensors lie beside it: the model's in model.safetensors, in
-optimizer.safetensors those of the optimizer and `LOSSES`.
+optimizer.safetensors those of the optimizer and `LOSSES`, in model-ema.safetensors the averaged ones.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ FORMATS = (1, 2)
 
 #: Among the optimizer's tensors: the sum of losses of each virtual worker since the last record, float64 (k,).
 LOSSES = "losses"
+#: Likewise, before the names of a network of averaged weights (--ema): in a file of their own, as the model's are.
+AVERAGED = "ema/"
+
+
+def counted_error(evaluation: Mapping[str, Any]) -> float | None:
+    """The top-1 error that a run is judged by: of its averaged weights, where it has them."""
+    return evaluation.get("ema_top1_error", evaluation.get("top1_error"))
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -25,15 +26,18 @@ from hvd_lb.audit.audit import Audit, Disagreement
 from hvd_lb.data.decoding.stand_in import StandIn, sizes
 from hvd_lb.data.images import Dataset, refuse_other_images
 from hvd_lb.data.loading.contract import Batch, Loader
+from hvd_lb.data.loading.open import InTurn, Loaders
 from hvd_lb.errors import UserError
 from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.exact.reproducible import fast_kernels, rounding_environment
+from hvd_lb.optim.average import WeightAverage
 from hvd_lb.optim.buckets import Arriving, Riders
 from hvd_lb.optim.distributed import DistributedOptimizer
 from hvd_lb.optim.make import make_optimizer
 from hvd_lb.optim.noise_scale import NoiseScale
 from hvd_lb.plan.augment import Microbatch, Origin
+from hvd_lb.plan.classes import class_weights
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.plan.mixing import Mixing, Targets
@@ -190,12 +194,13 @@ class Trainer:
         #: Called in each step when its gradients are known, before the update: for whoever looks at them.
         self.on_gradients: Callable[[], None] = lambda: None
         self.told: dict[str, dict[str, Any]] = {}  # the last record of each kind, as rank 0 has told it
-        self.plan = recipe.sample_plan(len(dataset.train))
+        self.plan = recipe.sample_plan(len(dataset.train), dataset.train.labels)
         self.schedule = recipe.lr_schedule(self.plan.steps_per_epoch)
         self.end = recipe.total_steps(self.plan.steps_per_epoch)
         self.workers = hosted(world.rank, world.size, recipe.gpus, recipe.fixed_group)
-        self.windows = recipe.random_windows()
-        self.recomputation = Recomputation(recipe, dataset.train, self.windows)
+        self.sizes = recipe.image_sizes(self.plan.steps_per_epoch)
+        self.windows_of = cache(recipe.random_windows)
+        self.recomputation = Recomputation(recipe, dataset.train, recipe.random_windows())
         self.dtype, self.memory_format = arithmetic.dtype(recipe), arithmetic.memory_format(recipe)
 
         self.model = build_model(
@@ -212,7 +217,8 @@ class Trainer:
         self.model.to(memory_format=self.memory_format)
         allow_single_values(self.model)
         self.forward = torch.compile(self.model) if recipe.compile else self.model
-        self.loss = sum_loss(recipe.label_smoothing)
+        self.class_weights = self._class_weights()
+        self.loss = sum_loss(recipe.label_smoothing, self.class_weights)
         self.mixing = Mixing(recipe.seed, recipe.mixup, recipe.cutmix)
         self.group = Group(device)
         optimizer = DistributedOptimizer(
@@ -246,6 +252,11 @@ class Trainer:
             bad_images=BadImages.of(recipe, world, observer.bad_images),
             device=device,
             whole=membership is not None,
+            average=(
+                WeightAverage(self.model, recipe.ema, recipe.global_batch, self.schedule.warmup_steps)
+                if recipe.ema
+                else None
+            ),
         )
         self.audit = Audit(
             recipe.audit,
@@ -256,9 +267,7 @@ class Trainer:
             lambda step: self.plan.step_images(step % self.plan.steps_per_epoch),
             self._compute_again,
         )
-        self.loaders = open_loaders(
-            recipe, dataset.train, recipe.image_size, device, threads, self.state.bad_images
-        )
+        self._loaders: dict[int, Loaders] = {}  # by the size of images
         self.evaluator = Evaluator.of(recipe, dataset.val, device, threads, self.state.bad_images)
         self.group_size = self._choose_group_size()
         # Whether the store has what this run begins with.
@@ -272,6 +281,18 @@ class Trainer:
                 self.state.best_error = math.inf  # the best of another run is not here
         self.save_due = Timer(period_in_seconds(recipe.checkpoint_every) if world.rank == 0 else math.inf)
 
+    def _class_weights(self) -> torch.Tensor | None:
+        """Of the network's outputs, in the dtype of its weights."""
+        recipe, train = self.recipe, self.dataset.train
+        if recipe.class_weights is None:
+            return None
+        classes = len(train.classes)
+        drawn = np.bincount(train.labels, minlength=classes)
+        if recipe.sampling == "balanced":
+            drawn = (drawn > 0).astype(np.int64)
+        weights = class_weights(recipe.class_weights, drawn, recipe.num_classes or classes)
+        return torch.from_numpy(weights).to(self.device, self.dtype)
+
     def _choose_group_size(self) -> GroupSize:
         """As `together` says, where this process has several workers that can be computed together.
 
@@ -280,6 +301,7 @@ class Trainer:
         """
         recipe = self.recipe
         cautious = recipe.reproducible or recipe.compile or recipe.precision == "fp16"
+        cautious |= bool(recipe.progressive_size)  # what has room at first need not have it later
         given: int | None = None if recipe.together == "auto" else recipe.together
         if given is None and cautious:
             given = 1
@@ -555,7 +577,10 @@ class Trainer:
 
     def _compute_again(self, step: int, workers: Sequence[int]) -> torch.Tensor:
         """For an audit, outside of the steps: digests of these workers' microbatches."""
-        with self.kernels(), self.loaders.open(self.microbatch(step, of) for of in workers) as loader:
+        with (
+            self.kernels(),
+            self.loaders_at(step).open(self.microbatch(step, of) for of in workers) as loader,
+        ):
             return self._digests(workers, loader)
 
     def _digests(self, workers: Sequence[int], batches: Iterator[Batch]) -> torch.Tensor:
@@ -606,9 +631,9 @@ class Trainer:
         with self.autocast():
             return self.forward(images)
 
-    def microbatches(self) -> Iterator[Microbatch]:
-        """What this process's virtual workers see from the present step to the end."""
-        for step in range(self.step, self.end):
+    def microbatches(self, steps: range | None = None) -> Iterator[Microbatch]:
+        """What this process's virtual workers see in these steps, by default from the present one to the end."""
+        for step in range(self.step, self.end) if steps is None else steps:
             if step in self.state.left_out:
                 continue
             drawn = self.audit.audits(step)
@@ -618,10 +643,10 @@ class Trainer:
     def microbatch(self, step: int, worker: int) -> Microbatch:
         """What a virtual worker, of this process or of another, sees in a step of the run; perhaps nothing."""
         epoch, epoch_step = divmod(step, self.plan.steps_per_epoch)
-        ids = self.plan.image_ids(epoch, epoch_step, worker)
-        draw = partial(self.windows.windows, epoch)
+        ids, keys = self.plan.draws(epoch, epoch_step, worker)
+        draw = partial(self.windows_of(self.sizes(step)).windows, epoch)
         return Microbatch(
-            ids, draw(ids, *sizes(self.dataset.train, ids)), Origin("train", epoch, step, worker), draw
+            ids, draw(keys, *sizes(self.dataset.train, ids)), Origin("train", epoch, step, worker), draw
         )
 
     def _workers_with_images(self, step: int) -> list[int]:
@@ -632,7 +657,24 @@ class Trainer:
 
     def batches(self) -> Loader:
         """This process's microbatches as tensors, from the present step to the end."""
-        return self.loaders.open(self.microbatches(), more=self.group_size.most - 1)
+        more = self.group_size.most - 1
+        stretches = self.sizes.stretches(self.step, self.end)
+        return InTurn(
+            partial(self.loaders_at(steps.start).open, self.microbatches(steps), more) for steps in stretches
+        )
+
+    def loaders_at(self, step: int) -> Loaders:
+        """Loaders of images of the size that they have in this step."""
+        return self._loaders_of(self.sizes(step))
+
+    def _loaders_of(self, size: int) -> Loaders:
+        if size not in self._loaders:
+            if len(self._loaders) > 1:  # those of a size that is past
+                del self._loaders[min(self._loaders)]
+            self._loaders[size] = open_loaders(
+                self.recipe, self.dataset.train, size, self.device, self.threads, self.state.bad_images
+            )
+        return self._loaders[size]
 
     def kernels(self) -> AbstractContextManager[None]:
         """What steps run in."""
@@ -749,7 +791,8 @@ class Trainer:
         anew, full = self.recomputation, self.recipe.per_gpu_batch
         mine = hosted(self.world.rank, self.world.size, anew.count)
         epoch = self._position()["epoch"]
-        with self.loaders.open(anew.microbatches(epoch, self.step, mine)) as loader:
+        loaders = self._loaders_of(self.recipe.image_size)
+        with loaders.open(anew.microbatches(epoch, self.step, mine)) as loader:
             for number, (images, _) in zip(mine, loader, strict=True):
                 self.stages.enter(Stage.EVALUATION)
                 self._forward([images], [anew.seed(self.step, number)])
@@ -772,10 +815,13 @@ class Trainer:
         self.state.statistics.publish(self.step)
         self.model.eval()
         origin = Origin("eval", **self._position(), number=0)
+        evaluate = partial(self.evaluator, self.forward, self.world)
         try:
-            evaluation = self.evaluator(
-                self.forward, self.world, self.autocast(), origin, self._ask_evaluating
-            )
+            evaluation = evaluate(self.autocast(), origin, self._ask_evaluating)
+            if self.state.average:
+                with self.state.averaged():
+                    averaged = evaluate(self.autocast(), origin, self._ask_evaluating)
+                evaluation = evaluation.with_averaged(averaged)
         except Stopped as stopped:
             self.stopped_by = stopped.number
             if not saved:
@@ -784,7 +830,7 @@ class Trainer:
         finally:
             self.model.train()
         self.state.last_evaluation, self.state.evaluation_due = evaluation, False
-        self.told["eval"] = {**self._position(), **asdict(evaluation)}
+        self.told["eval"] = {**self._position(), **evaluation.figures()}
         if self.world.rank == 0:
             self.observer.evaluation(self.told["eval"])
         if self.writer and not saved:

@@ -69,6 +69,7 @@ def assert_the_same(found: Trainer, expected: Trainer, first: int = 0) -> None:
         (4, {"momentum_form": 9}),
         (3, {"gpus": 3}),
         (3, {"freeze": "backbone"}),
+        (3, {"ema": 0.9}),
         (2, {"auto_augment": "trivialaugment", "random_erasing": 0.5, "mixup": 0.8, "cutmix": 1.0}),
         pytest.param(
             3, {"clip_norm": 0.85, "optimizer": "lars", "trust_coefficient": 0.02}, marks=pytest.mark.long

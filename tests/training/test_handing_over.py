@@ -59,7 +59,7 @@ def test_all_have_the_same_and_it_is_that_of_one_process(reproducible: bool) -> 
     """Losses since the last record and batch norm's statistics are in it."""
 
     def run(world: World) -> Snapshot:
-        trainer = member_trainer(world, reproducible=reproducible)
+        trainer = member_trainer(world, reproducible=reproducible, ema=0.9)
         take(trainer, 3)
         return trainer.hand_over()
 
@@ -79,10 +79,10 @@ def test_a_step_that_others_do_not_finish_leaves_no_trace(
     """One process does not get a sum of the step, the other those that are begun after it, or all of them."""
 
     def run(world: Together) -> tuple[Snapshot, Snapshot | None, bool]:
-        before = member_trainer(world, reproducible=reproducible)
+        before = member_trainer(world, reproducible=reproducible, ema=0.9)
         take(before, 2)
         two = before.hand_over()
-        trainer = member_trainer(world, reproducible=reproducible, carried=two)
+        trainer = member_trainer(world, reproducible=reproducible, ema=0.9, carried=two)
         if world.rank:
             start = world._start
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from hvd_lb.data.decoding.stand_in import Content, OnStandIns, Repair, StandIn, 
 from hvd_lb.data.files.threads import MOST_THREADS
 from hvd_lb.data.images import Images
 from hvd_lb.data.index.images import IndexedImages
-from hvd_lb.data.loading.contract import PREFETCH, Loader, Prepare, Preprocessing
+from hvd_lb.data.loading.contract import PREFETCH, Batch, Loader, Prepare, Preprocessing
 from hvd_lb.data.loading.raw_batches import RawBatches
 from hvd_lb.data.loading.shared_pixels import CachedImages
 from hvd_lb.data.loading.threaded import ThreadedLoader
@@ -87,6 +89,44 @@ class Loaders:
             most=most,
         )
         return ThreadedLoader(batches, self._decode, self._repair, self._on_stand_ins, self._prefetch + more)
+
+
+class InTurn:
+    """The loaders that these open as one: the first at once, each other when the one before has come to its end."""
+
+    def __init__(self, openings: Iterable[Callable[[], Loader]]) -> None:
+        self._openings, self._waited = iter(openings), 0.0
+        first = next(self._openings, None)
+        self._present = first() if first else None
+
+    @property
+    def wait_seconds(self) -> float:
+        return self._waited + (self._present.wait_seconds if self._present else 0.0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        while True:
+            if self._present is None:
+                self._present = next(self._openings)()
+            with suppress(StopIteration):
+                return next(self._present)
+            self.close()
+
+    def close(self) -> None:
+        if self._present:
+            self._waited = self.wait_seconds
+            self._present.close()
+            self._present = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def open_loader(

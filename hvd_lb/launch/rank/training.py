@@ -74,7 +74,7 @@ def observer_of(
     workers = [len(hosted(rank, world.size, job.recipe.gpus)) for rank in ranks]
     times = RankTimes([host_of_rank(there, rank) for rank in ranks], workers)
     recipe = job.recipe
-    plan = recipe.sample_plan(len(dataset.train))
+    plan = recipe.sample_plan(len(dataset.train), dataset.train.labels)
     chained = recipe.digest_every != "never"
     begin = beginning(recipe, plan, job.data_fingerprint, checkpoint) if chained else None
     return RunObserver(RunDirectory(job.output), first_step, times, begin)
