@@ -166,7 +166,15 @@ def _train(
             return 0
         click.echo(
             describe(
-                make_job(resolved, placement, launch_plan, directory, resume_point, elastic),
+                make_job(
+                    resolved,
+                    placement,
+                    launch_plan,
+                    directory,
+                    resume_point,
+                    elastic,
+                    options.launch.log_samples,
+                ),
                 launch_plan,
                 directory,
             ),
@@ -203,6 +211,7 @@ def _train(
         forecast=options.launch.forecast,
         elastic=elastic,
         track=options.track,
+        log_samples=options.launch.log_samples,
     )
 
 

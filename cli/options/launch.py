@@ -115,6 +115,11 @@ _OPTIONS = (
         help="After a failure go on from the newest checkpoint, up to N times, without the hosts that do not answer.",
     ),
     _option(
+        "--log-samples",
+        is_flag=True,
+        help="Write into RUN/logs which images each process gave to each step: about 8 bytes an image.",
+    ),
+    _option(
         "--env",
         multiple=True,
         metavar="NAME[=VALUE]",
@@ -137,6 +142,7 @@ FORWARDED = {
     "pin",
     "hang_timeout",
     "restarts",
+    "log_samples",
 }
 SSH_OPTIONS = {"hosts", "hostfile", "ssh_port", "ssh_key", "strict_host_keys", "network_interface"}
 

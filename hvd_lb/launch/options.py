@@ -68,6 +68,7 @@ class LaunchOptions:
     )
     elastic: bool = False  #: go on when processes are lost
     min_processes: int = 1  #: with fewer an elastic run waits for new ones, or ends
+    log_samples: bool = False  #: each process writes which images it has given to each step
     restarts: int = 0  #: how often a run that has failed is started again
     env: tuple[str, ...] = ()  #: NAME=VALUE, or NAME to take the value it has here
     dry_run: bool = False

@@ -88,6 +88,7 @@ def make_job(
     run: RunDirectory,
     resume_point: ResumePoint,
     elastic: int | None = None,
+    log_samples: bool = False,
 ) -> Job:
     """What every process of the run is told; `elastic` is the smallest number of processes of one that is elastic."""
     return Job(
@@ -106,6 +107,7 @@ def make_job(
         environment={**process_environment(placement.threads), **launch.environment},
         elastic=elastic is not None,
         min_processes=elastic or 1,
+        log_samples=log_samples,
     )
 
 
@@ -121,11 +123,13 @@ def run_job(
     on_ready: Callable[[], None] = lambda: None,
     forecast: Path | None = None,
     elastic: int | None = None,
+    log_samples: bool = False,
     track: Sequence[TrackTarget] = (),
 ) -> int:
     """Train as resolved, telling `on_ready` when all checks have passed; at the end held against a `forecast`.
 
-    `elastic`: going on when processes are lost, with at least so many. `track`: who else is told of the run.
+    `elastic`: going on when processes are lost, with at least so many. `log_samples`: as the option says. `track`: who else
+    is told of the run.
 
     The exit status: 0 at the end, and for a run that has come to it before; 1 when a rank failed, 128 + signal when
     interrupted. The first SIGINT, SIGTERM or SIGHUP ends the run with a checkpoint after the present step, a second one
@@ -174,7 +178,7 @@ def run_job(
         console.print(f"writing to {run.path}", soft_wrap=True)
         if resume_point.step >= resolved.total_steps and not resume_point.evaluation_due:
             return _finish(run, resolved, placement.processes, 0.0, console)
-        job = make_job(resolved, placement, launch, run, resume_point, elastic)
+        job = make_job(resolved, placement, launch, run, resume_point, elastic, log_samples)
         tracking = Tracking(track, run, resolved.recipe, facts, resume_point.first_record)
         status = 1
         try:

@@ -155,7 +155,7 @@ class RunDirectory:
 # In logs/. Not there: what a scheduler prints, which has the number of its job in its name.
 _OF_ONE_START = (
     *("*.log", "error-*.json", "hang-*.json", "job.json", "launching.json", "progress.json", "stopped.json"),
-    *("ranks.json", "endings.jsonl"),
+    *("ranks.json", "endings.jsonl", "samples-*.jsonl"),
 )
 
 

@@ -120,6 +120,16 @@ class Observer(Protocol):
         """
 
 
+class Samples(Protocol):
+    """What hears which images a step is made of."""
+
+    def given(self, step: int, images: Mapping[int, Sequence[int]]) -> None:
+        """By this process to a step, by virtual worker; before the sums of the step can be whole."""
+
+    def taken(self, step: int) -> None:
+        """That step was taken."""
+
+
 class Diverged(RuntimeError):
     """Loss or weights are no longer numbers; going on would waste the machines."""
 
@@ -175,7 +185,9 @@ class Trainer:
         membership: Membership | None = None,
         carried: Snapshot | None = None,
         unfinished: bool = False,
+        samples: Samples | None = None,
     ):
+        self.samples = samples
         self.membership, self.unfinished, self.regrouping, self.repeats = membership, unfinished, False, False
         self.stages = stages or Stages()
         world = Staged(world, self.stages)
@@ -485,6 +497,10 @@ class Trainer:
         if drawn := self.audit.audits(self.step):
             self.audit.note(self.step, self._digests(drawn.workers, batches))
         global_images = self.plan.step_images(epoch_step)
+        if self.samples:
+            epoch = self.step // self.plan.steps_per_epoch
+            given = {worker: self.plan.image_ids(epoch, epoch_step, worker).tolist() for worker in losses}
+            self.samples.given(self.step, given)
         self.state.exchange_losses(losses)
         self._synchronize(global_images)
         self._note_norms(*own, global_images)
@@ -498,6 +514,8 @@ class Trainer:
         self.state.optimizer.zero_grad()
         self.state.statistics.step(self.plan.active_workers(epoch_step))
         self.state.step_taken(losses, global_images)
+        if self.samples:
+            self.samples.taken(self.step - 1)
         self.unfinished = True
         self.stages.taken += 1
         if self.membership:

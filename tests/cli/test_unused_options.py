@@ -39,6 +39,7 @@ TRAIN = {
             "pin",
             "hang_timeout",
             "restarts",
+            "log_samples",
             "forecast",
             "env",
             "dry_run",

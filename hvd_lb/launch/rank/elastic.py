@@ -22,7 +22,7 @@ from hvd_lb.launch.agent.generations import NO_STATE
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.rank.member import Carried, Member
 from hvd_lb.launch.rank.names import MEMBER, OF_OTHERS
-from hvd_lb.launch.rank.training import data_of, device_of, note_stop, observer_of, trainer_of
+from hvd_lb.launch.rank.training import data_of, device_of, note_stop, observer_of, samples_of, trainer_of
 from hvd_lb.launch.stopping import StopRequests
 from hvd_lb.report.metrics import RunObserver, SilentObserver, last_records
 from hvd_lb.report.run_directory import RunDirectory
@@ -76,7 +76,7 @@ def _train(
             carried = Carried.from_bytes(world.broadcast_bytes(own, "hvd_lb.state"), begins_at)
         present = _Generation(job, member, world, begun, carried, dataset, more["checkpoint"])
         with ExitStack() as stack:
-            stack.callback(present.observer.close)
+            stack.callback(present.close)
             if world.rank == 0:
                 stack.enter_context(more["stop_requested"].watched())
             trainer = present.trainer(**more)
@@ -130,6 +130,7 @@ class _Generation:
         self.observer: RunObserver | SilentObserver = observer_of(
             job, world, hosts, dataset, checkpoint, told_from
         )
+        self._samples = samples_of(job, member.number, member.generation)
         self._since: float | None = None
         if begun and isinstance(self.observer, RunObserver):
             change = dict(begun["change"])
@@ -174,10 +175,16 @@ class _Generation:
             membership=self,
             carried=carried.snapshot,
             unfinished=carried.unfinished,
+            samples=self._samples,
             **more,
         )
         trainer.told |= carried.told
         return trainer
+
+    def close(self) -> None:
+        self.observer.close()
+        if self._samples:
+            self._samples.close()
 
     def wishes(self) -> tuple[bool, bool]:
         return self._member.asked, self._member.leaving

@@ -18,6 +18,7 @@ from hvd_lb.replay.beginning import beginning
 from hvd_lb.report.metrics import RunObserver, SilentObserver
 from hvd_lb.report.ranks import RankTimes
 from hvd_lb.report.run_directory import RunDirectory, write_json
+from hvd_lb.report.samples import SampleLog
 from hvd_lb.trained.weights import metadata_of
 from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore
 from hvd_lb.training.trainer import Trainer
@@ -105,6 +106,11 @@ def trainer_of(
         ),
         **more,
     )
+
+
+def samples_of(job: Job, number: int, generation: int = 0) -> SampleLog | None:
+    """Where this process writes which images it gives to each step, if that is asked for."""
+    return SampleLog(RunDirectory(job.output).logs, number, generation) if job.log_samples else None
 
 
 def note_stop(job: Job, trainer: Trainer) -> None:
