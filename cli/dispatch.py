@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,9 @@ from rich.text import Text
 from hvd_lb.data.spec import data_folder, data_spec
 from hvd_lb.errors import UserError
 from hvd_lb.launch.allreduce import allreduce_environment, needs_mpi
+from hvd_lb.launch.discovery import Discovery
 from hvd_lb.launch.dry_run import describe
-from hvd_lb.launch.hosts import in_words
+from hvd_lb.launch.hosts import Host, in_words
 from hvd_lb.launch.launch_plan import LaunchPlan
 from hvd_lb.launch.options import LaunchOptions, environment
 from hvd_lb.launch.preflight.ask import Ask
@@ -69,6 +70,7 @@ def dispatch(
         status = _train(context, options, target, leave, restarts, console)
         if not restarts.wanted(status, console):
             return status
+        target = find_target(options.launch, options.device, os.environ)  # there may be other hosts now
 
 
 @dataclass
@@ -101,7 +103,7 @@ def _train(
 ) -> int:
     """Once, as `dispatch`."""
     again = restarts.begun
-    cluster, container = None, None
+    cluster, container, discovery = None, None, None
     if target.kind != "local":
         data = data_folder(data_spec(options.fields, check_options(options.fields, options.recipe)))
         folder = (options.output or Path("runs")).expanduser().absolute()
@@ -111,20 +113,18 @@ def _train(
             if target.kind == "slurm"
             else asking_over_ssh(options.launch)
         )
-        cluster = examine(
-            console,
-            target,
-            Request(
-                options.device,
-                data,
-                folder,
-                options.launch.network_interface,
-                target.more,
-                environment(options.launch, os.environ),
-            ),
-            ask,
-            some_will_do=again,
+        request = Request(
+            options.device,
+            data,
+            folder,
+            options.launch.network_interface,
+            target.more,
+            environment(options.launch, os.environ),
         )
+        cluster = examine(console, target, request, ask, some_will_do=again)
+        if script := options.launch.host_discovery:
+            names = [host.name for host in cluster.hosts]
+            discovery = Discovery(script.expanduser().absolute(), names, partial(newcomers, request, ask))
     else:
         # Those that the ranks will see.
         variables = environment(options.launch, os.environ)
@@ -140,7 +140,10 @@ def _train(
     recipe = resolved.recipe
     gpus, threads, group = recipe.gpus, recipe.threads, recipe.fixed_group
     restarts.gpus, processes = gpus, options.processes
+    most = min(options.launch.max_processes or gpus, -(-gpus // group))
     if cluster:
+        if discovery and not processes:
+            processes = min(most, cluster.slots)
         if again and processes:  # hosts may have been lost
             processes = min(processes, cluster.slots)
         placement = cluster.placement(gpus=gpus, processes=processes, threads=threads, group=group)
@@ -158,6 +161,10 @@ def _train(
     elastic = options.launch.min_processes if options.launch.elastic else None
     if elastic is not None:
         refuse_elastic(placement, launch_plan, recipe, elastic)
+        if placement.processes > most:
+            raise UserError(
+                f"--processes {placement.processes:,} with --max-processes {most:,}: give at most as many"
+            )
     if options.launch.dry_run:
         directory = run_directory(options.output, resolved.recipe)
         resume_point = resume_point_of(directory, resolved, placement, options.resume)
@@ -212,6 +219,8 @@ def _train(
         elastic=elastic,
         track=options.track,
         log_samples=options.launch.log_samples,
+        max_processes=most if discovery else None,
+        discovery=discovery,
     )
 
 
@@ -262,6 +271,25 @@ def examine(
     if not report.cluster:
         print_preflight(console, report)
     return report.ready()
+
+
+def newcomers(
+    request: Request, ask: Ask, hosts: Sequence[Host], new: Set[str]
+) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
+    """Of `hosts` those that are `new`: slots and network interface of who is ready, and why others are not."""
+    problems: dict[str, str] = {}
+    while new - problems.keys():
+        report = preflight(hosts, request, ask)
+        if cluster := report.cluster:
+            found = {host.name: (host.slots or 1, cluster.interfaces[host.name]) for host in cluster.hosts}
+            return {name: place for name, place in found.items() if name in new}, problems
+        for finding, names in report.wrong():
+            problems |= dict.fromkeys(new.intersection(names), finding.detail)
+        ready = [host for host in hosts if host.name in report.ready_hosts]
+        if len(ready) == len(hosts):  # it is this machine that has a problem
+            return {}, dict.fromkeys(new, "; ".join(report.problems))
+        hosts = ready  # others may be away just now
+    return {}, problems
 
 
 def plan_launch(

@@ -94,6 +94,11 @@ def refuse_unused(context: click.Context, target: Target, options: SubmitOptions
         raise UserError(
             "--min-processes is for runs that go on when processes are lost: give --elastic as well"
         )
+    for name in ("host_discovery", "max_processes"):
+        if name in given and "elastic" not in given:
+            raise UserError(f"{given[name]} is for runs that hosts join and leave: give --elastic as well")
+    if "max_processes" in given and "host_discovery" not in given:
+        raise UserError("--max-processes is for hosts that --host-discovery finds: give --processes")
     if "elastic" in given and (target.kind not in _ELASTIC or options.image is not None):
         raise UserError(
             f"--elastic is not possible yet for a run that is started {_STARTED[target.kind]}"

@@ -107,6 +107,19 @@ _OPTIONS = (
         help="With --elastic: with fewer processes wait for those that are being started, or end.",
     ),
     _option(
+        "--host-discovery",
+        type=click.Path(path_type=Path),
+        metavar="SCRIPT",
+        help="With --elastic, in place of --hosts: a program that prints `host:slots` lines, asked every 5 s. New "
+        "hosts join after a step, those that it names no more leave after one.",
+    ),
+    _option(
+        "--max-processes",
+        type=click.IntRange(min=1),
+        metavar="P",
+        help="With --host-discovery: never more processes than that [one for each virtual worker]",
+    ),
+    _option(
         "--restarts",
         type=click.IntRange(0, 1000),
         default=LaunchOptions.restarts,
@@ -144,7 +157,14 @@ FORWARDED = {
     "restarts",
     "log_samples",
 }
-SSH_OPTIONS = {"hosts", "hostfile", "ssh_port", "ssh_key", "strict_host_keys", "network_interface"}
+SSH_OPTIONS = {
+    "hosts",
+    "hostfile",
+    "ssh_port",
+    "ssh_key",
+    "strict_host_keys",
+    "network_interface",
+}
 
 
 def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -51,12 +51,17 @@ def read_hostfile(path: Path, where: str = "") -> list[Host]:
     """
     where = where or f"hostfile {path}"
     try:
-        lines = path.read_text("utf-8").splitlines()
+        text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise UserError(f"{where} cannot be read ({reason}): expected lines such as `h1 slots=8`") from None
+    return hosts_in(text, where)
+
+
+def hosts_in(text: str, where: str) -> list[Host]:
+    """The hosts of a text in one of those forms."""
     hosts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         fields = line.partition("#")[0].split()
         if fields:
             hosts.append(_hostfile_line(fields, f"{where}, line {number}"))

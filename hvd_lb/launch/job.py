@@ -37,6 +37,7 @@ class Job(BaseModel):
     environment: dict[str, str]
     elastic: bool = False  #: it goes on when ranks are lost
     min_processes: int = 1  #: with fewer an elastic job waits for new ones, or ends
+    max_processes: int | None = None  #: of an elastic job; None: as many as at the start
     log_samples: bool = False  #: each rank writes which images it has given to each step
     task: Task = "train"  #: what its ranks do
 

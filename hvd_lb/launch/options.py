@@ -69,6 +69,10 @@ class LaunchOptions:
     elastic: bool = False  #: go on when processes are lost
     min_processes: int = 1  #: with fewer an elastic run waits for new ones, or ends
     log_samples: bool = False  #: each process writes which images it has given to each step
+    host_discovery: Path | None = (
+        None  #: a program that prints the hosts there are, also while the run goes on
+    )
+    max_processes: int | None = None  #: on hosts that it finds
     restarts: int = 0  #: how often a run that has failed is started again
     env: tuple[str, ...] = ()  #: NAME=VALUE, or NAME to take the value it has here
     dry_run: bool = False

@@ -13,6 +13,7 @@ from typing import Any
 from hvd_lb.data.files.reading import retried
 from hvd_lb.launch.agent.head import CONTROL
 from hvd_lb.launch.agent.process import dies_with_parent
+from hvd_lb.launch.discovery import Come, Gone
 from hvd_lb.launch.failure import RankFailure, find_failure
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan, Running
@@ -91,6 +92,13 @@ class RankProcesses:
     def signal(self, number: int, rank: int | None = None) -> None:
         """Send a signal to a rank, or to all, wherever they run. Ranks that no agent has started get none."""
         self._say(signal=number, rank=rank)
+
+    def heed(self, news: Come | Gone) -> None:
+        """Tell an elastic job of a host that has come, or is gone."""
+        if isinstance(news, Come):
+            self._say(come=news.name, slots=news.slots, interface=news.interface)
+        else:
+            self._say(gone=news.name)
 
     def connect_anew(self) -> None:
         """Have the ranks of an elastic job give up the present step, and take it again over new connections."""

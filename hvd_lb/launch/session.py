@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from hvd_lb.data.images import fingerprint_note, refuse_other_images
 from hvd_lb.errors import UserError
 from hvd_lb.exact.reproducible import rounding_environment
 from hvd_lb.forecast.held import forecast_for, held_against
+from hvd_lb.launch.discovery import Discovery
 from hvd_lb.launch.hang.reports import HangReports
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan, process_environment
@@ -89,6 +90,7 @@ def make_job(
     resume_point: ResumePoint,
     elastic: int | None = None,
     log_samples: bool = False,
+    max_processes: int | None = None,
 ) -> Job:
     """What every process of the run is told; `elastic` is the smallest number of processes of one that is elastic."""
     return Job(
@@ -108,6 +110,7 @@ def make_job(
         elastic=elastic is not None,
         min_processes=elastic or 1,
         log_samples=log_samples,
+        max_processes=max_processes,
     )
 
 
@@ -125,11 +128,13 @@ def run_job(
     elastic: int | None = None,
     log_samples: bool = False,
     track: Sequence[TrackTarget] = (),
+    max_processes: int | None = None,
+    discovery: Discovery | None = None,
 ) -> int:
     """Train as resolved, telling `on_ready` when all checks have passed; at the end held against a `forecast`.
 
-    `elastic`: going on when processes are lost, with at least so many. `log_samples`: as the option says. `track`: who else
-    is told of the run.
+    `elastic`: going on when processes are lost, with at least so many, and on hosts of `discovery` with at most
+    `max_processes`. `log_samples`: as the option says. `track`: who else is told of the run.
 
     The exit status: 0 at the end, and for a run that has come to it before; 1 when a rank failed, 128 + signal when
     interrupted. The first SIGINT, SIGTERM or SIGHUP ends the run with a checkpoint after the present step, a second one
@@ -178,11 +183,13 @@ def run_job(
         console.print(f"writing to {run.path}", soft_wrap=True)
         if resume_point.step >= resolved.total_steps and not resume_point.evaluation_due:
             return _finish(run, resolved, placement.processes, 0.0, console)
-        job = make_job(resolved, placement, launch, run, resume_point, elastic, log_samples)
+        job = make_job(resolved, placement, launch, run, resume_point, elastic, log_samples, max_processes)
         tracking = Tracking(track, run, resolved.recipe, facts, resume_point.first_record)
         status = 1
         try:
-            status = _watch(job, launch, run, resolved, resume_point, lock.descriptor, console, tracking)
+            status = _watch(
+                job, launch, run, resolved, resume_point, lock.descriptor, console, tracking, discovery
+            )
         finally:
             for note in tracking.close(status):
                 console.print(note, soft_wrap=True)
@@ -222,6 +229,7 @@ def _watch(
     lock: int,
     console: Console,
     tracking: Tracking,
+    discovery: Discovery | None,
 ) -> int:
     """Start the ranks, show what they do, and sum up what came of it; the exit status."""
     display = open_display(
@@ -234,7 +242,7 @@ def _watch(
     with _signals() as received:
         processes = RankProcesses(job, launch, run, lock)
         try:
-            with RunView(run, display, resume_point.first_record) as view:
+            with RunView(run, display, resume_point.first_record) as view, discovery or nullcontext():
                 asked, hung = False, None
                 hangs = HangReports(run, processes.members, float(job.environment.get(HANG_TIMEOUT, 0)))
                 while (status := processes.wait(_LOOK_SECONDS)) is None and len(received) < 2:
@@ -246,6 +254,11 @@ def _watch(
                         asked = _ask_to_stop(processes, received[0], display)
                     for note in (*processes.notes(), *tracking.update()):
                         display.note(note)
+                    for news in discovery.news() if discovery else ():
+                        if isinstance(news, str):
+                            display.note(news)
+                        else:
+                            processes.heed(news)
                     view.update()
             _heed(read_wish(run.stop), received)
         finally:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hvd_lb.errors import UserError
+from hvd_lb.launch.discovery import discovered
 from hvd_lb.launch.hosts import MPIJOB_HOSTFILE, Host, is_this_machine, parse_hosts, read_hostfile
 from hvd_lb.launch.options import LaunchOptions
 from hvd_lb.launch.starters import allocation as slurm
@@ -38,7 +39,7 @@ def find_target(
     named = named_target(options)
     if named and options.launcher not in ("auto", "ssh"):
         raise UserError(
-            f"--launcher {options.launcher} finds its own hosts: leave --hosts and --hostfile out"
+            f"--launcher {options.launcher} finds its own hosts: leave --hosts, --hostfile and --host-discovery out"
         )
     if named:
         return named
@@ -81,10 +82,21 @@ def wait_for_names(names: list[str], seconds: float) -> None:
 
 def named_target(options: LaunchOptions) -> Target | None:
     """The hosts that the user named, if any."""
-    if options.hosts is not None and options.hostfile is not None:
-        raise UserError("--hosts and --hostfile are both given: give one of them")
+    named = {
+        "--hosts": options.hosts,
+        "--hostfile": options.hostfile,
+        "--host-discovery": options.host_discovery,
+    }
+    given = [name for name, value in named.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(
+            f"{' and '.join(given)} are {'both' if len(given) == 2 else 'all'} given: give one of them"
+        )
     if options.hosts is not None:
         return Target("ssh", parse_hosts(options.hosts), "--hosts")
     if options.hostfile is not None:
         return Target("ssh", read_hostfile(options.hostfile), f"--hostfile {options.hostfile}")
+    if options.host_discovery is not None:
+        script = options.host_discovery.expanduser().absolute()
+        return Target("ssh", discovered(script), f"--host-discovery {options.host_discovery}")
     return None

@@ -23,7 +23,13 @@ EVERYWHERE = {"local", "ssh", "slurm", "submit-slurm", "submit-kubernetes"}
 SUBMITTED = {"submit-slurm", "submit-kubernetes"}
 IN_SLURM = {"slurm", "submit-slurm"}
 
-PAIRS = {"container_port": "image", "container_mount": "container_image", "min_processes": "elastic"}
+PAIRS = {
+    "container_port": "image",
+    "container_mount": "container_image",
+    "min_processes": "elastic",
+    "host_discovery": "elastic",
+    "max_processes": "host_discovery",
+}
 
 # Where each option of `train` is read that is no field of the recipe. `hosts` and `hostfile` make it ssh.
 TRAIN = {
@@ -50,7 +56,7 @@ TRAIN = {
     **dict.fromkeys(
         ("engine", "allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"), EVERYWHERE
     ),
-    **dict.fromkeys(("elastic", "min_processes"), {"local", "ssh"}),
+    **dict.fromkeys(("elastic", "min_processes", "host_discovery", "max_processes"), {"local", "ssh"}),
     **dict.fromkeys(("hosts", "hostfile"), {"ssh"}),
     **dict.fromkeys(("ssh_port", "ssh_key", "strict_host_keys"), {"ssh"}),
     "network_interface": EVERYWHERE - {"local"},
@@ -91,7 +97,7 @@ VALUES = {
     "slurm_time": "1:00", "slurm_memory": "4G", "container_port": "2222",
     "ssh_port": "22", "per_node": "4", "slurm_cpus_per_task": "4", "fusion_threshold": "1", "cycle_time": "1",
     "hang_timeout": "60",
-    "restarts": "2",
+    "restarts": "2", "max_processes": "2",
     "min_processes": "1",
     "allreduce": "ring", "engine": "torch", "launcher": "auto", "device": "cpu", "processes": "2", "hosts": "h1:2",
 }  # fmt: skip
@@ -119,7 +125,7 @@ def test_the_table_has_every_option() -> None:
 def test_train_refuses_what_it_would_not_read(mode: Any) -> None:
     target = Target(mode)
     for name, option in parameters(train).items():
-        if name in ("hosts", "hostfile"):  # they are what makes it ssh
+        if name in ("hosts", "hostfile", "host_discovery", "max_processes"):  # they are what makes it ssh
             continue
         words = typed(name, option)
         if other := PAIRS.get(name):

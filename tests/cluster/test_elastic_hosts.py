@@ -42,12 +42,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def running(
-    host: Host, folder: Path, monkeypatch: pytest.MonkeyPatch, faults: Sequence[Fault], *options: object
+    host: Host,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    faults: Sequence[Fault],
+    *options: object,
+    where: Sequence[object] = THREE,
 ) -> Iterator[subprocess.Popen[str]]:
     with_faults(folder, monkeypatch, faults)
     run, pipe = folder / "run", subprocess.PIPE
     process = host.start(
-        [HVD_LB, *RECIPE, *THREE, "--elastic", "--env", "FAULTS", *options, "--output", run],
+        [HVD_LB, *RECIPE, *where, "--elastic", "--env", "FAULTS", *options, "--output", run],
         stdin=subprocess.DEVNULL,
         stdout=pipe,
         stderr=pipe,
@@ -191,3 +196,33 @@ def test_a_dead_connection_between_two_hosts_is_made_anew(
     assert_the_same(undisturbed, run)
     assert "they connect anew" in out
     assert not [lost for change in events(run) for lost in change["lost"]]
+
+
+def test_hosts_that_a_script_names_join_and_leave(
+    hosts: list[Host], tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, script, names = tmp_path / "run", tmp_path / "script", tmp_path / "names"
+    script.write_text(f"#!/bin/sh\nexec cat {names}\n")
+    script.chmod(0o755)
+    names.write_text("h1:1\nh2:1\n")
+    faults: list[Fault] = [(0, "step", step, str(tmp_path / f"go{step}")) for step in (4, 7, 10)]
+    where = ("--host-discovery", script, "--max-processes", 3)
+    log = run / "logs" / "launcher.log"
+    with running(hosts[0], tmp_path, monkeypatch, faults, where=where) as process:
+        for step, now, said in (
+            (4, "h1:1\nh2:1\nh3:2\n", "rank 2 on h3 is ready to join"),
+            (7, "h1:1\nh3:2\n", "h2 is to go"),
+            (10, "h1:1\nh3:2\n", "rank 3 on h3 is ready to join"),
+        ):
+            until(lambda step=step: (tmp_path / f"go{step}.there").exists() or process.poll() is not None)  # type: ignore[misc]
+            names.write_text(now)
+            until(lambda said=said: said in log.read_text() or process.poll() is not None)  # type: ignore[misc]
+            (tmp_path / f"go{step}").touch()
+        out = finished(process, run)
+    assert_the_same(undisturbed, run)
+    changes = events(run)
+    sizes = [(change["before"], change["processes"], change["joined"]) for change in changes]
+    assert sizes == [(2, 3, 1), (3, 2, 0), (2, 3, 1)]  # h3's second place is taken when h2 has gone
+    assert [change["left"] for change in changes] == [[], ["rank 1 on h2"], []]
+    assert "h3 is there: 1 starting there" in out
+    assert "h2 is to go: its processes leave after the present step" in out

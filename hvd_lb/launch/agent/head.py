@@ -6,9 +6,9 @@ well. `each` starts agents one by one, with COMMAND (ssh …) in front where the
 COMMAND (srun …) once, which starts one agent on every host.
 
 The launching process, if there is one, holds the other end of a socket (`CONTROL`): lines of JSON, downwards
-{"signal": 10, "rank": 3 or null} and {"stop": true}, upwards {"note": "for a person"}; of an elastic job also
-{"again": true} and {"members": {"3": "h1"}}. When it is gone, the job is ended. Then signals to this process are
-ignored: the launching process decides what becomes of them.
+{"signal": 10, "rank": 3 or null} and {"stop": true}, of an elastic job also {"again": true}, {"come": "h4", "slots": 2,
+"interface": "eth0"} and {"gone": "h2"}; upwards {"note": "for a person"} and {"members": {"3": "h1"}}. When it is gone,
+the job is ended. Then signals to this process are ignored: the launching process decides what becomes of them.
 
 In an elastic job a lost rank or host ends none of the others: they make the next generation (`generations`), and where
 a rank was lost on a host that is there another is started, which joins. A lost host is tried again, ever more seldom,
@@ -26,7 +26,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -78,16 +78,16 @@ class Head:
         self._meeting = {"address": address, "port": port, "secret": self._secret.hex()}
         one_by_one = self._how == "each"
         starting = [self._keep(host) for host in self.hosts.values()] if one_by_one else [self._start_all()]
-        tasks = [asyncio.create_task(work) for work in (*starting, self._watch(), *self._controlled())]
-        for task in tasks:
-            task.add_done_callback(self._look_at)
+        self._tasks: list[asyncio.Task[None]] = []
+        for work in (*starting, self._watch(), *self._controlled()):
+            self._begin(work)
         await self._over.wait()
         if self._members:  # agents of other jobs end with their ranks
             self.tell_agents("end")
             await asyncio.sleep(0)
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         server.close()
         for host in self.hosts.values():
             if host.connection:
@@ -127,6 +127,7 @@ class Head:
             pause = _PAUSE if host.settled else min(2 * pause, _LONGEST_PAUSE)
             host.settled = False
             await asyncio.sleep(random.uniform(0.5, 1.0) * pause)
+            await host.wanted.wait()
             host.connected.clear()
             host.lost.clear()
             tries = 1
@@ -135,7 +136,7 @@ class Head:
         # One that has not come so far by then never will: a folder that hangs holds it up, say.
         late = asyncio.get_running_loop().call_later(self._timeout, self._lose_late, host)
         try:
-            why = await self._logins.on(host.name, self._line(again=host.away), host.connected, tries)
+            why = await self._logins.on(host.name, self._line(host), host.connected, tries)
         except OSError as error:
             why = str(error)
         finally:
@@ -147,10 +148,30 @@ class Head:
         if host.away and not host.connected.is_set():
             self.lose(host, f"its agent did not come within {self._timeout:.0f} s")
 
-    def _line(self, *, again: bool = False) -> bytes:
-        """What an agent has to know; `again`: ranks that the job began with on its host are gone."""
+    def _line(self, host: Host | None = None) -> bytes:
+        """What an agent has to know; `again`: ranks that the job began with on its host, if any, are gone."""
         patience = {"silence": self._patience.silence, "alive": self._patience.alive}
-        return json.dumps({**self._meeting, **patience, "again": again}).encode() + b"\n"
+        there = {"again": bool(host and host.away), "interface": host.interface if host else ""}
+        return json.dumps({**self._meeting, **patience, **there}).encode() + b"\n"
+
+    def _come(self, name: str, slots: int, interface: str) -> None:
+        """So many processes may be on that host, which may be new, or have been sent away before."""
+        assert self._members is not None
+        host = self.hosts.get(name)
+        if host is None:
+            host = self.hosts[name] = Host(name, set(), away=True, interface=interface)
+            self._members.add(host, slots)
+            self._begin(self._keep(host))
+            return
+        if not host.wanted.is_set() and not host.away:  # its agent has ended, or does so now
+            host.away = True
+            host.lost.set()
+        self._members.add(host, slots)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._look_at)
+        self._tasks.append(task)
 
     # Agents
 
@@ -327,6 +348,11 @@ class Head:
                 elif "again" in message:
                     if self._members:
                         self._members.end_generation()
+                elif "come" in message:
+                    self._come(message["come"], message["slots"], message["interface"])
+                elif "gone" in message:
+                    if self._members and (host := self.hosts.get(message["gone"])):
+                        self._members.release(host)
                 else:
                     self.tell_agents("signal", signal=message["signal"], rank=message["rank"])
         self.stop(grace=0.0)

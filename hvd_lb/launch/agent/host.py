@@ -39,7 +39,7 @@ async def serve(job_file: Path, host: str, meeting: dict[str, Any]) -> int:
         end_predecessors()
     secret = bytes.fromhex(meeting["secret"])
     connection = await call(meeting["address"], meeting["port"], secret, host, patience.of_agent)
-    agent = Agent(connection, patience.alive)
+    agent = Agent(connection, patience.alive, meeting["interface"])
     try:
         agent.start(job_file, host, begins=not meeting["again"])
         return await agent.run()
@@ -54,8 +54,10 @@ async def serve(job_file: Path, host: str, meeting: dict[str, Any]) -> int:
 class Agent:
     """What a host's agent holds: its ranks, their rendezvous, its connection."""
 
-    def __init__(self, connection: Connection, alive: int):
+    def __init__(self, connection: Connection, alive: int, interface: str):
         self._connection, self._alive = connection, alive
+        names = ("HOROVOD_GLOO_IFACE", "GLOO_SOCKET_IFNAME")  # of a host of which the job's file says nothing
+        self._interface = dict.fromkeys(names, interface) if interface else {}
         self._over = asyncio.Event()
         self._spawn: Callable[[int, dict[str, str]], int]
         self._elastic = False  # ranks may come after all have ended
@@ -69,7 +71,7 @@ class Agent:
         logs = Path(job["output"]) / "logs"
 
         def begin(member: int, place: dict[str, str]) -> int:
-            environment = {**without_job(os.environ), **job["environment"], **place}
+            environment = {**without_job(os.environ), **job["environment"], **self._interface, **place}
             return self.ranks.start(member, job_file, environment, logs / log_name(member, host))
 
         self._spawn = begin

@@ -36,6 +36,8 @@ class Host:
     away: bool = False  #: lost, and tried again
     vacant: list[int] = field(default_factory=list)  #: places that are filled when it is back
     settled: bool = False  #: one of its processes has joined since it was lost
+    wanted: asyncio.Event = field(default_factory=asyncio.Event)  #: it may have processes
+    interface: str = ""  #: by which it reaches the others, where the job does not say it
 
 
 class Holder(Protocol):
@@ -64,13 +66,20 @@ class Members:
         self._generations = Generations(where, job["min_processes"])
         places = ranks_by_host(job["hosts"])
         self._slots = {name: len(there) for name, there in places.items()}
+        self._most = job.get("max_processes") or len(where)
         self._place = {rank: rank - there.start for there in places.values() for rank in there}
+        self._failed: dict[
+            str, list[int]
+        ] = {}  # places of hosts whose newcomers have ended before they joined
         self._leaving: set[int] = set()
         self._since = 0.0  # when the present generation was found to be over, or newcomers were there
         self._timeout = float(job["environment"][START_TIMEOUT])
         self._hang = float(job["environment"].get(HANG_TIMEOUT, 0))
         self._heard_at: dict[int, float] = {}  # when a member has said last what it does
         self._waits_until = math.inf  # for hosts that are away, as too few are left
+        self._seen = set(head.hosts)
+        for host in head.hosts.values():
+            host.wanted.set()
         self.patience = Patience.of_elastic(self._hang)
 
     def told(self, rank: int) -> None:
@@ -84,6 +93,8 @@ class Members:
         elif kind == "begun":
             self._generations.begun(values["generation"])
         else:
+            if member in self._generations.newcomers:
+                print(f"rank {member} on {self._generations.hosts[member]} is ready to join", flush=True)
             self._generations.ready(member, **values)
             self._go_on()
 
@@ -103,6 +114,9 @@ class Members:
             head.stop()
         elif status == 0 and member in self._leaving:
             generations.leave(member, f"rank {member} on {host.name}")
+            if not host.wanted.is_set() and not host.ranks and host.connection:
+                host.connection.send("end")
+            self._fill()
         elif status == 0:
             generations.finish(member)
             for newcomer in generations.newcomers:
@@ -110,10 +124,12 @@ class Members:
         else:
             how = f"exit code {status}" if status > 0 else f"ended by {signal.Signals(-status).name}"
             generations.lose(member, f"rank {member} on {host.name} ({how})")
-            if had_joined and host.connection and not generations.finished:
+            if had_joined and host.connection and host.wanted.is_set() and not generations.finished:
                 self._start(host, self._place[member])
-            else:  # who is lost before it has joined is not replaced; where nobody is left, later
-                host.vacant.append(self._place[member])
+            elif (
+                host.wanted.is_set()
+            ):  # who is lost before it has joined is replaced when all of its host are
+                self._failed.setdefault(host.name, []).append(self._place[member])
                 if not host.ranks and len(head.hosts) > 1 and not generations.finished:
                     head.lose(host, f"rank {member} ended before it had joined ({how})")
         self._go_on()
@@ -121,14 +137,17 @@ class Members:
     def host_lost(self, host: Host, ranks: list[int], why: str) -> None:
         """With these ranks; it is tried again from now on."""
         host.away = True
+        host.vacant += self._failed.pop(host.name, [])
         for rank in ranks:
             self._head.waited_for.discard(rank)
-            host.vacant.append(self._place[rank])
+            if host.wanted.is_set():
+                host.vacant.append(self._place[rank])
             of_all = f"{numbered(ranks)} on {host.name} ({why})"
             self._generations.lose(rank, of_all if rank == ranks[0] else "")
-        if not self._head.failed and not self._generations.finished:
+        if not self._head.failed and not self._generations.finished and host.wanted.is_set():
             self._generations.coming.add(host.name)
             self._head.note(f"{host.name} is lost ({why}); it is tried again, and joins when it answers")
+        self._fill()
         self._go_on()
 
     def host_is_there(self, host: Host) -> None:
@@ -139,10 +158,46 @@ class Members:
         self._generations.coming.discard(host.name)
         if self._generations.finished:
             return
-        self._head.note(f"{host.name} is back: {len(host.vacant):,} starting there")
-        for place in host.vacant:
-            self._start(host, place)
+        started = self._fill()
+        self._head.note(
+            f"{host.name} is {'back' if host.name in self._seen else 'there'}: {started:,} starting there"
+        )
+        self._seen.add(host.name)
+
+    def add(self, host: Host, slots: int) -> None:
+        """It may have so many processes from now on."""
+        before = self._slots.get(host.name, 0) if host.wanted.is_set() else 0
+        self._slots[host.name] = max(slots, before)
+        host.vacant += range(before, slots)
+        host.wanted.set()
+        if host.connection:
+            self._fill()
+
+    def release(self, host: Host) -> None:
+        """Its processes are to leave after the present step; those that have not joined end at once."""
+        host.wanted.clear()
         host.vacant.clear()
+        self._failed.pop(host.name, None)
+        self._generations.coming.discard(host.name)
+        self._head.note(f"{host.name} is to go: its processes leave after the present step")
+        for rank in sorted(host.ranks):
+            joined = rank in self._generations.members
+            self._head.tell_agents("signal", signal=signal.SIGTERM if joined else signal.SIGKILL, rank=rank)
+        self._go_on()
+
+    def _fill(self) -> int:
+        """Start processes in vacant places, as far as there may be more; how many."""
+        started = 0
+        for host in self._head.hosts.values():
+            while (
+                host.connection
+                and not host.away
+                and host.vacant
+                and len(self._generations.hosts) < self._most
+            ):
+                self._start(host, host.vacant.pop(0))
+                started += 1
+        return started
 
     def look(self) -> None:
         """Now and then: whether somebody is waited for who will not come."""
