@@ -122,9 +122,6 @@ def _train(
             environment(options.launch, os.environ),
         )
         cluster = examine(console, target, request, ask, some_will_do=again)
-        if script := options.launch.host_discovery:
-            names = [host.name for host in cluster.hosts]
-            discovery = Discovery(script.expanduser().absolute(), names, partial(newcomers, request, ask))
     else:
         # Those that the ranks will see.
         variables = environment(options.launch, os.environ)
@@ -142,7 +139,7 @@ def _train(
     restarts.gpus, processes = gpus, options.processes
     most = min(options.launch.max_processes or gpus, -(-gpus // group))
     if cluster:
-        if discovery and not processes:
+        if options.launch.host_discovery and not processes:
             processes = min(most, cluster.slots)
         if again and processes:  # hosts may have been lost
             processes = min(processes, cluster.slots)
@@ -157,6 +154,10 @@ def _train(
             context, _OF_THE_EXCHANGE, "is about the exchange between processes, and this run has one"
         )
     launch_plan = plan_launch(target, cluster, placement, options.launch, container)
+    if cluster and options.launch.host_discovery:
+        script = options.launch.host_discovery.expanduser().absolute()
+        known = {host.name: host.slots or 1 for host in launch_plan.hosts}
+        discovery = Discovery(script, known, partial(newcomers, request, ask))
     refuse_of_horovod(context, launch_plan.engine, launch_plan.why_engine)
     elastic = options.launch.min_processes if options.launch.elastic else None
     if elastic is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,11 +68,14 @@ class Gone:
 
 
 class Discovery:
-    """A thread that asks the script while it is entered; `news` is what is to be done, or told to a person."""
+    """A thread that asks the script while it is entered; `news` is what is to be done, or told to a person.
 
-    def __init__(self, script: Path, known: Iterable[str], examine: Examine):
+    `known` are hosts that the job has, and how many processes are on them.
+    """
+
+    def __init__(self, script: Path, known: Mapping[str, int], examine: Examine):
         self._script, self._examine = script, examine
-        self._present = set(known)
+        self._present = dict(known)
         self._told: dict[str, str] = {}  # what was said last of a host, and of the script itself
         self._news: queue.SimpleQueue[Come | Gone | str] = queue.SimpleQueue()
         self._over = threading.Event()
@@ -101,16 +104,17 @@ class Discovery:
             return
         self._told.pop("", None)
         names = {host.name for host in hosts}
-        for name in sorted(self._present - names):
+        for name in sorted(self._present.keys() - names):
             self._news.put(Gone(name))
-        self._present &= names
+            del self._present[name]
         self._told = {name: told for name, told in self._told.items() if name in names}
-        if new := names - self._present:
+        present = self._present
+        if new := {host.name for host in hosts if (host.slots or 1) > present.get(host.name, 0)}:
             ready, problems = self._examine(hosts, new)
             for name, (slots, interface) in ready.items():
                 self._news.put(Come(name, slots, interface))
                 self._told.pop(name, None)
-            self._present |= ready.keys()
+                present[name] = slots
             for name, problem in problems.items():
                 self._tell(name, f"{name} cannot join: {problem}")
 

@@ -64,7 +64,7 @@ def test_hosts_come_and_go_and_problems_are_told_once(script: Path) -> None:
         }
         return ready, {name: not_ready[name] for name in new if name in not_ready}
 
-    discovery = Discovery(script, ["h1"], examine)
+    discovery = Discovery(script, {"h1": 1}, examine)
     says(script, "h1:1\nh2:2\nh3:1\n")
     discovery.look()
     assert discovery.news() == [Come("h2", 2, "eth0"), "h3 cannot join: no hvd-lb there"]
@@ -83,4 +83,7 @@ def test_hosts_come_and_go_and_problems_are_told_once(script: Path) -> None:
     says(script, "h3:1\nh2:2\nh1:1\n")
     discovery.look()
     assert discovery.news() == [Come("h1", 1, "eth0")]
-    assert asked == [["h2", "h3"], ["h3"], ["h3"], ["h1"]]
+    says(script, "h3:1\nh2:4\nh1:1\n")
+    discovery.look()
+    assert discovery.news() == [Come("h2", 4, "eth0")]  # more places than before
+    assert asked == [["h2", "h3"], ["h3"], ["h3"], ["h1"], ["h2"]]

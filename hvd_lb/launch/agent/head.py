@@ -163,7 +163,11 @@ class Head:
             self._members.add(host, slots)
             self._begin(self._keep(host))
             return
-        if not host.wanted.is_set() and not host.away:  # its agent has ended, or does so now
+        if (
+            not host.wanted.is_set() and not host.away
+        ):  # it was sent away: its agent has ended, or does so now
+            if host.ranks:
+                self.lose(host, "it is named again before its processes have left")
             host.away = True
             host.lost.set()
         self._members.add(host, slots)

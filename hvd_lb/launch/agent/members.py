@@ -114,8 +114,6 @@ class Members:
             head.stop()
         elif status == 0 and member in self._leaving:
             generations.leave(member, f"rank {member} on {host.name}")
-            if not host.wanted.is_set() and not host.ranks and host.connection:
-                host.connection.send("end")
             self._fill()
         elif status == 0:
             generations.finish(member)
@@ -126,12 +124,12 @@ class Members:
             generations.lose(member, f"rank {member} on {host.name} ({how})")
             if had_joined and host.connection and host.wanted.is_set() and not generations.finished:
                 self._start(host, self._place[member])
-            elif (
-                host.wanted.is_set()
-            ):  # who is lost before it has joined is replaced when all of its host are
+            elif host.wanted.is_set():  # one that has not joined is replaced when all of its host are
                 self._failed.setdefault(host.name, []).append(self._place[member])
                 if not host.ranks and len(head.hosts) > 1 and not generations.finished:
                     head.lose(host, f"rank {member} ended before it had joined ({how})")
+        if not host.wanted.is_set() and not host.ranks and host.connection:
+            host.connection.send("end")
         self._go_on()
 
     def host_lost(self, host: Host, ranks: list[int], why: str) -> None:
