@@ -17,13 +17,13 @@ from rich.text import Text
 from hvd_lb.data.spec import data_folder, data_spec
 from hvd_lb.errors import UserError
 from hvd_lb.launch.allreduce import allreduce_environment, needs_mpi
-from hvd_lb.launch.discovery import Discovery
 from hvd_lb.launch.dry_run import describe
 from hvd_lb.launch.hosts import Host, in_words
 from hvd_lb.launch.launch_plan import LaunchPlan
 from hvd_lb.launch.options import LaunchOptions, environment
 from hvd_lb.launch.preflight.ask import Ask
 from hvd_lb.launch.preflight.cluster import Cluster
+from hvd_lb.launch.preflight.discovery import Discovery
 from hvd_lb.launch.preflight.judge import Request, preflight
 from hvd_lb.launch.session import make_job, resume_point_of, run_directory, run_job
 from hvd_lb.launch.starters.allocation import PyxisContainer

@@ -13,10 +13,10 @@ from typing import Any
 from hvd_lb.data.files.reading import retried
 from hvd_lb.launch.agent.head import CONTROL
 from hvd_lb.launch.agent.process import dies_with_parent
-from hvd_lb.launch.discovery import Come, Gone
 from hvd_lb.launch.failure import RankFailure, find_failure
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan, Running
+from hvd_lb.launch.preflight.discovery import Come, Gone
 from hvd_lb.launch.stopping import AT_ONCE
 from hvd_lb.report.run_directory import RunDirectory, replace_text
 from hvd_lb.world.launched import without_job

@@ -22,11 +22,11 @@ from hvd_lb.data.images import fingerprint_note, refuse_other_images
 from hvd_lb.errors import UserError
 from hvd_lb.exact.reproducible import rounding_environment
 from hvd_lb.forecast.held import forecast_for, held_against
-from hvd_lb.launch.discovery import Discovery
 from hvd_lb.launch.hang.reports import HangReports
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan, process_environment
 from hvd_lb.launch.options import HANG_TIMEOUT
+from hvd_lb.launch.preflight.discovery import Discovery
 from hvd_lb.launch.processes import RankProcesses
 from hvd_lb.launch.resume import ResumePoint, find_resume_point
 from hvd_lb.launch.stopping import AT_ONCE, heeded_signals, read_wish

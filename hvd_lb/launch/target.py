@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hvd_lb.errors import UserError
-from hvd_lb.launch.discovery import discovered
 from hvd_lb.launch.hosts import MPIJOB_HOSTFILE, Host, is_this_machine, parse_hosts, read_hostfile
 from hvd_lb.launch.options import LaunchOptions
+from hvd_lb.launch.preflight.discovery import discovered
 from hvd_lb.launch.starters import allocation as slurm
 from hvd_lb.launch.starters.batch_systems import batch_job
 from hvd_lb.machine.placement import NAME_MORE

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hvd_lb.errors import UserError
-from hvd_lb.launch.discovery import Come, Discovery, Gone, discovered
 from hvd_lb.launch.hosts import Host
+from hvd_lb.launch.preflight.discovery import Come, Discovery, Gone, discovered
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_script_that_fails_is_an_error_in_one_line(script: Path, text: str, wo
 
 
 def test_one_that_does_not_end(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hvd_lb.launch.discovery._PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("hvd_lb.launch.preflight.discovery._PATIENCE_SECONDS", 0.2)
     script.write_text("#!/bin/sh\nexec sleep 60\n")
     with pytest.raises(UserError, match="has not ended after 0 s"):
         discovered(script)
