@@ -285,7 +285,7 @@ def newcomers(
             found = {host.name: (host.slots or 1, cluster.interfaces[host.name]) for host in cluster.hosts}
             return {name: place for name, place in found.items() if name in new}, problems
         for finding, names in report.wrong():
-            problems |= dict.fromkeys(new.intersection(names), finding.detail)
+            problems |= dict.fromkeys(new & set(names), finding.detail)
         ready = [host for host in hosts if host.name in report.ready_hosts]
         if len(ready) == len(hosts):  # it is this machine that has a problem
             return {}, dict.fromkeys(new, "; ".join(report.problems))
