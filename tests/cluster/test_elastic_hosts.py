@@ -187,11 +187,12 @@ def test_a_dead_connection_between_two_hosts_is_made_anew(
     options = ("--engine", engine, "--hang-timeout", 12)
     with running(hosts[0], tmp_path, monkeypatch, [(2, "step", 5, str(here))], *options) as process:
         until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None)
-        hosts[1].run(["ip", "route", "add", "blackhole", f"{hosts[2].address}/32"])
+        towards = (hosts[2].address, "dev", "eth0")
+        hosts[1].run(["ip", "neigh", "replace", *towards, "lladdr", "02:00:00:00:00:99", "nud", "permanent"])
         here.touch()
         log = run / "logs"
         until(lambda: len(list(log.glob("hang-*.json"))) == 3 or process.poll() is not None)
-        hosts[1].run(["ip", "route", "del", "blackhole", f"{hosts[2].address}/32"])
+        hosts[1].run(["ip", "neigh", "del", *towards])
         out = finished(process, run)
     assert_the_same(undisturbed, run)
     assert "they connect anew" in out
