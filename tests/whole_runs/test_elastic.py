@@ -80,7 +80,7 @@ def begin(
     ("processes", "faults", "left"),
     [
         (2, [(1, "step", 5, "SIGKILL")], [1]),
-        pytest.param(2, [(0, "sums", 5, "SIGKILL")], [1], marks=pytest.mark.long),
+        pytest.param(2, [(0, "sums", 7, "SIGKILL")], [1], marks=pytest.mark.long),
         pytest.param(4, [(1, "step", 3, "SIGKILL"), (2, "sums", 3, "SIGKILL")], [2], marks=pytest.mark.long),
         pytest.param(3, [(2, "log", 6, "SIGKILL")], [2], marks=pytest.mark.long),
         pytest.param(3, [(1, "save", 4, "SIGKILL")], [2], marks=pytest.mark.long),
@@ -128,7 +128,7 @@ def test_killed_processes_change_no_bit(
     ("processes", "faults"),
     [
         (2, [(1, "step", 5, "SIGKILL")]),
-        pytest.param(3, [(0, "sums", 5, "SIGKILL"), (2, "sums", 5, "SIGKILL")], marks=pytest.mark.long),
+        pytest.param(3, [(0, "sums", 7, "SIGKILL"), (2, "sums", 7, "SIGKILL")], marks=pytest.mark.long),
         # The first one that takes a lost one's place dies when it is given the state, its successor does not.
         pytest.param(2, [(1, "step", 5, "SIGKILL"), (2, "state", 1, "SIGKILL")], marks=pytest.mark.long),
     ],
