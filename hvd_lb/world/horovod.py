@@ -4,23 +4,16 @@ Horovod is imported when a `HorovodWorld` is made, not before: `simulate` works 
 """
 
 import os
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_lb.errors import ExchangeError, UserError
+from hvd_lb.errors import UserError
 from hvd_lb.world.build import HOW_TO_BUILD, import_horovod
 from hvd_lb.world.gather import broadcast_bytes
 from hvd_lb.world.launched import launched
 from hvd_lb.world.lines import Lines
-
-# Between two looks at a reduction: nothing at first, when most are done; then this share of what was waited, up to a
-# bound in seconds. So waiting is prolonged by little, and takes some hundredths of a core.
-_AT_ONCE, _SHARE, _LONGEST = 50e-6, 1 / 16, 1e-3
-# An error of a cut connection comes at once; now and then Gloo loses one, and would wait for its timeout.
-_LOST_SECONDS = 0.5
 
 
 class HorovodHandle:
@@ -33,12 +26,7 @@ class HorovodHandle:
     def wait(self) -> Tensor:
         """Sleeps between looks: `hvd.synchronize` alone looks without a pause, for which it takes a whole core."""
         if not self._done:
-            began = time.perf_counter()
-            while not self._hvd.poll(self._handle):
-                waited = time.perf_counter() - began
-                time.sleep(0 if waited < _AT_ONCE else min(waited * _SHARE, _LONGEST))
-                if self._lines.cut_for > _LOST_SECONDS:
-                    raise ExchangeError("the connections were cut")
+            self._lines.wait_for(lambda: bool(self._hvd.poll(self._handle)))
             self._done = True
             self._hvd.synchronize(self._handle)  # raises what went wrong
         return self._tensor

@@ -53,10 +53,10 @@ _worlds: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 class TorchHandle:
-    """A collective that is under way, or waits for its turn."""
+    """A collective that is under way, or waits for its turn; `lines` are given where they may be cut."""
 
-    def __init__(self, tensor: Tensor, name: str) -> None:
-        self._tensor, self._name = tensor, name
+    def __init__(self, tensor: Tensor, name: str, lines: Lines | None = None) -> None:
+        self._tensor, self._name, self._lines = tensor, name, lines
         self._begun = threading.Event()
         self._work: Work | None = None
         self._error: Exception | None = None
@@ -79,6 +79,8 @@ class TorchHandle:
 
     def wait(self) -> Tensor:
         """Sleeps until it is done. On a GPU only the present stream waits, as for any of its kernels."""
+        if self._lines:
+            self._lines.wait_for(lambda: self.done)
         self._begun.wait()
         try:
             if self._error:
@@ -109,7 +111,7 @@ class TorchWorld:
         here = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
         self.local_size = len(here)
         self.local_rank = here.index(self.rank) if place.local_rank is None else place.local_rank
-        self._lines = Lines()
+        self._lines, self._may_be_cut = Lines(), given_up is not None
         with self._lines.while_joining():
             try:
                 wait = _CONNECT if given_up else _WAIT
@@ -171,7 +173,7 @@ class TorchWorld:
         """Starts a collective, or notes it until it is its turn."""
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: the tensor has gaps or is transposed; expected a contiguous one")
-        handle = TorchHandle(tensor, name)
+        handle = TorchHandle(tensor, name, self._lines if self._may_be_cut else None)
         if not tensor.numel():
             handle.begin(None)
             return handle
