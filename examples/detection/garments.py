@@ -19,7 +19,7 @@ from PIL import Image
 from hvd_lb.data.builtin.named import open_fashion_mnist
 from hvd_lb.data.images import Dataset, Images
 
-SIDE = 96
+SIDE = 64
 SPLITS = ("train", "val")
 CATEGORIES = ("top", "trousers", "dress", "shoe", "bag")
 # Of Fashion-MNIST's ten kinds: T-shirts, pullovers, coats and shirts are hard to tell apart even by people.
@@ -34,7 +34,7 @@ _CROWDED_PICTURES = 0.1
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=480, help="training pictures [480]")
+    parser.add_argument("--train", type=int, default=320, help="training pictures [320]")
     parser.add_argument("--val", type=int, default=200, help="validation pictures [200]")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -71,7 +71,7 @@ def compose(garments: Images, seed: tuple[int, ...]) -> tuple[np.ndarray, list[d
     if random.random() < _CROWDED_PICTURES:
         layers.append(_crowd(canvas, garments, random))
     centre = random.uniform(0, SIDE, 2)
-    for _ in range(random.integers(2, 8)):
+    for _ in range(random.integers(1, 5)):
         # Every other one lies near the one before, so that garments hide each other.
         near = random.random() < 0.5
         centre = np.clip(centre + random.normal(0, 12, 2), 0, SIDE) if near else random.uniform(0, SIDE, 2)

@@ -23,7 +23,7 @@ def mask_rcnn(weights: Path, classes: int, side: int) -> MaskRCNN:
     """A detector of `classes`, the background not among them, for pictures of `side` pixels; its heads are new.
 
     `weights` are those of a resnet8 … resnet110 of hvd-lb: a run, a checkpoint or a model.safetensors. Batch norm keeps
-    its statistics, γ and β, as there are two pictures in a microbatch only; stem and first stage learn no more.
+    its statistics, γ and β, as there are two pictures in a microbatch only; stem and first stage learn no more. The pyramid's new layers have group norm.
     """
     trained = open_trained(weights)
     network = trained.network(torch.device("cpu"))
@@ -38,7 +38,7 @@ def mask_rcnn(weights: Path, classes: int, side: int) -> MaskRCNN:
     for part in (body.stem, body.stage1):
         part.requires_grad_(False)
     levels = ["0", "1"]  # strides of 2 and 4; the pyramid adds one of 8, "pool"
-    backbone = BackboneWithFPN(body, {"stage2": "0", "stage3": "1"}, [32, 64], _CHANNELS)
+    backbone = BackboneWithFPN(body, {"stage2": "0", "stage3": "1"}, [32, 64], _CHANNELS, norm_layer=_norm)
     # A garment of 32 pixels or more is looked at in stride 4.
     scale = {"canonical_scale": 32, "canonical_level": 2}
     model = MaskRCNN(
@@ -56,17 +56,21 @@ def mask_rcnn(weights: Path, classes: int, side: int) -> MaskRCNN:
         box_roi_pool=MultiScaleRoIAlign(levels, 7, 2, **scale),
         box_head=TwoMLPHead(_CHANNELS * 7**2, 128),
         box_predictor=FastRCNNPredictor(128, classes + 1),
-        box_batch_size_per_image=32,
+        box_batch_size_per_image=24,
         box_detections_per_img=30,
         mask_roi_pool=MultiScaleRoIAlign(levels, 14, 2, **scale),
         mask_head=MaskRCNNHeads(_CHANNELS, (_CHANNELS, _CHANNELS), 1),
         mask_predictor=MaskRCNNPredictor(_CHANNELS, _CHANNELS, classes + 1),
     )
-    # He's initialisation where torchvision's is for runs of 90,000 steps: new layers learn within hundreds.
+    # torchvision's initialisation is for runs of 90,000 steps; with He's these layers learn within hundreds.
     for part in (*model.rpn.head.conv.modules(), *model.roi_heads.box_head.modules()):
         if isinstance(part, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
     return model
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(8, channels)
 
 
 def with_frozen_batch_norm(module: nn.Module) -> nn.Module:

@@ -109,7 +109,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=1, help="virtual workers k, of two pictures each [1]")
     parser.add_argument("--learning-rate", type=float, default=0.005, help="of one worker [0.005]")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--warmup-epochs", type=float, default=0.5)
     parser.add_argument("--steps", type=int, help="end after so many")
     parser.add_argument("--seed", type=int, default=0)

@@ -74,7 +74,7 @@ def test_annotations_tell_what_is_seen(modules: Any, pictures: Path) -> None:
             assert (left + width, top + height) == (columns.max() + 1, rows.max() + 1)
             assert one["area"] == mask.sum() >= 40
             crowds += one["iscrowd"]
-    assert len(told["annotations"]) > 3 * len(told["images"])
+    assert len(told["annotations"]) > 1.5 * len(told["images"])
     assert 0 < crowds < 10
 
 
@@ -82,7 +82,7 @@ def test_a_picture_is_flipped_with_its_boxes_and_masks(modules: Any, pictures: P
     coco = modules[0]
     shown, target = coco.Pictures(pictures, "train")[1]
     flipped, other = coco.flipped(shown, target)
-    assert torch.equal(flipped[:, 5, 10], shown[:, 5, 85])
+    assert torch.equal(flipped[:, 5, 10], shown[:, 5, 53])
     for mask, box in zip(other["masks"], other["boxes"], strict=True):
         rows, columns = np.nonzero(mask.numpy())
         assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
