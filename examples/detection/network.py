@@ -23,7 +23,8 @@ def mask_rcnn(weights: Path, classes: int, side: int) -> MaskRCNN:
     """A detector of `classes`, the background not among them, for pictures of `side` pixels; its heads are new.
 
     `weights` are those of a resnet8 … resnet110 of hvd-lb: a run, a checkpoint or a model.safetensors. Batch norm keeps
-    its statistics, γ and β, as there are two pictures in a microbatch only; stem and first stage learn no more. The pyramid's new layers have group norm.
+    its statistics, γ and β, as there are two pictures in a microbatch only; stem and first stage learn no more. The
+    pyramid's new layers have group norm.
     """
     trained = open_trained(weights)
     network = trained.network(torch.device("cpu"))
