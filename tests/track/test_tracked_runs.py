@@ -16,8 +16,11 @@ RUN = (*SMALL, "--gpus", 2, "--per-gpu-batch", 32, "--log-every", 1, "--epochs",
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.filterwarnings("ignore:::mlflow")
-def test_mlflow_keeps_one_run_over_a_stop(start: Start, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")  # of libraries that it loads
+def test_mlflow_keeps_one_run_over_a_stop(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database takes many seconds to be made
     mlflow = pytest.importorskip("mlflow")
     uri = (tmp_path / "mlruns").as_uri()
     run = tmp_path / "a-run"
@@ -49,6 +52,7 @@ def test_mlflow_keeps_one_run_over_a_stop(start: Start, tmp_path: Path) -> None:
     assert "resume: went on at step" in events
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_wandb_offline(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
