@@ -7,7 +7,8 @@ something to tell, and all of them stop at the same step, whatever their number.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +77,15 @@ class BadImages:
         self._tell(found, total)
         self.in_epoch = total + (0 if first else self.in_epoch)
         self.check(self.in_epoch, images, "training")
+
+    @contextmanager
+    def untold(self) -> Iterator[None]:
+        """Meanwhile they are counted and not told: of images that are looked at a second time."""
+        write, self.write = self.write, lambda records: None
+        try:
+            yield
+        finally:
+            self.write = write
 
     def _tell(self, found: Sequence[StandIn], total: int) -> None:
         if not total:

@@ -837,7 +837,7 @@ class Trainer:
         try:
             evaluation = evaluate(self.autocast(), origin, self._ask_evaluating)
             if self.state.average:
-                with self.state.averaged():
+                with self.state.averaged(), self.state.bad_images.untold():
                     averaged = evaluate(self.autocast(), origin, self._ask_evaluating)
                 evaluation = evaluation.with_averaged(averaged)
         except Stopped as stopped:
