@@ -60,7 +60,8 @@ def summarise(
     figures = [("ended", reason), ("steps", f"{steps:,} of {total_steps:,}")]
     if last and best:
         figures.append(("last", evaluation_line(last)))
-        figures.append(("best top-1 error", f"{min(errors):.2f} % (epoch {best.get('epoch')})"))
+        of = " of averaged weights" if "ema_top1_error" in best else ""
+        figures.append((f"best top-1 error{of}", f"{min(errors):.2f} % (epoch {best.get('epoch')})"))
     if rates:
         figures.append(("speed", f"{speed(statistics.median(rates))} (median)"))
     if bad:
