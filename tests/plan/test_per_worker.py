@@ -1,6 +1,7 @@
 """Workers that keep shares: disjoint, complete, the same in all epochs; within them another order in each epoch."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,8 @@ def seen_by(plan: SamplePlan, epoch: int, worker: int) -> list[int]:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 12), st.integers(1, 9), st.integers(0, 5), st.integers(0, 3))
 def test_kept_rests_show_every_image_once_to_the_worker_that_keeps_it(
     images: int, workers: int, per_worker: int, seed: int, epoch: int
@@ -30,7 +32,8 @@ def test_kept_rests_show_every_image_once_to_the_worker_that_keeps_it(
     assert [sorted(seen_by(plan, epoch, worker)) for worker in range(workers)] == shares
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 300), st.sampled_from(["drop", "keep"]))
 def test_each_microbatch_has_as_many_images_as_without_shares(
     workers: int, per_worker: int, more: int, last_batch: LastBatch
