@@ -2,10 +2,12 @@
 
 For each rate `hvd-lb measure` writes the profile of *two* hosts. For each number of hosts the device is measured by
 `simulate` on as many hosts at once, so that it shares this machine's cores as the run will, with one thread a rank; the
-step is foretold for that number from the two hosts' profile, and then measured in a real run. Prints each, the mean and
-the worst error, and how often the interval held. Needs root, and Horovod.
+step is foretold for that number from the two hosts' profile, and then measured in a real run. This is done in rounds,
+as the speed of a shared machine changes within minutes, and what hosts and rounds say is averaged. Prints each, the
+mean and the worst error, and how often the interval held. Needs root, and Horovod.
 
-    python benchmarks/forecast.py [--rates 100mbit,300mbit,1gbit] [--hosts 1,2,3,4] [--model resnet20] [--steps 60]
+    python benchmarks/forecast.py [--rates 100mbit,300mbit,1gbit] [--hosts 1,2,3,4] [--rounds 2] [--model resnet20]
+        [--images 32] [--steps 60] [--json FILE]
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,7 +28,7 @@ sys.path[:0] = [
 from hosts import Host, lab  # noqa: E402
 
 from hvd_lb.forecast.pages import read_forecast  # noqa: E402
-from hvd_lb.forecast.predict import Forecast  # noqa: E402
+from hvd_lb.forecast.predict import Estimate  # noqa: E402
 from hvd_lb.report.metrics import read_metrics  # noqa: E402
 
 HVD_LB = Path(sys.executable).with_name("hvd-lb")
@@ -38,17 +41,20 @@ def options(arguments: argparse.Namespace, count: int) -> list[object]:
     ]
 
 
-def foretell(hosts: list[Host], profile: Path, folder: Path, arguments: argparse.Namespace) -> Forecast:
-    """On all hosts at once; what the first one says."""
+def foretell(hosts: list[Host], profile: Path, folder: Path, arguments: argparse.Namespace) -> list[Estimate]:
+    """The seconds of a step, as all hosts foretell them at once."""
     command = [HVD_LB, "simulate", *options(arguments, len(hosts)), "--budget", "10s", "--cluster", profile]
-    running = [host.start([*command, "--output", folder / host.name]) for host in hosts]
-    if any(process.wait(120) for process in running):
+    running = [
+        host.start([*command, "--output", folder / host.name], stdout=subprocess.DEVNULL) for host in hosts
+    ]
+    statuses = [process.wait(120) for process in running]
+    if any(statuses):
         raise SystemExit("a rehearsal failed")
-    return read_forecast(folder / hosts[0].name / "forecast.json")
+    return [read_forecast(folder / host.name / "forecast.json").step for host in hosts]
 
 
-def measure(hosts: list[Host], folder: Path, arguments: argparse.Namespace) -> float:
-    """Seconds of a step of a real run: the median of its records but the first."""
+def measure(hosts: list[Host], folder: Path, arguments: argparse.Namespace) -> list[float]:
+    """Seconds of a step of a real run, of each of its records but the first."""
     names = ",".join(f"{host.name}:1" for host in hosts)
     where = ["--hosts", names] if len(hosts) > 1 else []
     words = [
@@ -67,9 +73,7 @@ def measure(hosts: list[Host], folder: Path, arguments: argparse.Namespace) -> f
         timeout=300,
     )
     records = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"]
-    return statistics.median(
-        len(hosts) * arguments.images / record["images_per_second"] for record in records[1:]
-    )
+    return [len(hosts) * arguments.images / record["images_per_second"] for record in records[1:]]
 
 
 def main() -> None:
@@ -81,6 +85,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     counts = [int(count) for count in arguments.hosts.split(",")]
@@ -98,15 +103,20 @@ def main() -> None:
             two = ["--hosts", "h1:1,h2:1", "--device", "cpu", "--output", folder / "runs"]
             hosts[0].run([HVD_LB, "measure", profile, *two], timeout=300)
             for count in counts:
-                place = folder / str(count)
-                forecast = foretell(hosts[:count], profile, place, arguments)
-                seconds = measure(hosts[:count], place, arguments)
-                off = forecast.step.value / seconds - 1
-                held = forecast.step.low <= seconds <= forecast.step.high
-                interval = f"{1000 * forecast.step.low:.1f} to {1000 * forecast.step.high:.1f}"
+                told: list[Estimate] = []
+                seen: list[float] = []
+                for turn in range(arguments.rounds):
+                    place = folder / f"{count}-{turn}"
+                    told += foretell(hosts[:count], profile, place, arguments)
+                    seen += measure(hosts[:count], place, arguments)
+                value, low, high = (
+                    statistics.mean(getattr(one, what) for one in told) for what in ("value", "low", "high")
+                )
+                seconds = statistics.median(seen)
+                off, held = value / seconds - 1, low <= seconds <= high
                 print(
-                    f"{rate:>8} {count} hosts: foretold {1000 * forecast.step.value:7.1f} ms ({interval}), measured "
-                    f"{1000 * seconds:7.1f} ms, {100 * off:+6.1f} %{'' if held else ', outside'}",
+                    f"{rate:>8} {count} hosts: foretold {1000 * value:7.1f} ms ({1000 * low:.1f} to {1000 * high:.1f})"
+                    f", measured {1000 * seconds:7.1f} ms, {100 * off:+6.1f} %{'' if held else ', outside'}",
                     flush=True,
                 )
                 found.append({"rate": rate, "hosts": count, "off": off, "held": held, "measured": seconds})

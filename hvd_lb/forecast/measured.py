@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.forecast.step import Compute, Filled
 from hvd_lb.training.trainer import Trainer
 
-_LEAST, _MOST = 4, 40  # steps that are timed, after the first, which warms everything up
+_LEAST, _MOST = 4, 2000  # steps that are timed, after the first, which warms everything up
+_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def measure_compute(trainer: Trainer, images: int, deadline: float) -> MeasuredC
     times = times[1:]
     here = trainer.recipe.per_gpu_batch
     factor = images / here
-    spread = _robust_spread([before + after for before, after, *_ in times])
+    whole = [before + after for before, after, *_ in times]
+    spread = _robust_spread(whole)
     median = statistics.median
     backward_seconds = factor * median(of[1] for of in times)
     compute = Compute(
@@ -97,7 +99,7 @@ def measure_compute(trainer: Trainer, images: int, deadline: float) -> MeasuredC
         images=images,
         spread=spread,
     )
-    return MeasuredCompute(compute, spread / len(times) ** 0.5, len(times), here)
+    return MeasuredCompute(compute, standard_error(whole), len(times), here)
 
 
 def measure_loading(trainer: Trainer, deadline: float) -> float | None:
@@ -111,6 +113,21 @@ def measure_loading(trainer: Trainer, deadline: float) -> float | None:
                 break
         seconds = time.perf_counter() - began
     return images / seconds if images and seconds > 0 else None
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of these values, in order, relative to it.
+
+    A machine that is slower for a while is so for many steps in turn: they tell as little as one. So it is taken from
+    the means of a few blocks of them, where that is more than what single values say ("batch means", Law and Kelton).
+    """
+    mean = statistics.mean(values)
+    apart = _robust_spread(list(values)) / len(values) ** 0.5
+    size = len(values) // _BLOCKS
+    if size < 2:
+        return apart
+    blocks = [statistics.mean(values[number * size : (number + 1) * size]) for number in range(_BLOCKS)]
+    return max(apart, statistics.stdev(blocks) / mean / _BLOCKS**0.5)
 
 
 def _robust_spread(values: list[float]) -> float:

@@ -398,6 +398,12 @@ def test_a_run_is_watched_and_stopped_from_another_host(hosts: list[Host], tmp_p
         assert process.returncode == 130, out + err
         assert not processes_of(run)
     with running(hosts, run, *long) as process:
+        assert "is asked to end at once" in hvd_lb(hosts[2], "stop", run, "--now")[0]
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, out + err
+        assert out.endswith("stopped at once; the same command goes on from the last checkpoint\n")
+        assert not processes_of(run)
+    with running(hosts, run, *long) as process:
         process.send_signal(signal.SIGKILL)
         process.wait(10)
         # Until its ranks have noticed, the run's lock is still held.

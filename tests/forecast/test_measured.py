@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_lb.forecast.measured import measure_compute, measure_loading
+from hvd_lb.forecast.measured import measure_compute, measure_loading, standard_error
 from hvd_lb.forecast.pages import read_forecast
 from hvd_lb.forecast.profile import load_device
 from hvd_lb.report.metrics import SilentObserver
@@ -60,6 +61,15 @@ def test_the_parts_are_all_of_a_step_of_the_run() -> None:
             run.train_step(batches)
             seconds.append(time.perf_counter() - began - batches.wait_seconds + waited)
     assert 0.5 < found.compute.seconds / statistics.median(seconds[1:]) < 2
+
+
+def test_a_machine_that_is_slow_for_a_while_leaves_less_certainty() -> None:
+    values = [0.1 + 0.001 * (number % 7) for number in range(160)]
+    drifting = [value * (1 if number < 80 else 1.3) for number, value in enumerate(values)]
+    shuffled = random.Random(0).sample(drifting, len(drifting))
+    assert standard_error(values) < 0.01
+    assert standard_error(drifting) > 2 * standard_error(shuffled) > 0.01
+    assert standard_error(drifting[:3]) > 0  # too few for blocks
 
 
 def test_fewer_images_stand_for_all() -> None:
