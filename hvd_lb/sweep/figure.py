@@ -146,6 +146,8 @@ def as_png(charts: Sequence[Chart], caption: str) -> bytes:
                 ticks = sorted({x for series in chart.series for x in series.x})
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+            else:
+                axes.locator_params(axis="x", integer=True)  # epochs
             axes.set_xlabel(chart.x_label)
             axes.set_ylabel(chart.y_label)
             axes.grid(alpha=0.3)
