@@ -21,6 +21,8 @@ from hvd_lb.sweep.plan import Setting, Sweep
 from hvd_lb.sweep.results import Result, within_noise
 from hvd_lb.training.saved_state import counted_error
 
+_AS_IT_IS = "the recipe as it is"  # but for its minibatch
+
 
 def minibatch_chart(
     sweep: Sweep, found: Sequence[Result], baseline: Result | None = None
@@ -42,7 +44,7 @@ def minibatch_chart(
     lines: dict[str, list[Result]] = {}
     for result in known:
         others = Setting(tuple(item for item in result.setting.chosen if item[0] != "gpus"))
-        lines.setdefault(others.name if others.chosen else "error", []).append(result)
+        lines.setdefault(others.name if others.chosen else _AS_IT_IS, []).append(result)
     sentences = []
     for name, of in lines.items():
         of = sorted(of, key=lambda result: result.minibatch)
@@ -151,7 +153,7 @@ def as_png(charts: Sequence[Chart], caption: str) -> bytes:
             axes.set_xlabel(chart.x_label)
             axes.set_ylabel(chart.y_label)
             axes.grid(alpha=0.3)
-            if len(chart.series) > 1 or any(series.name != "error" for series in chart.series):
+            if len(chart.series) > 1 or any(series.name != _AS_IT_IS for series in chart.series):
                 axes.legend()
         figure.suptitle(printable(caption), fontsize=9, wrap=True)
         png = io.BytesIO()
