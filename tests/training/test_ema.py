@@ -153,6 +153,7 @@ def test_statistics_taken_anew_are_not_the_averages() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_commands_take_the_averaged_weights(hvd_lb: Callable[..., Any], tmp_path: Path) -> None:
     said = hvd_lb(
         "simulate", "--data", "digits", "--run", "--device", "cpu", "--threads", 1, "--steps", 6, "--ema", 0.9,
