@@ -6,6 +6,7 @@ Nothing here ends a training: what cannot be written is told once and tried agai
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -382,20 +383,19 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _that_count(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without those that a rollback, or a change of the processes, has taken back."""
+    """Without those that a rollback, or a change of the processes, has taken back: one pass, from the newest on."""
     records: list[dict[str, Any]] = []
-    for record in found:
-        if record.get("kind") in _FROM_THERE:
-            records = [old for old in records if old.get("kind") in _EVENTS or _counts_after(record, old)]
+    first = first_after_steps = math.inf  # of the steps that a later record has taken back
+    for record in reversed(list(found)):
+        kind = record.get("kind")
+        if kind not in _EVENTS and record["step"] >= (first_after_steps if kind in _AFTER_STEPS else first):
+            continue
         records.append(record)
-    return records
-
-
-def _counts_after(change: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether a record from before a rollback, or from another generation, is told no more after it."""
-    redone = bool(change.get("redone")) and record.get("kind") in _AFTER_STEPS
-    before: bool = record["step"] < change["to"] - redone
-    return before
+        if kind in _FROM_THERE:
+            first = min(first, record["to"])
+            # What comes after a step is told once more where that was not done yet.
+            first_after_steps = min(first_after_steps, record["to"] - bool(record.get("redone")))
+    return records[::-1]
 
 
 def last_records(path: Path) -> list[dict[str, Any]]:
