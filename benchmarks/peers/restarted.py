@@ -1,7 +1,7 @@
 """A plain script for `torchrun --max-restarts`: DistributedDataParallel, and a checkpoint every 50 steps.
 
 restarted.py FOLDER SECONDS: rank 0 writes the number of each step to FOLDER/steps.txt; who waits for another for so
-many seconds gives up. The network and the data are those that benchmarks/chaos.py gives hvd-lb.
+many seconds gives up. The network is the one that benchmarks/chaos.py gives hvd-lb, and the pictures are of that size.
 """
 
 import sys
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,17 +23,18 @@ rank, size = dist.get_rank(), dist.get_world_size()
 
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 16
-images = torch.nn.functional.interpolate(images, size=32)
 labels = torch.tensor(digits.target)
 
 model = build_model("resnet8", 10, seed=0)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-file, step = folder / "plain.pt", 0
+weights = list(model.parameters())
+file, step = folder / "plain.safetensors", 0
 if file.exists():
-    saved = torch.load(file, weights_only=True)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    step = saved["step"]
+    saved = load_file(file)
+    step = int(saved.pop("step"))
+    for number, weight in enumerate(weights):
+        optimizer.state[weight]["momentum_buffer"] = saved.pop(f"momentum.{number}")
+    model.load_state_dict(saved)
 parallel = DistributedDataParallel(model)
 
 while True:
@@ -46,6 +48,8 @@ while True:
         with (folder / "steps.txt").open("a") as log:
             log.write(f"{step}\n")
         if step % 50 == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            torch.save(state, folder / "plain.new")
+            state = {**model.state_dict(), "step": torch.tensor(step)}
+            for number, weight in enumerate(weights):
+                state[f"momentum.{number}"] = optimizer.state[weight]["momentum_buffer"]
+            save_file(state, folder / "plain.new")
             (folder / "plain.new").rename(file)
