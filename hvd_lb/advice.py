@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hvd_lb.optim.noise_scale import NoiseEstimate
 from hvd_lb.recipe import Recipe
 
@@ -43,12 +45,14 @@ def advice(
     if preset == "fine-tune" and not recipe.init_from:
         found.append("without --init-from it begins with random weights, for which these rates are low")
     if recipe.optimizer == "lamb" and recipe.learning_rate >= _LARGE_FOR_LAMB:
+        usual = 0.0035 * math.sqrt(recipe.reference_batch / 256)
         found.append(
-            f"each step of LAMB changes a tensor by about the learning rate times its own length, and "
-            f"{recipe.learning_rate:g} for 256 images is a lot; --learning-rate 0.0035 --lr-rule sqrt is a beginning"
+            f"each step of LAMB changes a tensor by about the learning rate times its own length, "
+            f"and {recipe.learning_rate:g} for {recipe.reference_batch} images is a lot; "
+            f"--learning-rate {usual:.2g} --lr-rule sqrt is a beginning"
         )
     warmup = recipe.warmup_epochs * steps_per_epoch
-    if recipe.warmup == "gradual" and 0 < warmup < _SHORT_WARMUP and batch > 256:
+    if recipe.warmup == "gradual" and 0 < warmup < _SHORT_WARMUP and batch > recipe.reference_batch:
         epochs = -(-_SHORT_WARMUP // steps_per_epoch)
         found.append(
             f"the warmup has {warmup:.0f} steps: the learning rate grows fast in so few; --warmup-epochs {epochs} "

@@ -34,7 +34,7 @@ from hvd_lb.errors import UserError, nearest
 from hvd_lb.plan.samples import LastBatch, SamplePlan
 from hvd_lb.plan.sizes import ImageSizes
 from hvd_lb.recipe_file import dump_values, parse_values, read_text
-from hvd_lb.schedule import REFERENCE_EPOCHS, Rule, Schedule, Shape, Warmup
+from hvd_lb.schedule import REFERENCE_BATCH, REFERENCE_EPOCHS, Rule, Schedule, Shape, Warmup
 
 if TYPE_CHECKING:
     import numpy as np
@@ -179,7 +179,7 @@ def _free(default: Any, description: str, **limits: Any) -> Any:
 
 
 class Recipe(BaseModel):
-    """One run. Units: epochs and steps count from 0, learning rates are for a minibatch of 256 images."""
+    """One run. Units: epochs and steps count from 0, learning rates are for a minibatch of `reference_batch` images."""
 
     # strict: true is not 1, 8.0 not 8 and "8" no number. Built at first use: --help, which only lists the fields, need
     # not wait for it.
@@ -308,11 +308,16 @@ class Recipe(BaseModel):
 
     # learning rate
     learning_rate: float = Field(
-        0.1, gt=0, description="Reference learning rate, for a minibatch of 256 images."
+        0.1, gt=0, description="Reference learning rate, for a minibatch of `reference_batch` images."
+    )
+    reference_batch: int = Field(
+        REFERENCE_BATCH, ge=1, description="Images of the minibatch that the reference learning rate is for."
     )
     lr_rule: Rule = Field("linear", description="How the learning rate grows with the minibatch.")
     schedule: Shape = Field("step", description="How it falls after warmup.")
-    warmup: Warmup = Field("gradual", description="From the reference to the scaled rate, where kn > 256.")
+    warmup: Warmup = Field(
+        "gradual", description="From the reference to the scaled rate, where that is higher."
+    )
     warmup_epochs: float = Field(5, ge=0, description="Length of warmup.")
     drop_epochs: Epochs = Field((30.0, 60.0, 80.0), description="Step decay, in epochs of a run of 90.")
     drop_factor: float = Field(0.1, gt=0, le=1, description="Step decay: factor at each drop.")
@@ -516,6 +521,7 @@ class Recipe(BaseModel):
             drop_epochs=self.drop_epochs,
             drop_factor=self.drop_factor,
             power=self.power,
+            reference_batch=self.reference_batch,
         )
 
     def sample_plan(self, images: int, labels: np.ndarray | None = None) -> SamplePlan:

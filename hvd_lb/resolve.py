@@ -28,6 +28,7 @@ _SMALL_SIDE = 64
 _CHOSEN = ("digits", "fashion-mnist", "goyal-resnet50", "images", "small-images")
 # Fields that only some values of another one read.
 _READ_WITH = {
+    "reference_batch": ("lr_rule", ("linear", "sqrt")),
     "warmup_epochs": ("warmup", ("gradual", "constant")),
     "drop_epochs": ("schedule", ("step",)),
     "drop_factor": ("schedule", ("step",)),

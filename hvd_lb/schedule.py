@@ -1,6 +1,6 @@
 """The learning rate as a pure function of the step (paper section 2.1 and 2.2, docs/design.md 4).
 
-linear scaling   peak = reference · kn / 256
+linear scaling   peak = reference · kn / 256, or of another minibatch that the reference is for
 gradual warmup   reference + (peak − reference) · t / T_w, the same increment at every iteration t < T_w
 afterwards       step decay (÷ 10 at 30, 60, 80 of 90 epochs), cosine or polynomial
 """
@@ -21,9 +21,11 @@ Shape = Literal["step", "cosine", "polynomial"]
 Warmup = Literal["gradual", "constant", "none"]
 
 
-def scaled_learning_rate(learning_rate: float, global_batch: int, rule: Rule = "linear") -> float:
-    """The learning rate of a minibatch of `global_batch` images, from the one of 256 (paper equation 3 and Table 2)."""
-    ratio = global_batch / REFERENCE_BATCH
+def scaled_learning_rate(
+    learning_rate: float, global_batch: int, rule: Rule = "linear", reference_batch: int = REFERENCE_BATCH
+) -> float:
+    """The rate of a minibatch of `global_batch` images, from that of `reference_batch` (paper equation 3, Table 2)."""
+    ratio = global_batch / reference_batch
     return learning_rate * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[rule]
 
 
@@ -31,8 +33,9 @@ def scaled_learning_rate(learning_rate: float, global_batch: int, rule: Rule = "
 class Schedule:
     """Learning rate of each step; `Schedule(...)(step)`, steps counted from 0 over the whole run.
 
-    `learning_rate` is the reference, for 256 images. Warmup takes place only where the scaled learning rate is above
-    the reference (kn > 256, paper section 5.1). `drop_epochs` are epochs of a run of 90, scaled to `epochs`.
+    `learning_rate` is the reference, for `reference_batch` images. Warmup takes place only where the scaled learning
+    rate is above the reference (kn > 256, paper section 5.1). `drop_epochs` are epochs of a run of 90, scaled to
+    `epochs`.
     """
 
     learning_rate: float
@@ -46,6 +49,7 @@ class Schedule:
     drop_epochs: tuple[float, ...] = (30, 60, 80)
     drop_factor: float = 0.1
     power: float = 2.0
+    reference_batch: int = REFERENCE_BATCH
 
     def __post_init__(self) -> None:
         """UserError for what is no schedule; a recipe's fields were looked at before."""
@@ -56,7 +60,8 @@ class Schedule:
                     f"{name} {value!r}: expected one of {', '.join(known)}{nearest(str(value), known)}"
                 )
         numbers = {"learning_rate": self.learning_rate, "drop_factor": self.drop_factor, "power": self.power}
-        numbers |= {name: getattr(self, name) for name in ("global_batch", "steps_per_epoch", "epochs")}
+        counts = ("global_batch", "steps_per_epoch", "epochs", "reference_batch")
+        numbers |= {name: getattr(self, name) for name in counts}
         for name, number in numbers.items():
             if not 0 < number < math.inf:
                 raise UserError(f"{name} {number}: expected a finite number above 0")
@@ -78,7 +83,7 @@ class Schedule:
     @property
     def peak(self) -> float:
         """The scaled learning rate, reached when warmup ends."""
-        return scaled_learning_rate(self.learning_rate, self.global_batch, self.rule)
+        return scaled_learning_rate(self.learning_rate, self.global_batch, self.rule, self.reference_batch)
 
     @property
     def warmup_steps(self) -> int:
@@ -111,8 +116,8 @@ class Schedule:
     def describe(self) -> str:
         """How the learning rate was derived, in one line for a person."""
         formula = {
-            "linear": f"{self.learning_rate:g} × {self.global_batch}/{REFERENCE_BATCH} = {self.peak:.6g}",
-            "sqrt": f"{self.learning_rate:g} × √({self.global_batch}/{REFERENCE_BATCH}) = {self.peak:.6g}",
+            "linear": f"{self.learning_rate:g} × {self.global_batch}/{self.reference_batch} = {self.peak:.6g}",
+            "sqrt": f"{self.learning_rate:g} × √({self.global_batch}/{self.reference_batch}) = {self.peak:.6g}",
             "none": f"{self.peak:.6g}, not scaled",
         }[self.rule]
         if self.warmup_steps:

@@ -65,6 +65,7 @@ def test_what_is_right_together(file: str, options: dict[str, Any]) -> None:
         ("flip: 0.5", {"flip": 2.0}, "--flip 2.0: input should be"),
         ("schedule: cosine", {"drop_epochs": (10.0,)}, "--drop-epochs has no effect with schedule cosine"),
         ("schedule: step", {"power": 3.0}, "--power has no effect with schedule step"),
+        ("lr_rule: none", {"reference_batch": 32}, "--reference-batch has no effect with lr-rule none"),
         ("warmup: none", {"warmup_epochs": 3.0}, "--warmup-epochs has no effect with warmup none"),
         ("flip: 0", {"max_bad_images": 0.1}, "--max-bad-images has no effect with on-bad-image fail"),
     ],

@@ -27,6 +27,19 @@ def test_other_rules() -> None:
     assert scaled_learning_rate(0.1, 8192, "none") == 0.1
 
 
+def test_a_rate_found_with_another_minibatch() -> None:
+    """A rate for 32 images is scaled from there, and warmup begins there."""
+    assert scaled_learning_rate(0.1, 1024, reference_batch=32) == pytest.approx(3.2, rel=1e-15)
+    assert scaled_learning_rate(0.1, 128, "sqrt", reference_batch=32) == pytest.approx(0.2, rel=1e-15)
+    schedule = Schedule(0.1, global_batch=128, steps_per_epoch=10, epochs=30, reference_batch=32)
+    assert [schedule(step) for step in (0, 25, 50)] == pytest.approx([0.1, 0.25, 0.4], rel=1e-12)
+    assert schedule.describe().startswith(
+        "0.1 × 128/32 = 0.4; gradual warmup from 0.1 over 5 epochs (50 steps)"
+    )
+    smaller = Schedule(0.1, global_batch=16, steps_per_epoch=10, epochs=30, reference_batch=32)
+    assert (smaller(0), smaller.warmup_steps) == (0.05, 0)
+
+
 def test_every_step_of_the_8k_run() -> None:
     """156 steps an epoch; an independent statement of the recipe, step by step."""
     schedule = paper(256)
@@ -67,6 +80,7 @@ def test_no_warmup_up_to_256_images(gpus: int) -> None:
         ({"learning_rate": math.inf}, "learning_rate inf: expected a finite number above 0"),
         ({"learning_rate": math.nan}, "learning_rate nan"),
         ({"global_batch": 0}, "global_batch 0"),
+        ({"reference_batch": 0}, "reference_batch 0: expected a finite number above 0"),
         ({"steps_per_epoch": -1}, "steps_per_epoch -1"),
         ({"epochs": 0}, "epochs 0"),
         ({"drop_factor": math.nan}, "drop_factor nan"),

@@ -25,7 +25,6 @@ import hvd_lb as lb
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.plan.samples import SamplePlan
-from hvd_lb.schedule import REFERENCE_BATCH
 
 PER_WORKER = 2
 
@@ -43,10 +42,10 @@ def main() -> None:
     plan = SamplePlan(len(pictures), options.workers, PER_WORKER, options.seed)
     torch.manual_seed(options.seed)
     model = mask_rcnn(options.backbone, pictures.classes, pictures.side).train()
-    # lb.Schedule scales from 256 images; here one worker is the unit, as in the paper's Table 3b.
     schedule = lb.Schedule(
         options.learning_rate,
-        global_batch=REFERENCE_BATCH * plan.workers,
+        global_batch=PER_WORKER * plan.workers,
+        reference_batch=PER_WORKER,  # the rate is for one worker, as in the paper's Table 3b
         steps_per_epoch=plan.steps_per_epoch,
         epochs=options.epochs,
         warmup="constant",

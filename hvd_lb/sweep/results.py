@@ -85,7 +85,9 @@ def results(sweep: Sweep, epochs: int = LAST_EPOCHS) -> list[Result]:
         points = sweep.points_of(setting)
         errors = [error for point in points if (error := error_of(point, epochs)) is not None]
         recipe = points[0].recipe
-        rate = scaled_learning_rate(recipe.learning_rate, recipe.global_batch, recipe.lr_rule)
+        rate = scaled_learning_rate(
+            recipe.learning_rate, recipe.global_batch, recipe.lr_rule, recipe.reference_batch
+        )
         diverged = sum(map(has_diverged, points))
         found.append(Result(setting, recipe.global_batch, rate, errors, diverged, planned))
     return found
