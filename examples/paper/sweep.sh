@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's experiments in small (docs/results.md): takes all runs, or goes on with what is left of them.
 #     examples/paper/sweep.sh [FOLDER] [options of `hvd-lb sweep run`, such as --jobs 2]
-# 85 runs of about two minutes of one core each. Everything may be interrupted at any time.
+# 80 runs of about two minutes of one core each. Everything may be interrupted at any time.
 set -euo pipefail
 
 folder=${1:-sweeps/paper}
@@ -13,21 +13,21 @@ sweep() {
     hvd-lb sweep run "$folder" --recipe "$recipe" --device cpu --seeds 5 "${options[@]}" "$@"
 }
 
-# Figure 1: error against minibatch, until it breaks. The baseline is 256 images (16 workers), a recipe's reference.
+# Figure 1: error against minibatch, until it breaks. The baseline is 64 images (4 workers), which the rate is for.
 sweep --vary gpus=4,32
-sweep --vary gpus=128,16,64
-# Table 2a: twice the baseline's minibatch, with each warmup.
+sweep --vary gpus=16,128,8,64
+# Table 2a: eight times the baseline's minibatch, with each warmup.
 sweep --vary gpus=32 --vary warmup=none,constant
-# Table 2b: other rules for the learning rate, with four times the baseline's minibatch.
-sweep --vary gpus=64 --vary lr_rule=sqrt,none
+# Table 2b: other rules for the learning rate.
+sweep --vary gpus=32 --vary lr_rule=sqrt,none
 # Remark 2: no momentum correction, with warmup and with drops of the rate.
-sweep --vary gpus=64 --vary momentum_correction=false
+sweep --vary gpus=32 --vary momentum_correction=false
 # Table 2c: γ = 1 in the last batch norm of each block.
-sweep --vary gpus=16,32 --vary zero_gamma=false
-# Remarks 1 and 3: gradients divided by n k0 (k0 = 16) at the baseline's rate, which is the linear rule with λ/4.
-sweep --vary gpus=64 --vary weight_decay=0.000125
+sweep --vary gpus=4,32 --vary zero_gamma=false
+# Remarks 1 and 3: gradients divided by n k0 (k0 = 4) at the baseline's rate, which is the linear rule with λ/8.
+sweep --vary gpus=32 --vary weight_decay=0.0000625
 # Remark 4: each worker shuffles a share of its own.
 sweep --vary gpus=32 --vary shuffle=per-worker
 # More of figure 1.
-sweep --vary gpus=8,256
+sweep --vary gpus=256
 hvd-lb sweep table "$folder" --last 1
