@@ -11,8 +11,8 @@ import torchvision
 
 from hvd_lb.forecast.profile import load_cluster
 
-#: GPUs, images of each in a step, images/s of each. Images: BATCHSIZE of the configurations DGXH100, DGXH100_multi_8x8x50
-#: and DGXH100_multi_448x8x16 of NVIDIA's submission (mlcommons/training_results_v3.1).
+#: GPUs, images of each in a step, images/s of each. The images are BATCHSIZE of the configurations DGXH100,
+#: DGXH100_multi_8x8x50 and DGXH100_multi_448x8x16 of NVIDIA's submission (mlcommons/training_results_v3.1).
 MLPERF = ((8, 400, 7172.0), (64, 50, 4908.0), (3584, 16, 2819.0))
 
 
@@ -48,4 +48,6 @@ def test_the_smaller_microbatch_explains_most_and_the_exchange_the_rest() -> Non
 if __name__ == "__main__":  # the table of docs/forecast.md
     for gpus, images, measured in (*MLPERF, (2528, 16, 2725.0)):  # of that one the images are not published
         step = microbatch(images) + exchange(gpus)
-        print(f"{gpus}: {1e3 * exchange(gpus):.2f} of {1e3 * step:.2f} ms, {images / step:.0f}, was {measured:.0f}")
+        print(
+            f"{gpus}: {1e3 * exchange(gpus):.2f} of {1e3 * step:.2f} ms, {images / step:.0f}, was {measured:.0f}"
+        )
