@@ -104,6 +104,13 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _run_option = functools.partial(click.option, panel="The run")
+track_option = _run_option(
+    "--track",
+    multiple=True,
+    metavar="TRACKER",
+    help="Also tell mlflow[:URI], wandb[:PROJECT] or tensorboard[:FOLDER] of the run; may be repeated. "
+    "docs/tracking.md",
+)
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,13 +139,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 show_default=True,
                 help="Go on from the newest intact checkpoint in the run directory, or from this one.",
             ),
-            _run_option(
-                "--track",
-                multiple=True,
-                metavar="TRACKER",
-                help="Also tell mlflow[:URI], wandb[:PROJECT] or tensorboard[:FOLDER] of the run; may be repeated. "
-                "docs/tracking.md",
-            ),
+            track_option,
         )
     ):
         command = option(command)

@@ -10,9 +10,10 @@ from rich.text import Text
 
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count, duration, printable
+from hvd_lb.track.target import refuse_untracked, track_targets
 from hvd_lb_cli.options.given import given_options
 from hvd_lb_cli.options.kinds import Target
-from hvd_lb_cli.options.recipe import recipe_options
+from hvd_lb_cli.options.recipe import recipe_options, track_option
 from hvd_lb_cli.options.topics import TopicCommand
 from hvd_lb_cli.output.show import index_progress
 from hvd_lb_cli.output.terminal import outliving_readers, plain_console
@@ -70,6 +71,7 @@ _TRUE, _FALSE = ("true", "on", "yes", "1"), ("false", "off", "no", "0")
     help="Where the network runs.",
     panel="The run",
 )
+@track_option
 @recipe_options
 @click.pass_context
 def run(
@@ -84,6 +86,7 @@ def run(
     dry_run: bool,
     recipe: str | None,
     device: str,
+    track: tuple[str, ...],
 ) -> int:
     """Take all runs of a grid over fields of a recipe; each has a run directory in FOLDER/runs.
 
@@ -101,6 +104,7 @@ def run(
 
     if processes is not None and not train:
         raise UserError("--processes is for --train: a simulated run has one process")
+    refuse_untracked(track_targets(track))
     console = plain_console()
     about_recipe = {"vary", "seeds", "train", "recipe", *options}
     if folder and is_sweep(folder.expanduser()) and not about_recipe & given_options(context).keys():
@@ -127,6 +131,7 @@ def run(
         return 0
     done, failed = len(points) - len(left), 0
     more = [*(("--processes", str(processes)) if processes else ()), "--device", device]
+    more += [word for target in track for word in ("--track", target)]
     if sweep.base.threads is None:
         more += ["--threads", str(_threads(jobs, processes or 1))]
     commands = Commands(sweep, jobs, more)

@@ -107,6 +107,7 @@ def test_it_is_kept_and_grows(tmp_path: Path) -> None:
         (["--vary", "gpus=2,16", "--vary", "warmup_epochs=1,40"], "gpus=16, warmup_epochs=40: a warmup of 40 epochs"),
         (["--vary", "gpus=2", "--seeds", "10000", "--vary", "flip=" + ",".join(f"0.{i}" for i in range(1, 21))],
          "180,000 runs in one grid"),
+        (["--vary", "gpus=2", "--track", "neptune"], "--track neptune: expected mlflow"),
         (["--vary", "gpus=2", "--processes", "2"], "--processes is for --train"),
         (["--vary", "gpus=2", "--momentum-form", "9", "--no-momentum-correction"], "form 9 needs no correction"),
     ],

@@ -69,7 +69,9 @@ def test_interrupted_it_ends_its_runs_with_checkpoints(start: Start, tmp_path: P
 def test_a_run_that_diverges_is_a_result(start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "s"
     words = (*WORDS[:-2], "--vary", "learning_rate=0.1,1e30")
-    out, _ = finish(start("sweep", "run", folder, *words))
+    boards = tmp_path / "boards"
+    out, _ = finish(start("sweep", "run", folder, *words, "--track", f"tensorboard:{boards}"))
     assert "learning_rate=1e+30,seed=0: diverged" in out
+    assert {board.name for board in boards.iterdir()} == {point.name for point in open_sweep(folder).points()}
     out, _ = finish(start("sweep", folder))
     assert out.endswith("2 settings, 2 runs: 2 ended, 0 to go\n")
