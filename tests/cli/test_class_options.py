@@ -14,6 +14,7 @@ NAMES = [f"{number} {0.5 + number}" for number in range(10)]
 
 
 @pytest.mark.slow
+@pytest.mark.long  # two whole runs
 def test_what_a_run_will_do_is_said(hvd_lb: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_text("\n".join(NAMES) + "\n\n")
