@@ -8,6 +8,10 @@ from what one process has seen. So the result has the same bits however the term
 The integers of a term take at most 62 − log2(terms) bits, so no sum can overflow. Exponents leave room for terms that
 are 2^GROWTH_BITS times larger than those of the sum before. Larger ones are found before they are used: the sum is
 given up on all processes alike, the exponents are corrected, and the step is taken again.
+
+The integers of a single term are numbers of its own floating-point type, too. One addition of two such gives their sum,
+rounded once, as an int64 is when it becomes floating point. So sums of up to two terms are formed and exchanged in
+floating point: half the bytes for the same bits.
 """
 
 from __future__ import annotations
@@ -24,13 +28,15 @@ from hvd_lb.world import Handle, World
 GROWTH_BITS = 10
 # Before the first sum nothing is known: terms up to 2^14 are expected, more than gradients of a summed loss have.
 _FIRST_BITS = 14
+# Sums of so many terms need no int64.
+_FEW_TERMS = 2
 # What an int64 holds without its sign, less one bit so that rounding cannot reach the end.
 _SUM_BITS = 62
 # Powers of two up to here are normal numbers in fp32, as are their inverses.
 _LARGEST_EXPONENT = 120
 # Elements converted at once. On a CPU their integers, the sums and the scratch space stay in a core's cache; elsewhere
 # it bounds the scratch space, 12 bytes an element.
-_CHUNK_ON_CPU, _CHUNK = 1 << 15, 1 << 21
+_CHUNK_ON_CPU, _CHUNK = 1 << 16, 1 << 21
 # Every tensor's place starts on a multiple of 64 bytes, in fp32 and wider.
 ALIGNMENT = 16
 
@@ -46,7 +52,11 @@ class _Block:
     span: slice  #: of the places of all tensors
     tensors: slice
     pieces: list[tuple[int, slice]]  #: the number of each tensor, and which of its elements
-    scratch: list[Tensor]  #: for each piece, within the span's scratch space
+    maxima: Tensor  #: of the tensors
+    total: Tensor  #: the sums in this span
+    sums: list[Tensor]  #: those of each piece
+    scratch: Tensor  #: as large as `total`
+    scaled: list[Tensor]  #: for each piece, in there
 
 
 class FixedPointSum:
@@ -55,9 +65,14 @@ class FixedPointSum:
     A sum is gathered by `add`, exchanged by `start`, and ends with `finish`, which makes room for the
     next one. `start` and `finish` are collective. Raises `RuntimeError` when more than `terms` terms were added.
     `riders` are as many integers that are added along: each process sets its own before `start`.
+
+    Sums of few terms are formed in `room`, if given: of the dtype, with places for all of `like` at their `offsets_of`,
+    then for a number of each, then for the riders.
     """
 
-    def __init__(self, like: Sequence[Tensor], terms: int, name: str, riders: int = 0) -> None:
+    def __init__(
+        self, like: Sequence[Tensor], terms: int, name: str, riders: int = 0, room: Tensor | None = None
+    ) -> None:
         if terms < 1:
             raise ValueError(f"{name}: a sum of {terms} terms; expected at least 1")
         self._name, self._terms = name, terms
@@ -68,7 +83,10 @@ class FixedPointSum:
         offsets = offsets_of(like)
         # The sums of all tensors, followed by the number of terms of each, are exchanged as one tensor.
         end = offsets[-1] + len(like)
-        self._total = torch.zeros(end + riders, dtype=torch.int64, device=first.device)
+        exact = first.dtype if terms <= _FEW_TERMS else torch.int64
+        if room is None or room.dtype != exact:
+            room = torch.zeros(end + riders, dtype=exact, device=first.device)
+        self._total = room
         self._counts, self.riders = self._total[offsets[-1] : end], self._total[end:]
         self._parts = [
             self._total[start : start + tensor.numel()] for start, tensor in zip(offsets, like, strict=False)
@@ -79,7 +97,7 @@ class FixedPointSum:
         self._largest = list(self._maxima)
         self._chunk = max(1, min(offsets[-1], _CHUNK_ON_CPU if first.device.type == "cpu" else _CHUNK))
         self._float = torch.zeros(self._chunk, dtype=first.dtype, device=first.device)
-        self._integer = torch.empty(self._chunk, dtype=torch.int64, device=first.device)
+        self._integer = None if exact == first.dtype else torch.empty_like(self._float, dtype=exact)
         self._blocks = self._in_blocks(offsets)
         self._handles: tuple[Handle, Handle] | None = None
 
@@ -92,13 +110,12 @@ class FixedPointSum:
         def close(end: int) -> None:
             nonlocal begin
             if pieces:
-                inside = [offsets[index] + of.start - begin for index, of in pieces]
-                scratch = [
-                    self._float[at : at + of.stop - of.start]
-                    for at, (_, of) in zip(inside, pieces, strict=True)
-                ]
-                tensors = slice(pieces[0][0], pieces[-1][0] + 1)
-                blocks.append(_Block(slice(begin, end), tensors, list(pieces), scratch))
+                inside = [(offsets[index] + of.start - begin, of.stop - of.start) for index, of in pieces]
+                span, tensors = slice(begin, end), slice(pieces[0][0], pieces[-1][0] + 1)
+                total, scratch = self._total[span], self._float[: end - begin]
+                sums, scaled = ([of[at : at + count] for at, count in inside] for of in (total, scratch))
+                maxima = self._maxima[tensors]
+                blocks.append(_Block(span, tensors, list(pieces), maxima, total, sums, scratch, scaled))
             pieces.clear()
             begin = end
 
@@ -135,17 +152,11 @@ class FixedPointSum:
     def add(self, index: int, term: Tensor) -> None:
         """Adds a term to tensor `index`."""
         flat, total = self._in_memory_order(index, term), self._parts[index]
-        scale = 2.0 ** self.exponents[index]
+        scale, first = 2.0 ** self.exponents[index], not self._added[index]
         for start in range(0, flat.numel(), self._chunk):
-            part = flat[start : start + self._chunk]
+            part, sums = (tensor[start : start + self._chunk] for tensor in (flat, total))
             self._note(index, part)
-            scaled, integers = self._float[: part.numel()], self._integer[: part.numel()]
-            torch.mul(part, scale, out=scaled)
-            if self._added[index]:
-                integers.copy_(scaled.round_())
-                total[start : start + self._chunk].add_(integers)
-            else:  # what is left of the sum before is overwritten: clearing it would be one more way through memory
-                total[start : start + self._chunk].copy_(scaled.round_())
+            self._gather(sums, torch.mul(part, scale, out=self._float[: part.numel()]), first)
         self._added[index] += 1
 
     @torch.no_grad()
@@ -160,18 +171,28 @@ class FixedPointSum:
         first = not self._added[0]
         for block in self._blocks:
             parts = [flat[index][of] for index, of in block.pieces]
-            largest = torch.stack(torch._foreach_max(torch._foreach_abs(parts)))  # NaN when any element is
-            maxima = self._maxima[block.tensors]
-            torch.maximum(maxima, largest, out=maxima)
-            torch._foreach_copy_(block.scratch, parts)
-            torch._foreach_mul_(block.scratch, scales[block.tensors])
-            total = self._total[block.span]
-            scaled = self._float[: total.numel()].round_()
-            if first:
-                total.copy_(scaled)
+            if len(parts) == 1:
+                index = block.tensors.start
+                self._note(index, parts[0])
+                torch.mul(parts[0], scales[index], out=block.scaled[0])
             else:
-                total.add_(self._integer[: total.numel()].copy_(scaled))
+                # NaN when any element is
+                largest = torch.stack(torch._foreach_max(torch._foreach_abs(parts)))
+                torch.maximum(block.maxima, largest, out=block.maxima)
+                torch._foreach_copy_(block.scaled, parts)
+                torch._foreach_mul_(block.scaled, scales[block.tensors])
+            self._gather(block.total, block.scratch, first)
         self._added = [added + 1 for added in self._added]
+
+    def _gather(self, total: Tensor, scaled: Tensor, first: bool) -> None:
+        """Adds scaled terms to a chunk of the sums; what is there of the sum before is overwritten by the first."""
+        scaled.round_()
+        if self._integer is None:
+            torch.add(scaled, 0.0 if first else total, out=total)  # -0, which is no integer, + 0 is 0
+        elif first:
+            total.copy_(scaled)
+        else:
+            total.add_(self._integer[: total.numel()].copy_(scaled))
 
     @torch.no_grad()
     def start(self, world: World) -> None:
@@ -227,9 +248,11 @@ class FixedPointSum:
         """The sums of all tensors in floating point, each at its place."""
         scales = [2.0**-exponent for exponent in self.exponents]
         for block in self._blocks:
-            into = flat[block.span].copy_(self._total[block.span])
-            starts = [piece.storage_offset() for piece in block.scratch]
-            parts = [into[at : at + piece.numel()] for at, piece in zip(starts, block.scratch, strict=True)]
+            parts = block.sums
+            if flat.data_ptr() != self._total.data_ptr():
+                into = flat[block.span].copy_(block.total)
+                starts = [piece.storage_offset() for piece in block.scaled]
+                parts = [into[at : at + piece.numel()] for at, piece in zip(starts, parts, strict=True)]
             torch._foreach_mul_(parts, scales[block.tensors])
 
     def _write(self, index: int, tensor: Tensor) -> None:

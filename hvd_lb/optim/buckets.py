@@ -331,8 +331,8 @@ class FixedPointBucket(Bucket):
     """
 
     def __init__(self, parameters: list[Tensor], name: str, terms: int, riders: int = 0) -> None:
-        super().__init__(parameters, name)
-        self.sum = FixedPointSum([slot.view for slot in self.slots], terms, name, riders)
+        super().__init__(parameters, name, riders)
+        self.sum = FixedPointSum([slot.view for slot in self.slots], terms, name, riders, self.flat)
         self.riders = self.sum.riders
         self._index = {slot: index for index, slot in enumerate(self.slots)}
         self._stand_ins = [gathering(parameter) for parameter in parameters]
@@ -344,6 +344,7 @@ class FixedPointBucket(Bucket):
     def after_accumulation(self, slot: Slot) -> None:
         if slot in self._terms:  # from a backward that has not filled the bucket
             self.gather()
+        slot.version = slot.grad._version
         self._terms[slot] = _dense(gradient(slot.parameter))
         set_gradient(slot.parameter, self._stand_ins[self._index[slot]])
         slot.gathered = True
@@ -364,7 +365,8 @@ class FixedPointBucket(Bucket):
         return integer_digest([self._terms[slot] for slot in self.slots])
 
     def edited(self) -> bool:
-        return False  # `_take` finds it
+        """By a reference from before, as sums may be formed there; `_take` finds what was assigned."""
+        return any(slot.gathered and slot.grad._version != slot.version for slot in self.slots)
 
     def start(self, world: World, riders: Sequence[int] = ()) -> None:
         self._set_riders(riders)
