@@ -9,21 +9,23 @@ so ratios are the same on each and need no exchange.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from hvd_lb.optim.by_group import ByGroup
 
 
-class LAMB(Optimizer):
+class LAMB(ByGroup):
     """Every option may differ between parameter groups; with `trust=False` a group's ratios are 1: Adam, its decay
     within the step and not in the gradient.
 
     Per-parameter state: `first` and `second` (m and v, shaped like the parameter) and `step` (t). Parameters without a
     gradient are skipped, as in torch. ValueError for numbers out of range.
     """
+
+    _like_parameter = ("first", "second")
 
     def __init__(
         self,
@@ -46,32 +48,7 @@ class LAMB(Optimizer):
             raise ValueError(f"LAMB was given betas={options['betas']}; both must be in [0, 1)")
         super().add_param_group(param_group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        for (
-            parameter,
-            state,
-        ) in self.state.items():  # what was stored may have lost the parameter's memory format
-            for name in ("first", "second"):
-                state[name] = torch.empty_like(parameter).copy_(state[name])
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates every parameter that has a gradient; returns what `closure` (called once, first) does."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(params, group)
-        return loss
-
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [p.grad for p in params if p.grad is not None]
-        if [grad for grad in grads if grad.is_sparse]:
-            raise RuntimeError("LAMB was given a sparse gradient; build the embedding with sparse=False")
+    def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
             if "step" not in state:

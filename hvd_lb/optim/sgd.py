@@ -10,15 +10,16 @@ fused kernel of form 9: one pass over memory instead of seven. The plain form is
 rounding, and whose bits the reproducible mode has.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hvd_lb.optim.by_group import ByGroup
 
-class SGD(Optimizer):
+
+class SGD(ByGroup):
     """Momentum SGD; every option may differ between parameter groups.
 
     Per-parameter state: `velocity` (u or v, shaped like the parameter) and, for form 10 with the
@@ -33,6 +34,8 @@ class SGD(Optimizer):
     Raises `ValueError` for numbers out of range, for form 9 with `momentum_correction=False`, as form 9 has nothing to
     correct, and for form 10 without it where `fused`, as that kernel knows form 9 only.
     """
+
+    _like_parameter = ("velocity",)
 
     def __init__(
         self,
@@ -75,31 +78,7 @@ class SGD(Optimizer):
             )
         super().add_param_group(param_group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        for (
-            parameter,
-            state,
-        ) in self.state.items():  # stored velocities may have lost the parameter's memory format
-            state["velocity"] = torch.empty_like(parameter).copy_(state["velocity"])
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates every parameter that has a gradient; returns what `closure` (called once, first) does."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(params, group)
-        return loss
-
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [p.grad for p in params if p.grad is not None]
-        if [grad for grad in grads if grad.is_sparse]:
-            raise RuntimeError("SGD was given a sparse gradient; build the embedding with sparse=False")
+    def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
             if "velocity" not in state:
