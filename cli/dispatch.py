@@ -309,7 +309,9 @@ def plan_launch(
         options.allreduce, placement.device, several_hosts=several_hosts, mpirun=mpirun, engine=engine
     )
     if cluster and target.kind == "slurm":
-        plan = over_srun(cluster, placement.processes, target.gpus, variables, container)
+        plan = over_srun(
+            cluster, placement.processes, target.gpus, variables, container, elastic=options.elastic
+        )
     elif cluster:
         plan = over_ssh(cluster, placement.processes, options, variables)
     else:

@@ -46,7 +46,7 @@ _STARTED = {
     "submit-kubernetes": "on Kubernetes",
 }
 # How an elastic run can be started.
-_ELASTIC = ("local", "ssh")
+_ELASTIC = ("local", "ssh", "slurm", "submit-slurm")
 
 
 def is_submission(target: Target, train: TrainOptions) -> bool:
@@ -99,10 +99,11 @@ def refuse_unused(context: click.Context, target: Target, options: SubmitOptions
             raise UserError(f"{given[name]} is for runs that hosts join and leave: give --elastic as well")
     if "max_processes" in given and "host_discovery" not in given:
         raise UserError("--max-processes is for hosts that --host-discovery finds: give --processes")
-    if "elastic" in given and (target.kind not in _ELASTIC or options.image is not None):
+    in_containers = options.image is not None or "container_image" in given
+    if "elastic" in given and (target.kind not in _ELASTIC or in_containers):
         raise UserError(
             f"--elastic is not possible yet for a run that is started {_STARTED[target.kind]}"
-            f"{' in containers' if options.image is not None else ''}: leave it out, and see --restarts"
+            f"{' in containers' if in_containers else ''}: leave it out, and see --restarts"
         )
     for name, option in given.items():
         prefix = next((prefix for prefix in read if name.startswith(prefix)), None)
@@ -174,6 +175,7 @@ def _submission(command: click.Command, options: TrainOptions, target: Target) -
         image=options.submit.image,
         container_port=options.submit.container_port,
         environment=named_environment(options.launch.env, os.environ),
+        elastic=options.launch.elastic,
     )
 
 
@@ -202,6 +204,11 @@ def submit(command: click.Command, options: TrainOptions, target: Target) -> int
         click.echo(kubernetes.to_yaml(documents), nl=False)
         return 0
     if target.kind == "submit-slurm":
+        if submission.elastic and submission.device == "cuda":
+            raise UserError(
+                "--elastic is not possible yet on GPUs, which a job has without --device cpu: give that as well, or "
+                "leave --elastic out"
+            )
         program = [sys.executable, "-P", "-m", "hvd_lb_cli.main"]
         batch = slurm_script.script(submission, options.slurm, program)
         if options.submit.submit and not dry_run:

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 from real_runs import SMALL, processes_of
 
+from hvd_lb.data.dataset import open_dataset
+from hvd_lb.replay.recorded import open_run
 from hvd_lb.report.metrics import read_metrics
+from hvd_lb.report.samples import samples_of
 
 STEPS = 12
 RECIPE = (
@@ -120,3 +123,16 @@ def assert_the_same(undisturbed: Path, run: Path) -> None:
             [[record[name] for name in names] for record in events(of, kind)] for of in (undisturbed, run)
         )
         assert other == one
+
+
+def assert_each_once(run: Path, steps: int = STEPS) -> None:
+    """Each virtual worker of each step had its images once, by one process, and no other image."""
+    recipe = open_run(run).recipe
+    plan = recipe.sample_plan(len(open_dataset("digits").train))
+    samples = samples_of(run)
+    assert sorted(samples) == list(range(steps))
+    for step, given in samples.items():
+        of_workers = (
+            plan.image_ids(*divmod(step, plan.steps_per_epoch), worker) for worker in range(recipe.gpus)
+        )
+        assert given == {worker: [ids.tolist()] for worker, ids in enumerate(of_workers) if len(ids)}

@@ -154,6 +154,8 @@ FORWARDED = {
     "forecast",
     "pin",
     "hang_timeout",
+    "elastic",
+    "min_processes",
     "restarts",
     "log_samples",
 }

@@ -77,14 +77,11 @@ def rank_command(job_file: Path, python: str = sys.executable) -> list[str]:
 
 
 def head_command(
-    job_file: Path, address: str, ssh: Sequence[str] = (), srun: Sequence[str] = ()
+    job_file: Path, address: str, how: Literal["each", "nodes", "all"], command: Sequence[str] = ()
 ) -> list[str]:
-    """The head of a job (`agent.head`): it listens on `address` and has an agent started on each host.
-
-    One by one, over `ssh` where a host is another machine; or all at once by `srun`.
-    """
+    """The head of a job (`agent.head`): it listens on `address` and has an agent started on each host by `command`."""
     head = [sys.executable, "-P", "-m", "hvd_lb.launch.agent.head", os.fspath(job_file), address]
-    return [*head, "all", *srun] if srun else [*head, "each", *ssh]
+    return [*head, how, *command]
 
 
 def agent_command(job_file: Path, python: str = sys.executable) -> list[str]:

@@ -236,3 +236,11 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert said in done.err
     assert done.err.count("\n") == 1
     assert done.out == ""
+
+
+def test_an_elastic_job_does_not_end_with_a_node(typed: Run) -> None:
+    words = ("--data", "digits", "--gpus", 4, "--device", "cpu", "--launcher", "slurm")
+    out = typed("train", *words, "--elastic", "--min-processes", 2).out
+    assert "#SBATCH --no-kill\n" in out
+    assert " --elastic --min-processes 2 " in out
+    assert "--no-kill" not in typed("train", *words).out

@@ -56,7 +56,8 @@ TRAIN = {
     **dict.fromkeys(
         ("engine", "allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"), EVERYWHERE
     ),
-    **dict.fromkeys(("elastic", "min_processes", "host_discovery", "max_processes"), {"local", "ssh"}),
+    **dict.fromkeys(("elastic", "min_processes"), EVERYWHERE - {"submit-kubernetes"}),
+    **dict.fromkeys(("host_discovery", "max_processes"), {"local", "ssh"}),
     **dict.fromkeys(("hosts", "hostfile"), {"ssh"}),
     **dict.fromkeys(("ssh_port", "ssh_key", "strict_host_keys"), {"ssh"}),
     "network_interface": EVERYWHERE - {"local"},

@@ -4,7 +4,8 @@ with lab(["h0", "h1", "h2"]) as hosts, slurm(hosts[0], {hosts[1]: 2, hosts[2]: 1
     cluster.run(["srun", "--nodes", "2", "hostname"])
 
 The nodes pretend to have GPUs of the type `lab`, as many as CPUs. Two partitions over all nodes: jobs in `urgent`
-preempt those in `main`, which are put back into the queue. A node that does not answer is given up after ten seconds.
+preempt those in `main`, which are put back into the queue. A node that does not answer is given up after ten seconds,
+or another time.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ class Cluster:
 
 
 @contextmanager
-def slurm(controller: Host, nodes: Mapping[Host, int]) -> Iterator[Cluster]:
+def slurm(controller: Host, nodes: Mapping[Host, int], node_timeout: int = NODE_TIMEOUT) -> Iterator[Cluster]:
     """Slurm with so many CPUs on each node; the test is skipped where it is not installed."""
     path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
     if absent := [tool for tool in _TOOLS if not shutil.which(tool, path=path)]:
         pytest.skip(f"needs {', '.join(absent)}: apt-get install slurmd slurmctld slurm-client munge")
     folder = controller.folder.parent / "slurm"
     folder.mkdir()
-    (folder / "slurm.conf").write_text(_configuration(controller, nodes, folder))
+    (folder / "slurm.conf").write_text(_configuration(controller, nodes, folder, node_timeout))
     # Each host's own: in what they share, one host would find another's folder in the way.
     (folder / "mpi.conf").write_text("PMIxCliTmpDirBase=/dev/shm\n")
     (folder / "gres.conf").write_text(_pretended_gpus(nodes, folder))
@@ -109,7 +110,7 @@ def _pretended_gpus(nodes: Mapping[Host, int], folder: Path) -> str:
     )
 
 
-def _configuration(controller: Host, nodes: Mapping[Host, int], folder: Path) -> str:
+def _configuration(controller: Host, nodes: Mapping[Host, int], folder: Path, node_timeout: int) -> str:
     lines = [
         "ClusterName=lab",
         f"SlurmctldHost={controller.name}({controller.address})",
@@ -131,7 +132,7 @@ def _configuration(controller: Host, nodes: Mapping[Host, int], folder: Path) ->
         f"SlurmdLogFile={folder}/slurmd.%n.log",
         f"SlurmdSpoolDir={folder}/spool.%n",
         f"StateSaveLocation={folder}/state",
-        f"SlurmdTimeout={NODE_TIMEOUT}",
+        f"SlurmdTimeout={node_timeout}",
         "ReturnToService=2",
         "LaunchParameters=use_interactive_step",
         "JobRequeue=1",

@@ -93,7 +93,7 @@ def test_sixteen_ranks_a_host_start_with_sshds_default_limits(hosts: list[Host],
     }
     job_file.write_text(json.dumps(job))
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=accept-new"]
-    hosts[0].run(head_command(job_file, hosts[0].address, ssh), timeout=200)
+    hosts[0].run(head_command(job_file, hosts[0].address, "each", ssh), timeout=200)
     endings = map(json.loads, (job_file.parent / "endings.jsonl").read_text().splitlines())
     assert sorted((of["rank"], of["host"], of["status"]) for of in endings) == [
         (rank, f"h{rank // 16 + 1}", 0) for rank in range(48)

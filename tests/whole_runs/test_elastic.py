@@ -259,8 +259,16 @@ def test_one_that_hangs_is_taken_out(
         (("--processes", 2, "--min-processes", 2), "--min-processes is for runs that go on"),
         (("--processes", 2, "--elastic", "--min-processes", 3), "--min-processes 3 of 2 processes"),
         (
-            ("--launcher", "slurm", "--elastic"),
-            "--elastic is not possible yet for a run that is started as a Slurm job",
+            ("--launcher", "kubernetes", "--elastic"),
+            "--elastic is not possible yet for a run that is started on Kubernetes",
+        ),
+        (
+            ("--launcher", "slurm", "--container-image", "i", "--elastic"),
+            "--elastic is not possible yet for a run that is started as a Slurm job in containers",
+        ),
+        (
+            ("--launcher", "slurm", "--elastic", "--device", "auto"),
+            "--elastic is not possible yet on GPUs, which a job has without --device cpu",
         ),
     ],
 )

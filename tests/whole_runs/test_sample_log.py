@@ -7,25 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from elastic_runs import RECIPE, STEPS, Fault, events, with_faults
+from elastic_runs import RECIPE, STEPS, Fault, assert_each_once, events, with_faults
 from real_runs import Start, finish
 
-from hvd_lb.data.dataset import open_dataset
-from hvd_lb.replay.recorded import open_run
 from hvd_lb.report.samples import SampleLog, samples_of
-
-
-def assert_each_once(run: Path, steps: int) -> None:
-    """Each virtual worker of each step had its images once, by one process, and no other image."""
-    recipe = open_run(run).recipe
-    plan = recipe.sample_plan(len(open_dataset("digits").train))
-    samples = samples_of(run)
-    assert sorted(samples) == list(range(steps))
-    for step, given in samples.items():
-        of_workers = (
-            plan.image_ids(*divmod(step, plan.steps_per_epoch), worker) for worker in range(recipe.gpus)
-        )
-        assert given == {worker: [ids.tolist()] for worker, ids in enumerate(of_workers) if len(ids)}
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
-"""The head of a job: `python -P -m hvd_lb.launch.agent.head JOB.json ADDRESS each|all [COMMAND…]`.
+"""The head of a job: `python -P -m hvd_lb.launch.agent.head JOB.json ADDRESS each|nodes|all [COMMAND…]`.
 
 It listens on ADDRESS, has an agent started on each host, and holds the job together: what one agent publishes for the
 rendezvous goes to all; when a rank fails or a host is lost, all are ended; the exit status is 0 when all ranks ended
-well. `each` starts agents one by one, with COMMAND (ssh …) in front where the host is another machine; `all` runs
-COMMAND (srun …) once, which starts one agent on every host.
+well. `each` starts agents one by one, with COMMAND (ssh …) in front where the host is another machine, `nodes` with
+COMMAND (srun …) in front for every host; `all` runs COMMAND (srun …) once, which starts one agent on every host.
 
 The launching process, if there is one, holds the other end of a socket (`CONTROL`): lines of JSON, downwards
 {"signal": 10, "rank": 3 or null} and {"stop": true}, of an elastic job also {"again": true}, {"come": "h4", "slots": 2,
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lb.launch.agent.connection import ConnectionLost, Patience, answer
-from hvd_lb.launch.agent.logins import LOGIN_TRIES, Logins
+from hvd_lb.launch.agent.logins import LOGIN_TRIES, Logins, taken_out
 from hvd_lb.launch.agent.members import Host, Members
 from hvd_lb.launch.agent.places import name_ranks, ranks_by_host
 from hvd_lb.launch.agent.process import allow_open_files
@@ -53,7 +53,7 @@ class Head:
     """One job from its start to its end."""
 
     def __init__(self, job: dict[str, Any], job_file: Path, how: str, command: Sequence[str]):
-        self._how, self._logins = how, Logins(job_file, command)
+        self._how, self._logins = how, Logins(job_file, how, command)
         self._places: list[tuple[str, int]] = [(name, slots) for name, slots in job["hosts"]]
         self.hosts = {name: Host(name, set(ranks)) for name, ranks in ranks_by_host(self._places).items()}
         self.waited_for = {rank for host in self.hosts.values() for rank in host.ranks}
@@ -76,8 +76,8 @@ class Head:
         server = await asyncio.start_server(self._welcome, address, 0, backlog=1024)
         port = server.sockets[0].getsockname()[1]
         self._meeting = {"address": address, "port": port, "secret": self._secret.hex()}
-        one_by_one = self._how == "each"
-        starting = [self._keep(host) for host in self.hosts.values()] if one_by_one else [self._start_all()]
+        at_once = self._how == "all"
+        starting = [self._start_all()] if at_once else [self._keep(host) for host in self.hosts.values()]
         self._tasks: list[asyncio.Task[None]] = []
         for work in (*starting, self._watch(), *self._controlled()):
             self._begin(work)
@@ -143,6 +143,8 @@ class Head:
             late.cancel()
         if not host.connected.is_set():
             self.lose(host, f"its agent did not start: {why}")
+            if self._members and self._how == "nodes" and taken_out(why):
+                self._members.give_up(host, "Slurm has taken it out of the job")
 
     def _lose_late(self, host: Host) -> None:
         if host.away and not host.connected.is_set():

@@ -4,7 +4,7 @@ It reads one line: where the head listens, and the job's secret. It connects, st
 rendezvous, and tells the head what they put there, what they tell, and how each ends. HOST may be left out in a task of
 Slurm. Its life is the connection: when that ends, or is silent for about a minute, it kills its ranks and ends.
 Signals that a scheduler sends to all processes are left to the ranks, which end with a checkpoint; then so does the
-agent.
+agent. One that has lost the head of an elastic job of Slurm sees to it that the job does not run on without anybody.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from hvd_lb.launch.agent.process import allow_open_files, end_predecessors
 from hvd_lb.launch.agent.ranks import HostRanks, RankEnd
 from hvd_lb.launch.agent.rendezvous import Rendezvous
 from hvd_lb.launch.rank.names import MEMBER, log_name
+from hvd_lb.machine.slurm import put_back_without_script
 from hvd_lb.world.launched import without_job
 
 _TELL_SECONDS = 1.0
@@ -85,14 +86,17 @@ class Agent:
         self._connection.send("started", pids=started)
 
     async def run(self) -> int:
-        """Until the ranks have ended, or the head has."""
+        """Until the ranks have ended, or the head says so. `ConnectionLost` where it says no more."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, lambda: None)
-        tasks = [asyncio.create_task(work) for work in (self._over.wait(), self._listen(), self._tell())]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
+        listening = asyncio.create_task(self._listen())
+        tasks = [listening, *(asyncio.create_task(work) for work in (self._over.wait(), self._tell()))]
+        done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in others:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*others, return_exceptions=True)
+        if listening in done:
+            listening.result()
         return int(self.ranks.alive)
 
     async def _tell(self) -> None:
@@ -185,6 +189,9 @@ def main() -> int:
         return asyncio.run(serve(job_file, host, json.loads(line)))
     except ConnectionLost as lost:
         print(f"hvd-lb: {lost}", file=sys.stderr)
+        job = json.loads(job_file.read_text("utf-8"))
+        if job.get("starter") == "slurm" and job.get("elastic"):
+            put_back_without_script(os.environ["SLURM_JOB_ID"])
         return 1
 
 

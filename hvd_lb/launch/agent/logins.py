@@ -1,4 +1,4 @@
-"""How a head has agents started: by command lines, on other machines over ssh, or on all hosts at once by srun."""
+"""How a head has agents started: by command lines, on other machines over ssh or by srun, or by srun on all at once."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ _LOGINS_AT_ONCE = 8
 _LOGIN_SECONDS = 2.0  # then one has most likely come through, and the next may
 _REFUSED_LOGIN = re.compile("kex_exchange_identification|Connection (closed|reset) by|banner exchange")
 _SSH_FAILED = 255
+# What srun says of a node that Slurm has taken out of the job, as it was lost: no step gets there any more.
+_TAKEN_OUT = re.compile("Requested node configuration is not available|Invalid node name")
 _SAID = 1 << 16
 
 
@@ -43,17 +45,24 @@ class _Ended:
         return self.last or f"exit code {self.status}"
 
 
+def taken_out(why: str) -> bool:
+    """Whether an agent did not start, and never will, since its node is none of the job's any more."""
+    return bool(_TAKEN_OUT.search(why))
+
+
 class Logins:
     """The commands of a job that have started agents, and live as long as they do: `command` is `ssh …` or `srun …`."""
 
-    def __init__(self, job_file: Path, command: Sequence[str]):
-        self._job_file, self._command = job_file, command
+    def __init__(self, job_file: Path, how: str, command: Sequence[str]):
+        self._job_file, self._how, self._command = job_file, how, command
         self._at_once = asyncio.Semaphore(_LOGINS_AT_ONCE)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     async def on(self, host: str, line: bytes, connected: asyncio.Event, tries: int = LOGIN_TRIES) -> str:
         """Run the agent of one host, which is told `line`, until it ends; what it or ssh said last."""
         there = [*agent_command(self._job_file), host]
+        if self._how == "nodes":  # this one, too: its step has what the job has there
+            return str(await self._run(host, [*self._command, host, *there], line))
         if is_this_machine(host):
             return str(await self._run(host, there, line))
         exported = [f"{name}={os.environ[name]}" for name in ON_COMMAND_LINES if name in os.environ]

@@ -171,12 +171,22 @@ class Members:
         if host.connection:
             self._fill()
 
-    def release(self, host: Host) -> None:
-        """Its processes are to leave after the present step; those that have not joined end at once."""
+    def give_up(self, host: Host, why: str) -> None:
+        """It is away, and not tried again."""
+        self._forget(host)
+        self._head.note(f"{host.name} does not come back: {why}")
+        self._go_on()
+
+    def _forget(self, host: Host) -> None:
+        """It gets no processes any more."""
         host.wanted.clear()
         host.vacant.clear()
         self._failed.pop(host.name, None)
         self._generations.coming.discard(host.name)
+
+    def release(self, host: Host) -> None:
+        """Its processes are to leave after the present step; those that have not joined end at once."""
+        self._forget(host)
         self._head.note(f"{host.name} is to go: its processes leave after the present step")
         for rank in sorted(host.ranks):
             joined = rank in self._generations.members

@@ -26,14 +26,14 @@ def main(job_file: str) -> None:
     text = Path(job_file).read_text("utf-8")
     job: dict[str, Any] = json.loads(text)
     os.environ.update(job["environment"])
-    if job["starter"] == "slurm" and "HOROVOD_RANK" not in os.environ:
-        from hvd_lb.launch.rank.slurm import rank_environment
-
-        os.environ.update(rank_environment(os.environ))
     if member := os.environ.get(MEMBER):
         number, host, *there = member.split()
         rank, local_rank, local_size = map(int, (number, *there))
     else:
+        if job["starter"] == "slurm" and "HOROVOD_RANK" not in os.environ:
+            from hvd_lb.launch.rank.slurm import rank_environment
+
+            os.environ.update(rank_environment(os.environ))
         rank = this_rank()
         hosts = [Host(name, slots) for name, slots in job["hosts"]]
         host, local_rank, local_size = place_of_rank(hosts, rank)

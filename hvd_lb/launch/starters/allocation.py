@@ -167,9 +167,10 @@ def srun_command(
     Each sees the `gpus` that the job has on its node. The job ends when one rank fails. `mpi` is a value of srun's
     --mpi, such as pmix.
     """
+    places = [name for name, count in hosts for _ in range(count)]
     return [
-        *_srun([name for name, count in hosts for _ in range(count)], gpus, mpi, container),
-        *("--kill-on-bad-exit=1", "--input=none", "--unbuffered"),
+        *_srun(len(places), len(hosts), gpus, mpi, container),
+        *(f"--nodelist={','.join(places)}", "--kill-on-bad-exit=1", "--input=none", "--unbuffered"),
         *command,
     ]
 
@@ -178,7 +179,13 @@ def one_per_node(
     nodes: Sequence[str], command: Sequence[str], *, gpus: int = 0, container: PyxisContainer | None = None
 ) -> list[str]:
     """Starts `command` once on each node; all read what srun reads, and answer in whole lines, in any order."""
-    return [*_srun(nodes, gpus, "none", container), "--kill-on-bad-exit=0", "--input=all", *command]
+    srun = _srun(len(nodes), len(nodes), gpus, "none", container)
+    return [*srun, f"--nodelist={','.join(nodes)}", "--kill-on-bad-exit=0", "--input=all", *command]
+
+
+def one_somewhere(*, gpus: int = 0) -> list[str]:
+    """Starts a command once, on the node that follows; after that comes the command, which reads what srun reads."""
+    return [*_srun(1, 1, gpus, "none", None), "--input=all", "--nodelist"]
 
 
 def on_node(node: str, command: Sequence[str]) -> list[str]:
@@ -186,13 +193,12 @@ def on_node(node: str, command: Sequence[str]) -> list[str]:
     return one_per_node([node], command)
 
 
-def _srun(places: Sequence[str], gpus: int, mpi: str, container: PyxisContainer | None) -> list[str]:
-    """srun with one task for each place, a node's name, in this order."""
+def _srun(tasks: int, nodes: int, gpus: int, mpi: str, container: PyxisContainer | None) -> list[str]:
+    """srun with so many tasks on so many nodes; a `--nodelist` of as many names as tasks says which are where."""
     return [
         "env",
         *(word for name in _UNSET for word in ("-u", name)),
-        *("srun", "--distribution=arbitrary", f"--nodelist={','.join(places)}"),
-        *(f"--nodes={len(set(places))}", f"--ntasks={len(places)}"),
+        *("srun", "--distribution=arbitrary", f"--nodes={nodes}", f"--ntasks={tasks}"),
         # Beside a task that the job may have already, also with more GPUs than cores; all cores to each, whatever the
         # site binds tasks to.
         *([f"--gpus-per-node={gpus}"] if gpus else []),

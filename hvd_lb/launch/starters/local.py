@@ -25,7 +25,7 @@ def local(processes: int, environment: Mapping[str, str]) -> LaunchPlan:
     command = (
         partial(mpirun_command, hosts, interfaces=["lo"])
         if mpi
-        else partial(head_command, address="127.0.0.1")
+        else partial(head_command, address="127.0.0.1", how="each")
     )
     return LaunchPlan(
         "local", hosts, command, interfaces={_HERE: "lo"}, environment=environment, agents=not mpi

@@ -15,7 +15,7 @@ from hvd_lb.launch.launch_plan import LaunchPlan, agent_command, head_command, r
 from hvd_lb.launch.preflight import probe
 from hvd_lb.launch.preflight.ask import NOT_INSTALLED, Ask
 from hvd_lb.launch.preflight.cluster import Cluster
-from hvd_lb.launch.starters.allocation import PyxisContainer, one_per_node, srun_command
+from hvd_lb.launch.starters.allocation import PyxisContainer, one_per_node, one_somewhere, srun_command
 
 _ANSWER_SECONDS = 120.0
 _SECONDS_PER_HOST = 0.5  # all read Python from one file system
@@ -51,19 +51,24 @@ def over_srun(
     gpus: int,
     environment: Mapping[str, str],
     container: PyxisContainer | None = None,
+    *,
+    elastic: bool = False,
 ) -> LaunchPlan:
     """`processes` on the nodes of an allocation, with `gpus` on each.
 
-    By one step: of a task on each node, its agent; or of a task for each rank, where Open MPI has to find them.
+    By one step: of a task on each node, its agent; or of a task for each rank, where Open MPI has to find them. An
+    `elastic` job has a step for each node: no other ends with it, and it can be taken again.
     """
     hosts = assign(cluster.hosts, processes)
     python = _python(container)
     mpi = _mpi_plugin() if needs_mpi(environment) else None
 
     def agents(job_file: Path) -> list[str]:
+        if elastic:
+            return head_command(job_file, cluster.address, "nodes", one_somewhere(gpus=gpus))
         agent = agent_command(job_file, python)
         srun = one_per_node([host.name for host in hosts], agent, gpus=gpus, container=container)
-        return head_command(job_file, cluster.address, srun=srun)
+        return head_command(job_file, cluster.address, "all", srun)
 
     def tasks(job_file: Path) -> list[str]:
         places = [(host.name, host.slots or 1) for host in hosts]

@@ -51,7 +51,7 @@ def over_ssh(
     command = (
         partial(mpirun_command, hosts, interfaces=interfaces, ssh=ssh)
         if mpi
-        else partial(head_command, address=cluster.address, ssh=ssh)
+        else partial(head_command, address=cluster.address, how="each", command=ssh)
     )
     return LaunchPlan(
         "ssh",

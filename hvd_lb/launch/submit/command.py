@@ -28,6 +28,7 @@ class Submission:
     image: str | None = None
     container_port: int = 12345  #: of the containers' sshd, on their hosts' network
     environment: Mapping[str, str] = field(default_factory=dict)
+    elastic: bool = False  #: it goes on when nodes are lost
 
     @property
     def nodes(self) -> int:

@@ -102,7 +102,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         ours, theirs = socket.socketpair()
         with (run / "launcher.log").open("wb") as log:
             process = subprocess.Popen(
-                head_command(run / "logs" / "job.json", "127.0.0.1", ssh),
+                head_command(run / "logs" / "job.json", "127.0.0.1", "each", ssh),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

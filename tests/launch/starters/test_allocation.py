@@ -151,7 +151,6 @@ def test_srun_fills_the_nodes_in_order() -> None:
     assert command[command.index("srun") :] == [
         "srun",
         "--distribution=arbitrary",
-        "--nodelist=h3,h3,h1",
         "--nodes=2",
         "--ntasks=3",
         "--overlap",
@@ -159,6 +158,7 @@ def test_srun_fills_the_nodes_in_order() -> None:
         "--cpu-bind=none",
         "--mpi=none",
         "--export=HOME,PATH,LD_LIBRARY_PATH,PYTHONPATH",
+        "--nodelist=h3,h3,h1",
         "--kill-on-bad-exit=1",
         "--input=none",
         "--unbuffered",
@@ -178,7 +178,6 @@ def test_one_task_per_node_reads_what_srun_reads() -> None:
     command = one_per_node(["h1", "h2"], ["probe"], container=PyxisContainer("img:1", ("/data", "/out put")))
     assert command[command.index("srun") + 1 :] == [
         "--distribution=arbitrary",
-        "--nodelist=h1,h2",
         "--nodes=2",
         "--ntasks=2",
         "--overlap",
@@ -188,6 +187,7 @@ def test_one_task_per_node_reads_what_srun_reads() -> None:
         "--export=HOME,PATH,LD_LIBRARY_PATH,PYTHONPATH",
         "--container-image=img:1",
         "--container-mounts=/data:/data,/out put:/out put",
+        "--nodelist=h1,h2",
         "--kill-on-bad-exit=0",
         "--input=all",
         "probe",

@@ -101,6 +101,12 @@ def test_over_srun_one_task_a_node_starts_its_ranks(monkeypatch: pytest.MonkeyPa
     assert {"--nodelist=h1,h2", "--ntasks=2", "--gpus-per-node=4", "--input=all"} < set(srun)
     assert srun[-5:] == [sys.executable, "-P", "-m", "hvd_lb.launch.agent.host", str(JOB)]
     assert launch.agents
+    # An elastic job has a step for each node, by its name and what is to be run there.
+    command = over_srun(cluster(), 3, 4, {}, elastic=True).command(JOB)
+    assert command[: len(HEAD) + 2] == [*HEAD, "10.0.0.1", "nodes"]
+    srun = command[command.index("srun") :]
+    assert {"--nodes=1", "--ntasks=1", "--gpus-per-node=4", "--input=all"} < set(srun)
+    assert srun[-1] == "--nodelist"
     # Open MPI is started by Slurm itself, a task for each rank.
     monkeypatch.setattr("hvd_lb.launch.starters.srun._mpi_plugin", lambda: "pmix")
     launch = over_srun(cluster(), 3, 0, {"HOROVOD_CPU_OPERATIONS": "MPI"})

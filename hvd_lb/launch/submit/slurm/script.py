@@ -84,6 +84,8 @@ def script(submission: Submission, options: SlurmOptions, program: Sequence[str]
         ("signal", f"B:USR1@{SIGNAL_SECONDS}" if options.requeue else f"B:TERM@{SIGNAL_SECONDS}"),
     ]
     lines = [f"--{name}={_value(name, str(value))}" for name, value in directives if value is not None]
+    # The loss of a node would end the job; that of the script's own puts it back into the queue (`agent.host`).
+    lines += ["--no-kill"] if submission.elastic else []
     lines += ["--requeue" if options.requeue else "--no-requeue", *map(_line, options.lines)]
     command = shlex.join([*program, *submission.arguments, *_arguments(submission, options)])
     body = _REQUEUE.format(command=command) if options.requeue else f"\nexec {command}\n"
