@@ -30,7 +30,14 @@ SIDES: dict[str, tuple[str, list[str | Path], dict[str, object]]] = {
     "DDP": ("ddp.py", TORCHRUN, {}),
     "Horovod": ("stock_horovod.py", HOROVODRUN, {}),
     "bare": ("bare.py", TORCHRUN, {}),
+    "hvd-lb, fp16": ("ours.py", HOROVODRUN, {"compress": "fp16"}),
+    "hvd-lb, torch, fp16": ("ours.py", TORCHRUN, {"compress": "fp16"}),
+    "hvd-lb, torch, bf16": ("ours.py", TORCHRUN, {"compress": "bf16"}),
+    "DDP, fp16": ("ddp.py", TORCHRUN, {"compress": "fp16"}),
+    "Horovod, fp16": ("stock_horovod.py", HOROVODRUN, {"compress": "fp16"}),
 }
+# Gradients in half precision on the wire: when asked for.
+COMPRESSED = [side for side, (_, _, fields) in SIDES.items() if "compress" in fields]
 PEERS_OF_ALL = ("DDP", "Horovod", "bare")
 
 
@@ -53,7 +60,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        choices=SIDES,
+        default=[side for side in SIDES if side not in COMPRESSED],
+        help=f"not by default, with gradients in half precision on the wire: {', '.join(COMPRESSED)}",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

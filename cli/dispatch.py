@@ -37,7 +37,7 @@ from hvd_lb.recipe import Recipe
 from hvd_lb.report.text import count
 from hvd_lb.resolve import check_options, explain, resolve
 from hvd_lb.track.target import refuse_untracked
-from hvd_lb.world.engine import Engine, choose_engine
+from hvd_lb.world.engine import Engine, choose_engine, refuse_unsummed
 from hvd_lb.world.launched import launched_alone
 from hvd_lb_cli.arguments import without_secrets
 from hvd_lb_cli.options.given import refuse_options
@@ -159,6 +159,8 @@ def _train(
         known = {host.name: host.slots or 1 for host in launch_plan.hosts}
         discovery = Discovery(script, known, partial(newcomers, request, ask))
     refuse_of_horovod(context, launch_plan.engine, launch_plan.why_engine)
+    if placement.processes > 1:
+        refuse_unsummed(launch_plan.engine, recipe.compress)
     elastic = options.launch.min_processes if options.launch.elastic else None
     if elastic is not None:
         refuse_elastic(placement, launch_plan, recipe, elastic)

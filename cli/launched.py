@@ -18,7 +18,7 @@ from hvd_lb.launch.agent.process import dies_with_parent
 from hvd_lb.launch.launch_plan import START_SECONDS, LaunchPlan, rank_command
 from hvd_lb.launch.options import HANG_TIMEOUT, START_TIMEOUT, environment
 from hvd_lb.track.target import refuse_untracked
-from hvd_lb.world.engine import refuse_unconnected
+from hvd_lb.world.engine import refuse_unconnected, refuse_unsummed
 from hvd_lb.world.launched import Place
 from hvd_lb_cli.arguments import without_secrets
 from hvd_lb_cli.options.given import refuse_options
@@ -107,6 +107,7 @@ def _launch(context: click.Context, options: TrainOptions, place: Place, line: s
         resolved = resolve(
             options.fields, recipe=options.recipe, default_gpus=place.size, on_progress=on_progress
         )
+    refuse_unsummed(engine, resolved.recipe.compress)
     placement = place_ranks(place, ranks, device, resolved.recipe, pin=options.launch.pin)
     hosts = hosts_of(ranks)
     # The ranks have theirs, but for what became of --data here: queries of signed URLs.

@@ -51,6 +51,7 @@ def _check_together(value: Any) -> Any:
 
 
 OnNan = Literal["stop", "rollback"]
+Compress = Literal["none", "fp16", "bf16"]
 OptimizerKind = Literal["sgd", "lars", "lamb"]
 Shuffle = Literal["global", "per-worker"]
 Sampling = Literal["uniform", "balanced"]
@@ -348,6 +349,12 @@ class Recipe(BaseModel):
     )
     weight_decay: float = Field(1e-4, ge=0, description="L2 penalty λ; none on batch norm's γ and β.")
 
+    compress: Compress = Field(
+        "none",
+        description="Exchange gradients between processes in half precision, fp16 or bf16 (--engine torch): half the "
+        "bytes, with a rounding of its own.",
+    )
+
     # exactness
     reproducible: bool = Field(
         False, description="Bitwise the same run on any number of processes (docs/exactness.md)."
@@ -459,6 +466,12 @@ class Recipe(BaseModel):
             raise _conflict(
                 "audits compare bits, which are the same on all processes with --reproducible only: add it",
                 "audit",
+                "reproducible",
+            )
+        if self.compress != "none" and self.reproducible:
+            raise _conflict(
+                "the same bits need exact sums, which half precision does not hold: leave one of them out",
+                "compress",
                 "reproducible",
             )
         if self.sampling == "balanced" and self.class_weights == "balanced":

@@ -14,7 +14,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -29,7 +29,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import GROWTH_BITS, FixedPointOverflow
-from hvd_lb.optim.buckets import DTYPES, Arriving, Bucket, FixedPointBucket, Riders, Slot, plan_buckets
+from hvd_lb.optim.buckets import (
+    DTYPES,
+    Arriving,
+    Bucket,
+    FixedPointBucket,
+    Riders,
+    Slot,
+    half,
+    plan_buckets,
+)
 from hvd_lb.optim.state_dict import broadcast_optimizer, broadcast_tensors
 from hvd_lb.optim.watched import Lookout, gradient
 from hvd_lb.world import Handle, World, current
@@ -97,6 +106,11 @@ class DistributedOptimizer(Optimizer):
         backwards of a step, those of all processes counted together. `synchronize` and `step` may then raise
         `FixedPointOverflow`, on all processes alike and with the gradients cleared: the step's backwards have to be
         run again. Until the last backward gradients can neither be read nor set.
+    compress: "fp16" or "bf16": between processes gradients are exchanged, and added up, in that type: half the bytes of
+        fp32, with a rounding of its own (docs/performance.md). An element that is too large for it becomes infinite.
+        Not with `reproducible_terms`; Horovod has no bf16.
+    images: with `compress`, about how many images a step has on all processes, where losses are sums over images; by
+        default losses are means over those of a process. It only keeps numbers in the range of fp16.
     riders: integers that travel in the gradients' exchange; after `synchronize` their sums are in `carried`. With
         gradients on a GPU, to wait for them is to wait for the exchange, which `synchronize` does not.
 
@@ -115,11 +129,19 @@ class DistributedOptimizer(Optimizer):
         bucket_bytes: int = 25 * 2**20,
         reproducible_terms: int | None = None,
         riders: Riders | None = None,
+        compress: Literal["none", "fp16", "bf16"] = "none",
+        images: int | None = None,
     ) -> None:
         # Optimizer.__init__ is left out: groups, defaults, state and hooks are the wrapped optimizer's own,
         # and its step fires the hooks, once.
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, DistributedOptimizer):
             raise TypeError(f"expected a plain torch optimizer, got {type(optimizer).__name__}")
+        if compress not in ("none", "fp16", "bf16"):
+            raise ValueError(f"compress={compress!r}; expected none, fp16 or bf16")
+        if images is not None and images < 1:
+            raise ValueError(f"images={images}; a step has 1 or more")
+        if compress != "none" and reproducible_terms is not None:
+            raise ValueError(f"compress={compress!r} with reproducible_terms: exact sums have no fewer bits")
         self.optimizer = optimizer
         self.world = current() if world is None else world
         self.steps = 0
@@ -129,6 +151,8 @@ class DistributedOptimizer(Optimizer):
         self._bucket_bytes = bucket_bytes
         self._terms = reproducible_terms
         self._riders = riders
+        alone = compress == "none" or self.world.size == 1
+        self._compress = None if alone else half(compress, images or self.world.size)
         self._carrier: Bucket | None = None
         self.carried: Arriving | None = None
         number = (
@@ -156,6 +180,8 @@ class DistributedOptimizer(Optimizer):
         self._own_digests: dict[Bucket, Tensor] | None = None  # as well
         #: Called when a bucket's exchange begins, with its number and bytes: for whoever measures.
         self.on_exchange: Callable[[int, int], None] | None = None
+        if self._compress:  # an engine that does not add such numbers says so now
+            self.world.allreduce(torch.zeros(1, dtype=self._compress.dtype), f"{self._name}.compress")
         self._adopt()
         if self.world.size > 1:
             further = {name: p for p, name in self._names.items() if p not in self._known}
@@ -440,7 +466,7 @@ class DistributedOptimizer(Optimizer):
             takes_riders = self._carrier is None and members is planned[-1] and self.world.size > 1
             riders = self._riders.count if self._riders and takes_riders else 0
             bucket = (
-                Bucket(members, name, riders)
+                Bucket(members, name, riders, self._compress)
                 if self._terms is None
                 else FixedPointBucket(members, name, self._terms, riders)
             )
@@ -482,6 +508,7 @@ class DistributedOptimizer(Optimizer):
                 self._bucket_bytes,
                 self._terms,
                 self._riders and self._riders.count,
+                self._compress and [str(self._compress.dtype), self._compress.scale],
             ],
             *([self._label(p), list(p.shape), str(p.dtype), p.requires_grad] for p in parameters),
             *([name, list(p.shape), str(p.dtype)] for p, name in self._names.items()),

@@ -240,6 +240,8 @@ class Trainer:
             schedule=self.schedule,
             reproducible_terms=recipe.gpus if recipe.reproducible else None,
             riders=Riders(signal.NSIG + (3 if membership else 1), self._to_say),
+            compress=recipe.compress,
+            images=recipe.global_batch,
         )
         # A microbatch's loss is a sum: dividing by n gives the scale the gradients of a mean would get.
         scaler = torch.amp.GradScaler(

@@ -3,7 +3,7 @@
 Sums and maxima, never means: the normaliser of a gradient is the global minibatch and is applied once, by the optimizer
 (paper remark 3). Every method except the ranks is collective: all processes call it with the same name,
 shapes and dtypes. What is asynchronous they may start in any order: names tell what belongs together. Reductions are of
-int32, int64, fp16, fp32 and fp64.
+int32, int64, fp16, fp32 and fp64, and of bf16 where the engine is torch.
 """
 
 from __future__ import annotations

@@ -43,5 +43,13 @@ def refuse_unconnected(asked: EngineName, place: Place) -> None:
         )
 
 
+def refuse_unsummed(engine: Engine, compress: str) -> None:
+    """UserError where several processes are to exchange gradients in a type that the engine does not add up."""
+    if engine == "horovod" and compress == "bf16":
+        raise UserError(
+            "--compress bf16, but Horovod adds up no bf16: use --engine torch, or --compress fp16"
+        )
+
+
 def _connects(place: Place) -> bool:
     return place.launcher in _OF_HOROVOD

@@ -46,8 +46,8 @@ _WAIT = timedelta(seconds=1800)
 # Between processes that are all there: one that dies meanwhile is to hold up the others no longer.
 _CONNECT = timedelta(seconds=20)
 _LOOK_SECONDS = 0.05
-# Those that Horovod adds up, too.
-_NUMBERS = (torch.int32, torch.int64, torch.float16, torch.float32, torch.float64)
+# Those that Horovod adds up, too, and bf16.
+_NUMBERS = (torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # All processes make equally many in a start.
 _worlds: dict[str, Iterator[int]] = defaultdict(itertools.count)
 

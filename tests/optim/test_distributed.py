@@ -248,6 +248,15 @@ class TestMisuse:
             loss_sum(model, batches(1)[0]).backward()
         opt.zero_grad()
 
+    def test_compression(self) -> None:
+        for options, message in (
+            ({"compress": "fp8"}, "expected none, fp16 or bf16"),
+            ({"compress": "fp16", "reproducible_terms": 4}, "exact sums have no fewer bits"),
+            ({"compress": "fp16", "images": 0}, "images=0"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                wrap(convnet(), **options)
+
     def test_counts(self) -> None:
         model = convnet()
         opt = wrap(model)

@@ -6,7 +6,7 @@ import pytest
 
 from hvd_lb.errors import UserError
 from hvd_lb.world import engine
-from hvd_lb.world.engine import choose_engine
+from hvd_lb.world.engine import choose_engine, refuse_unsummed
 from hvd_lb.world.launched import Place
 
 
@@ -33,6 +33,13 @@ def test_horovod_is_the_default_wherever_it_can_connect_processes() -> None:
         with pytest.raises(UserError, match=rf"{launcher} started .*horovodrun -np 2"):
             choose_engine("horovod", Place(launcher, 0, 2))
     assert choose_engine("torch", Place("horovodrun", 0, 2))[0] == "torch"
+
+
+def test_bf16_is_refused_where_horovod_exchanges() -> None:
+    with pytest.raises(UserError, match="--compress bf16, but Horovod .* use --engine torch"):
+        refuse_unsummed("horovod", "bf16")
+    for engine_and_type in (("horovod", "fp16"), ("horovod", "none"), ("torch", "bf16")):
+        refuse_unsummed(*engine_and_type)
 
 
 @pytest.mark.usefixtures("no_horovod")

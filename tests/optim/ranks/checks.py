@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hvd_lb.world
+from hvd_lb.errors import UserError
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.optim import SGD, DistributedOptimizer, parameter_groups
+from hvd_lb.optim.buckets import Riders
 from hvd_lb.optim.state_dict import flatten_state
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.training.batchnorm import running_statistics
@@ -410,12 +412,13 @@ def buckets_that_fill_in_another_order_on_each_process(world: World) -> None:
 
 @check
 def fixed_point_sums_have_the_same_bits_on_any_number_of_processes(world: World) -> None:
-    """Seven virtual workers, then five: shared by all processes, or all on this one."""
-    for dtype in (torch.float32, torch.float64):
+    """Seven virtual workers, then five, or two and one: shared by all processes, or all on this one."""
+    few_and_many = ((2, (2, 1, 2)), (7, (7, 5, 7)))
+    for dtype, (terms, counts) in itertools.product((torch.float32, torch.float64), few_and_many):
         model, alone = convnet().to(dtype), convnet().to(dtype)
-        opt = wrap(model, world, reproducible_terms=7)
-        single = wrap(alone, Solo(), reproducible_terms=7)
-        for step, workers in enumerate((7, 5, 7)):
+        opt = wrap(model, world, reproducible_terms=terms)
+        single = wrap(alone, Solo(), reproducible_terms=terms)
+        for step, workers in enumerate(counts):
             data = [(x.to(dtype), y) for x, y in (batch(100 * step + j) for j in range(workers))]
             mine = [data[j] for j in hosted(world.rank, world.size, workers)]
             for trained, o, own in ((model, opt, mine), (alone, single, data)):
@@ -424,6 +427,44 @@ def fixed_point_sums_have_the_same_bits_on_any_number_of_processes(world: World)
                 o.step(images=4 * len(own))
             assert difference(model, alone) == 0, (dtype, step)
         assert opt.state_dict()["exponents"] == single.state_dict()["exponents"]
+
+
+@check
+def gradients_in_half_precision_on_the_wire(world: World) -> None:
+    """Near those in fp64, with minibatches whose sums fp16 would not hold; riders and absent gradients stay exact."""
+    images = 2**17  # of which each one here stands for many
+    for compress, most in (("fp16", 2e-3), ("bf16", 2e-2)):
+        model, reference = convnet().float(), convnet()
+        riders = Riders(3, lambda: (1, 70_000 + world.rank, 0))
+        if compress == "bf16" and isinstance(world, HorovodWorld):
+            with pytest.raises(UserError, match="Horovod adds up no bf16"):
+                wrap(model, world, compress=compress)
+            continue
+        opt = wrap(model, world, compress=compress, images=images, riders=riders)
+        data = [batch(10 + r) for r in range(world.size)]
+        x, y = data[world.rank]
+        (images / (4 * world.size) * loss_sum(model[1:], (model[0](x.float()), y))).backward()
+        opt.synchronize(global_images=images)
+        (sum(loss_sum(reference, d) for d in data) / (4 * world.size)).backward()
+        ours, theirs = (
+            torch.cat([p.grad.flatten().double() for p in of.parameters()]) for of in (model, reference)
+        )
+        error = (ours - theirs).norm() / theirs.norm()
+        assert 1e-6 < error < most, error
+        assert opt.carried is not None
+        assert opt.carried.wait() == [world.size, 70_000 * world.size + sum(range(world.size)), 0]
+
+
+@check
+def what_half_precision_does_not_hold_is_infinite_on_all(world: World) -> None:
+    bystander, large = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    opt = DistributedOptimizer(torch.optim.SGD([bystander, large], 1.0), world=world, compress="fp16")
+    (large.sum() * (1e6 if world.rank == 0 else 1.0)).backward()
+    opt.synchronize()
+    assert bystander.grad is None
+    assert large.grad is not None
+    assert bool(large.grad.isinf().all())
+    opt.zero_grad()
 
 
 @check
