@@ -7,7 +7,7 @@ from pathlib import Path
 import rich_click as click
 
 from hvd_lb.errors import UserError
-from hvd_lb_cli.sweep.argument import FOLDER, last_epochs
+from hvd_lb_cli.sweep.argument import FOLDER, check_only, last_epochs, only_fields
 
 
 @click.command()
@@ -24,14 +24,23 @@ from hvd_lb_cli.sweep.argument import FOLDER, last_epochs
 @click.option(
     "--baseline", metavar="SETTING", help="Whose noise is the measure [default: the smallest minibatch]"
 )
+@only_fields
 @last_epochs
-def figure(folder: Path, output: Path, curves: tuple[str, ...], baseline: str | None, last: int) -> None:
+def figure(
+    folder: Path,
+    output: Path,
+    curves: tuple[str, ...],
+    baseline: str | None,
+    only: tuple[str, ...],
+    last: int,
+) -> None:
     """Draw error against minibatch with bars of two standard deviations, and tell the largest minibatch within noise.
 
     With --curves: validation error and training loss over epochs, the mean over the seeds and its range.
 
     \b
     hvd-lb sweep figure sweeps/fig1 --output figure1.png
+    hvd-lb sweep figure sweeps/fig1 --output warmup.png --vary gpus --vary warmup
     hvd-lb sweep figure sweeps/fig1 --output figure2.html --curves gpus=8 --curves gpus=256
     """
     from hvd_lb.report.page.page import page
@@ -42,18 +51,19 @@ def figure(folder: Path, output: Path, curves: tuple[str, ...], baseline: str | 
 
     if output.suffix.lower() not in (".png", ".html"):
         raise UserError(f"--output {output}: expected a name that ends in .png or .html")
-    if curves and baseline:
-        raise UserError(
-            "--baseline is for error against minibatch, and --curves ask for curves: give one of them"
-        )
+    for option in [*(["--baseline"] if baseline else []), *(["--vary"] if only else [])]:
+        if curves:
+            raise UserError(
+                f"{option} is for error against minibatch, and --curves ask for curves: give one of them"
+            )
     sweep = open_sweep(folder.expanduser())
     if curves:
         charts = curve_charts(sweep, [sweep.setting(text) for text in curves])
         sentence = "Mean over the seeds, and the range from the least to the largest."
     else:
-        found = results(sweep, last)
+        found = results(sweep, last, check_only(only, sweep))
         named = sweep.setting(baseline) if baseline else None
-        chosen = next((result for result in found if result.setting == named), None)
+        chosen = next((result for result in results(sweep, last) if result.setting == named), None)
         chart, sentence = minibatch_chart(sweep, found, chosen)
         charts = [chart]
     if not any(series.x for chart in charts for series in chart.series):

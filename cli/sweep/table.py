@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hvd_lb.errors import UserError
 from hvd_lb_cli.output.terminal import plain_console
-from hvd_lb_cli.sweep.argument import FOLDER, last_epochs
+from hvd_lb_cli.sweep.argument import FOLDER, check_only, last_epochs, only_fields
 
 if TYPE_CHECKING:
     from hvd_lb.sweep.plan import Sweep
@@ -30,8 +30,9 @@ _ENDINGS = {".md": "markdown", ".csv": "csv", ".html": "html"}
     help="[default: as --output ends; without it text]",
 )
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write .md, .csv or .html.")
+@only_fields
 @last_epochs
-def table(folder: Path, form: str | None, output: Path | None, last: int) -> None:
+def table(folder: Path, form: str | None, output: Path | None, only: tuple[str, ...], last: int) -> None:
     """Tell the error of each setting as the paper counts: of each run the median of its last 5 epochs, then mean and
     standard deviation over the seeds. Runs that have not come to their end are not counted.
     """
@@ -43,7 +44,7 @@ def table(folder: Path, form: str | None, output: Path | None, last: int) -> Non
         raise UserError(f"--output {output}: expected a name that ends in {', '.join(_ENDINGS)}, or --format")
     form = form or (_ENDINGS[output.suffix.lower()] if output else "text")
     sweep = open_sweep(folder.expanduser())
-    found = results(sweep, last)
+    found = results(sweep, last, check_only(only, sweep))
     if form == "text" and output is None:
         _print(sweep, found)
         click.echo(how(sweep, last))

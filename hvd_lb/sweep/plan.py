@@ -134,6 +134,10 @@ class Sweep:
             raise UserError(f"{text!r}: {several}: expected one of: {known}")
         return found[0]
 
+    def differs_in(self, setting: Setting) -> set[str]:
+        """The fields in which it is not as the recipe."""
+        return {name for name, value in setting.chosen if text_of(value) != text_of(self._base_value(name))}
+
     def value(self, setting: Setting, name: str) -> Any:
         return setting.values.get(name, self._base_value(name))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +78,15 @@ def unfinished(sweep: Sweep) -> list[Point]:
     return [point for point in sweep.points() if not (ended_after(point.run) or has_diverged(point))]
 
 
-def results(sweep: Sweep, epochs: int = LAST_EPOCHS) -> list[Result]:
-    """One for each setting, in their order."""
+def results(sweep: Sweep, epochs: int = LAST_EPOCHS, only: Collection[str] | None = None) -> list[Result]:
+    """One for each setting, in their order, and those that differ in `gpus` alone by their minibatch.
+
+    With `only` those that have the recipe's values in all fields but these.
+    """
     found = []
     for setting, planned in sweep.settings().items():
+        if only is not None and not sweep.differs_in(setting) <= set(only):
+            continue
         points = sweep.points_of(setting)
         errors = [error for point in points if (error := error_of(point, epochs)) is not None]
         recipe = points[0].recipe
@@ -90,7 +95,11 @@ def results(sweep: Sweep, epochs: int = LAST_EPOCHS) -> list[Result]:
         )
         diverged = sum(map(has_diverged, points))
         found.append(Result(setting, recipe.global_batch, rate, errors, diverged, planned))
-    return found
+    lines: dict[tuple[Any, ...], list[Result]] = {}
+    for result in found:
+        others = tuple(sweep.value(result.setting, name) for name in sweep.fields() if name != "gpus")
+        lines.setdefault(others, []).append(result)
+    return [one for line in lines.values() for one in sorted(line, key=lambda result: result.minibatch)]
 
 
 def within_noise(found: Sequence[Result], baseline: Result) -> Result | None:
@@ -112,7 +121,7 @@ def within_noise(found: Sequence[Result], baseline: Result) -> Result | None:
 
 def table(sweep: Sweep, found: Sequence[Result]) -> list[list[str]]:
     """Rows of texts, the first one of headings."""
-    fields = sweep.fields()
+    fields = _shown(sweep, found)
     heads = [
         *(name.replace("_", " ") for name in fields),
         "minibatch",
@@ -133,6 +142,14 @@ def table(sweep: Sweep, found: Sequence[Result]) -> list[list[str]]:
             for result in found
         ),
     ]
+
+
+def _shown(sweep: Sweep, found: Sequence[Result]) -> list[str]:
+    """The fields that tell these results apart; all, where there is nothing to tell apart."""
+    values = {
+        name: {text_of(sweep.value(result.setting, name)) for result in found} for name in sweep.fields()
+    }
+    return [name for name, of in values.items() if len(of) > 1] or sweep.fields()
 
 
 def how(sweep: Sweep, epochs: int = LAST_EPOCHS) -> str:

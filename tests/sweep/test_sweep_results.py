@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,34 @@ def test_tables(hvd_lb: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> Non
     assert "<td class=number>11.00 ± 1.41</td>" in (tmp_path / "t.html").read_text()
     wrong = hvd_lb("sweep", "table", sweep.folder, "--output", tmp_path / "t.xls")
     assert (wrong.status, wrong.out) == (2, "")
+
+
+def test_settings_in_order_and_those_that_differ_in_a_field(
+    hvd_lb: Callable[..., Any], sweep: Sweep, tmp_path: Path
+) -> None:
+    sweep = replace(sweep, grids=(*sweep.grids, Grid({"gpus": (4,), "warmup": ("none", "gradual")}, 1)))
+    sweep = replace(sweep, grids=(*sweep.grids, Grid({"gpus": (1,)}, 1)))
+    sweep.save()
+    for point in sweep.points():
+        if not point.run.metrics.exists():
+            write(point.run, [20] * 6)
+
+    def rows(*words: str) -> list[tuple[str, str]]:
+        text = hvd_lb("sweep", "table", sweep.folder, "--format", "csv", *words).out
+        return [(row["gpus"], row["warmup"]) for row in csv.DictReader(io.StringIO(text))]
+
+    alone = [(gpus, "gradual") for gpus in ("1", "2", "4", "8", "16")]
+    assert rows() == rows("--vary", "gpus", "--vary", "warmup") == [*alone, ("4", "none")]
+    assert rows("--vary", "gpus") == alone
+    assert "warmup" not in hvd_lb("sweep", "table", sweep.folder, "--vary", "gpus").out
+    page = tmp_path / "figure.html"
+    for words, lines in (([], 2), (["--vary", "gpus"], 1)):
+        assert hvd_lb("sweep", "figure", sweep.folder, "--output", page, *words).status == 0
+        (data,) = re.findall(r'id="data">(.*?)</script>', page.read_text(), re.S)
+        assert len(json.loads(data)[0]["series"]) == lines
+    for words in (["table"], ["figure", "--output", page]):
+        wrong = hvd_lb("sweep", *words[:1], sweep.folder, *words[1:], "--vary", "momentum")
+        assert (wrong.status, wrong.err) == (2, "hvd-lb: error: --vary momentum is not varied here\n")
 
 
 def test_status(hvd_lb: Callable[..., Any], sweep: Sweep) -> None:
