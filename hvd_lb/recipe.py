@@ -309,7 +309,7 @@ class Recipe(BaseModel):
 
     # learning rate
     learning_rate: float = Field(
-        0.1, gt=0, description="Reference learning rate, for a minibatch of `reference_batch` images."
+        0.1, gt=0, description="Reference learning rate, for `reference_batch` images."
     )
     reference_batch: int = Field(
         REFERENCE_BATCH, ge=1, description="Images of the minibatch that the reference learning rate is for."
