@@ -25,7 +25,7 @@ from hvd_lb.launch.preflight.ask import Ask
 from hvd_lb.launch.preflight.cluster import Cluster
 from hvd_lb.launch.preflight.discovery import Discovery
 from hvd_lb.launch.preflight.judge import Request, preflight
-from hvd_lb.launch.session import make_job, resume_point_of, run_directory, run_job
+from hvd_lb.launch.session import make_job, rescaled, resume_point_of, run_directory, run_job
 from hvd_lb.launch.starters.allocation import PyxisContainer
 from hvd_lb.launch.starters.local import local
 from hvd_lb.launch.starters.srun import asking_over_srun, over_srun
@@ -49,7 +49,7 @@ from hvd_lb_cli.submit import is_submission, refuse_unused, submit
 _OF_HOROVOD = {"fusion_threshold", "cycle_time", "autotune", "timeline"}
 # What is told again at a restart.
 _OF_A_START = ("processes", "hosts")
-_OF_THE_EXCHANGE = {"engine", "allreduce", "elastic", "min_processes", *_OF_HOROVOD}
+_OF_THE_EXCHANGE = {"engine", "allreduce", "elastic", "min_processes", "elastic_policy", *_OF_HOROVOD}
 
 
 def dispatch(
@@ -137,7 +137,10 @@ def _train(
     recipe = resolved.recipe
     gpus, threads, group = recipe.gpus, recipe.threads, recipe.fixed_group
     restarts.gpus, processes = gpus, options.processes
-    most = min(options.launch.max_processes or gpus, -(-gpus // group))
+    rescale = options.launch.elastic and options.launch.elastic_policy == "rescale"
+    most = -(-gpus // group)
+    if options.launch.max_processes:
+        most = options.launch.max_processes if rescale else min(most, options.launch.max_processes)
     if cluster:
         if options.launch.host_discovery and not processes:
             processes = min(most, cluster.slots)
@@ -168,12 +171,15 @@ def _train(
             raise UserError(
                 f"--processes {placement.processes:,} with --max-processes {most:,}: give at most as many"
             )
+        if rescale:
+            refuse_rescale(recipe)
     if options.launch.dry_run:
         directory = run_directory(options.output, resolved.recipe)
         resume_point = resume_point_of(directory, resolved, placement, options.resume)
         if resume_point.finished:
             console.print(resume_point.finished, soft_wrap=True)
             return 0
+        resolved, per_process = rescaled(resolved, placement, resume_point, elastic if rescale else None)
         click.echo(
             describe(
                 make_job(
@@ -184,6 +190,7 @@ def _train(
                     resume_point,
                     elastic,
                     options.launch.log_samples,
+                    per_process=per_process,
                 ),
                 launch_plan,
                 directory,
@@ -224,6 +231,7 @@ def _train(
         log_samples=options.launch.log_samples,
         max_processes=most if discovery else None,
         discovery=discovery,
+        rescale=rescale,
     )
 
 
@@ -252,6 +260,23 @@ def refuse_elastic(placement: Placement, plan: LaunchPlan, recipe: Recipe, least
         why = "with --audit: leave it out"
     if why:
         raise UserError(f"--elastic is not possible yet {why}")
+
+
+def refuse_rescale(recipe: Recipe) -> None:
+    """UserError for a run whose minibatch cannot follow the number of processes."""
+    why = ""
+    if recipe.shuffle == "per-worker":
+        why = "--shuffle per-worker divides the images among the virtual workers: give --shuffle global"
+    elif recipe.repeated_augment > 1:
+        why = "--repeated-augment counts images by whole minibatches of one size: leave it out"
+    elif not recipe.momentum_correction:
+        why = "--no-momentum-correction would keep velocities of the rate before a change: leave it out"
+    elif recipe.on_nan == "rollback":
+        why = "--on-nan rollback takes the very steps since a checkpoint again, of which k is another: leave it out"
+    elif recipe.recompute_bn:
+        why = "--recompute-bn changes the state after a step, by other sums with another k: leave it out"
+    if why:
+        raise UserError(f"--elastic-policy rescale: {why}")
 
 
 def examine(

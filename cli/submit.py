@@ -94,6 +94,10 @@ def refuse_unused(context: click.Context, target: Target, options: SubmitOptions
         raise UserError(
             "--min-processes is for runs that go on when processes are lost: give --elastic as well"
         )
+    if "elastic_policy" in given and "elastic" not in given:
+        raise UserError(
+            "--elastic-policy is for runs that go on when processes are lost: give --elastic as well"
+        )
     for name in ("host_discovery", "max_processes"):
         if name in given and "elastic" not in given:
             raise UserError(f"{given[name]} is for runs that hosts join and leave: give --elastic as well")

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -34,12 +34,23 @@ from hvd_lb.errors import UserError, nearest
 from hvd_lb.plan.samples import LastBatch, SamplePlan
 from hvd_lb.plan.sizes import ImageSizes
 from hvd_lb.recipe_file import dump_values, parse_values, read_text
-from hvd_lb.schedule import REFERENCE_BATCH, REFERENCE_EPOCHS, Rule, Schedule, Shape, Warmup
+from hvd_lb.schedule import (
+    REFERENCE_BATCH,
+    REFERENCE_EPOCHS,
+    Change,
+    RescaledSchedule,
+    Rule,
+    Schedule,
+    Shape,
+    Warmup,
+    ramp_steps,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
     from hvd_lb.plan.augment import CentreWindows, RandomWindows
+    from hvd_lb.plan.run_plan import RunPlan, Scale
 
 Precision = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
 
@@ -559,9 +570,33 @@ class Recipe(BaseModel):
             balanced,
         )
 
-    def image_sizes(self, steps_per_epoch: int) -> ImageSizes:
+    def run_plan(
+        self, images: int, labels: np.ndarray | None = None, scales: Sequence[Scale] = ()
+    ) -> RunPlan:
+        """All steps of a run on so many images, with these `scales`; UserError as `sample_plan`."""
+        from hvd_lb.plan.run_plan import RunPlan  # as above
+
+        return RunPlan(self.sample_plan(images, labels), self.epochs, scales)
+
+    def run_schedule(self, plan: RunPlan) -> Schedule | RescaledSchedule:
+        """The learning rate of each step of it."""
+        if len(plan.scales) == 1:
+            return self.rescaled(plan.plan.workers).lr_schedule(plan.plan.steps_per_epoch)
+        changes = []
+        for part in plan.parts:
+            steps_per_epoch = part.plan.steps_per_epoch
+            schedule = self.rescaled(part.plan.workers).lr_schedule(steps_per_epoch)
+            ramp = ramp_steps(self.momentum, steps_per_epoch)
+            changes.append(Change(part.scale.step, schedule, part.virtual_step, ramp))
+        return RescaledSchedule(changes)
+
+    def rescaled(self, workers: int) -> Recipe:
+        """The same with so many virtual workers."""
+        return self if workers == self.gpus else self.model_copy(update={"gpus": workers})
+
+    def image_sizes(self, steps_per_epoch: int, offset: int = 0) -> ImageSizes:
         """The sides of training images, by step."""
-        return ImageSizes((*self.progressive_size, self.image_size), self.epochs, steps_per_epoch)
+        return ImageSizes((*self.progressive_size, self.image_size), self.epochs, steps_per_epoch, offset)
 
     @property
     def all_sizes(self) -> set[int]:

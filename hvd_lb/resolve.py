@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hvd_lb.data.loading.shared_pixels import check_cache
 from hvd_lb.data.spec import absolute_spec, data_spec, is_named
 from hvd_lb.errors import UserError
 from hvd_lb.machine.packages import untried
+from hvd_lb.plan.run_plan import RunPlan, Scale
 from hvd_lb.plan.samples import SamplePlan
 from hvd_lb.recipe import OPTIONS, Recipe, check_fields, load_values, merged_recipe, preset_names
 from hvd_lb.schedule import Schedule
@@ -54,15 +56,20 @@ class Resolved:
     schedule: Schedule
     chosen: frozenset[str] = frozenset()  #: the fields that options, or a recipe asked for, name
     new_head: tuple[str, ...] = ()  #: tensors that do not come from the weights it begins with
+    scales: tuple[Scale, ...] = ()  #: of a run whose k has changed, or changes where it goes on
+
+    @cached_property
+    def run_plan(self) -> RunPlan:
+        return self.recipe.run_plan(len(self.dataset.train), self.dataset.train.labels, self.scales)
 
     @property
     def total_steps(self) -> int:
-        return self.recipe.total_steps(self.plan.steps_per_epoch)
+        return min(self.run_plan.end, self.recipe.steps or self.run_plan.end)
 
     @property
     def stops_early(self) -> bool:
         """Whether --steps ends the run before its epochs do."""
-        return self.total_steps < self.recipe.epochs * self.plan.steps_per_epoch
+        return self.total_steps < self.run_plan.end
 
 
 def resolve(

@@ -8,6 +8,7 @@ afterwards       step decay (÷ 10 at 30, 60, 80 of 90 epochs), cosine or polyno
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,6 +16,7 @@ from hvd_lb.errors import UserError, nearest
 
 REFERENCE_BATCH = 256
 REFERENCE_EPOCHS = 90
+_RAMP = 10  # momentum m remembers 1/(1 − m) steps
 
 Rule = Literal["linear", "sqrt", "none"]
 Shape = Literal["step", "cosine", "polynomial"]
@@ -91,7 +93,7 @@ class Schedule:
             return 0
         return round(self.warmup_epochs * self.steps_per_epoch)
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: float) -> float:
         if step < 0:
             raise ValueError(f"step {step}: steps count from 0")
         if step < self.warmup_steps:
@@ -136,3 +138,59 @@ class Schedule:
             return f"then polynomial of power {self.power:g} to 0 at epoch {self.epochs}"
         epochs = ", ".join(f"{step / self.steps_per_epoch:.4g}" for step in self.drop_steps)
         return f"then × {self.drop_factor:g} at epochs {epochs} of {self.epochs}"
+
+
+class RescaledSchedule:
+    """The rate of each step of a run whose minibatch changes within it (`hvd_lb.plan.run_plan`).
+
+    Each minibatch has the schedule of a run that has had it from its beginning, at the same position: the scaled rate
+    follows it, and warmup and drops come after the same images. Where the rate would rise by a change it does so
+    gradually: a share of it, at first that which leaves it as it was, grows to 1 by the same increment at every step.
+    Where it falls, it falls at once, as the smaller minibatch needs it.
+    """
+
+    def __init__(self, changes: Sequence[Change]):
+        self._changes = list(changes)
+        self._shares = [1.0]  # of its own schedule, with which each begins
+        self.warmup_steps = self._changes[-1].schedule.warmup_steps
+        for number, change in enumerate(self._changes[1:], start=1):
+            before, after = self._rate(number - 1, change.step), change.rate(change.step)
+            self._shares.append(min(1.0, before / after) if after else 1.0)
+
+    def __call__(self, step: int) -> float:
+        return self._rate(self._number(step), step)
+
+    def full(self, step: int) -> float:
+        """The rate that it rises to."""
+        return self._changes[self._number(step)].rate(step)
+
+    def _number(self, step: int) -> int:
+        return sum(change.step <= step for change in self._changes[1:])
+
+    def _rate(self, number: int, step: int) -> float:
+        """With the `number`-th minibatch, also after the next has come."""
+        change, share = self._changes[number], self._shares[number]
+        done = step - change.step
+        if done < change.ramp_steps:
+            share += (1.0 - share) * (done / change.ramp_steps)
+        else:
+            share = 1.0
+        return share * change.rate(step)
+
+
+@dataclass(frozen=True)
+class Change:
+    """From `step` on the schedule is this one, at `virtual_step(step)` of it."""
+
+    step: int
+    schedule: Schedule
+    virtual_step: Callable[[int], float]
+    ramp_steps: int
+
+    def rate(self, step: int) -> float:
+        return self.schedule(self.virtual_step(step))
+
+
+def ramp_steps(momentum: float, steps_per_epoch: int) -> int:
+    """Over how many steps the rate rises: ten times as many as the momentum remembers, an epoch at most."""
+    return min(steps_per_epoch, round(_RAMP / (1.0 - momentum)))

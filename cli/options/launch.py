@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import rich_click as click
 
-from hvd_lb.launch.options import AllreduceName, LauncherName, LaunchOptions
+from hvd_lb.launch.options import AllreduceName, ElasticPolicy, LauncherName, LaunchOptions
 from hvd_lb.world.engine import EngineName
 from hvd_lb_cli.options.kinds import Finite
 
@@ -105,6 +105,14 @@ _OPTIONS = (
         show_default=True,
         metavar="P",
         help="With --elastic: with fewer processes wait for those that are being started, or end.",
+    ),
+    _option(
+        "--elastic-policy",
+        type=click.Choice(get_args(ElasticPolicy)),
+        default=LaunchOptions.elastic_policy,
+        show_default=True,
+        help="With --elastic, when the number of processes changes: keep the minibatch, whose virtual workers are "
+        "dealt out again, or rescale it with them, and the learning rate with it.",
     ),
     _option(
         "--host-discovery",

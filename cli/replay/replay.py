@@ -87,7 +87,7 @@ def replay(
     recorded = open_run(run.expanduser())
     jump = worst_jump(recorded) if spike else None
     first, last = (jump.first, jump.last) if jump else (step or 0, step or 0)
-    _check(recorded, first, last, worker)
+    _check(recorded, first, last)
     if output:
         check_folder(output.expanduser())
     checkpoint, damaged = recorded.start_before(first)
@@ -115,7 +115,7 @@ def replay(
     return 0 if good else 1
 
 
-def _check(run: RecordedRun, first: int, last: int, worker: int | None) -> None:
+def _check(run: RecordedRun, first: int, last: int) -> None:
     if last >= run.steps:
         done = f"has taken {count(run.steps, 'step')}: expected --step 0 to {run.steps - 1}"
         raise UserError(f"{run.path} {done if run.steps else 'has taken no step yet'}")
@@ -123,16 +123,17 @@ def _check(run: RecordedRun, first: int, last: int, worker: int | None) -> None:
         raise UserError(
             f"step {first} of {run.path} was left out by --on-nan rollback: nothing was computed in it"
         )
-    if worker is not None and worker >= run.recipe.gpus:
-        raise UserError(
-            f"--worker {worker}: {run.path} has {count(run.recipe.gpus, 'virtual worker')}, 0 to {run.recipe.gpus - 1}"
-        )
 
 
 def _check_worker(again: Again, first: int, last: int, worker: int | None) -> None:
-    plan = again.trainer.plan
     for step in range(first, last + 1):
-        if worker is not None and not len(plan.positions(step % plan.steps_per_epoch, worker)):
+        planned = again.run_plan.at(step)
+        if worker is not None and worker >= (workers := planned.plan.workers):
+            raise UserError(
+                f"--worker {worker}: {again.run.path} has {count(workers, 'virtual worker')}, 0 to {workers - 1}, "
+                f"in step {step}"
+            )
+        if worker is not None and not planned.with_images([worker]):
             raise UserError(
                 f"virtual worker {worker} has no images in step {step}, the short end of an epoch"
             )
@@ -147,7 +148,7 @@ def _before(
     jump: Jump | None,
 ) -> list[tuple[str, str]]:
     """Told before anything is computed: from where, and what it will cost."""
-    recipe, plan = run.recipe, again.trainer.plan
+    recipe = run.recipe
     mode = "reproducible" if recipe.reproducible else "float mode"
     rows = [
         (
@@ -161,7 +162,7 @@ def _before(
         rows.append(("spike", f"the loss went from {jump.before:.6g} {rose} in {which}"))
     rows += [("note", problem) for problem in damaged]
     start = checkpoint.step if checkpoint else 0
-    microbatches = sum(plan.active_workers(step % plan.steps_per_epoch) for step in range(start, last + 1))
+    microbatches = sum(len(again.run_plan.at(step).with_images()) for step in range(start, last + 1))
     rows.append(("from", f"{checkpoint.path.name}" if checkpoint else "the seed, at step 0"))
     rows.append(
         (
@@ -191,8 +192,7 @@ def _rows(seen: StepSeen, again: Again, verdict: str) -> list[tuple[str, str]]:
 
 
 def _images_of(again: Again, step: int) -> int:
-    plan = again.trainer.plan
-    return plan.step_images(step % plan.steps_per_epoch)
+    return again.run_plan.at(step).images
 
 
 def _list_images(seen: StepSeen, most: int) -> None:

@@ -1,11 +1,11 @@
 """A hash chain over what a run records: nobody changes one record and leaves the others as they are.
 
 The first link is over the run's beginning: recipe, data and plan. Each further one is SHA-256 of the link before and of
-the next record of training, of an evaluation, or of digests. The latter tell it, and at its end a run tells the last
-one (`seal`). Only what is mathematics is in a link, nothing of speed or of stops. So the links of a reproducible run
-are the same on any number of processes, and whatever happened to it on the way. A chain has no secret: who writes all
-later links anew leaves none that is wrong, but then the last one is another than it was, and the steps are not those
-that are recorded (`hvd-lb verify`).
+the next record of training, of an evaluation, of a change of k, or of digests. The latter tell it, and at its end a run
+tells the last one (`seal`). Only what is mathematics is in a link, nothing of speed or of stops. So the links of a
+reproducible run are the same on any number of processes, and whatever happened to it on the way. A chain has no secret:
+who writes all later links anew leaves none that is wrong, but then the last one is another than it was, and the steps
+are not those that are recorded (`hvd-lb verify`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _SEALED = {
         *("epoch", "step", "top1_error", "top5_error", "loss", "images"),
         *("ema_top1_error", "ema_top5_error", "ema_loss"),
     ),
+    "rescale": ("epoch", "step", "images", "workers"),
     "digest": ("epoch", "step", "weights", "velocities", "statistics", "left_out"),
 }
 # Kinds that tell the link as it is after them.

@@ -38,6 +38,7 @@ class Job(BaseModel):
     elastic: bool = False  #: it goes on when ranks are lost
     min_processes: int = 1  #: with fewer an elastic job waits for new ones, or ends
     max_processes: int | None = None  #: of an elastic job; None: as many as at the start
+    per_process: int | None = None  #: virtual workers of each process, and k follows them; None: k stays
     log_samples: bool = False  #: each rank writes which images it has given to each step
     task: Task = "train"  #: what its ranks do
 

@@ -13,6 +13,7 @@ from hvd_lb.world.engine import EngineName
 from hvd_lb.world.launched import without_job
 
 LauncherName = Literal["auto", "local", "ssh", "slurm", "kubernetes"]
+ElasticPolicy = Literal["keep-batch", "rescale"]
 AllreduceName = Literal["auto", "ring", "hierarchical", "halving-doubling"]
 
 #: The variable with the seconds for which ranks are waited for at the start; Horovod's own.
@@ -68,6 +69,7 @@ class LaunchOptions:
     )
     elastic: bool = False  #: go on when processes are lost
     min_processes: int = 1  #: with fewer an elastic run waits for new ones, or ends
+    elastic_policy: ElasticPolicy = "keep-batch"  #: what becomes of k when the number of processes changes
     log_samples: bool = False  #: each process writes which images it has given to each step
     host_discovery: Path | None = (
         None  #: a program that prints the hosts there are, also while the run goes on

@@ -88,6 +88,8 @@ def find_resume_point(
     if checkpoint:
         if differing := differing_fields(checkpoint.saved.recipe, recipe.mathematics()):
             raise UserError(f"checkpoint {checkpoint.path} is of another recipe: {'; '.join(differing)}")
+        if rescaled := checkpoint.saved.rescaled:
+            total_steps = min(rescaled["end"], recipe.steps or rescaled["end"])
         if checkpoint.step >= total_steps and not checkpoint.saved.evaluation_due:
             finished = _at_its_end(checkpoint.path, checkpoint.step, total_steps)
             if not stored:

@@ -38,10 +38,12 @@ from hvd_lb.report.metrics import read_metrics, truncate_metrics
 from hvd_lb.report.progress import Display, RunView, open_display
 from hvd_lb.report.run_directory import RunDirectory, replace_bytes, replace_text, write_json
 from hvd_lb.report.summary import FINISHED, STOPPED, summarise
+from hvd_lb.report.text import count
 from hvd_lb.resolve import Resolved
 from hvd_lb.track.target import TrackTarget
 from hvd_lb.track.tracking import Tracking
 from hvd_lb.training.checkpoint import CheckpointStore
+from hvd_lb.training.saved_state import Rescaled
 
 _LOOK_SECONDS = 0.2
 _PATIENCE = 4  # times --hang-timeout more, where all processes of an elastic job hang
@@ -91,6 +93,7 @@ def make_job(
     elastic: int | None = None,
     log_samples: bool = False,
     max_processes: int | None = None,
+    per_process: int | None = None,
 ) -> Job:
     """What every process of the run is told; `elastic` is the smallest number of processes of one that is elastic."""
     return Job(
@@ -111,7 +114,51 @@ def make_job(
         min_processes=elastic or 1,
         log_samples=log_samples,
         max_processes=max_processes,
+        per_process=per_process,
     )
+
+
+def rescaled(
+    resolved: Resolved,
+    placement: Placement,
+    resume_point: ResumePoint,
+    least: int | None,
+    most: int | None = None,
+) -> tuple[Resolved, int | None]:
+    """The run with the k that it has from its resume point on, and how many virtual workers each process keeps.
+
+    That is where k follows the number of processes, from `least` (None: it does not) to `most`. UserError where it did
+    otherwise before, the processes do not divide k, or there is no run with some number of them.
+    """
+    recipe, processes, checkpoint = resolved.recipe, placement.processes, resume_point.checkpoint
+    known = checkpoint.saved.rescaled if checkpoint else None
+    if least is None:
+        if known and checkpoint:
+            raise UserError(
+                f"{checkpoint.path} is of a run whose minibatch follows the number of processes, "
+                f"{count(known['per_process'], 'virtual worker')} each: give --elastic --elastic-policy rescale as well"
+            )
+        return resolved, None
+    if known:
+        per_process, scales = known["per_process"], Rescaled.from_json(known).scales
+    else:
+        per_process, rest = divmod(recipe.gpus, processes)
+        if rest or per_process % recipe.fixed_group:
+            raise UserError(
+                f"--elastic-policy rescale: each process keeps its virtual workers, and {recipe.gpus:,} cannot be the "
+                f"same number of whole groups (--together) on each of {count(processes, 'process')}: give other "
+                "--processes or --gpus"
+            )
+        scales = resolved.scales
+    for there in range(least, (most or processes) + 1):
+        try:
+            recipe.run_schedule(recipe.rescaled(per_process * there).run_plan(len(resolved.dataset.train)))
+        except UserError as error:
+            raise UserError(
+                f"--elastic-policy rescale with {count(there, 'process')} (--min-processes, --max-processes): {error}"
+            ) from None
+    plan = recipe.run_plan(len(resolved.dataset.train), resolved.dataset.train.labels, scales)
+    return replace(resolved, scales=plan.rescaled(resume_point.step, per_process * processes)), per_process
 
 
 def run_job(
@@ -130,11 +177,13 @@ def run_job(
     track: Sequence[TrackTarget] = (),
     max_processes: int | None = None,
     discovery: Discovery | None = None,
+    rescale: bool = False,
 ) -> int:
     """Train as resolved, telling `on_ready` when all checks have passed; at the end held against a `forecast`.
 
     `elastic`: going on when processes are lost, with at least so many, and on hosts of `discovery` with at most
-    `max_processes`. `log_samples`: as the option says. `track`: who else is told of the run.
+    `max_processes`; with `rescale` the minibatch follows their number. `log_samples`: as the option says. `track`: who
+    else is told of the run.
 
     The exit status: 0 at the end, and for a run that has come to it before; 1 when a rank failed, 128 + signal when
     interrupted. The first SIGINT, SIGTERM or SIGHUP ends the run with a checkpoint after the present step, a second one
@@ -153,6 +202,9 @@ def run_job(
     if resume_point.finished:
         console.print(resume_point.finished, soft_wrap=True)
         return 0
+    resolved, per_process = rescaled(
+        resolved, placement, resume_point, elastic if rescale else None, max_processes
+    )
     lock = run.lock()
     alive, said = SignOfLife(run), Recorded(console, run.launching_log)
     try:
@@ -183,7 +235,9 @@ def run_job(
         console.print(f"writing to {run.path}", soft_wrap=True)
         if resume_point.step >= resolved.total_steps and not resume_point.evaluation_due:
             return _finish(run, resolved, placement.processes, 0.0, console)
-        job = make_job(resolved, placement, launch, run, resume_point, elastic, log_samples, max_processes)
+        job = make_job(
+            resolved, placement, launch, run, resume_point, elastic, log_samples, max_processes, per_process
+        )
         tracking = Tracking(track, run, resolved.recipe, facts, resume_point.first_record)
         status = 1
         try:
@@ -216,7 +270,7 @@ def _facts(
         "first_step": resume_point.step,
         "total_steps": resolved.total_steps,
         "steps_per_epoch": resolved.plan.steps_per_epoch,
-        "global_batch": resolved.recipe.global_batch,
+        "global_batch": resolved.run_plan.plan.global_batch,
     }
 
 
@@ -236,7 +290,8 @@ def _watch(
         console,
         first_step=resume_point.step,
         total_steps=resolved.total_steps,
-        steps_per_epoch=resolved.plan.steps_per_epoch,
+        steps_per_epoch=resolved.run_plan.plan.steps_per_epoch,
+        offset=resolved.run_plan.offset,
     )
     began = time.monotonic()
     with _signals() as received:

@@ -38,10 +38,13 @@ class SamplePlan:
     last_batch: LastBatch = "drop"
     repeats: int = 1
     balanced: Balanced | None = field(default=None, compare=False)
+    begin: int = 0  #: images of the epoch that are used before the first step (`hvd_lb.plan.run_plan`)
 
     def __post_init__(self) -> None:
         if min(self.images, self.workers, self.per_worker) < 1:
             raise ValueError(f"{self}: images, workers and per_worker must be at least 1")
+        if self.begin and self.repeats > 1:
+            raise ValueError("repeated images are numbered by whole epochs of one plan")
         if self.repeats > self.global_batch:
             raise UserError(
                 f"--repeated-augment {self.repeats}, but a minibatch has {self.global_batch} images: "
@@ -66,26 +69,26 @@ class SamplePlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        full, rest = divmod(self.images, self.global_batch)
+        full, rest = divmod(self.images - self.begin, self.global_batch)
         return full + (self.last_batch == "keep" and rest > 0)
 
     @property
     def dropped_per_epoch(self) -> int:
         """Images of an epoch that fill no step and are left out (0 with `keep`)."""
-        return max(0, self.images - self.steps_per_epoch * self.global_batch)
+        return max(0, self.images - self.begin - self.steps_per_epoch * self.global_batch)
 
     def step_images(self, step: int) -> int:
         """Images of step `step` of an epoch: B, the normaliser of its gradient (paper remark 3)."""
         if not 0 <= step < self.steps_per_epoch:
             raise ValueError(f"step {step} of an epoch of {self.steps_per_epoch}")
-        return min(self.global_batch, self.images - step * self.global_batch)
+        return min(self.global_batch, self.images - self.begin - step * self.global_batch)
 
     def positions(self, step: int, worker: int) -> range:
         """Positions of virtual worker `worker` in an epoch's permutation: the `worker`-th n of the step's kn.
 
         A short last step is spread evenly: workers get counts that differ by at most one, some of them none.
         """
-        start = step * self.global_batch
+        start = self.begin + step * self.global_batch
         own = hosted(worker, self.workers, self.step_images(step))
         return range(start + own.start, start + own.stop)
 

@@ -17,6 +17,7 @@ class ImageSizes:
     sizes: tuple[int, ...]
     epochs: int
     steps_per_epoch: int
+    offset: int = 0  #: the step at which epoch 0 would have begun (`hvd_lb.plan.run_plan`)
 
     def __call__(self, step: int) -> int:
         return self.sizes[self._stage(step)]
@@ -24,11 +25,12 @@ class ImageSizes:
     def stretches(self, start: int, end: int) -> Iterator[range]:
         """The steps `start` to `end` − 1 in parts of one size each."""
         while start < end:
-            after = -(-(self._stage(start) + 1) * self.epochs // len(self.sizes)) * self.steps_per_epoch
+            epoch = -(-(self._stage(start) + 1) * self.epochs // len(self.sizes))
+            after = self.offset + epoch * self.steps_per_epoch
             stop = end if self._stage(start) == len(self.sizes) - 1 else min(end, after)
             yield range(start, stop)
             start = stop
 
     def _stage(self, step: int) -> int:
-        epoch = step // self.steps_per_epoch
+        epoch = (step - self.offset) // self.steps_per_epoch
         return min(epoch * len(self.sizes) // self.epochs, len(self.sizes) - 1)

@@ -146,24 +146,34 @@ class Again(SilentObserver):
     compared: Compared = field(default_factory=Compared)
 
     def __post_init__(self) -> None:
-        recipe = self.run.recipe
+        recipe, train = self.run.recipe, self.dataset.train
         threads = recipe.threads or usable_cores()
         torch.set_num_threads(threads)
-        reading = loader_threads(
+        self._reading = loader_threads(
             recipe.loader_threads, threads, usable_cores(), reproducible=recipe.reproducible
         )
-        self.trainer = Trainer(
-            recipe,
+        #: Of all steps of the run, those after further changes of k included.
+        self.run_plan = recipe.run_plan(len(train), train.labels, self.run.scales(self.begun_at))
+        #: Called with each trainer: there is another one after each change of k, as in the run.
+        self.on_trainer: Callable[[Trainer], None] = lambda trainer: None
+        begin = self.begun_at.step if self.begun_at else 0
+        self.trainer = self._trainer(begin, checkpoint=self.begun_at)
+        self._trained, self._evaluated, self._digested = map(self.run.of_kind, ("train", "eval", "digest"))
+
+    def _trainer(self, step: int, **state: Any) -> Trainer:
+        trainer = Trainer(
+            self.run.recipe,
             self.dataset,
             Solo(),
             device=self.device,
-            threads=reading,
+            threads=self._reading,
             observer=self,
-            checkpoint=self.begun_at,
+            scales=[scale for scale in self.run_plan.scales if scale.step <= step],
+            **state,
         )
-        self.trainer.model.train()
-        self.trainer.state.left_out |= self.run.left_out
-        self._trained, self._evaluated, self._digested = map(self.run.of_kind, ("train", "eval", "digest"))
+        trainer.model.train()
+        trainer.state.left_out |= self.run.left_out
+        return trainer
 
     @property
     def step(self) -> int:
@@ -180,17 +190,25 @@ class Again(SilentObserver):
 
         `before` once more for a step that is taken again, as its numbers overflowed.
         """
-        trainer = self.trainer
-        while trainer.step < until:
+        while self.step < until:
+            if self.step in self._changes and self.trainer.run_plan.scales[-1].step < self.step:
+                self.trainer = self._trainer(self.step, carried=self.trainer.hand_over())
+                self.on_trainer(self.trainer)
+            trainer = self.trainer
+            stop = min([until, *(step for step in self._changes if step > self.step)])
             try:
                 with trainer.kernels(), trainer.batches() as batches:
-                    while trainer.step < until:
+                    while trainer.step < stop:
                         before(trainer.step)
                         trainer.train_step(batches)
                         self._compare(trainer.step - 1)
                         after(trainer.step - 1)
             except FixedPointOverflow:
                 pass  # as in the run
+
+    @property
+    def _changes(self) -> list[int]:
+        return [scale.step for scale in self.run_plan.scales]
 
     def learnt(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies of what has been learnt up to now: the model's tensors and the optimizer's."""

@@ -15,6 +15,7 @@ from hvd_lb.data.images import Dataset, Progress, images_of
 from hvd_lb.data.spec import absolute_spec
 from hvd_lb.errors import UserError
 from hvd_lb.exact.chain import ChainReport, examine_chain
+from hvd_lb.plan.run_plan import Scale
 from hvd_lb.recipe import Recipe, load_values, make_recipe
 from hvd_lb.report.metrics import read_records
 from hvd_lb.report.run_directory import RunDirectory
@@ -22,6 +23,7 @@ from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore, DamagedCheck
 
 # Kinds of records that tell of steps done.
 _OF_STEPS_DONE = ("train", "eval", "digest", "checkpoint")
+_OF_SCALES = ("step", "epoch", "images", "workers")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,16 @@ class RecordedRun:
         """Steps that --on-nan rollback has left out."""
         rollbacks = (record for record in self.records if record.get("kind") == "rollback")
         return {record["step"] for record in rollbacks if record.get("left_out")}
+
+    def scales(self, begun_at: Checkpoint | None) -> tuple[Scale, ...]:
+        """From where on k was what: as a checkpoint knows of the steps before it, and as recorded of those after."""
+        begin = begun_at.step if begun_at else 0
+        known = [scale for scale in (begun_at.saved.scales if begun_at else ()) if scale.step < begin]
+        told = (self.of_kind("rescale")[step] for step in sorted(self.of_kind("rescale")))
+        known += [Scale(*(of[name] for name in _OF_SCALES)) for of in told if of["step"] >= begin]
+        if not known or known[0].step:
+            known.insert(0, Scale(0, 0, 0, self.recipe.gpus))
+        return tuple(known)
 
     @cached_property
     def checkpoints(self) -> dict[int, Path]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hvd_lb.plan.mixing import Targets
 from hvd_lb.replay.again import Again
 from hvd_lb.training.models import sum_loss
+from hvd_lb.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ class WatchedSteps:
         self._noted: list[_Noted] = []
         self._own: dict[str, Tensor] = {}
         self._norm, self._gradients = math.nan, dict[str, Tensor]()
-        trainer = again.trainer
+        again.on_trainer = self._watch
+        self._watch(again.trainer)
+
+    def _watch(self, trainer: Trainer) -> None:
         self._loss_of = trainer.loss_of
         trainer.loss_of = self._watched_loss  # type: ignore[method-assign]
         trainer.on_gradients = self._watch_gradients
@@ -123,9 +127,10 @@ class WatchedSteps:
         trainer = self._again.trainer
         # Added up as the run does it.
         sums = torch.zeros(trainer.plan.workers, dtype=torch.float64)
-        for worker, noted in zip(self._active(step), self._noted, strict=True):
+        planned = trainer.run_plan.at(step)
+        for worker, noted in zip(planned.with_images(), self._noted, strict=True):
             sums[worker] = noted.sum
-        loss = sums.sum().item() / trainer.plan.step_images(step % trainer.plan.steps_per_epoch)
+        loss = sums.sum().item() / planned.images
         if self.seen and not _worse(loss, self.seen.loss):
             return
         images = [image for image in self._images(step) if self._worker in (None, image.worker)]
@@ -139,7 +144,7 @@ class WatchedSteps:
             }
         self.seen = StepSeen(
             step=step,
-            epoch=step // trainer.plan.steps_per_epoch,
+            epoch=planned.epoch,
             learning_rate=trainer.schedule(step),
             loss=loss,
             gradient_norm=self._norm,
@@ -148,18 +153,13 @@ class WatchedSteps:
             **own,
         )
 
-    def _active(self, step: int) -> list[int]:
-        plan = self._again.trainer.plan
-        epoch_step = step % plan.steps_per_epoch
-        return [worker for worker in range(plan.workers) if len(plan.positions(epoch_step, worker))]
-
     def _images(self, step: int) -> Iterator[ImageSeen]:
         trainer = self._again.trainer
         images = trainer.dataset.train
-        epoch, epoch_step = divmod(step, trainer.plan.steps_per_epoch)
+        planned = trainer.run_plan.at(step)
         classes = dict(enumerate(images.classes))
-        for worker, noted in zip(self._active(step), self._noted, strict=True):
-            ids = trainer.plan.image_ids(epoch, epoch_step, worker).tolist()
+        for worker, noted in zip(planned.with_images(), self._noted, strict=True):
+            ids = planned.image_ids(worker).tolist()
             for position, (image, loss, guess) in enumerate(
                 zip(ids, noted.losses, noted.predicted, strict=True)
             ):

@@ -56,10 +56,7 @@ def write_step(folder: Path, trainer: Trainer, seen: StepSeen, figures: dict[str
 def _workers(trainer: Trainer, seen: StepSeen) -> list[int]:
     if seen.worker is not None:
         return [seen.worker]
-    epoch_step = seen.step % trainer.plan.steps_per_epoch
-    return [
-        worker for worker in range(trainer.plan.workers) if len(trainer.plan.positions(epoch_step, worker))
-    ]
+    return trainer.run_plan.at(seen.step).with_images()
 
 
 def _load(trainer: Trainer, step: int, worker: int) -> dict[str, Tensor]:

@@ -39,6 +39,10 @@ _NUMBERS = {
     "ranks": ("epoch", "median", "slowest", "slower"),
     "noise": ("epoch", "noise_scale", "low", "high"),
     "recovered": ("epoch", "seconds"),
+    "rescale": (
+        *("epoch", "images", "workers", "before", "global_batch", "lr", "full_lr"),
+        *("steps_per_epoch", "offset", "total_steps"),
+    ),
 }
 
 
@@ -164,6 +168,9 @@ class RunObserver:
         hosts = self._ranks.hosts if self._ranks else ()
         named = [hosts[rank] for rank in record["liars"] if rank < len(hosts)]
         self._later(self._write, "audit", {**record, "hosts": named})
+
+    def rescale(self, record: dict[str, Any]) -> None:
+        self._later(self._write, "rescale", record)
 
     def noise(self, record: dict[str, Any]) -> None:
         self._later(self._write, "noise", record)
@@ -344,6 +351,9 @@ class SilentObserver:
     def audit(self, record: dict[str, Any]) -> None:
         pass
 
+    def rescale(self, record: dict[str, Any]) -> None:
+        pass
+
     def noise(self, record: dict[str, Any]) -> None:
         pass
 
@@ -396,6 +406,23 @@ def _that_count(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             # What comes after a step is told once more where that was not done yet.
             first_after_steps = min(first_after_steps, record["to"] - bool(record.get("redone")))
     return records[::-1]
+
+
+class Epochs:
+    """How many epochs so many steps are, by a run's records: `rescale` tells of another number of steps for each."""
+
+    def __init__(self, records: Iterable[dict[str, Any]], steps_per_epoch: float):
+        self._from = [(-math.inf, steps_per_epoch, 0)]
+        self.total_steps: int | None = None  #: of the run, where k has changed
+        for record in records:
+            if record.get("kind") == "rescale":
+                self._from.append((record["step"], record["steps_per_epoch"], record["offset"]))
+                self.total_steps = record["total_steps"]
+
+    def __call__(self, steps: float) -> float:
+        # What is done is told by the step before.
+        _, per_epoch, offset = next(one for one in reversed(self._from) if one[0] < steps)
+        return (steps - offset) / per_epoch
 
 
 def last_records(path: Path) -> list[dict[str, Any]]:

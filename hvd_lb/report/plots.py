@@ -8,6 +8,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from hvd_lb.report.metrics import Epochs
 from hvd_lb.report.text import printable
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ def _draw(records: list[dict[str, Any]], steps_per_epoch: int, title: str) -> Fi
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     error, loss, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1))
 
+    after = Epochs(records, steps_per_epoch)
+
     def epochs(of: list[dict[str, Any]]) -> list[float]:
-        return [(record["step"] + 1) / steps_per_epoch for record in of]
+        return [after(record["step"] + 1) for record in of]
 
     def values(of: list[dict[str, Any]], name: str) -> list[float]:
         return [math.nan if (value := record.get(name)) is None else value for record in of]

@@ -14,7 +14,15 @@ from rich.text import Text
 
 from hvd_lb.report.metrics import MetricsFollower
 from hvd_lb.report.run_directory import RunDirectory
-from hvd_lb.report.text import duration, evaluation_line, figure, generation_in_words, printable, speed
+from hvd_lb.report.text import (
+    duration,
+    evaluation_line,
+    figure,
+    generation_in_words,
+    printable,
+    rescale_in_words,
+    speed,
+)
 
 # Piped output: how often a line of metrics may come, and after how long without any a sign of life does.
 _LINE_SECONDS = 10.0
@@ -30,15 +38,20 @@ class Display(Protocol):
 
     def note(self, text: str) -> None: ...
 
+    def rescale(self, record: dict[str, Any]) -> None: ...
+
     def beat(self, step: int, microbatch: int, microbatches: int) -> None: ...
 
     def close(self) -> None: ...
 
 
-def open_display(console: Console, *, first_step: int, total_steps: int, steps_per_epoch: int) -> Display:
-    """A live bar where the console is a terminal, else plain lines."""
-    kind = LiveDisplay if console.is_terminal else PlainDisplay
-    return kind(console, first_step, total_steps, steps_per_epoch)
+def open_display(
+    console: Console, *, first_step: int, total_steps: int, steps_per_epoch: int, offset: int = 0
+) -> Display:
+    """A live bar where the console is a terminal, else plain lines. `offset`: where epoch 0 would have begun."""
+    if console.is_terminal:
+        return LiveDisplay(console, first_step, total_steps, steps_per_epoch, offset)
+    return PlainDisplay(console, total_steps)
 
 
 class RunView:
@@ -74,6 +87,10 @@ class RunView:
                 self._display.note(f"{again}: {record.get('reason')}")
             elif kind == "rollback":
                 self._display.note(_rolled_back(record))
+            elif kind == "rescale":
+                self._display.rescale(record)
+                where = f"epoch {record.get('epoch')} step {record['step']}"
+                self._display.note(f"{where}: {rescale_in_words(record)}")
             elif kind == "audit":
                 self._display.note(f"warning: {audit_line(record)}")
             elif kind == "generation":
@@ -103,8 +120,11 @@ class RunView:
 class LiveDisplay:
     """A bar and the newest metrics at the bottom; evaluations scroll by above them."""
 
-    def __init__(self, console: Console, first_step: int, total_steps: int, steps_per_epoch: int):
-        self._steps_per_epoch, self._rate = steps_per_epoch, _Rate(first_step, total_steps)
+    def __init__(
+        self, console: Console, first_step: int, total_steps: int, steps_per_epoch: int, offset: int
+    ):
+        self._steps_per_epoch, self._offset = steps_per_epoch, offset
+        self._rate = _Rate(total_steps)
         self._progress = _TwoLines(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
@@ -129,6 +149,11 @@ class LiveDisplay:
     def note(self, text: str) -> None:
         self._progress.console.print(text)
 
+    def rescale(self, record: dict[str, Any]) -> None:
+        self._steps_per_epoch, self._offset = record["steps_per_epoch"], record["offset"]
+        self._rate.total = record["total_steps"]
+        self._progress.update(self._task, total=record["total_steps"])
+
     def beat(self, step: int, microbatch: int, microbatches: int) -> None:
         part = f" ({microbatch}/{microbatches})" if microbatches > 1 else ""
         self._move(step, step + microbatch / microbatches, part)
@@ -140,7 +165,7 @@ class LiveDisplay:
         self._progress.update(
             self._task,
             completed=done,
-            description=f"epoch {step // self._steps_per_epoch} step {step}{part}",
+            description=f"epoch {(step - self._offset) // self._steps_per_epoch} step {step}{part}",
             left=self._rate.left(done),
         )
 
@@ -160,15 +185,14 @@ class _TwoLines(Progress):
 class PlainDisplay:
     """A line for each evaluation, one of metrics every ten seconds, and a sign of life within a slow step."""
 
-    def __init__(self, console: Console, first_step: int, total_steps: int, steps_per_epoch: int):
-        self._console, self._total = console, total_steps
-        self._rate = _Rate(first_step, total_steps)
+    def __init__(self, console: Console, total_steps: int):
+        self._console, self._rate = console, _Rate(total_steps)
         self._last = time.monotonic() - _LINE_SECONDS
 
     def train(self, record: dict[str, Any]) -> None:
         if self._silent_for(_LINE_SECONDS):
             left = self._rate.left(record["step"] + 1)
-            where = f"epoch {record.get('epoch')} step {record['step']}/{self._total}"
+            where = f"epoch {record.get('epoch')} step {record['step']}/{self._rate.total}"
             self._line(f"{where}: {_metrics(record)}{left and ', '}{left}")
 
     def evaluation(self, record: dict[str, Any]) -> None:
@@ -177,9 +201,12 @@ class PlainDisplay:
     def note(self, text: str) -> None:
         self._line(text)
 
+    def rescale(self, record: dict[str, Any]) -> None:
+        self._rate.total = record["total_steps"]
+
     def beat(self, step: int, microbatch: int, microbatches: int) -> None:
         if self._silent_for(_QUIET_SECONDS):
-            self._line(f"step {step}/{self._total}: microbatch {microbatch} of {microbatches}")
+            self._line(f"step {step}/{self._rate.total}: microbatch {microbatch} of {microbatches}")
 
     def close(self) -> None:
         pass
@@ -195,8 +222,8 @@ class PlainDisplay:
 class _Rate:
     """Time left, from the steps done since this process looked first."""
 
-    def __init__(self, first_step: int, total_steps: int):
-        self._total = total_steps
+    def __init__(self, total_steps: int):
+        self.total = total_steps
         self._first: tuple[float, float] | None = None
 
     def left(self, done: float) -> str:
@@ -204,11 +231,11 @@ class _Rate:
         if self._first is None or done < self._first[0]:
             self._first = (done, now)
         steps, seconds = done - self._first[0], now - self._first[1]
-        if done >= self._total:
+        if done >= self.total:
             return ""
         if steps <= 0 or seconds <= 0:
             return "time left unknown"
-        return f"{duration((self._total - done) * seconds / steps)} left"
+        return f"{duration((self.total - done) * seconds / steps)} left"
 
 
 def _metrics(record: dict[str, Any]) -> str:

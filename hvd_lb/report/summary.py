@@ -6,7 +6,7 @@ import json
 import statistics
 from typing import Any
 
-from hvd_lb.report.metrics import read_metrics
+from hvd_lb.report.metrics import Epochs, read_metrics
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.report.text import duration, evaluation_line, speed
 from hvd_lb.training.saved_state import counted_error
@@ -41,12 +41,13 @@ def summarise(
     errors = {error: of for of in reversed(evaluations) if (error := counted_error(of)) is not None}
     best = errors[min(errors)] if errors else None
     done = [record["step"] + 1 for record in records if record.get("kind") in _OF_STEPS_DONE]
-    steps = max(done, default=0)
+    steps, after = max(done, default=0), Epochs(records, steps_per_epoch)
+    total_steps = after.total_steps or total_steps
     summary: dict[str, Any] = {
         "exit_reason": reason,
         "steps": steps,
         "total_steps": total_steps,
-        "epochs": steps / steps_per_epoch,
+        "epochs": after(steps),
         "final": last,
         "best": best,
         "wall_seconds": seconds,

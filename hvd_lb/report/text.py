@@ -60,6 +60,16 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+def rescale_in_words(record: dict[str, Any]) -> str:
+    """`2 virtual workers from here on, before 4: minibatches of 192 images, learning rate 0.1, rising to 0.2`."""
+    rate, full = record.get("lr"), record.get("full_lr")
+    rising = f", rising to {figure(full, '.4g')}" if full != rate else ""
+    return (
+        f"{count(record['workers'], 'virtual worker')} from here on, before {record.get('before')}: minibatches of "
+        f"{figure(record.get('global_batch'), ',')} images, learning rate {figure(rate, '.4g')}{rising}"
+    )
+
+
 def generation_in_words(record: dict[str, Any]) -> str:
     """`3 processes go on, before 4 (lost: rank 2 on h1 (ended by SIGKILL)); this step is taken again`."""
     lost, left = (", ".join(map(str, record.get(name) or ())) for name in ("lost", "left"))

@@ -176,17 +176,19 @@ class RunState:
     def saved(
         self,
         losses: Tensor,
-        steps_per_epoch: int,
+        position: dict[str, Any],
         recipe: dict[str, Any],
         data: str,
         environment: dict[str, Any],
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], SavedState]:
-        """The model's tensors, the optimizer's, and the rest: not copied; on one process, with what `gather` gave."""
+        """The model's tensors, the optimizer's, and the rest: not copied; on one process, with what `gather` gave.
+
+        `position` has the fields of it that tell where the run is in its plan.
+        """
         optimizer, skeleton = flatten_state(self.optimizer.state_dict())
-        epoch, epoch_step = divmod(self.step, steps_per_epoch)
         statistics = self.statistics
         state = SavedState(
-            next={"epoch": epoch, "step": epoch_step},
+            **position,
             recipe=recipe,
             data=data,
             environment=environment,
@@ -232,7 +234,7 @@ class RunState:
         return copied(kept(self.model.state_dict())), copied(optimizer)
 
     def hand_over(
-        self, steps_per_epoch: int, recipe: dict[str, Any]
+        self, position: dict[str, Any], recipe: dict[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], SavedState]:
         """As `saved`, by a process alone that has the `whole` state: that at the end of the last step taken."""
         if self._exponents:  # a step was not finished
@@ -242,7 +244,7 @@ class RunState:
         self.optimizer.abandon()
         self.statistics.discard()
         self.statistics.keep()
-        return self.saved(self.losses, steps_per_epoch, recipe, data="", environment={})
+        return self.saved(self.losses, position, recipe, data="", environment={})
 
     def load(self, snapshot: Snapshot) -> None:
         """Become what was saved; every process loads the same."""
@@ -261,10 +263,13 @@ class RunState:
         self.step = snapshot.step
         self.losses.zero_()
         own = slice(None) if self.whole else slice(self._workers.start, self._workers.stop)
-        if state.loss_sum is None:
+        loss_sum = state.loss_sum
+        if loss_sum is None and len(tensors[LOSSES]) != len(self.losses):  # of another k
+            loss_sum = tensors[LOSSES].sum().item()
+        if loss_sum is None:
             self.losses[own] = tensors[LOSSES][own].to(self.losses.device)
         elif self.whole or own.start == 0:
-            self.losses[0] = state.loss_sum
+            self.losses[0] = loss_sum
         self.loss_images = state.loss_images
         self.bad_images.in_epoch = state.bad_images
         self.evaluation_due, self.left_out = state.evaluation_due, set(state.left_out)

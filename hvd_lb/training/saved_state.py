@@ -9,8 +9,10 @@ optimizer.safetensors those of the optimizer and `LOSSES`, in model-ema.safetens
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from typing import Any
+
+from hvd_lb.plan.run_plan import Scale
 
 FORMAT = 2
 #: Those that can be read.
@@ -47,13 +49,40 @@ class SavedState:
     left_out: list[int] = field(default_factory=list)  #: steps not taken, by --on-nan rollback
     bad_images: int = 0  #: in this epoch so far; absent from checkpoints before --on-bad-image
     batch_norm_exponents: list[int] | None = None  #: of the next sum; in reproducible runs with batch norm
+    rescaled: dict[str, Any] | None = None  #: `Rescaled`, of a run whose k follows the number of processes
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None or name in _NULLABLE}
 
+    @property
+    def scales(self) -> tuple[Scale, ...]:
+        """Empty where k is the recipe's from the beginning."""
+        return Rescaled.from_json(self.rescaled).scales if self.rescaled else ()
+
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> SavedState:
         return cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """Of a run whose k follows the number of processes: how many each has, and from where on k was what.
+
+    `end` is the number of steps of its epochs if k stays as it is last; `epoch` and `images` are the position.
+    """
+
+    per_process: int
+    scales: tuple[Scale, ...]
+    end: int
+    epoch: int
+    images: int  #: of the epoch that are used
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "scales": [list(astuple(scale)) for scale in self.scales]}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Rescaled:
+        return cls(**{**content, "scales": tuple(Scale(*scale) for scale in content["scales"])})
 
 
 # These are written as null; other fields that are None are left out.

@@ -41,7 +41,9 @@ from hvd_lb.plan.classes import class_weights
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.plan.mixing import Mixing, Targets
+from hvd_lb.plan.run_plan import RunPlan, Scale
 from hvd_lb.recipe import Recipe, differing_fields, period_in_seconds, period_in_steps
+from hvd_lb.schedule import RescaledSchedule
 from hvd_lb.training.bad_images import BadImages
 from hvd_lb.training.batchnorm import allow_single_values, running_statistics
 from hvd_lb.training.checkpoint import (
@@ -58,6 +60,7 @@ from hvd_lb.training.evaluation import Evaluation, Evaluator, Stopped, open_load
 from hvd_lb.training.models import build_model, freeze_backbone, sum_loss, take_weights
 from hvd_lb.training.recomputation import Recomputation
 from hvd_lb.training.run_state import RunState
+from hvd_lb.training.saved_state import Rescaled
 from hvd_lb.training.together import Group, GroupSize, draw_apart, room_for_groups, strange
 from hvd_lb.world import World
 from hvd_lb.world.stages import Stage, Staged, Stages
@@ -92,6 +95,9 @@ class Observer(Protocol):
 
     def audit(self, record: dict[str, Any]) -> None:
         """Processes, `liars`, have computed a microbatch wrongly; the step is taken again."""
+
+    def rescale(self, record: dict[str, Any]) -> None:
+        """From this step on, which is to come, the run has another number of virtual workers (`scale_records`)."""
 
     def noise(self, record: dict[str, Any]) -> None:
         """The gradient noise scale over the last steps, in images, and its interval."""
@@ -166,7 +172,9 @@ class Trainer:
 
     With a `membership` every process has the whole state after each step (`hand_over`), and `fit` also returns, with
     `regrouping`, where processes want to join or to leave. `carried` is what one has handed over; `unfinished`: what
-    follows its last step (records, a checkpoint, an evaluation) is to be done.
+    follows its last step (records, a checkpoint, an evaluation) is to be done. `scales` are those of a run whose k
+    has changed; the last one is that of all steps to come. `per_process`: k follows the number of processes, and each
+    has so many virtual workers.
     """
 
     def __init__(
@@ -186,6 +194,8 @@ class Trainer:
         carried: Snapshot | None = None,
         unfinished: bool = False,
         samples: Samples | None = None,
+        scales: Sequence[Scale] = (),
+        per_process: int | None = None,
     ):
         self.samples = samples
         self.membership, self.unfinished, self.regrouping, self.repeats = membership, unfinished, False, False
@@ -206,11 +216,16 @@ class Trainer:
         #: Called in each step when its gradients are known, before the update: for whoever looks at them.
         self.on_gradients: Callable[[], None] = lambda: None
         self.told: dict[str, dict[str, Any]] = {}  # the last record of each kind, as rank 0 has told it
-        self.plan = recipe.sample_plan(len(dataset.train), dataset.train.labels)
-        self.schedule = recipe.lr_schedule(self.plan.steps_per_epoch)
-        self.end = recipe.total_steps(self.plan.steps_per_epoch)
-        self.workers = hosted(world.rank, world.size, recipe.gpus, recipe.fixed_group)
-        self.sizes = recipe.image_sizes(self.plan.steps_per_epoch)
+        if not scales and checkpoint:
+            scales = checkpoint.saved.scales
+        self.run_plan = recipe.run_plan(len(dataset.train), dataset.train.labels, scales)
+        self.per_process = per_process
+        #: Of whole epochs from here on, and the number of virtual workers.
+        self.plan, self.gpus = self.run_plan.plan, self.run_plan.plan.workers
+        self.schedule = recipe.run_schedule(self.run_plan)
+        self.end = min(self.run_plan.end, recipe.steps or self.run_plan.end)
+        self.workers = hosted(world.rank, world.size, self.gpus, recipe.fixed_group)
+        self.sizes = recipe.image_sizes(self.plan.steps_per_epoch, self.run_plan.offset)
         self.windows_of = cache(recipe.random_windows)
         self.recomputation = Recomputation(recipe, dataset.train, recipe.random_windows())
         self.dtype, self.memory_format = arithmetic.dtype(recipe), arithmetic.memory_format(recipe)
@@ -238,7 +253,7 @@ class Trainer:
             self.model,
             world=world,
             schedule=self.schedule,
-            reproducible_terms=recipe.gpus if recipe.reproducible else None,
+            reproducible_terms=self.gpus if recipe.reproducible else None,
             riders=Riders(signal.NSIG + (3 if membership else 1), self._to_say),
             compress=recipe.compress,
             images=recipe.global_batch,
@@ -251,14 +266,14 @@ class Trainer:
         )
         # The scaler makes its scale at first use, which a process without images might not come to.
         scaler.scale(torch.zeros(1, device=device))
-        terms = max(recipe.gpus, self.recomputation.count) if recipe.reproducible else None
+        terms = max(self.gpus, self.recomputation.count) if recipe.reproducible else None
         # One process knows enough: the first virtual worker is its own, and the sum is everybody's.
-        measured = recipe.noise_scale == "on" and recipe.gpus > 1 and world.rank == 0
+        measured = recipe.noise_scale == "on" and self.gpus > 1 and world.rank == 0
         self.noise_scale = NoiseScale() if measured else None
         self.state = RunState(
             world,
             self.workers,
-            recipe.gpus,
+            self.gpus,
             model=self.model,
             optimizer=optimizer,
             scaler=scaler,
@@ -266,19 +281,15 @@ class Trainer:
             bad_images=BadImages.of(recipe, world, observer.bad_images),
             device=device,
             whole=membership is not None,
-            average=(
-                WeightAverage(self.model, recipe.ema, recipe.global_batch, self.schedule.warmup_steps)
-                if recipe.ema
-                else None
-            ),
+            average=self._average(),
         )
         self.audit = Audit(
             recipe.audit,
             recipe.seed,
-            recipe.gpus,
+            self.gpus,
             recipe.fixed_group,
             world,
-            lambda step: self.plan.step_images(step % self.plan.steps_per_epoch),
+            lambda step: self.run_plan.at(step).images,
             self._compute_again,
         )
         self._loaders: dict[int, Loaders] = {}  # by the size of images
@@ -294,6 +305,15 @@ class Trainer:
             if store and not self.kept:
                 self.state.best_error = math.inf  # the best of another run is not here
         self.save_due = Timer(period_in_seconds(recipe.checkpoint_every) if world.rank == 0 else math.inf)
+
+    def _average(self) -> WeightAverage | None:
+        """That of the weights, with `ema`: over as many images, and from the end of warmup, whatever k was before."""
+        recipe, part = self.recipe, self.run_plan.parts[-1]
+        if not recipe.ema:
+            return None
+        since = part.scale.step - part.virtual_step(part.scale.step)
+        begins = self.schedule.warmup_steps + round(since)
+        return WeightAverage(self.model, recipe.ema, self.plan.global_batch, begins)
 
     def _class_weights(self) -> torch.Tensor | None:
         """Of the network's outputs, in the dtype of its weights."""
@@ -387,6 +407,8 @@ class Trainer:
     def _go_on(self) -> None:
         """Steps until the end or a stop, some of them again."""
         repeated: list[int] = []
+        if self._goes_on:
+            self._tell_scale()
         while self._goes_on:
             try:
                 self._take_steps()
@@ -405,6 +427,12 @@ class Trainer:
                     raise
                 self._roll_back(diverged)
 
+    def _tell_scale(self) -> None:
+        """Where k changes with the next step."""
+        for record in scale_records(self.run_plan, self.recipe):
+            if record["step"] == self.step:
+                self.observer.rescale(record)
+
     @property
     def _goes_on(self) -> bool:
         return self.step < self.end and not self.stopped_by and not self.regrouping
@@ -418,25 +446,29 @@ class Trainer:
                 self._finish_step(clock, save_now)
 
     @cached_property
-    def _periods(self) -> tuple[int, ...]:
-        """Steps between records, evaluations, checkpoints and digests; 0: never."""
-        recipe, steps_per_epoch = self.recipe, self.plan.steps_per_epoch
-        log_every = recipe.log_every or max(1, min(10, steps_per_epoch // 20))
-        every = (recipe.eval_every, recipe.checkpoint_every, recipe.digest_every)
-        return (log_every, *(period_in_steps(period, steps_per_epoch) for period in every))
+    def _log_every(self) -> int:
+        """Steps of an epoch between records."""
+        return self.recipe.log_every or max(1, min(10, self.plan.steps_per_epoch // 20))
+
+    def _due(self, every: str) -> bool:
+        """Whether something of this period happens after the present number of steps; always at the end."""
+        period = period_in_steps(every, self.plan.steps_per_epoch)
+        # Epochs end where they do, whatever k was before.
+        step = self.step - (self.run_plan.offset if "epoch" in every else 0)
+        return self.step == self.end or (period > 0 and step % period == 0)
 
     def _finish_step(self, clock: StepClock | None, save_now: bool = False) -> None:
         """What is due after a step; without a clock its time is not known."""
-        log_every, eval_every, save_every, digest_every = self._periods
-        done = self.step == self.end
-        evaluate, save = _due(eval_every, self.step, done), _due(save_every, self.step, done)
-        digest = digest_every > 0 and _due(digest_every, self.step, done)
+        recipe, done = self.recipe, self.step == self.end
+        evaluate, save = self._due(recipe.eval_every), self._due(recipe.checkpoint_every)
+        digest = recipe.digest_every != "never" and self._due(recipe.digest_every)
         evaluate |= clock is None and self.state.evaluation_due
         if evaluate or save:
             save_now |= self._hear()
         if self.step <= self.watched_until:
             self._check(self.state.gather())
-        if self.step % self.plan.steps_per_epoch % log_every == 0 or done:
+        within = (self.step - self.run_plan.offset) % self.plan.steps_per_epoch
+        if within % self._log_every == 0 or done:
             self._log(clock)
         with clock.paused() if clock else nullcontext(), self.stages.between_steps():
             self.after_step(evaluate, save or save_now, digest)
@@ -462,11 +494,11 @@ class Trainer:
         True when some process wants a checkpoint now. FixedPointOverflow, with nothing changed, when the step has to
         be taken again with new `batches`.
         """
-        epoch_step = self.step % self.plan.steps_per_epoch
+        planned = self.run_plan.at(self.step)
         if self.step in self.state.left_out:
             self.state.step_taken({}, 0)
             self.unfinished = True
-            self.said.append(_Said(None, [], epoch_step == 0))
+            self.said.append(_Said(None, [], planned.begins == 0))
             return self._hear(self.lag)
         workers = self._workers_with_images(self.step)
         losses: dict[int, torch.Tensor] = {}
@@ -498,10 +530,9 @@ class Trainer:
             self.observer.microbatch(self.step, len(losses), len(workers))
         if drawn := self.audit.audits(self.step):
             self.audit.note(self.step, self._digests(drawn.workers, batches))
-        global_images = self.plan.step_images(epoch_step)
+        global_images = planned.images
         if self.samples:
-            epoch = self.step // self.plan.steps_per_epoch
-            given = {worker: self.plan.image_ids(epoch, epoch_step, worker).tolist() for worker in losses}
+            given = {worker: planned.image_ids(worker).tolist() for worker in losses}
             self.samples.given(self.step, given)
         self.state.exchange_losses(losses)
         self._synchronize(global_images)
@@ -514,7 +545,7 @@ class Trainer:
         self.state.scaler.step(self.state.optimizer)
         self.state.scaler.update()
         self.state.optimizer.zero_grad()
-        self.state.statistics.step(self.plan.active_workers(epoch_step))
+        self.state.statistics.step(min(self.gpus, global_images))
         self.state.step_taken(losses, global_images)
         if self.samples:
             self.samples.taken(self.step - 1)
@@ -524,7 +555,7 @@ class Trainer:
             self.membership.step_taken(self.step)
         self._tell_group_size()
         self.said.append(
-            _Said(self.state.optimizer.carried, self.state.bad_images.take(), first=epoch_step == 0)
+            _Said(self.state.optimizer.carried, self.state.bad_images.take(), first=planned.begins == 0)
         )
         return self._hear(self.lag)
 
@@ -662,18 +693,19 @@ class Trainer:
 
     def microbatch(self, step: int, worker: int) -> Microbatch:
         """What a virtual worker, of this process or of another, sees in a step of the run; perhaps nothing."""
-        epoch, epoch_step = divmod(step, self.plan.steps_per_epoch)
-        ids, keys = self.plan.draws(epoch, epoch_step, worker)
-        draw = partial(self.windows_of(self.sizes(step)).windows, epoch)
+        planned = self.run_plan.at(step)
+        ids, keys = planned.draws(worker)
+        draw = partial(self.windows_of(self.sizes(step)).windows, planned.epoch)
         return Microbatch(
-            ids, draw(keys, *sizes(self.dataset.train, ids)), Origin("train", epoch, step, worker), draw
+            ids,
+            draw(keys, *sizes(self.dataset.train, ids)),
+            Origin("train", planned.epoch, step, worker),
+            draw,
         )
 
     def _workers_with_images(self, step: int) -> list[int]:
         """Those that this process computes."""
-        epoch_step = step % self.plan.steps_per_epoch
-        own = [worker for worker in self.workers if len(self.plan.positions(epoch_step, worker))]
-        return self.audit.own_workers(step, own)
+        return self.audit.own_workers(step, self.run_plan.at(step).with_images(self.workers))
 
     def batches(self) -> Loader:
         """This process's microbatches as tensors, from the present step to the end."""
@@ -706,7 +738,7 @@ class Trainer:
     def _position(self, step: int | None = None) -> dict[str, int]:
         """Of a step, by default the one just taken: its epoch, and its number in the run."""
         number = self.step - 1 if step is None else step
-        return {"epoch": number // self.plan.steps_per_epoch, "step": number}
+        return {"epoch": self.run_plan.at(number).epoch, "step": number}
 
     def _log(self, clock: StepClock | None) -> None:
         images = self.state.loss_images
@@ -798,8 +830,8 @@ class Trainer:
 
     def _step_images(self, step: int) -> list[int]:
         """All image ids of a step."""
-        epoch, epoch_step = divmod(step, self.plan.steps_per_epoch)
-        ids = [self.plan.image_ids(epoch, epoch_step, worker) for worker in range(self.recipe.gpus)]
+        planned = self.run_plan.at(step)
+        ids = [planned.image_ids(worker) for worker in range(planned.plan.workers)]
         return [int(image) for of_worker in ids for image in of_worker]
 
     def _warn(self, message: str) -> None:
@@ -897,13 +929,24 @@ class Trainer:
         if self.writer is None:
             return
         model, optimizer, state = self.state.saved(
-            losses, self.plan.steps_per_epoch, self.recipe.mathematics(), **self._provenance
+            losses, self.place, self.recipe.mathematics(), **self._provenance
         )
         # On a slow disk others may be left out.
         needed = best or self.state.evaluation_due or self.step == self.end or bool(self.stopped_by)
         written = self.writer.save(self.step, model, optimizer, state.to_json(), best=best, wait=needed)
         if written and self.step:
             self.observer.checkpoint({**self._position(), "stall_seconds": time.perf_counter() - began})
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """What a checkpoint tells of the place in the plan."""
+        planned, plan = self.run_plan.at(self.step), self.run_plan
+        place = {"next": {"epoch": planned.epoch, "step": planned.step}}
+        if self.per_process is None and len(plan.scales) == 1:
+            return place
+        per_process = self.per_process or 0
+        found = Rescaled(per_process, plan.scales, plan.end, planned.epoch, planned.begins)
+        return {**place, "rescaled": found.to_json()}
 
     @cached_property
     def _provenance(self) -> dict[str, Any]:
@@ -920,7 +963,7 @@ class Trainer:
         """
         self.unfinished |= self.state.evaluation_due
         self.repeats = self.state.under_way and not self.unfinished
-        model, optimizer, state = self.state.hand_over(self.plan.steps_per_epoch, self.recipe.mathematics())
+        model, optimizer, state = self.state.hand_over(self.place, self.recipe.mathematics())
         return Snapshot(self.step, copied(model), copied(optimizer), state.to_json())
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -932,6 +975,27 @@ class Trainer:
         self.state.load(checkpoint.read())
 
 
-def _due(period: int, step: int, done: bool) -> bool:
-    """Whether something of this period in steps (0: never) happens after `step` steps; always at the end."""
-    return done or (period > 0 and step % period == 0)
+def scale_records(plan: RunPlan, recipe: Recipe) -> list[dict[str, Any]]:
+    """What is told of each change of k, at its first step: position, k, and what follows from it.
+
+    `lr` is the rate of that step, `full_lr` the one that it rises to.
+    """
+    schedule, workers, found = recipe.run_schedule(plan), recipe.gpus, []
+    for part in plan.parts:
+        if part.plan.workers != workers:
+            step, end = part.scale.step, part.offset + plan.epochs * part.plan.steps_per_epoch
+            rate = schedule(step)
+            found.append(
+                {
+                    **asdict(part.scale),
+                    "before": workers,
+                    "global_batch": part.plan.global_batch,
+                    "lr": rate,
+                    "full_lr": schedule.full(step) if isinstance(schedule, RescaledSchedule) else rate,
+                    "steps_per_epoch": part.plan.steps_per_epoch,
+                    "offset": part.offset,
+                    "total_steps": min(end, recipe.steps or end),
+                }
+            )
+        workers = part.plan.workers
+    return found

@@ -15,7 +15,7 @@ from hvd_lb.launch.failure import read_errors
 from hvd_lb.launch.submit.slurm.queue import submitted_job, waiting
 from hvd_lb.machine.process import is_running
 from hvd_lb.report.launching import BEAT_SECONDS
-from hvd_lb.report.metrics import last_records
+from hvd_lb.report.metrics import Epochs, last_records
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.report.summary import FINISHED, STOPPED
 from hvd_lb.report.text import printable
@@ -133,13 +133,16 @@ class _Seen:
         summary, facts = _read(self._run.summary), self._launching
         records = last_records(self._run.metrics)
         steps = summary.get("steps") if summary else _steps_done(records, _read(self._run.heartbeat))
-        total = facts.get("total_steps") or summary.get("total_steps")
+        rescaled = _last(records, "rescale")
+        total = rescaled.get("total_steps") or facts.get("total_steps") or summary.get("total_steps")
         rate = _last(records, "train").get("images_per_second")
         word, reason = self._word(summary)
         left = None
-        if word in AT_WORK and steps is not None and total and rate and facts.get("global_batch"):
-            left = (total - steps) * facts["global_batch"] / rate
+        batch = rescaled.get("global_batch") or facts.get("global_batch")
+        if word in AT_WORK and steps is not None and total and rate and batch:
+            left = (total - steps) * batch / rate
         per_epoch = facts.get("steps_per_epoch")
+        epochs = Epochs(records, per_epoch)(steps) if steps and per_epoch else None
         return RunState(
             run=str(self._run.path),
             state=word,
@@ -147,7 +150,7 @@ class _Seen:
             alive=bool(self.alive),
             steps=steps,
             total_steps=total,
-            epochs=summary.get("epochs") if summary else steps / per_epoch if steps and per_epoch else None,
+            epochs=summary.get("epochs") if summary else epochs,
             images_per_second=rate if word in AT_WORK else summary.get("images_per_second"),
             seconds_left=left,
             evaluation=_last(records, "eval") or None,

@@ -41,7 +41,7 @@ def test_what_was_loaded_and_is_saved_again_has_the_same_bytes(
     for path in found:
         resumed = make_trainer(recipe, checkpoint=open_checkpoint(path))
         model, optimizer, state = resumed.state.saved(
-            resumed.state.gather(), resumed.plan.steps_per_epoch, recipe.mathematics(), **resumed._provenance
+            resumed.state.gather(), resumed.place, recipe.mathematics(), **resumed._provenance
         )
         copied = again.save(resumed.step, model, optimizer, state.to_json())
         for file in path.iterdir():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -24,10 +25,11 @@ from hvd_lb.launch.rank.member import Carried, Member
 from hvd_lb.launch.rank.names import MEMBER, OF_OTHERS
 from hvd_lb.launch.rank.training import data_of, device_of, note_stop, observer_of, samples_of, trainer_of
 from hvd_lb.launch.stopping import StopRequests
+from hvd_lb.plan.run_plan import RunPlan, Scale
 from hvd_lb.report.metrics import RunObserver, SilentObserver, last_records
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
-from hvd_lb.training.trainer import Trainer
+from hvd_lb.training.trainer import Trainer, scale_records
 from hvd_lb.world import World
 from hvd_lb.world.stages import Stage, Stages
 
@@ -120,22 +122,28 @@ class _Generation:
     ):
         self._job, self._member, self._world = job, member, world
         self._carried, self._dataset = carried, dataset
-        plan = job.recipe.sample_plan(len(dataset.train))
-        self._steps_per_epoch = plan.steps_per_epoch
         snapshot = carried.snapshot
+        scales = _scales(carried, checkpoint)
+        self._plan = plan = _run_plan(job, dataset, scales)
+        if job.per_process:
+            scales = plan.rescaled(carried.step, job.per_process * world.size)
+            self._plan = _run_plan(job, dataset, scales)
+            # An epoch of which less than a step is left now has ended by that.
+            if self._plan.at(carried.step).epoch > plan.at(carried.step).epoch:
+                self._carried = carried = replace(carried, unfinished=True)
         # Losses that were not told of yet are told again with the last step.
         again = carried.unfinished and snapshot is not None and bool(snapshot.saved.loss_images)
         told_from = carried.step - again
         hosts = begun["hosts"] if begun else job.hosts
         self.observer: RunObserver | SilentObserver = observer_of(
-            job, world, hosts, dataset, checkpoint, told_from
+            job, world, hosts, dataset, checkpoint, told_from, self._plan.plan.workers
         )
         self._samples = samples_of(job, member.number, member.generation)
         self._since: float | None = None
         if begun and isinstance(self.observer, RunObserver):
             change = dict(begun["change"])
             self._since = time.monotonic() - change.pop("seconds")
-            step = min(carried.step, job.recipe.total_steps(plan.steps_per_epoch) - 1)
+            step = min(carried.step, _end(job, self._plan) - 1)
             self.observer.generation(
                 {
                     **self._position(step),
@@ -150,7 +158,10 @@ class _Generation:
             self._tell_again(told_from)
 
     def _tell_again(self, told_from: int) -> None:
-        """The last records, where the process that was rank 0 was lost before it had written them."""
+        """The last records, where the process that was rank 0 was lost before it had written them, and changes of k."""
+        for change in scale_records(self._plan, self._job.recipe):
+            if told_from <= change["step"] < self._carried.step:
+                self.observer.rescale(change)
         records = last_records(RunDirectory(self._job.output).metrics)
         written = {(record.get("kind"), record["step"]) for record in records}
         redone = self._carried.unfinished
@@ -176,6 +187,8 @@ class _Generation:
             carried=carried.snapshot,
             unfinished=carried.unfinished,
             samples=self._samples,
+            scales=self._plan.scales,
+            per_process=job.per_process,
             **more,
         )
         trainer.told |= carried.told
@@ -195,7 +208,22 @@ class _Generation:
             self._since = None
 
     def _position(self, step: int) -> dict[str, int]:
-        return {"epoch": step // self._steps_per_epoch, "step": step}
+        return {"epoch": self._plan.at(step).epoch, "step": step}
+
+
+def _scales(carried: Carried, checkpoint: Checkpoint | None) -> tuple[Scale, ...]:
+    """Those of the state that a process has."""
+    if carried.snapshot:
+        return carried.snapshot.saved.scales
+    return checkpoint.saved.scales if checkpoint else ()
+
+
+def _run_plan(job: Job, dataset: Dataset, scales: Sequence[Scale]) -> RunPlan:
+    return job.recipe.run_plan(len(dataset.train), dataset.train.labels, scales)
+
+
+def _end(job: Job, plan: RunPlan) -> int:
+    return min(plan.end, job.recipe.steps or plan.end)
 
 
 def _taken_over(job: Job, carried: Carried, dataset: Dataset) -> Carried:
@@ -213,7 +241,7 @@ def _taken_over(job: Job, carried: Carried, dataset: Dataset) -> Carried:
     if recipe.checkpoint_every != "never" and (best := store.best_error()) is not None:
         state["best_error"] = best if math.isfinite(best) else None
     unfinished = carried.unfinished
-    if snapshot.step == recipe.total_steps(recipe.sample_plan(len(dataset.train)).steps_per_epoch):
+    if snapshot.step == _end(job, _run_plan(job, dataset, snapshot.saved.scales)):
         newest, _ = store.newest_intact()
         unfinished |= newest is None or newest.step < snapshot.step or newest.saved.evaluation_due
     return replace(carried, snapshot=replace(snapshot, state=state), unfinished=unfinished)

@@ -63,16 +63,17 @@ def observer_of(
     dataset: Dataset,
     checkpoint: Checkpoint | None,
     first_step: int,
+    gpus: int | None = None,
 ) -> RunObserver | SilentObserver:
     """On rank 0 it writes into the run directory what happens from `first_step` on; `hosts` are those of the world.
 
-    The job begins at `checkpoint`.
+    The job begins at `checkpoint`. `gpus` is k, where it is not the recipe's any more.
     """
     if world.rank:
         return SilentObserver()
     there = [Host(name, slots) for name, slots in hosts]
     ranks = range(world.size)
-    workers = [len(hosted(rank, world.size, job.recipe.gpus)) for rank in ranks]
+    workers = [len(hosted(rank, world.size, gpus or job.recipe.gpus)) for rank in ranks]
     times = RankTimes([host_of_rank(there, rank) for rank in ranks], workers)
     recipe = job.recipe
     plan = recipe.sample_plan(len(dataset.train), dataset.train.labels)

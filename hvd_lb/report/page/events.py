@@ -14,10 +14,10 @@ from typing import Any
 
 from hvd_lb.report.metrics import read_metrics
 from hvd_lb.report.run_directory import RunDirectory
-from hvd_lb.report.text import count, figure, generation_in_words
+from hvd_lb.report.text import count, figure, generation_in_words, rescale_in_words
 
 #: Kinds of records of something that happened; others are curves, digests and notes.
-HAPPENED = {"warning", "rollback", "repeat", "generation", "recovered"}
+HAPPENED = {"warning", "rollback", "repeat", "generation", "recovered", "rescale"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ def _of_records(records: Sequence[dict[str, Any]]) -> list[Event]:
             text = f"went back to step {record['to']}{left}"
         elif kind == "generation":
             text = generation_in_words(record)
+        elif kind == "rescale":
+            text = rescale_in_words(record)
         elif kind == "recovered":
             text = f"taken {figure(record.get('seconds'), '.1f')} s after the change was noticed"
         else:

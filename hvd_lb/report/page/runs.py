@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from hvd_lb.report.metrics import read_metrics
+from hvd_lb.report.metrics import Epochs, read_metrics
 from hvd_lb.report.page.chart import Chart, Mark, Series
 from hvd_lb.report.page.events import Event, events
 from hvd_lb.report.page.page import folded, page, rows, table
@@ -61,12 +61,17 @@ class _Run:
         return _json(self.directory.environment)
 
     @cached_property
-    def steps_per_epoch(self) -> float:
-        """As the run itself says, else by its records: step s of epoch e says that s / (e + 1) < it ≤ s / e."""
-        if self.summary.get("epochs"):
-            return float(self.summary["steps"] / self.summary["epochs"])
+    def after(self) -> Epochs:
+        """How many epochs so many steps are."""
+        return Epochs(self.records, self._steps_per_epoch)
+
+    @cached_property
+    def _steps_per_epoch(self) -> float:
+        """At its beginning: as the run says, else by records: step s of epoch e says that s / (e + 1) < it ≤ s / e."""
         if known := _json(self.directory.launching).get("steps_per_epoch"):
             return float(known)
+        if self.summary.get("epochs"):
+            return float(self.summary["steps"] / self.summary["epochs"])
         told = [
             (record["step"], record["epoch"]) for record in self.records if record.get("epoch") is not None
         ]
@@ -84,7 +89,7 @@ class _Run:
         label = " · ".join(part for part in (self.name, name) if part)
         return Series(
             label,
-            [(record["step"] + 1) / self.steps_per_epoch for record in of_kind],
+            [self.after(record["step"] + 1) for record in of_kind],
             [None if record[field] is None else scale * record[field] for record in of_kind],
             dashed=dashed,
             colour=self.number,
@@ -100,7 +105,7 @@ class _Run:
         ]
         return Series(
             self.name,
-            [(record["step"] + 1) / self.steps_per_epoch for record in known],
+            [self.after(record["step"] + 1) for record in known],
             [record["noise_scale"] for record in known],
             low=[record["low"] for record in known],
             high=[record["high"] for record in known],
@@ -171,7 +176,7 @@ def _charts(runs: Sequence[_Run]) -> list[Chart]:
         for chart in (error, loss, rate, speeds, waits, slow, noise):
             chart.marks += [
                 Mark(
-                    event.step / run.steps_per_epoch,
+                    run.after(event.step),
                     " · ".join(
                         part for part in (run.name if len(runs) > 1 else "", event.kind, event.text) if part
                     ),
@@ -212,7 +217,11 @@ def _figures_of(run: _Run) -> list[str]:
     known = [record["top1_error"] for record in evaluations if record.get("top1_error") is not None]
     trained = run.of("train")
     steps = summary.get("steps") or (trained[-1]["step"] + 1 if trained else 0)
-    total = summary.get("total_steps") or _json(run.directory.launching).get("total_steps")
+    total = (
+        summary.get("total_steps")
+        or run.after.total_steps
+        or _json(run.directory.launching).get("total_steps")
+    )
     rates = [record["images_per_second"] for record in trained if record.get("images_per_second") is not None]
     rate = summary.get("images_per_second") or (sorted(rates)[len(rates) // 2] if rates else None)
     return [
