@@ -18,6 +18,7 @@ import torch
 from hvd_lb.data.images import Dataset
 from hvd_lb.errors import UserError
 from hvd_lb.exact.digest import PARTS, STATISTICS, state_digests
+from hvd_lb.plan.run_plan import Scale
 from hvd_lb.recipe import differing_fields
 from hvd_lb.replay.again import ROUNDING, Again, Compared, Expectation, expectation
 from hvd_lb.replay.beginning import plan_of
@@ -114,6 +115,10 @@ def examine_records(run: RecordedRun, found: Examined) -> None:
         if differing := differing_fields(checkpoint.saved.recipe, recipe):
             found.recipe_differs = True
             found.problems.append(f"checkpoint {path.name} is of another recipe: {'; '.join(differing)}")
+        if not _scales_as_recorded(run, checkpoint):
+            found.problems.append(
+                f"checkpoint {path.name} has other numbers of virtual workers in the steps before than were recorded"
+            )
         if step - 1 not in digests:
             found.unmatched.append(step)
         elif parts := _differing_parts(checkpoint, digests[step - 1]):
@@ -123,6 +128,14 @@ def examine_records(run: RecordedRun, found: Examined) -> None:
             )
         else:
             found.checkpoints.append(step)
+
+
+def _scales_as_recorded(run: RecordedRun, checkpoint: Checkpoint) -> bool:
+    """In the steps that the run itself has taken."""
+    steps = range(run.first_step, checkpoint.step)
+    told = [scale for scale in run.scales(None) if scale.step in steps]
+    known = checkpoint.saved.scales or (Scale(0, 0, 0, run.recipe.gpus),)
+    return told == [scale for scale in known if scale.step in steps]
 
 
 def _differing_parts(checkpoint: Checkpoint, recorded: dict[str, Any]) -> list[str]:

@@ -27,6 +27,7 @@ PAIRS = {
     "container_port": "image",
     "container_mount": "container_image",
     "min_processes": "elastic",
+    "elastic_policy": "elastic",
     "host_discovery": "elastic",
     "max_processes": "host_discovery",
 }
@@ -56,7 +57,7 @@ TRAIN = {
     **dict.fromkeys(
         ("engine", "allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"), EVERYWHERE
     ),
-    **dict.fromkeys(("elastic", "min_processes"), EVERYWHERE - {"submit-kubernetes"}),
+    **dict.fromkeys(("elastic", "min_processes", "elastic_policy"), EVERYWHERE - {"submit-kubernetes"}),
     **dict.fromkeys(("host_discovery", "max_processes"), {"local", "ssh"}),
     **dict.fromkeys(("hosts", "hostfile"), {"ssh"}),
     **dict.fromkeys(("ssh_port", "ssh_key", "strict_host_keys"), {"ssh"}),
@@ -99,7 +100,7 @@ VALUES = {
     "ssh_port": "22", "per_node": "4", "slurm_cpus_per_task": "4", "fusion_threshold": "1", "cycle_time": "1",
     "hang_timeout": "60",
     "restarts": "2", "max_processes": "2",
-    "min_processes": "1",
+    "min_processes": "1", "elastic_policy": "rescale",
     "allreduce": "ring", "engine": "torch", "launcher": "auto", "device": "cpu", "processes": "2", "hosts": "h1:2",
 }  # fmt: skip
 

@@ -6,13 +6,15 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_lb.errors import UserError
 from hvd_lb.plan.run_plan import RunPlan, Scale
 from hvd_lb.plan.samples import LastBatch, SamplePlan
 from hvd_lb.recipe import Recipe, make_recipe
+
+thrifty = settings(deadline=None, max_examples=40)
 
 
 @st.composite
@@ -31,6 +33,7 @@ def runs(draw: st.DrawFn) -> RunPlan:
     return run
 
 
+@thrifty
 @given(runs())
 def test_each_image_of_an_epoch_comes_once(run: RunPlan) -> None:
     steps = [run.at(step) for step in range(run.end)]
@@ -54,6 +57,7 @@ def test_each_image_of_an_epoch_comes_once(run: RunPlan) -> None:
             assert images - len(found) < most
 
 
+@thrifty
 @given(runs())
 def test_epochs_end_where_the_offset_says(run: RunPlan) -> None:
     last = run.scales[-1].step
@@ -66,6 +70,7 @@ def test_epochs_end_where_the_offset_says(run: RunPlan) -> None:
     assert run.at(run.end).epoch == run.epochs
 
 
+@thrifty
 @given(runs(), st.integers(1, 5))
 def test_a_change_that_is_taken_back_before_a_step_was_none(run: RunPlan, workers: int) -> None:
     step = min(run.scales[-1].step + 1, run.end)
@@ -155,6 +160,7 @@ def test_a_ramp_that_a_further_change_meets_goes_on_from_where_it_is() -> None:
     assert max(b / a for a, b in pairwise(found[105:200])) < 1.12
 
 
+@thrifty
 @given(st.integers(1, 39), st.integers(1, 8), st.sampled_from(["step", "cosine", "polynomial"]))
 def test_within_warmup_and_decay_a_rate_is_that_of_its_place(change: int, workers: int, shape: str) -> None:
     """It is that of the run that has had this k all the time, once it has risen to it."""

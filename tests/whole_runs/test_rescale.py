@@ -30,7 +30,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("horovod") is None, reason="needs Horovod"),
 ]
-engines = pytest.mark.parametrize("engine", ["horovod", pytest.param("torch", marks=pytest.mark.long)])
 RESCALED = (
     *("train", *SMALL, "--reproducible", "--gpus", 4, "--per-gpu-batch", 48, "--epochs", 2),
     *("--learning-rate", 0.2, "--last-batch", "keep", "--log-every", 2, "--digest-every", "1steps"),
@@ -67,7 +66,8 @@ def assert_it_comes_again(path: Path) -> RecordedRun:
     return run
 
 
-@engines
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["horovod", "torch"])
 def test_a_run_shrinks_and_grows_and_comes_again_on_one_process(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
@@ -95,6 +95,7 @@ def test_a_run_shrinks_and_grows_and_comes_again_on_one_process(
     assert "2 virtual workers from here on" in page
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_the_processes_that_there_are(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +136,7 @@ def test_who_stops_and_goes_on_has_no_change(
     [
         (("--elastic-policy", "rescale"), "--elastic-policy is for runs that go on when processes are lost"),
         (("--gpus", 3), "--elastic-policy rescale: each process keeps its virtual workers, and 3 cannot be"),
-        (("--together", 4, "--reproducible"), "--elastic-policy rescale: each process keeps"),
+        (("--gpus", 8, "--together", 3, "--reproducible"), "--elastic-policy rescale: each process keeps"),
         (("--shuffle", "per-worker"), "--elastic-policy rescale: --shuffle per-worker divides the images"),
         (("--repeated-augment", 2), "--elastic-policy rescale: --repeated-augment counts images by whole"),
         (("--no-momentum-correction",), "--elastic-policy rescale: --no-momentum-correction would keep"),
