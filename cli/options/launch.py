@@ -164,6 +164,7 @@ FORWARDED = {
     "hang_timeout",
     "elastic",
     "min_processes",
+    "elastic_policy",
     "restarts",
     "log_samples",
 }

@@ -105,7 +105,9 @@ def _before(run: RecordedRun, chosen: list[Stretch], seed: int) -> list[tuple[st
     recipe = run.recipe
     mode = "reproducible" if recipe.reproducible else "float mode"
     steps = sum(stretch.end - stretch.start for stretch in chosen)
-    cost = f"{count(steps, 'step')} of {count(recipe.gpus, 'microbatch')}, on one process, and the evaluations there"
+    most = max([recipe.gpus, *(of["workers"] for of in run.of_kind("rescale").values())])
+    microbatches = count(most, "microbatch") if most == recipe.gpus else f"up to {count(most, 'microbatch')}"
+    cost = f"{count(steps, 'step')} of {microbatches}, on one process, and the evaluations there"
     return [
         ("run", f"{run.path} ({recipe.data}, {recipe.model}, {count(run.steps, 'step')}, {mode})"),
         ("stretches", ", ".join(map(str, chosen)) or "none"),
