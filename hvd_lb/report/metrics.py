@@ -39,10 +39,13 @@ _NUMBERS = {
     "ranks": ("epoch", "median", "slowest", "slower"),
     "noise": ("epoch", "noise_scale", "low", "high"),
     "recovered": ("epoch", "seconds"),
-    "rescale": (
-        *("epoch", "images", "workers", "before", "global_batch", "lr", "full_lr"),
-        *("steps_per_epoch", "offset", "total_steps"),
-    ),
+    "rescale": ("before", "global_batch", "lr", "full_lr"),
+}
+# What readers count with.
+_WHOLE_NUMBERS = {
+    "rollback": ("to",),
+    "generation": ("to",),
+    "rescale": ("epoch", "images", "workers", "steps_per_epoch", "offset", "total_steps"),
 }
 
 
@@ -456,8 +459,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict):
         return None
-    steps = ("step", "to") if record.get("kind") in _FROM_THERE else ("step",)
-    numbers = _NUMBERS.get(str(record.get("kind")), ())
+    kind = str(record.get("kind"))
+    steps, numbers = ("step", *_WHOLE_NUMBERS.get(kind, ())), _NUMBERS.get(kind, ())
     whole = all(isinstance(record.get(name), int) for name in steps) and all(
         isinstance(record.get(name), int | float | None) for name in numbers
     )

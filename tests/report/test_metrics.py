@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from hvd_lb.report.metrics import (
+    Epochs,
     JsonLines,
     MetricsFollower,
     RunObserver,
@@ -371,3 +372,11 @@ def test_what_is_wrong_in_the_thread_is_told(run: RunDirectory) -> None:
         observer.warning({"step": 1, "message": "later"})
     with pytest.raises(KeyError, match="step"):
         observer.close()
+
+
+def test_epochs_where_the_number_of_steps_in_one_changes() -> None:
+    """After 3 of 4 steps the rest of epoch 0 becomes 2 steps, and epochs have 8."""
+    after = Epochs([{"kind": "rescale", "step": 3, "steps_per_epoch": 8, "offset": -3, "total_steps": 13}], 4)
+    assert [after(steps) for steps in (0, 2, 3, 4, 5, 13)] == [0, 0.5, 0.75, 7 / 8, 1, 2]
+    assert after.total_steps == 13
+    assert (Epochs([], 4)(6), Epochs([], 4).total_steps) == (1.5, None)

@@ -34,6 +34,22 @@ RECORDS = [
     {"kind": "rollback", "step": 1},
     {"kind": "rollback", "step": 1, "to": 0},
     {"kind": "rollback", "step": 1, "to": 0, "left_out": True, "images": [1, 2]},
+    {"kind": "rescale", "step": 1},
+    {"kind": "rescale", "step": 1, "workers": 2, "steps_per_epoch": None},
+    {
+        "kind": "rescale",
+        "step": 1,
+        "epoch": 0,
+        "images": 4,
+        "workers": 2,
+        "before": 4,
+        "global_batch": 2,
+        "lr": 0.1,
+        "full_lr": 0.2,
+        "steps_per_epoch": 8,
+        "offset": -1,
+        "total_steps": 7,
+    },
     {"kind": "warning", "step": 1, "message": "the disk [bold]is[/] full"},
     {"kind": 3, "step": 1},
     {"step": 1},
@@ -72,6 +88,7 @@ def test_null_and_foreign_records_are_shown_or_left_out(
     text = shown.read()
     assert "evaluation: top-1 error 1.00 %, top-5 error nan %, loss nan, 10 images" in text
     assert "the disk [bold]is[/] full" in text
+    assert "epoch 0 step 1: 2 virtual workers from here on, before 4: minibatches of 2 images" in text
 
 
 @pytest.mark.parametrize(
