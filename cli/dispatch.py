@@ -256,8 +256,6 @@ def refuse_elastic(placement: Placement, plan: LaunchPlan, recipe: Recipe, least
         )
     elif recipe.cache != "none":
         why = f"with --cache {recipe.cache}, which all processes open together: leave it out"
-    elif recipe.audit:
-        why = "with --audit: leave it out"
     if why:
         raise UserError(f"--elastic is not possible yet {why}")
 
@@ -275,6 +273,8 @@ def refuse_rescale(recipe: Recipe) -> None:
         why = "--on-nan rollback takes the very steps since a checkpoint again, of which k is another: leave it out"
     elif recipe.recompute_bn:
         why = "--recompute-bn changes the state after a step, by other sums with another k: leave it out"
+    elif recipe.audit:
+        why = "--audit has not been tried where k changes: leave it out"
     if why:
         raise UserError(f"--elastic-policy rescale: {why}")
 

@@ -51,7 +51,7 @@ _WHOLE_NUMBERS = {
 
 # Steps from `to` on are told of again after these; and what stays when others are told again.
 _FROM_THERE = ("rollback", "generation")
-_EVENTS = (*_FROM_THERE, "recovered")
+_EVENTS = (*_FROM_THERE, "recovered", "audit")
 # What comes after a step, and may have to be done when processes were lost meanwhile.
 _AFTER_STEPS = ("digest", "checkpoint", "eval", "seal")
 
@@ -135,6 +135,7 @@ class RunObserver:
         begin: dict[str, Any] | None = None,
     ):
         self._run, self._ranks = run, ranks
+        self.numbers: Sequence[int] | None = None  #: of each rank in an elastic job, by which it is named
         self._chain, self._first_record = Chain(), begin
         self._lines, self._bad_images = JsonLines(run.metrics), JsonLines(run.bad_images)
         self._told: set[Path] = set()
@@ -170,7 +171,13 @@ class RunObserver:
     def audit(self, record: dict[str, Any]) -> None:
         hosts = self._ranks.hosts if self._ranks else ()
         named = [hosts[rank] for rank in record["liars"] if rank < len(hosts)]
-        self._later(self._write, "audit", {**record, "hosts": named})
+        numbered = {name: self._numbered(record[name]) for name in ("owner", "auditor", "third", "moved_to")}
+        liars = [self._numbered(rank) for rank in record["liars"]]
+        self._later(self._write, "audit", {**record, **numbered, "liars": liars, "hosts": named})
+
+    def _numbered(self, rank: int | None) -> int | None:
+        """The number in the job of who has that rank."""
+        return rank if rank is None or self.numbers is None else self.numbers[rank]
 
     def rescale(self, record: dict[str, Any]) -> None:
         self._later(self._write, "rescale", record)

@@ -15,6 +15,7 @@ from rich.text import Text
 from hvd_lb.report.metrics import MetricsFollower
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.report.text import (
+    audit_in_words,
     duration,
     evaluation_line,
     figure,
@@ -92,7 +93,9 @@ class RunView:
                 where = f"epoch {record.get('epoch')} step {record['step']}"
                 self._display.note(f"{where}: {rescale_in_words(record)}")
             elif kind == "audit":
-                self._display.note(f"warning: {audit_line(record)}")
+                self._display.note(
+                    f"warning: epoch {record.get('epoch')} step {record['step']}: {audit_in_words(record)}"
+                )
             elif kind == "generation":
                 self._display.note(
                     f"epoch {record.get('epoch')} step {record['step']}: {generation_in_words(record)}"
@@ -256,19 +259,6 @@ def together_line(record: dict[str, Any]) -> str:
     figures = ", ".join(f"{of}: {speed(value)}" for of, value in tried if isinstance(value, int | float))
     what = alone if size == 1 else f"{size} virtual workers of a process are computed together"
     return f"from step {record['step'] + 1} on {what}, which is fastest ({figures})"
-
-
-def audit_line(record: dict[str, Any]) -> str:
-    """Who computed what wrongly, by an audit, and how the step is taken now."""
-    liars, hosts = record.get("liars") or [], record.get("hosts") or []
-    places = [f" on {host}" for host in hosts] or [""] * len(liars)
-    who = " and ".join(f"rank {rank}{place}" for rank, place in zip(liars, places, strict=False))
-    moved = record.get("moved_to")
-    by = "" if moved is None else f", with rank {moved} computing that"
-    return (
-        f"epoch {record.get('epoch')} step {record['step']}: {who} computed virtual worker "
-        f"{', '.join(map(str, record.get('workers') or []))} wrongly (--audit); the step is taken again{by}"
-    )
 
 
 def _rolled_back(record: dict[str, Any]) -> str:

@@ -70,6 +70,20 @@ def rescale_in_words(record: dict[str, Any]) -> str:
     )
 
 
+def audit_in_words(record: dict[str, Any]) -> str:
+    """Who computed what wrongly, by an audit, and how the step is taken now."""
+    again = "the step is taken again"
+    liars, hosts = record.get("liars") or [], record.get("hosts") or []
+    places = [f" on {host}" for host in hosts] or [""] * len(liars)
+    who = " and ".join(f"rank {rank}{place}" for rank, place in zip(liars, places, strict=False))
+    if record.get("taken_out"):
+        again += f" without {'it' if len(liars) == 1 else 'them'}"
+    elif (moved := record.get("moved_to")) is not None:
+        again += f", with rank {moved} computing that"
+    workers = ", ".join(map(str, record.get("workers") or []))
+    return f"{who} computed virtual worker {workers} wrongly (--audit); {again}"
+
+
 def generation_in_words(record: dict[str, Any]) -> str:
     """`3 processes go on, before 4 (lost: rank 2 on h1 (ended by SIGKILL)); this step is taken again`."""
     lost, left = (", ".join(map(str, record.get(name) or ())) for name in ("lost", "left"))

@@ -153,6 +153,9 @@ class Membership(Protocol):
     def step_taken(self, step: int) -> None:
         """So many steps are done."""
 
+    def found_wrong(self, ranks: Sequence[int]) -> None:
+        """These processes have computed wrongly, as all have found: they leave, as this generation ends now."""
+
 
 @dataclass(frozen=True)
 class _Said:
@@ -421,7 +424,12 @@ class Trainer:
                 repeated.append(self.step)
                 if repeated.count(self.step) > _MOST_REPEATS:
                     raise
-                self.observer.audit({**self._position(self.step), **asdict(self.audit.settle())})
+                tried = self.audit.settle()
+                taken_out = self.membership is not None
+                self.observer.audit({**self._position(self.step), **asdict(tried), "taken_out": taken_out})
+                if self.membership:
+                    self.membership.found_wrong(tried.liars)
+                    self.regrouping = True
             except Diverged as diverged:
                 if self.recipe.on_nan == "stop" or self.store is None:
                     raise

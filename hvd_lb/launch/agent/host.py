@@ -152,12 +152,14 @@ class Agent:
         """Tell the members of this host their places."""
         members = dict(message["hosts"])
         hosts = [(name, len(there)) for name, there in message["hosts"]]
+        numbers = [member for _, there in message["hosts"] for member in there]
         if self._host not in members:
             return
         places = rank_environments(hosts, self._host).values()
         for member, place in zip(members[self._host], places, strict=True):
             meeting = self.rendezvous.environment(str(member), message["generation"])
-            self.ranks.say(member, {**message, "hosts": hosts, "environment": {**place, **meeting}})
+            told = {**message, "hosts": hosts, "numbers": numbers, "environment": {**place, **meeting}}
+            self.ranks.say(member, told)
 
     def _said(self, rank: int, kind: str, values: dict[str, Any]) -> None:
         self._connection.send("word", rank=rank, word=kind, values=values)

@@ -72,6 +72,8 @@ class Members:
             str, list[int]
         ] = {}  # places of hosts whose newcomers have ended before they joined
         self._leaving: set[int] = set()
+        self._wrong: set[int] = set()  # members that have computed wrongly
+        self._barred: set[tuple[str, int]] = set()  # their places, by host, which stay empty
         self._since = 0.0  # when the present generation was found to be over, or newcomers were there
         self._timeout = float(job["environment"][START_TIMEOUT])
         self._hang = float(job["environment"].get(HANG_TIMEOUT, 0))
@@ -92,11 +94,23 @@ class Members:
             self._leaving.add(member)
         elif kind == "begun":
             self._generations.begun(values["generation"])
+        elif kind == "wrong":
+            self._bar(values["members"])
         else:
             if member in self._generations.newcomers:
                 print(f"rank {member} on {self._generations.hosts[member]} is ready to join", flush=True)
             self._generations.ready(member, **values)
             self._go_on()
+
+    def _bar(self, members: list[int]) -> None:
+        """These have computed wrongly, as the others say: nobody takes their places."""
+        for member in {*members} - self._wrong:
+            host = self._head.table[member]["host"]
+            self._wrong.add(member)
+            self._barred.add((host, self._place[member]))
+            self._head.note(
+                f"rank {member} on {host} computed wrongly and is taken out; its place there stays empty in this job"
+            )
 
     def end_generation(self) -> None:
         """Its members wait for each other in vain: they give up the present step, and connect anew."""
@@ -113,7 +127,8 @@ class Members:
             head.record.ending(wrong=member)
             head.stop()
         elif status == 0 and member in self._leaving:
-            generations.leave(member, f"rank {member} on {host.name}")
+            why = " (computed wrongly)" if member in self._wrong else ""
+            generations.leave(member, f"rank {member} on {host.name}{why}")
             self._fill()
         elif status == 0:
             generations.finish(member)
@@ -122,9 +137,10 @@ class Members:
         else:
             how = f"exit code {status}" if status > 0 else f"ended by {signal.Signals(-status).name}"
             generations.lose(member, f"rank {member} on {host.name} ({how})")
-            if had_joined and host.connection and host.wanted.is_set() and not generations.finished:
+            wanted = host.wanted.is_set() and (host.name, self._place[member]) not in self._barred
+            if had_joined and host.connection and wanted and not generations.finished:
                 self._start(host, self._place[member])
-            elif host.wanted.is_set():  # one that has not joined is replaced when all of its host are
+            elif wanted:  # one that has not joined is replaced when all of its host are
                 self._failed.setdefault(host.name, []).append(self._place[member])
                 if not host.ranks and len(head.hosts) > 1 and not generations.finished:
                     head.lose(host, f"rank {member} ended before it had joined ({how})")
@@ -138,7 +154,7 @@ class Members:
         host.vacant += self._failed.pop(host.name, [])
         for rank in ranks:
             self._head.waited_for.discard(rank)
-            if host.wanted.is_set():
+            if host.wanted.is_set() and (host.name, self._place[rank]) not in self._barred:
                 host.vacant.append(self._place[rank])
             of_all = f"{numbered(ranks)} on {host.name} ({why})"
             self._generations.lose(rank, of_all if rank == ranks[0] else "")
@@ -166,7 +182,7 @@ class Members:
         """It may have so many processes from now on."""
         before = self._slots.get(host.name, 0) if host.wanted.is_set() else 0
         self._slots[host.name] = max(slots, before)
-        host.vacant += range(before, slots)
+        host.vacant += [place for place in range(before, slots) if (host.name, place) not in self._barred]
         host.wanted.set()
         if host.connection:
             self._fill()

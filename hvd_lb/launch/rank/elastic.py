@@ -140,6 +140,9 @@ class _Generation:
         )
         self._samples = samples_of(job, member.number, member.generation)
         self._since: float | None = None
+        self._numbers: list[int] = begun["numbers"] if begun else list(range(world.size))
+        if isinstance(self.observer, RunObserver):
+            self.observer.numbers = self._numbers
         if begun and isinstance(self.observer, RunObserver):
             change = dict(begun["change"])
             self._since = time.monotonic() - change.pop("seconds")
@@ -156,6 +159,9 @@ class _Generation:
             )
             say("begun", generation=begun["generation"])
             self._tell_again(told_from)
+            if job.recipe.audit and world.size == 1:
+                alone = "one process is left, and nobody to audit it (--audit)"
+                self.observer.warning({**self._position(step), "message": alone})
 
     def _tell_again(self, told_from: int) -> None:
         """The last records, where the process that was rank 0 was lost before it had written them, and changes of k."""
@@ -201,6 +207,13 @@ class _Generation:
 
     def wishes(self) -> tuple[bool, bool]:
         return self._member.asked, self._member.leaving
+
+    def found_wrong(self, ranks: Sequence[int]) -> None:
+        """Who is wrong leaves; the others say so, as it may fail to."""
+        if self._world.rank in ranks:
+            self._member.leaving = True
+        else:
+            say("wrong", members=[self._numbers[rank] for rank in ranks])
 
     def step_taken(self, step: int) -> None:
         if self._since is not None and isinstance(self.observer, RunObserver):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 
 from hvd_lb import world as worlds
+from hvd_lb.audit.audit import Undecided
 from hvd_lb.data.loading.shared_pixels import shared
 from hvd_lb.errors import UserError
 from hvd_lb.launch.agent.channel import tell
@@ -93,7 +94,7 @@ def main(job_text: str, rank: int, host: str, cores: int, end: Callable[[int], o
             traceback.print_exc()
             sys.stderr.flush()
         # At once, without Horovod's shutdown: it would wait for the others, who are waiting for this process.
-        end(2 if job.elastic and isinstance(error, UserError | Diverged) else 1)
+        end(2 if job.elastic and isinstance(error, UserError | Diverged | Undecided) else 1)
     worlds.shutdown()
 
 

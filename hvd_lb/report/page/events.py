@@ -14,10 +14,10 @@ from typing import Any
 
 from hvd_lb.report.metrics import read_metrics
 from hvd_lb.report.run_directory import RunDirectory
-from hvd_lb.report.text import count, figure, generation_in_words, rescale_in_words
+from hvd_lb.report.text import audit_in_words, count, figure, generation_in_words, rescale_in_words
 
 #: Kinds of records of something that happened; others are curves, digests and notes.
-HAPPENED = {"warning", "rollback", "repeat", "generation", "recovered", "rescale"}
+HAPPENED = {"warning", "rollback", "repeat", "audit", "generation", "recovered", "rescale"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ def _of_records(records: Sequence[dict[str, Any]]) -> list[Event]:
         if kind == "rollback":
             left = f", and left step {record['step']} out" if record.get("left_out") else ""
             text = f"went back to step {record['to']}{left}"
+        elif kind == "audit":
+            text = audit_in_words(record)
         elif kind == "generation":
             text = generation_in_words(record)
         elif kind == "rescale":
