@@ -132,7 +132,7 @@ def test_a_node_is_lost_and_comes_back(
     run, here, node = tmp_path / "run", tmp_path / "go", hosts[1 + which]
     options = (*ALL, "--engine", engine, "--hang-timeout", 16)
     with running(cluster, tmp_path, monkeypatch, [(2, "step", 5, str(here))], *options) as process:
-        until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None)
+        until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None, 240)
         until(lambda: events(run, "digest"))  # what a lost rank 0 is about to write is missing
         if how == "agent":
             node.run(["kill", "-KILL", agent_of(node, run)])
@@ -162,7 +162,7 @@ def test_the_others_go_on_without_a_node_that_slurm_has_given_up(
     run, here, node = tmp_path / "run", tmp_path / "go", hosts[3]
     options = ("--hang-timeout", 240)
     with running(cluster, tmp_path, monkeypatch, [(0, "step", 8, str(here))], *options) as process:
-        until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None)
+        until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None, 240)
         node.kill()
         log = run / "logs" / "launcher.log"
         until(lambda: "h3 does not come back" in log.read_text() or process.poll() is not None, 200)
@@ -172,6 +172,31 @@ def test_the_others_go_on_without_a_node_that_slurm_has_given_up(
         start_node(cluster, node)
     assert [change["processes"] for change in events(run) if change["lost"]] == [2]
     assert out.count("h3 does not come back: Slurm has taken it out of the job") == 1
+
+
+@pytest.mark.long
+def test_started_again_it_has_the_nodes_that_are_left(
+    hosts: list[Host],
+    cluster: Cluster,
+    tmp_path: Path,
+    undisturbed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, here, node = tmp_path / "run", tmp_path / "go", hosts[3]
+    options = ("--hang-timeout", 240, "--restarts", 1)
+    with running(cluster, tmp_path, monkeypatch, [(0, "step", 8, str(here))], *options) as process:
+        until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None, 240)
+        node.kill()
+        log = run / "logs" / "launcher.log"
+        until(lambda: "h3 does not come back" in log.read_text() or process.poll() is not None, 200)
+        for other in hosts[1:3]:
+            other.run(["pkill", "-KILL", "-f", f"hvd_lb.launch.rank.entry {run}"])
+        here.touch()
+        out = finished(process, undisturbed, run)
+        node.boot()
+        start_node(cluster, node)
+    assert "starting again (--restarts; 0 more after this one)" in out
+    assert "hosts: h1:1, h2:1 (Slurm job" in out
 
 
 def test_a_submitted_job_survives_its_nodes(
@@ -186,10 +211,10 @@ def test_a_submitted_job_survives_its_nodes(
     faults: list[Fault] = [(1, "step", 6, str(here[0])), (1, "step", 9, str(here[1]))]
     where = ("--launcher", "slurm", "--submit", "--per-node", 1, "--processes", 3, "--slurm-time", 30)
     with running(cluster, tmp_path, monkeypatch, faults, *where, "--env", "PYTHONPATH", by=()) as process:
-        until(lambda: (tmp_path / "one.there").exists() or process.poll() is not None)
+        until(lambda: (tmp_path / "one.there").exists() or process.poll() is not None, 240)
         hosts[3].kill()
         here[0].touch()
-        until(lambda: (tmp_path / "two.there").exists() or process.poll() is not None)
+        until(lambda: (tmp_path / "two.there").exists() or process.poll() is not None, 240)
         job = cluster.run(["squeue", "--noheader", "--format=%i"]).stdout.strip()
         assert cluster.job(job)["BatchHost"] == "h1"
         hosts[1].kill()
@@ -215,7 +240,7 @@ def test_a_cancelled_job_stops_with_a_checkpoint(
     where = ("--launcher", "slurm", "--submit", "--per-node", 1, "--processes", 3, "--slurm-time", 30)
     options = (*where, "--env", "PYTHONPATH")
     with running(cluster, tmp_path, monkeypatch, [(0, "step", 6, str(here))], *options, by=()) as process:
-        until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None)
+        until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None, 240)
         here.touch()
         cluster.run(["scancel", cluster.run(["squeue", "--noheader", "--format=%i"]).stdout.strip()])
         finish(process, 128 + signal.SIGTERM)

@@ -61,8 +61,8 @@ def allocation(
     """What the job has that this process is in; None outside of one.
 
     A slot is a GPU, where the job has some and `device` is not cpu, else a task. Within a step of one task (`srun -N1`
-    in a larger job) it is that step's node alone. UserError in one task of several, in a heterogeneous job, and where
-    nodes have different numbers of GPUs.
+    in a larger job) it is that step's node alone. Nodes that Slurm has taken out of the job are left out. UserError in
+    one task of several, in a heterogeneous job, and where nodes have different numbers of GPUs.
     """
     nodes = environ.get("SLURM_JOB_NODELIST")
     if not nodes:
@@ -82,9 +82,18 @@ def allocation(
     names = [environ["SLURMD_NODENAME"]] if step and "SLURMD_NODENAME" in environ else expand_nodes(nodes)
     try:
         job = environ["SLURM_JOB_ID"]
-        if device != "cpu" and (gpus := _gpus(names, job)):
-            return Allocation([(name, gpus) for name in names], gpus)
-        return Allocation(list(zip(names, tasks_per_node(environ), strict=True)), 0)
+        # The controller knows which nodes the job still has, and the GPUs on each: variables tell the batch script of
+        # its own node, and other processes what was asked for.
+        details = _scontrol("show", "job", "--details", "--oneliner", job)
+        still = re.search(r"(?<!\S)NodeList=(\S+)", details)
+        there = _names(still[1]) if still else names
+        left = [name for name in names if name in there]
+        if not left:
+            raise ValueError(f"the job has {', '.join(there)}")
+        if device != "cpu" and (gpus := _gpus(left, job, details)):
+            return Allocation([(name, gpus) for name in left], gpus)
+        slots = dict(zip(names, tasks_per_node(environ), strict=True))
+        return Allocation([(name, slots[name]) for name in left], 0)
     except (KeyError, ValueError) as error:
         raise UserError(
             f"this looks like a Slurm job on {nodes}, but what is known of it is not whole ({error}): run hvd-lb "
@@ -97,12 +106,9 @@ def tasks_per_node(environ: Mapping[str, str]) -> list[int]:
     return expand_counts(environ.get("SLURM_TASKS_PER_NODE") or environ["SLURM_JOB_CPUS_PER_NODE"])
 
 
-def _gpus(names: Sequence[str], job: str) -> int:
-    """GPUs of the job on each of these nodes, the same number on all of them; UserError where it is not.
-
-    The controller says it: variables tell the batch script of its own node, and other processes what was asked for.
-    """
-    there = gpus_of_nodes(_scontrol("show", "job", "--details", "--oneliner", job))
+def _gpus(names: Sequence[str], job: str, details: str) -> int:
+    """GPUs of the job on each of these nodes, the same number on all of them; UserError where it is not."""
+    there = gpus_of_nodes(details)
     counts = [there[name] for name in names]
     if len(set(counts)) > 1:
         each = ", ".join(f"{count} on {name}" for name, count in zip(names, counts, strict=True))
@@ -119,8 +125,12 @@ def gpus_of_nodes(details: str) -> dict[str, int]:
         # gpu:2(IDX:0-1), with a type gpu:h100:2(IDX:0,3); (CNT:2) where Slurm only counts them
         counts = re.findall(r"(?:^|,)gpu(?::[^:,()]+)??(?::(\d+)\(IDX|\(CNT:(\d+))", resources)
         count = sum(int(number or counted) for number, counted in counts)
-        gpus |= dict.fromkeys(expand_nodes(nodes) if "[" in nodes else nodes.split(","), count)
+        gpus |= dict.fromkeys(_names(nodes), count)
     return gpus
+
+
+def _names(nodes: str) -> list[str]:
+    return expand_nodes(nodes) if "[" in nodes else nodes.split(",")
 
 
 def expand_counts(text: str) -> list[int]:

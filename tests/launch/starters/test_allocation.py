@@ -73,6 +73,11 @@ def test_a_slot_is_a_gpu_or_a_task_or_a_core(scontrol: dict[str, str]) -> None:
     assert allocation("cpu", job) == Allocation([("h1", 3), ("h2", 2)], 0)
 
 
+def test_a_node_that_slurm_has_taken_out_is_left_out(scontrol: dict[str, str]) -> None:
+    scontrol["show job"] = "JobId=7 NodeList=h2 Nodes=h2 CPU_IDs=0 Mem=0 GRES="
+    assert allocation("cpu", {**JOB, "SLURM_TASKS_PER_NODE": "3,2"}) == Allocation([("h2", 2)], 0)
+
+
 def test_nodes_with_different_numbers_of_gpus_are_refused_in_slurms_words(scontrol: dict[str, str]) -> None:
     scontrol["show job"] = (
         "Nodes=h1 CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:0-1) Nodes=h2 CPU_IDs=0 Mem=0 GRES=gpu:1(IDX:0)"
