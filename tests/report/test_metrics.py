@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from hvd_lb.launch.rank.elastic import told_again
 from hvd_lb.report.metrics import (
     Epochs,
     JsonLines,
@@ -158,6 +159,20 @@ def test_another_generation_tells_again_what_it_takes_again(tmp_path: Path) -> N
     assert [record["kind"] for record in read_metrics(file.path)] == ["recovered", "generation", "generation"]
     truncate_metrics(file.path, 4)
     assert read_metrics(file.path) == []
+
+
+@pytest.mark.parametrize("untold", [False, True])
+def test_what_came_after_earlier_steps_is_not_taken_back(tmp_path: Path, untold: bool) -> None:
+    """Three steps are done; what follows the last one is not, and perhaps its losses are not told either."""
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    kept = [{"kind": kind, "step": 1} for kind in ("train", "digest", "checkpoint", "eval")]
+    last = {"kind": "train", "step": 2}
+    redone = {"kind": "digest", "step": 2}
+    to, also_after = told_again(3, unfinished=True, untold=untold)
+    change = {"kind": "generation", "step": 3, "to": to, "redone": also_after}
+    file.add(*kept, last, redone, change)
+    file.write()
+    assert read_metrics(file.path) == [*kept, *([] if untold else [last]), change]
 
 
 def test_numbers_of_older_versions_that_are_not_finite(tmp_path: Path) -> None:

@@ -107,6 +107,16 @@ def _train(
     return carried
 
 
+def told_again(step: int, unfinished: bool, untold: bool) -> tuple[int, bool]:
+    """From which step on records are told again after `step` steps; and whether also what came after the one before it.
+
+    `unfinished`: what follows the last step (its digest, checkpoint, evaluation) is still to be done. `untold`: its
+    losses are, too, and are told with it.
+    """
+    again = unfinished and untold
+    return step - again, unfinished and not again
+
+
 class _Generation:
     """The present generation on this process; for its trainer it is the job's `Membership`."""
 
@@ -131,9 +141,8 @@ class _Generation:
             # An epoch of which less than a step is left now has ended by that.
             if self._plan.at(carried.step).epoch > plan.at(carried.step).epoch:
                 self._carried = carried = replace(carried, unfinished=True)
-        # Losses that were not told of yet are told again with the last step.
-        again = carried.unfinished and snapshot is not None and bool(snapshot.saved.loss_images)
-        told_from = carried.step - again
+        untold = snapshot is not None and bool(snapshot.saved.loss_images)
+        told_from, redone = told_again(carried.step, carried.unfinished, untold)
         hosts = begun["hosts"] if begun else job.hosts
         self.observer: RunObserver | SilentObserver = observer_of(
             job, world, hosts, dataset, checkpoint, told_from, self._plan.plan.workers
@@ -151,26 +160,25 @@ class _Generation:
                 {
                     **self._position(step),
                     "to": told_from,
-                    "redone": carried.unfinished,
+                    "redone": redone,
                     "generation": begun["generation"],
                     **change,
                     "repeated": carried.repeats,
                 }
             )
             say("begun", generation=begun["generation"])
-            self._tell_again(told_from)
+            self._tell_again(told_from, redone)
             if job.recipe.audit and world.size == 1:
                 alone = "one process is left, and nobody to audit it (--audit)"
                 self.observer.warning({**self._position(step), "message": alone})
 
-    def _tell_again(self, told_from: int) -> None:
+    def _tell_again(self, told_from: int, redone: bool) -> None:
         """The last records, where the process that was rank 0 was lost before it had written them, and changes of k."""
         for change in scale_records(self._plan, self._job.recipe):
             if told_from <= change["step"] < self._carried.step:
                 self.observer.rescale(change)
         records = last_records(RunDirectory(self._job.output).metrics)
         written = {(record.get("kind"), record["step"]) for record in records}
-        redone = self._carried.unfinished
         for kind, tell, told_again in (
             ("train", self.observer.train, told_from),
             ("eval", self.observer.evaluation, told_from - redone),
