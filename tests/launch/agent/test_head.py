@@ -346,7 +346,9 @@ def test_a_newcomer_that_cannot_start_ends_no_elastic_job_and_its_host_is_tried_
 def test_nobody_takes_the_place_of_one_that_computed_wrongly(start: Callable[..., Run]) -> None:
     """Though it was killed before it could leave."""
     run = start(MEMBER.replace("if place: ready()", 'if not place: tell("wrong", members=[2])'), elastic=2)
-    until(lambda: "rank 2" in (run.folder / "launcher.log").read_text(), 60)
+    until(
+        lambda: "pid" in run.ranks.get("2", {}) and "rank 2" in (run.folder / "launcher.log").read_text(), 60
+    )
     os.kill(run.ranks["2"]["pid"], signal.SIGKILL)
     until(lambda: generations(run) == [2], 60)
     assert (run.folder / "launcher.log").read_text().count(
