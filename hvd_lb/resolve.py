@@ -321,7 +321,7 @@ def explain(resolved: Resolved, device: str) -> list[tuple[str, str]]:
     if recipe.together not in ("auto", 1):
         rows.append(("together", f"up to {recipe.together} virtual workers of a process as one batch"))
     if recipe.compress != "none":
-        rows.append(("gradients", f"exchanged in {recipe.compress}, and added up in it"))
+        rows.append(("gradients", f"between processes in {recipe.compress}, and added up in it"))
     if recipe.reproducible:
         threads = f"{recipe.threads} thread" + ("s" if recipe.threads != 1 else "")
         rows.append(("reproducible", f"bitwise the same on any number of processes of {threads} each"))
