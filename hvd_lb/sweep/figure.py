@@ -22,6 +22,7 @@ from hvd_lb.sweep.results import Result, within_noise
 from hvd_lb.training.saved_state import counted_error
 
 _AS_IT_IS = "the recipe as it is"  # but for its minibatch
+_WIDE = 3.0  # errors that are so many times others hide these on a linear axis
 
 
 def minibatch_chart(
@@ -121,6 +122,7 @@ def as_png(charts: Sequence[Chart], caption: str) -> bytes:
         mpl.rcdefaults()
         mpl.rcParams["text.parse_math"] = False
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
 
         figure = Figure(figsize=(8, 4.6 * len(charts)), layout="constrained")
         for axes, chart in zip(figure.subplots(len(charts), 1, squeeze=False)[:, 0], charts, strict=True):
@@ -150,6 +152,12 @@ def as_png(charts: Sequence[Chart], caption: str) -> bytes:
                 axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
             else:
                 axes.locator_params(axis="x", integer=True)  # epochs
+            heights = [y for series in chart.series for y in series.y if y]
+            if chart.log_x and heights and max(heights) > _WIDE * min(heights):
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("")
             axes.set_xlabel(chart.x_label)
             axes.set_ylabel(chart.y_label)
             axes.grid(alpha=0.3)
