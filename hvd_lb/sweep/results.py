@@ -19,6 +19,7 @@ from hvd_lb.sweep.plan import Point, Setting, Sweep, text_of
 from hvd_lb.training.saved_state import counted_error
 
 LAST_EPOCHS = 5
+_DIGITS = 9  # after the point: what is behind them is the arithmetic of per cent
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_csv(sweep: Sweep, found: Sequence[Result]) -> str:
-    """With every digit, for programs."""
+    """With all digits that mean something, for programs."""
     fields, text = sweep.fields(), io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     more = (
@@ -191,6 +192,9 @@ def as_csv(sweep: Sweep, found: Sequence[Result]) -> str:
             result.diverged,
             result.planned,
         ]
-        values += [result.mean, result.std, " ".join(map(str, result.errors))]
+        figures = [
+            "" if figure is None else str(round(figure, _DIGITS)) for figure in (result.mean, result.std)
+        ]
+        values += [*figures, " ".join(str(round(error, _DIGITS)) for error in result.errors)]
         writer.writerow(values)
     return text.getvalue()
