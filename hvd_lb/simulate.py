@@ -166,7 +166,8 @@ def measure_device(
             _probe(_trainer(_alone(resolved, images), device, threads, SilentObserver()), few) * images / few
         )
     enough = time.monotonic() + _TIMED_MICROBATCHES * guess <= deadline
-    trainer = _trainer(_alone(resolved, images if enough else few), device, threads, SilentObserver())
+    alone = _alone(resolved, images if enough else few)
+    trainer = _trainer(alone, device, threads, SilentObserver(), resolved.recipe.gpus)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     left = deadline - time.monotonic()
@@ -188,14 +189,20 @@ def _alone(resolved: Resolved, images: int) -> Resolved:
     return replace(resolved, recipe=resolved.recipe.model_copy(update=changes))
 
 
-def _trainer(resolved: Resolved, device: torch.device, threads: int, observer: SilentObserver) -> Trainer:
+def _trainer(
+    resolved: Resolved,
+    device: torch.device,
+    threads: int,
+    observer: SilentObserver,
+    terms: int | None = None,
+) -> Trainer:
     torch.set_num_threads(threads)
     world, recipe = Solo(), resolved.recipe
     images = shared(
         resolved.dataset, recipe.cache, recipe.loader, device.type, f"simulate {os.getpid()}", world.barrier
     )
     reading = loader_threads(recipe.loader_threads, threads, usable_cores(), reproducible=recipe.reproducible)
-    trainer = Trainer(recipe, images, world, device=device, threads=reading, observer=observer)
+    trainer = Trainer(recipe, images, world, device=device, threads=reading, observer=observer, terms=terms)
     if trainer.noise_scale:
         trainer.noise_scale.every = 1  # a rehearsal has few steps
     return trainer

@@ -177,7 +177,7 @@ class Trainer:
     `regrouping`, where processes want to join or to leave. `carried` is what one has handed over; `unfinished`: what
     follows its last step (records, a checkpoint, an evaluation) is to be done. `scales` are those of a run whose k
     has changed; the last one is that of all steps to come. `per_process`: k follows the number of processes, and each
-    has so many virtual workers.
+    has so many virtual workers. `terms`: exact sums are formed as those of so many virtual workers.
     """
 
     def __init__(
@@ -199,6 +199,7 @@ class Trainer:
         samples: Samples | None = None,
         scales: Sequence[Scale] = (),
         per_process: int | None = None,
+        terms: int | None = None,
     ):
         self.samples = samples
         self.membership, self.unfinished, self.regrouping, self.repeats = membership, unfinished, False, False
@@ -256,7 +257,7 @@ class Trainer:
             self.model,
             world=world,
             schedule=self.schedule,
-            reproducible_terms=self.gpus if recipe.reproducible else None,
+            reproducible_terms=(terms or self.gpus) if recipe.reproducible else None,
             riders=Riders(signal.NSIG + (3 if membership else 1), self._to_say),
             compress=recipe.compress,
             images=recipe.global_batch,

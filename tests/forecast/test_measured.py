@@ -24,14 +24,16 @@ from hvd_lb.training.trainer import Trainer
 Run = Callable[..., Any]
 
 
-def trainer(**options: Any) -> Trainer:
-    fields = {"data": "digits", "gpus": 1, "per_gpu_batch": 8, "epochs": 1, **options}
-    return _trainer(resolve(fields, recipe=None, default_gpus=1), torch.device("cpu"), 1, SilentObserver())
+def trainer(terms: int | None = None, **options: Any) -> Trainer:
+    fields = {"data": "digits", "gpus": 1, "per_gpu_batch": 8, "epochs": 1000, **options}  # without end here
+    resolved = resolve(fields, recipe=None, default_gpus=1)
+    return _trainer(resolved, torch.device("cpu"), 1, SilentObserver(), terms)
 
 
-@pytest.mark.parametrize("reproducible", [False, True])
-def test_parts_of_a_microbatch(reproducible: bool) -> None:
-    run = trainer(reproducible=reproducible)
+@pytest.mark.parametrize(("reproducible", "terms", "size"), [(False, 256, 4), (True, 2, 4), (True, 256, 8)])
+def test_parts_of_a_microbatch(reproducible: bool, terms: int, size: int) -> None:
+    """Of a step of so many virtual workers, whose exact sums have `size` bytes for each parameter."""
+    run = trainer(terms, reproducible=reproducible)
     began = time.monotonic()
     found = measure_compute(run, 8, began)
     seconds = time.monotonic() - began
@@ -43,9 +45,9 @@ def test_parts_of_a_microbatch(reproducible: bool) -> None:
     assert after == sorted(after)  # backward fills them in this order
     assert 0 < after[0] <= after[-1] <= compute.backward
     gradients = sum(p.numel() for p in run.model.parameters())
-    # Sums in fixed point have 64 bits. A flag for each parameter travels along, and paddings.
+    # A flag for each parameter travels along, and paddings.
     parameters = len(list(run.model.parameters()))
-    sent = sum(bucket.size for bucket in compute.buckets) - (8 if reproducible else 4) * gradients
+    sent = sum(bucket.size for bucket in compute.buckets) - size * gradients
     assert 4 * parameters <= sent < 64 * parameters
 
 

@@ -13,6 +13,7 @@ import torch
 from plain_case import EXACT, Reference, largest_difference, make_trainer, run_plain
 
 from hvd_lb.plan.per_worker import PerWorkerPlan
+from hvd_lb.plan.run_plan import RunPlan
 from hvd_lb.plan.samples import SamplePlan
 from hvd_lb.training.trainer import Trainer
 
@@ -112,7 +113,7 @@ def shuffled_by_each_worker(trainer: Trainer) -> None:
     places = [(step, worker) for step in range(plan.steps_per_epoch) for worker in range(plan.workers)]
     epoch = np.concatenate([plan.image_ids(0, step, worker) for step, worker in places])
     assert np.array_equal(np.sort(epoch), np.arange(plan.images))
-    trainer.plan = plan
+    trainer.run_plan = RunPlan(plan, trainer.recipe.epochs)
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_who_stops_and_goes_on_has_no_change(
         (("--no-momentum-correction",), "--elastic-policy rescale: --no-momentum-correction would keep"),
         (("--on-nan", "rollback"), "--elastic-policy rescale: --on-nan rollback takes the very steps"),
         (("--recompute-bn", 64), "--elastic-policy rescale: --recompute-bn changes the state after a step"),
-        (("--audit", 1, "--reproducible"), "--elastic is not possible yet with --audit"),
+        (("--audit", 1, "--reproducible"), "--elastic-policy rescale: --audit has not been tried"),
     ],
 )
 def test_what_cannot_be_rescaled_is_refused(
