@@ -24,6 +24,17 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def no_save_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of a trainer in this process as on a fast disk: on a slow one some are left out."""
+    from hvd_lb.training.checkpoint import BackgroundWriter
+
+    save = BackgroundWriter.save
+    monkeypatch.setattr(
+        BackgroundWriter, "save", lambda self, *words, **named: save(self, *words, **{**named, "wait": True})
+    )
+
+
 @dataclass(frozen=True)
 class Job:
     """What a job has left behind; `output` holds both of its streams."""

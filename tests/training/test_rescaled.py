@@ -91,6 +91,7 @@ def test_a_run_whose_processes_come_and_go_is_that_of_one(last_batch: str) -> No
     assert rescaled.step == plan.end
 
 
+@pytest.mark.usefixtures("no_save_left_out")
 def test_it_goes_on_from_any_checkpoint(tmp_path: Path) -> None:
     of = recipe(checkpoint_every="1steps", last_batch="keep", keep_checkpoints=99)
     plan = RunPlan(of.sample_plan(150), of.epochs, scales_of(of, CHANGES))

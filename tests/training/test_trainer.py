@@ -468,6 +468,7 @@ def test_a_stop_ends_the_run_with_a_checkpoint_after_the_step(tmp_path: Path) ->
     assert records == [r["loss"] for r in whole.observer.training]  # type: ignore[attr-defined]
 
 
+@pytest.mark.usefixtures("no_save_left_out")
 def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
     recipe = small_recipe(checkpoint_every="10min", epochs=1)
     trainer = make_trainer(recipe, store=CheckpointStore(tmp_path, keep=9))
