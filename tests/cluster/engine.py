@@ -157,9 +157,8 @@ class Engine:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
             subprocess.run(["chroot", folder, "update-ca-certificates"], check=True, capture_output=True)
-            archive = subprocess.Popen(["tar", "-C", folder, "-c", "."], stdout=subprocess.PIPE)
-            self("import", "-", name, stdin=archive.stdout)
-            archive.wait()
+            with subprocess.Popen(["tar", "-C", folder, "-c", "."], stdout=subprocess.PIPE) as archive:
+                self("import", "-", name, stdin=archive.stdout)
         return name
 
     @contextmanager

@@ -260,7 +260,7 @@ class _Namespaces:
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self._keeper.kill()
-        self._keeper.wait()
+        self._keeper.communicate()
 
 
 def _set_namespace(descriptor: int) -> None:

@@ -230,7 +230,7 @@ FAILURES = {
     "desk: the Docker daemon does not run: systemctl start docker": {"hosts": "h1:1,desk:1"},
     "nowhere: no such host: check its name": {"hosts": "h1:1,nowhere:1"},
     "h1: no image localhost/none there and none to pull": {"hosts": "h1:1", "image": "localhost/none"},
-    "h1: Docker there has no NVIDIA runtime; install the NVIDIA Container Toolkit": {
+    "h1: Docker there has neither NVIDIA's runtime nor its CDI devices; install the NVIDIA Container Toolkit": {
         "more": ["--device", "cuda"]
     },
     "h1: no readable /no/data there; it has to be at the same path": {"more": ["--data", "/no/data"]},
