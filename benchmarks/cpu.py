@@ -22,7 +22,7 @@ from limited import run_limited
 
 # Name, arguments and a limit in seconds; all of them are files beside this one.
 BENCHMARKS: list[tuple[str, list[str], float]] = [
-    ("end_to_end", ["--rounds", "2"], 600),
+    ("end_to_end", ["--rounds", "1"], 600),
     ("first_step", ["--rounds", "3"], 150),
     ("optim", [], 100),
     ("reproducible", [], 120),
