@@ -97,14 +97,21 @@ class Compared:
 
 @dataclass(frozen=True)
 class Expectation:
-    """Whether the same bits can be expected here; `why` says why not, in words."""
+    """Whether the same bits can be expected here; `why` says why not, in words. `half`: not even sums of fp32."""
 
     bits: bool
     why: str = ""
+    half: bool = False
 
 
 def expectation(run: RecordedRun, checkpoint: Checkpoint | None, device: str) -> Expectation:
     """Of steps of `run` taken again on this machine's `device`, from `checkpoint` or the start."""
+    if run.recipe.compress != "none" and run.processes != 1:
+        return Expectation(
+            False,
+            f"its processes exchanged gradients in {run.recipe.compress}, and one process exchanges, and rounds, none",
+            half=True,
+        )
     recorded = checkpoint or run.start_before(run.steps)[0]
     if recorded and (
         changes := rounding_differences(recorded.saved.environment, rounding_environment(device))

@@ -206,7 +206,9 @@ def execute(
         done.problem = str(compared.first)
     elif not compared.to_rounding:
         soon = compared.first.step - stretch.start < _SOON
-        if compared.largest > _FAR and soon:
+        if expected.half:
+            done.untold = f"losses differ by up to {compared.largest:.2g} of their size: {expected.why}"
+        elif compared.largest > _FAR and soon:
             done.problem = f"{compared.first}, far more than rounding does in {_SOON} steps"
         else:
             done.untold = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from metrics_lines import lines, rewrite
 
 from hvd_lb.exact.chain import Chain
+from hvd_lb.replay.again import expectation
 from hvd_lb.replay.recorded import RecordedRun, open_run
 from hvd_lb.replay.verify import Stretch, choose, stretches
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
@@ -159,6 +161,20 @@ def test_it_cannot_be_told_on_other_hardware(hvd_lb: Run, recorded: Path, copied
     assert "torch: 1.0 → " in said.out.splitlines()[-1]
     forge(run, 11, lambda loss: 2 * loss)
     assert "far more than rounding does" in wrong(hvd_lb("verify", run, *ALL))
+
+
+def test_sums_in_half_precision_are_not_taken_for_wrong(recorded: Path) -> None:
+    """One process does not round what several have exchanged in fp16; alone, there was nothing to exchange."""
+    run = open_run(recorded)
+    compressed = replace(
+        run, recipe=run.recipe.model_copy(update={"compress": "fp16", "reproducible": False})
+    )
+    for processes, half in ((1, False), (2, True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(run), "processes", processes)
+            found = expectation(compressed, None, "cpu")
+        assert found.half == half
+        assert ("gradients in fp16" in found.why) == half
 
 
 def test_stretches(recorded: Path) -> None:
