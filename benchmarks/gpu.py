@@ -11,9 +11,12 @@ the same process, in turns. `--device cpu --small` runs all of it in small, to f
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
+import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -206,6 +209,8 @@ def tests(bench: Bench) -> Iterator[dict[str, Any]]:
         "-m",
         "pytest",
         "-q",
+        "-n",
+        "4",
         "-p",
         "no:cacheprovider",
         "--tb=short",
@@ -292,8 +297,12 @@ def steps(bench: Bench) -> Iterator[dict[str, Any]]:
         ("fp32", False, 32), ("fp16", True, bench.large),
     ):  # fmt: skip
         ready = bench.batches(images)
-        ours = whole_step(bench.trainer(1, images, precision=precision, channels_last=channels_last), ready)
-        sides = {"hvd-lb": ours, "bare": bare_step(bench, ready, precision, channels_last, fused=True)}
+        options = {"precision": precision, "channels_last": channels_last}
+        sides = {
+            "hvd-lb": whole_step(bench.trainer(1, images, **options), ready),
+            "without graphs": whole_step(bench.trainer(1, images, cuda_graphs="off", **options), ready),
+            "bare": bare_step(bench, ready, precision, channels_last, fused=True),
+        }
         if (precision, images) == ("bf16", 32):
             sides["bare, foreach"] = bare_step(bench, ready, precision, channels_last, foreach=True)
             if bench.device.type == "cuda":
@@ -312,6 +321,9 @@ def virtual(bench: Bench) -> Iterator[dict[str, Any]]:
         options = {"precision": precision, "channels_last": precision == "bf16"}
         sides = {
             "hvd-lb": whole_step(bench.trainer(workers, images, together=1, **options), ready),
+            "without graphs": whole_step(
+                bench.trainer(workers, images, together=1, cuda_graphs="off", **options), ready
+            ),
             "together": whole_step(bench.trainer(workers, images, together=workers, **options), ready),
             "bare": bare_step(bench, ready, precision, precision == "bf16", workers, fused=True),
             "bare, one batch": bare_step(
@@ -356,6 +368,9 @@ def launches(bench: Bench) -> Iterator[dict[str, Any]]:
         "bare, fused": bare_step(bench, ready, "bf16", True, fused=True),
         "bare, foreach": bare_step(bench, ready, "bf16", True, foreach=True),
         "hvd-lb": whole_step(bench.trainer(1, 32, precision="bf16", channels_last=True), ready),
+        "without graphs": whole_step(
+            bench.trainer(1, 32, precision="bf16", channels_last=True, cuda_graphs="off"), ready
+        ),
         "reproducible": whole_step(
             bench.trainer(1, 32, precision="bf16", channels_last=True, reproducible=True), ready
         ),
@@ -373,6 +388,7 @@ def launches(bench: Bench) -> Iterator[dict[str, Any]]:
         yield {
             "side": name,
             "launches": sum(n for key, n in count.items() if "aunchKernel" in key),
+            "graphs": sum(n for key, n in count.items() if "GraphLaunch" in key),
             "copies": sum(n for key, n in count.items() if key.startswith(("cudaMemcpy", "cudaMemset"))),
             "waits": sum(n for key, n in count.items() if "ynchronize" in key),
             "gpu_milliseconds": round(gpu, 2),
@@ -556,7 +572,7 @@ def processes(bench: Bench) -> Iterator[dict[str, Any]]:
                 yield {"processes": count, "error": (done.stderr or done.stdout).strip()[-600:]}
                 continue
             digests[f"Horovod, {count}"] = json.loads(file.read_text())
-        digests["alone"] = steps_of_a_rank(bench)
+        digests["alone"] = steps_of_a_rank(bench, ThroughTheHost(lb.current()))
         yield {
             "same_bits": {
                 name: found["digest"] == digests["alone"]["digest"] for name, found in digests.items()
@@ -599,13 +615,118 @@ class Returning:
         return self._tensor.copy_(self._handle.wait())
 
 
-def steps_of_a_rank(bench: Bench) -> dict[str, Any]:
-    """Six reproducible steps of four virtual workers; a digest of the weights, and the time of a step in float mode."""
-    import hashlib
+def nccl(bench: Bench) -> Iterator[dict[str, Any]]:
+    """A process by itself whose sums go through NCCL, by each engine: the bits, and what the way costs a step."""
+    from hvd_lb.world.horovod import HorovodWorld
+    from hvd_lb.world.launched import Place
+    from hvd_lb.world.torch_distributed import TorchWorld
 
+    alone = steps_of_a_rank(bench, lb.current())
+    yield {"engine": "none", **alone}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    worlds: dict[str, Callable[[], Any]] = {
+        "torch": lambda: TorchWorld(Place("RANK and WORLD_SIZE", 0, 1, 0)),
+        "horovod": HorovodWorld,
+    }
+    for name, make in worlds.items():
+        try:
+            found = steps_of_a_rank(bench, make())
+            yield {"engine": name, **found, "same_bits": found["digest"] == alone["digest"]}
+        except Exception as error:
+            yield {"engine": name, "error": f"{type(error).__name__}: {error}"}
+
+
+def graphs(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Whether replayed graphs compute the bits that launched kernels do, in the reproducible mode; the same again."""
+    if bench.device.type != "cuda":
+        return
+    for model, together in (("resnet50", 1), ("resnet50", 2), ("mobilenet_v3_large", 1), ("vit_b_16", 1)):
+        for precision in ("bf16", "fp32"):
+            ready = bench.batches(16)
+            digests = []
+            for choice in ("on", "off", "off"):
+                made = bench.trainer(
+                    4, 16, model=model, precision=precision, cuda_graphs=choice, together=together,
+                    reproducible=True, channels_last=True,
+                )  # fmt: skip
+                run = whole_step(made, ready)
+                for _ in range(3):
+                    while not attempted(run):
+                        pass
+                digests.append(digest_of(made))
+            yield {
+                "model": model, "together": together, "precision": precision,
+                "graphs_same": digests[0] == digests[1], "launched_same": digests[1] == digests[2],
+            }  # fmt: skip
+
+
+def attempted(run: Step) -> bool:
+    """Whether a step could be taken; if not, its scales are better now."""
+    try:
+        run()
+    except FixedPointOverflow:
+        return False
+    return True
+
+
+def commands(bench: Bench) -> Iterator[dict[str, Any]]:
+    """hvd-lb as one types it: a run that is killed and goes on, held against the one that is not, and a rehearsal."""
+    device = bench.device.type
+    with tempfile.TemporaryDirectory() as temporary:
+        here = Path(temporary)
+        common = ["--recipe", "digits", "--gpus", "8", "--per-gpu-batch", "16", "--device", device]
+        common += ["--reproducible", "--checkpoint-every", "5steps", "--epochs", "6" if bench.small else "20"]
+        rehearsed = [
+            "--gpus",
+            "256",
+            "--model",
+            bench.model,
+            "--image-size",
+            str(bench.pixels),
+            "--device",
+            device,
+        ]
+        rehearsed += ["--data", "synthetic:20000", "--budget", "20s"]
+        lines = {
+            "train": ["train", *common, "--output", here / "whole"],
+            "killed": ["train", *common, "--output", here / "parts"],
+            "resumed": ["train", *common, "--output", here / "parts"],
+            "compare": ["compare", here / "whole", here / "parts"],
+            "verify": ["verify", here / "whole"],
+            "simulate": ["simulate", *rehearsed],
+        }
+        for name, arguments in lines.items():
+            began = time.perf_counter()
+            hvd_lb = [sys.executable, "-c", "from hvd_lb_cli.main import main; main()"]
+            process = subprocess.Popen(
+                [*hvd_lb, *map(str, arguments)], text=True, cwd=here,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            if name == "killed":
+                while process.poll() is None and not list((here / "parts").glob("checkpoints/step-*5")):
+                    time.sleep(0.1)
+                os.killpg(process.pid, signal.SIGKILL)
+            said = process.communicate()[0]
+            yield {
+                "command": name, "code": process.returncode, "seconds": round(time.perf_counter() - began, 1),
+                "said": said[-1500:],
+            }  # fmt: skip
+
+
+def digest_of(made: Trainer) -> str:
+    digest = hashlib.sha256()
+    for parameter in made.model.parameters():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def steps_of_a_rank(bench: Bench, world: Any) -> dict[str, Any]:
+    """Six reproducible steps of four virtual workers; a digest of the weights, and the time of a step in float mode."""
     from hvd_lb.plan.hosting import hosted
 
-    world = ThroughTheHost(lb.current())
     images = 8
     ready = bench.batches(images, 4)
     mine = [ready[worker] for worker in hosted(world.rank, world.size, 4)]
@@ -613,9 +734,6 @@ def steps_of_a_rank(bench: Bench) -> dict[str, Any]:
     run = whole_step(made, mine)
     for _ in range(6):
         run()
-    digest = hashlib.sha256()
-    for parameter in made.model.parameters():
-        digest.update(parameter.detach().cpu().numpy().tobytes())
     step = whole_step(bench.trainer(4, images, world, precision="bf16", channels_last=True), mine)
     for _ in range(3):
         step()
@@ -624,13 +742,14 @@ def steps_of_a_rank(bench: Bench) -> dict[str, Any]:
     for _ in range(10):
         step()
     bench.wait()
-    return {"digest": digest.hexdigest(), "milliseconds": round(100 * (time.perf_counter() - began), 2)}
+    return {"digest": digest_of(made), "milliseconds": round(100 * (time.perf_counter() - began), 2)}
 
 
 ROWS: dict[str, Row] = {
     "doctor": doctor, "selftest": selftest, "tests": tests, "right": right, "steps": steps, "loaders": loaders,
     "virtual": virtual, "waits": waits, "launches": launches, "processes": processes, "reproducible": reproducible,
-    "simulated": simulated, "decoder": decoder, "update": update,
+    "simulated": simulated, "graphs": graphs, "nccl": nccl, "commands": commands, "decoder": decoder,
+    "update": update,
 }  # fmt: skip
 
 
@@ -665,7 +784,7 @@ def main() -> None:
         lb.init()
         bench = Bench(options.device, options.small)
         if options.rank:
-            found = steps_of_a_rank(bench)
+            found = steps_of_a_rank(bench, ThroughTheHost(lb.current()))
             if lb.current().rank == 0:
                 options.rank.write_text(json.dumps(found))
             lb.shutdown()

@@ -154,6 +154,7 @@ Colour = Annotated[tuple[float, float, float], _listed(3)]
 CropScale = Annotated[tuple[float, float], _listed(2), _range(1)]
 CropRatio = Annotated[tuple[float, float], _listed(2), _range(1000)]
 Noise = Annotated[Literal["on", "off"], BeforeValidator(lambda value: _SWITCH.get(value, value))]
+CudaGraphs = Annotated[Literal["auto", "on", "off"], BeforeValidator(lambda value: _SWITCH.get(value, value))]
 Together = Annotated[int | Literal["auto"], BeforeValidator(_check_together)]
 Sizes = Annotated[
     tuple[int, ...], _listed(), _each(1, 8192, increasing=True, what="increasing whole numbers")
@@ -415,6 +416,10 @@ class Recipe(BaseModel):
     )
     channels_last: bool = _free(False, "Keep images and weights in channels-last memory order.")
     compile: bool = _free(False, "Compile the model with torch.compile.")
+    cuda_graphs: CudaGraphs = _free(
+        "auto",
+        "Launch forward and backward as CUDA graphs: on, off, or on a GPU where no exchange would run beside them.",
+    )
     eval_every: Every = _free("1epoch", "Period of evaluation: 500steps, 1epoch, never. Always at the end.")
     log_every: int | None = _free(
         None, "Steps between metrics [default: 20 times an epoch, at most every 10]", ge=1, le=_MOST

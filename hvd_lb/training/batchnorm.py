@@ -32,6 +32,9 @@ from hvd_lb.world import World
 
 T = TypeVar("T")
 
+# How many forwards went through a layer, and the statistics of all but the last one, by forward; or by worker too.
+_Noted = tuple[int, list[list[Tensor]], list[list[list[Tensor]]]]
+
 
 def allow_single_values(model: nn.Module) -> None:
     """Lets batch norm train on one value per channel, where torch raises: one image, and a map of 1 × 1 pixel.
@@ -152,6 +155,12 @@ class _Forward(Replaced):
         by_forward = self._of_workers or [[forward] for forward in (*self._earlier, self.buffers())]
         return [_mean(forwards) for forwards in zip(*by_forward, strict=True)]
 
+    def noted(self) -> _Noted:
+        return self.count, [*self._earlier], [*self._of_workers]
+
+    def note(self, noted: _Noted) -> None:
+        self.count, self._earlier, self._of_workers = noted[0], [*noted[1]], [*noted[2]]
+
     def discard(self) -> None:
         self.count = 0
         self._earlier.clear()
@@ -269,6 +278,15 @@ class RunningStatistics:
         """Leave the microbatches that just went forward out of what is added up."""
         if trained := [index for index, forward in enumerate(self._forwards) if forward.count]:
             self._put_back(trained)
+
+    def noted(self) -> list[_Noted]:
+        """What the forwards since `forget_forward` have left behind besides the values of tensors, for `note`."""
+        return [forward.noted() for forward in self._forwards]
+
+    def note(self, noted: list[_Noted]) -> None:
+        """The same kernels have run again, on the same tensors, without these forwards being called."""
+        for forward, of in zip(self._forwards, noted, strict=True):
+            forward.note(of)
 
     def _put_back(self, trained: list[int]) -> None:
         """The buffers as they were before the forwards since they were put back last."""

@@ -31,6 +31,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.exact.reproducible import fast_kernels, rounding_environment
+from hvd_lb.machine.graphs import GraphRecorder, Recorder, Recording, Recordings
 from hvd_lb.optim.average import WeightAverage
 from hvd_lb.optim.buckets import Arriving, Riders
 from hvd_lb.optim.distributed import DistributedOptimizer
@@ -252,6 +253,12 @@ class Trainer:
         self.loss = sum_loss(recipe.label_smoothing, self.class_weights)
         self.mixing = Mixing(recipe.seed, recipe.mixup, recipe.cutmix)
         self.group = Group(device)
+        self.drawing = draw_apart(self.model, self.group)
+        self.recorder = self._recorder()
+        self.recordings = Recordings()
+        self.overlaps = (
+            False  # backward with the exchange: it is the step's last one, and there are other processes
+        )
         optimizer = DistributedOptimizer(
             make_optimizer(recipe, self.model, self.schedule(0)),
             self.model,
@@ -343,9 +350,9 @@ class Trainer:
         given: int | None = None if recipe.together == "auto" else recipe.together
         if given is None and cautious:
             given = 1
-        drawing, why = draw_apart(self.model, self.group), ""
+        why = ""
         if len(self.workers) > 1 and given != 1:
-            why = "dropout cannot be compiled so" if drawing and recipe.compile else self._strange()
+            why = "dropout cannot be compiled so" if self.drawing and recipe.compile else self._strange()
             if why and given:
                 raise UserError(
                     f"--together {given}: virtual workers of {recipe.model} cannot be computed together ({why}): leave "
@@ -359,6 +366,15 @@ class Trainer:
             room=partial(room_for_groups, self.device, self.world.local_size),
             why=why,
         )
+
+    def _recorder(self) -> Recorder | None:
+        """Of CUDA graphs, where there may be any."""
+        if self.device.type != "cuda" or self.recipe.compile or self.recipe.cuda_graphs == "off":
+            if self.recipe.cuda_graphs != "on":
+                return None
+            what = "--compile launches as it will" if self.recipe.compile else "this run is on a CPU"
+            raise UserError(f"--cuda-graphs on: {what}: leave one of the two out")
+        return GraphRecorder(self.device)
 
     def _strange(self) -> str:
         """Why workers together are not workers apart; nothing of the run is changed by trying it."""
@@ -522,6 +538,8 @@ class Trainer:
             self.stages.enter(Stage.DATA)
             parts = [next(batches) for _ in group]
             self.stages.enter(Stage.COMPUTE)
+            last = group[-1] == workers[-1]
+            self.overlaps = last and self.world.size > 1
             with self.group_size.timed(sum(len(labels) for _, labels in parts)):
                 each = self.losses(group, parts)
                 audited = self.audit.owns(self.step, group)
@@ -530,7 +548,7 @@ class Trainer:
                     beside = self._digests_beside(each)
                 self.state.statistics.after_forward()
                 loss = each[0] if len(each) == 1 else torch.stack(each).sum()
-                self.state.optimizer.backward(self.state.scaler.scale(loss), last=group[-1] == workers[-1])
+                self.state.optimizer.backward(self.state.scaler.scale(loss), last=last)
             if audited:
                 self.audit.note(self.step, torch.cat([self.state.optimizer.own_digest(), beside]))
             if watched:
@@ -679,17 +697,52 @@ class Trainer:
 
         What the model draws for each (dropout) depends on its seed, and neither on the process nor on the others.
         """
-        self.group.begin([len(part) for part in parts], seeds)
+        sizes = list(map(len, parts))
+        recording = self._recording(parts, sizes, seeds)
+        self.group.begin(sizes, seeds)
+        if recording:
+            torch.cat(list(parts), out=recording.images)
+            return recording()
         if len(parts) == 1:
             images = parts[0].to(self.dtype, memory_format=self.memory_format)
         else:
-            shape = (sum(map(len, parts)), *parts[0].shape[1:])
-            images = torch.empty(
-                shape, dtype=self.dtype, device=self.device, memory_format=self.memory_format
-            )
+            images = self._images_like(parts)
             torch.cat(list(parts), out=images)
         with self.autocast():
             return self.forward(images)
+
+    def _images_like(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Room for all of them as the network gets them."""
+        shape = sum(map(len, parts)), *parts[0].shape[1:]
+        return torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=self.memory_format)
+
+    def _recording(
+        self, parts: Sequence[torch.Tensor], sizes: Sequence[int], seeds: Sequence[int]
+    ) -> Recording | None:
+        """Of a forward and backward of such microbatches, where there is one; what it takes to make it is drawn."""
+        choice, full = self.recipe.cuda_graphs, set(sizes) == {self.recipe.per_gpu_batch}
+        if not (self.recorder and full and self.model.training and torch.is_grad_enabled()):
+            return None
+        if (self.overlaps and choice == "auto") or (self.drawing and len(sizes) > 1):
+            return None  # a graph hands gradients out at its end, and draws the numbers of one worker
+
+        def record() -> Recording:
+            assert self.recorder
+            self.group.begin(sizes, seeds)
+            images = self._images_like(parts).zero_()
+            return Recording(self.model, images, self.recorder, self.autocast, self.state.statistics)
+
+        try:
+            return self.recordings.of((len(sizes), parts[0].shape), record)
+        except RuntimeError as error:
+            why = " ".join(str(error).split())
+            if choice == "on":
+                raise UserError(f"--cuda-graphs on: {self.recipe.model} cannot be recorded: {why}") from error
+            message = f"without CUDA graphs, as {self.recipe.model} cannot be recorded: {why}"
+            self.observer.warning({**self._position(self.step), "message": message})
+            self.recorder = None
+            self.state.statistics.forget_forward()
+            return None
 
     def microbatches(self, steps: range | None = None) -> Iterator[Microbatch]:
         """What this process's virtual workers see in these steps, by default from the present one to the end."""

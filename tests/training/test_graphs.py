@@ -1,0 +1,168 @@
+"""Microbatches that are replayed as graphs: the same steps to the bit, in all modes.
+
+On the CPU a recorder stands in for CUDA's that keeps the operators and runs them again, each into the tensors that it
+made the first time: as in a graph, whatever Python would have done in between is not done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from devices import DEVICES
+from test_trainer import CPU, largest_difference, make_trainer, run_steps, small_recipe
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hvd_lb.errors import UserError
+from hvd_lb.exact.fixed_point import FixedPointOverflow
+from hvd_lb.machine.graphs import GraphRecorder, Recorder
+from hvd_lb.training.models import SmallResNet
+from hvd_lb.training.trainer import Trainer
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self._calls.append((function, args, kwargs or {}, made))
+        return made
+
+    @torch.no_grad()
+    def again(self) -> None:
+        for function, args, kwargs, made in self._calls:
+            for before, now in zip(tree_leaves(made), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(before, Tensor) and before.data_ptr() != now.data_ptr():
+                    before.data.copy_(now)
+
+
+class OnTheCPU:
+    def aside(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def __call__(self, work: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], Callable[[], None]]:
+        with Operators() as operators:
+            made = work()
+        return made, operators.again
+
+
+class Counting:
+    """A recorder that counts what it records, and replays of each."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder, self.replays = recorder, list[int]()
+
+    def aside(self) -> AbstractContextManager[None]:
+        return self.recorder.aside()
+
+    def __call__(self, work: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], Callable[[], None]]:
+        made, replay = self.recorder(work)
+        number = len(self.replays)
+        self.replays.append(0)
+
+        def counted() -> None:
+            self.replays[number] += 1
+            replay()
+
+        return made, counted
+
+
+def counting_recorder(device: torch.device) -> Counting:
+    return Counting(GraphRecorder(device) if device.type == "cuda" else OnTheCPU())
+
+
+def trained(device: torch.device, steps: int, recorder: Recorder | None, **changes: Any) -> Trainer:
+    trainer = make_trainer(small_recipe(**changes), device=device)
+    trainer.recorder = recorder
+    while trainer.step < steps:
+        try:
+            with trainer.kernels():
+                run_steps(trainer, steps - trainer.step)
+        except FixedPointOverflow:
+            continue
+    return trainer
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"together": 2, "channels_last": True},
+        {"precision": "bf16"},
+        {"last_batch": "keep"},
+        {"model": "mobilenet_v3_small", "image_size": 32, "learning_rate": 0.02},
+        {"precision": "fp16", "learning_rate": 0.1},
+        {"audit": 0.5},
+        {"recompute_bn": 32, "eval_every": "2steps"},
+    ],
+    ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()),
+)
+def test_the_same_bits(device: torch.device, changes: dict[str, Any]) -> None:
+    """Dropout, batch norm's statistics, groups, half precision, short last steps, audits."""
+    steps, recorder = 7, counting_recorder(device)
+    found = trained(device, steps, recorder, reproducible=True, **changes)
+    expected = trained(device, steps, None, reproducible=True, **changes)
+    assert largest_difference(found.model, expected.model) == 0.0
+    assert torch.equal(found.state.losses, expected.state.losses)
+    forward, backward = recorder.replays
+    assert forward >= backward >= 5
+    assert not found.observer.warnings  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_in_float_mode_to_rounding(device: torch.device) -> None:
+    changes: dict[str, Any] = {"momentum_form": 9, "optimizer": "lars", "clip_norm": 1.0}
+    found = trained(device, 5, counting_recorder(device), **changes)
+    assert largest_difference(found.model, trained(device, 5, None, **changes).model) < 1e-10
+
+
+def test_sizes_that_change_are_recorded_anew() -> None:
+    recorder = counting_recorder(CPU)
+    changes: dict[str, Any] = {"progressive_size": (4, 6), "reproducible": True}
+    found, expected = [trained(CPU, 12, of, **changes) for of in (recorder, None)]
+    assert largest_difference(found.model, expected.model) == 0.0
+    assert len(recorder.replays) == 6
+
+
+class Unused(SmallResNet):
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(1, 10)
+        self.spare = nn.Linear(1, 1)
+
+
+def test_what_cannot_be_recorded_is_told_and_trained_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *_, **__: Unused())
+    found, expected = (trained(CPU, 3, of) for of in (counting_recorder(CPU), None))
+    assert largest_difference(found.model, expected.model) == 0.0
+    (warning,) = found.observer.warnings  # type: ignore[attr-defined]
+    assert "without CUDA graphs, as resnet8 cannot be recorded: " in warning
+    trainer = make_trainer(small_recipe())
+    trainer.recipe = trainer.recipe.model_copy(update={"cuda_graphs": "on"})
+    trainer.recorder = counting_recorder(CPU)
+    with pytest.raises(UserError, match="--cuda-graphs on: resnet8 cannot be recorded"):
+        run_steps(trainer, 2)
+
+
+def test_on_without_a_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match="--cuda-graphs on: this run is on a CPU"):
+        make_trainer(small_recipe(cuda_graphs="on"))
+
+
+def test_backward_after_the_next_forward_is_refused() -> None:
+    trainer = trained(CPU, 1, counting_recorder(CPU), reproducible=True)
+    (recording,) = trainer.recordings._made.values()
+    assert recording
+    trainer.state.statistics.discard()
+    first = recording()
+    recording()
+    with pytest.raises(RuntimeError, match="after the next one"):
+        first.sum().backward()
