@@ -3,9 +3,10 @@
 Every rank is a real one: a process that calls `hvd.init()` and takes part in an allreduce. They are forked from one
 process that has loaded torch and Horovod, so hundreds fit into one machine and nothing but the start is timed: from
 the first fork to the end of the last `hvd.init()`. Hosts are names, with 16 ranks each (8, up to 64 ranks). Horovod's
-server lets 1,024 connections wait here instead of 5, with which 64 ranks do not start at all.
+server lets 1,024 connections wait here instead of 5, with which 64 ranks do not start at all. With the torch engine it
+is `hvd_lb.init()`, and the peer is torch's own server, which asks nobody who he is.
 
-    python benchmarks/startup.py [--ranks 16 32 64]
+    python benchmarks/startup.py [--engine torch] [--ranks 16 32 64]
     python benchmarks/startup.py --namespaces [--ranks 256]
 
 With `--namespaces` (root) each host is a network namespace with an address of its own on a bridge, as 256 ranks need
@@ -56,8 +57,10 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, nargs="+")
     parser.add_argument("--namespaces", action="store_true")
+    parser.add_argument("--engine", choices=["horovod", "torch"], default="horovod")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    _Forked.rank = staticmethod(_rank_of_torch if arguments.engine == "torch" else _rank)
     SGD(
         [torch.nn.Parameter(torch.zeros(1))], lr=0.1
     )  # loads what a first optimizer loads: once, not in each rank
@@ -73,9 +76,10 @@ def main() -> None:
                 continue
             ours = _ours(hosts, None, lambda rank, size: None)
             _show("ours", ours)
-            theirs = _horovods(hosts)
-            _show("Horovod's", theirs)
-            print(f"  ours / Horovod's: {ours['seconds'] / theirs['seconds']:.2f} of the time, ", end="")
+            peer, make = ("torch's", _torchs) if arguments.engine == "torch" else ("Horovod's", _horovods)
+            theirs = make(hosts)
+            _show(peer, theirs)
+            print(f"  ours / {peer}: {ours['seconds'] / theirs['seconds']:.2f} of the time, ", end="")
             print(f"{ours['cpu'] / theirs['cpu']:.2f} of the servers' CPU time", flush=True)
 
 
@@ -112,11 +116,33 @@ def _rank(environment: dict[str, str], results: int, work: Callable[[int, int], 
     if total != hvd.size():
         raise RuntimeError(f"{total} of {hvd.size()} ranks took part")
     work(hvd.rank(), hvd.size())
-    rolled = Path("/proc/self/smaps_rollup").read_text().split()
-    own = sum(int(rolled[rolled.index(name) + 1]) for name in ("Private_Clean:", "Private_Dirty:")) * 1024
-    os.write(results, json.dumps([done, used, own, time.monotonic()]).encode() + b"\n")
+    os.write(results, json.dumps([done, used, _own_memory(), time.monotonic()]).encode() + b"\n")
     hvd.barrier()
     hvd.shutdown()
+
+
+def _rank_of_torch(environment: dict[str, str], results: int, work: Callable[[int, int], None]) -> None:
+    """The same by the torch engine."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.environ["GLOO_SOCKET_IFNAME"] = environment["HOROVOD_GLOO_IFACE"]
+    if DESCRIPTOR in environment:
+        open_line()
+        tell("arrived")
+    world = init("torch")
+    done, used = time.monotonic(), time.process_time()
+    total = world.allreduce(torch.ones(1), "all").item()
+    if total != world.size:
+        raise RuntimeError(f"{total} of {world.size} ranks took part")
+    work(world.rank, world.size)
+    os.write(results, json.dumps([done, used, _own_memory(), time.monotonic()]).encode() + b"\n")
+    world.shutdown()
+
+
+def _own_memory() -> int:
+    """Of this process, in bytes."""
+    rolled = Path("/proc/self/smaps_rollup").read_text().split()
+    return sum(int(rolled[rolled.index(name) + 1]) for name in ("Private_Clean:", "Private_Dirty:")) * 1024
 
 
 def _train(rank: int, size: int) -> None:
@@ -155,12 +181,13 @@ class _Forked:
     """In place of subprocess.Popen: the rank is a fork of this process."""
 
     results: int
+    rank: Callable[..., None]
     work: Callable[[int, int], None]
 
     def __init__(self, command: Sequence[str], *, env: dict[str, str], **_: object) -> None:
         del command
         environment = {**env, "HOROVOD_GLOO_IFACE": os.environ["STARTUP_INTERFACE"]}
-        self.pid = _fork(lambda: _rank(environment, self.results, type(self).work))
+        self.pid = _fork(lambda: type(self).rank(environment, self.results, type(self).work))
         self.status: int | None = None
 
     def poll(self) -> int | None:
@@ -285,11 +312,49 @@ def _horovods(hosts: list[tuple[str, int]]) -> dict[str, float]:
     return _found(began, [server], count, results, costs)
 
 
+def _torchs(hosts: list[tuple[str, int]]) -> dict[str, float]:
+    """torch's server in a process of its own; what it was asked it does not count."""
+    count = sum(size for _, size in hosts)
+    results, write_results = os.pipe()
+    costs, write_costs = os.pipe()
+    ports, write_ports = os.pipe()
+    done, release = os.pipe()
+
+    def serve() -> None:
+        listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        port = listener.getsockname()[1]
+        words = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
+        server = torch.distributed.TCPStore("127.0.0.1", port, **words)
+        os.write(write_ports, str(server.port).encode())
+        os.close(release)
+        os.read(done, 1)
+        _cost(write_costs, 0)
+
+    server = _fork(serve)
+    os.close(write_costs)
+    common = {
+        **process_environment(1),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": os.read(ports, 100).decode(),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "HOROVOD_GLOO_IFACE": "lo",
+    }
+    began = time.monotonic()
+    pids = [
+        _fork(lambda place=place: _rank_of_torch({**common, **place}, write_results, lambda rank, size: None))
+        for name, _ in hosts
+        for place in rank_environments(hosts, name).values()
+    ]
+    os.close(write_results)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    os.close(release)
+    return _found(began, [server], count, results, costs)
+
+
 def _cost(stream: int, requests: int) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
-    peak = Path("/proc/self/smaps_rollup").read_text().split()
-    own = sum(int(peak[peak.index(name) + 1]) for name in ("Private_Clean:", "Private_Dirty:")) * 1024
-    os.write(stream, json.dumps([requests, used.ru_utime + used.ru_stime, own]).encode() + b"\n")
+    os.write(stream, json.dumps([requests, used.ru_utime + used.ru_stime, _own_memory()]).encode() + b"\n")
 
 
 def _found(began: float, pids: list[int], count: int, results: int, costs: int) -> dict[str, float]:

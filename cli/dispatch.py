@@ -343,9 +343,4 @@ def plan_launch(
         plan = over_ssh(cluster, placement.processes, options, variables)
     else:
         plan = local(placement.processes, variables)
-    if engine == "torch":
-        from hvd_lb.world.rendezvous import serve  # here: it loads all of torch.distributed
-
-        during = partial(serve, cluster.address if cluster else "127.0.0.1")
-        plan = replace(plan, during=during)
     return replace(plan, engine=engine, why_engine=why)

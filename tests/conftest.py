@@ -1,10 +1,12 @@
 """Shared by all tests: real runs and jobs."""
 
+import asyncio
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hvd_lb.launch.agent.rendezvous import Rendezvous
 from hvd_lb_cli.commands import run as run_command
 
 pytest.register_assert_rewrite("real_runs", "elastic_runs")
@@ -113,6 +116,40 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         for stream in (process.stdout, process.stderr):
             if stream:
                 stream.close()
+
+
+@pytest.fixture
+def rendezvous() -> Iterator["Served"]:
+    """That of an agent, in a thread."""
+
+    async def open_() -> Rendezvous:
+        return Rendezvous()
+
+    async def close() -> None:
+        server.close()
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server = asyncio.run_coroutine_threadsafe(open_(), loop).result()
+    yield Served(server, loop)
+    asyncio.run_coroutine_threadsafe(close(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@dataclass(frozen=True)
+class Served:
+    server: Rendezvous
+    loop: asyncio.AbstractEventLoop
+
+    def environment(self, client: int = 0, generation: int = 0) -> dict[str, str]:
+        """Of a rank."""
+        return self.server.environment(str(client), generation)
+
+    def end(self, generation: int) -> None:
+        self.loop.call_soon_threadsafe(self.server.end, generation)
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,6 @@ def describe(job: Job, launch: LaunchPlan, run: RunDirectory) -> str:
         job.to_json(),
         _END,
     ]
-    if launch.during:
-        lines.append(
-            "# Processes on several hosts meet at a store that hvd-lb runs: to copy this, set MASTER_ADDR (rank 0's "
-            "host) and MASTER_PORT in job.json."
-        )
     # What the launcher itself must have; the processes find it in the job's file.
     for name, value in launch.environment.items():
         if name.startswith("OMPI_"):

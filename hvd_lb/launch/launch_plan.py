@@ -7,7 +7,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -55,8 +54,8 @@ UNTOLD = 256
 class LaunchPlan:
     """`command(JOB.json)` starts all processes of a job, `environment` is set in each of them before anything else.
 
-    With `agents` it is a head, which heeds its launching process (`agent.head`). `during` is entered while they run, if
-    there is one; what it gives is added to their environment. Where they are `started` already, no command is run.
+    With `agents` it is a head, which heeds its launching process (`agent.head`). Where they are `started` already, no
+    command is run.
     """
 
     starter: Literal["local", "ssh", "slurm", "launched"]
@@ -67,7 +66,6 @@ class LaunchPlan:
     agents: bool = False
     engine: Engine = "horovod"
     why_engine: str = ""  #: in a few words, where it is not what one would expect
-    during: Callable[[], AbstractContextManager[Mapping[str, str]]] | None = None
     started: Started | None = None
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import subprocess
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any
 
 from hvd_lb.data.files.reading import retried
@@ -28,10 +28,6 @@ class RankProcesses:
     def __init__(self, job: Job, launch: LaunchPlan, run: RunDirectory, lock: int):
         self._run, self._launch = run, launch
         self.log = run.logs / "launcher.log"
-        self._during = ExitStack()
-        if launch.during:
-            more = self._during.enter_context(launch.during())
-            job = job.model_copy(update={"environment": {**job.environment, **more}})
         replace_text(run.job, job.to_json(), mode=0o600)
         # The processes that train, by their number in the job, which in its first generation is their rank.
         hosts = [host.name for host in launch.hosts for _ in range(host.slots or 0)]
@@ -46,7 +42,6 @@ class RankProcesses:
         inherited = [lock]
         if launch.agents:
             self._head, theirs = socket.socketpair()
-            self._during.enter_context(self._head)
             self._head.setblocking(False)
             environment[CONTROL] = str(theirs.fileno())
             inherited.append(theirs.fileno())
@@ -131,7 +126,8 @@ class RankProcesses:
                 if self.wait(seconds) is not None:
                     return
         finally:
-            self._during.close()
+            if self._head:
+                self._head.close()
 
     def failure(self, status: int) -> RankFailure:
         """Why the job ended with `status`."""

@@ -9,7 +9,6 @@ int32, int64, fp16, fp32 and fp64, and of bf16 where the engine is torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from hvd_lb.world.engine import EngineName, choose_engine
@@ -83,14 +82,14 @@ class Joined(World, Protocol):
 _current: Joined | None = None
 
 
-def init(engine: EngineName = "auto", given_up: Callable[[], bool] | None = None) -> World:
+def init(engine: EngineName = "auto", *, may_be_cut: bool = False) -> World:
     """Joins the job this process was launched into, or makes a world of one; later calls return the same.
 
     A job is what horovodrun, mpirun, torchrun or srun has made of several processes, or RANK, WORLD_SIZE, MASTER_ADDR
     and MASTER_PORT tell of. `engine` is what exchanges tensors: Horovod, or torch.distributed; auto takes Horovod where
     it is installed and the launcher tells it how processes meet (horovodrun, mpirun), else torch. Raises `UserError`
-    where Horovod is asked for and cannot be had, and where the other processes do not come. `given_up` is asked now and
-    then by who waits for them: when it says so, `ExchangeError` (Horovod is told by its rendezvous).
+    where Horovod is asked for and cannot be had, and where the other processes do not come; `ExchangeError` where the
+    rendezvous says that they will not. Its connections `may_be_cut`: somebody may call `cut`.
     """
     global _current
     if _current is None:
@@ -106,7 +105,7 @@ def init(engine: EngineName = "auto", given_up: Callable[[], bool] | None = None
         else:
             from hvd_lb.world.torch_distributed import TorchWorld
 
-            _current = TorchWorld(place, given_up)
+            _current = TorchWorld(place, may_be_cut=may_be_cut)
     return _current
 
 

@@ -1,7 +1,8 @@
-"""Where the ranks of the torch engine find each other: a key-value store of torch, on one address of the cluster.
+"""Where the ranks of the torch engine find each other: a key-value store.
 
-It has no authentication (docs/security.md). Whoever starts processes may run it beforehand, as torchrun does, and says
-so by torch's own variable; else the first rank of the address does.
+Ranks of an agent of ours have its rendezvous, which asks for a secret. Those that others have started have a store of
+torch, which has no authentication (docs/security.md), on one address of the cluster. Whoever starts them may run it
+beforehand, as torchrun does, and says so by torch's own variable; else the first rank of the address does.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 
 from torch.distributed import Store, TCPStore
 
 from hvd_lb.errors import UserError
 from hvd_lb.world.launched import Place
+from hvd_lb.world.store import AgentStore
 
 # As long as a cold start from a shared file system may take.
 JOIN_SECONDS = 600
@@ -27,18 +28,11 @@ JOIN_SECONDS = 600
 _FIRST_PORT, _PORTS = 20_000, 10_000
 
 
-@contextmanager
-def serve(address: str) -> Iterator[Mapping[str, str]]:
-    """A store on `address` alone, at a free port; what the environment of each rank needs to find it."""
-    store, port = _server(address, 0)
-    try:
-        yield {"MASTER_ADDR": address, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    finally:
-        del store
-
-
 def join(place: Place) -> tuple[Store, str]:
     """The store of this process's job, and this host's address towards it. UserError where there is none."""
+    rendezvous = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR", "")
+    if "/" in rendezvous:  # with a secret: horovodrun's own has none
+        return _agents(rendezvous), socket.gethostname()
     host, port, serving = _meeting_point(place, os.environ)
     try:
         return _store(host, port, serving), _address_towards(host, port)
@@ -47,6 +41,11 @@ def join(place: Place) -> tuple[Store, str]:
             f"rank {place.rank} of {place.size} ({place.launcher}) does not reach the others at {host}:{port} "
             f"({str(error).splitlines()[0]}): {_STALE}"
         ) from None
+
+
+@functools.cache  # kept, as Python has to
+def _agents(rendezvous: str) -> Store:
+    return AgentStore(rendezvous, timedelta(seconds=JOIN_SECONDS))
 
 
 @functools.cache  # one for the worlds that a process makes one after another

@@ -15,7 +15,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -28,6 +27,7 @@ from torch import Tensor
 from torch.distributed import (
     AllreduceOptions,
     BroadcastOptions,
+    DistStoreError,
     PrefixStore,
     ProcessGroupGloo,
     ReduceOp,
@@ -45,7 +45,6 @@ from hvd_lb.world.rendezvous import JOIN_SECONDS, join
 _WAIT = timedelta(seconds=1800)
 # Between processes that are all there: one that dies meanwhile is to hold up the others no longer.
 _CONNECT = timedelta(seconds=20)
-_LOOK_SECONDS = 0.05
 # Those that Horovod adds up, too, and bf16.
 _NUMBERS = (torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # All processes make equally many in a start.
@@ -101,20 +100,20 @@ class TorchWorld:
     do not come. `ExchangeError` surfaces where one of them has ended.
     """
 
-    def __init__(self, place: Place, given_up: Callable[[], bool] | None = None) -> None:
+    def __init__(self, place: Place, *, may_be_cut: bool = False) -> None:
         self.rank, self.size = place.rank, place.size
         store, address = join(place)
         # torchrun's store outlives the processes, and ours generations of an elastic job.
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = PrefixStore(f"hvd_lb/{start}/{next(_worlds[start])}", store)
-        hosts = _hosts(self._store, place, given_up)
+        hosts = _hosts(self._store, place)
         here = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
         self.local_size = len(here)
         self.local_rank = here.index(self.rank) if place.local_rank is None else place.local_rank
-        self._lines, self._may_be_cut = Lines(), given_up is not None
+        self._lines, self._may_be_cut = Lines(), may_be_cut
         with self._lines.while_joining():
             try:
-                wait = _CONNECT if given_up else _WAIT
+                wait = _CONNECT if may_be_cut else _WAIT
                 self._gloo: Any = _gloo(PrefixStore("gloo", self._store), self.rank, self.size, address, wait)
             except RuntimeError as error:
                 raise ExchangeError(f"the processes are not connected ({_first_line(error)})") from error
@@ -260,18 +259,13 @@ def _from_rank_0() -> BroadcastOptions:
     return options
 
 
-def _hosts(store: Store, place: Place, given_up: Callable[[], bool] | None) -> list[str]:
+def _hosts(store: Store, place: Place) -> list[str]:
     """The host of each rank, once all have come. UserError that names those that do not."""
     keys = [f"host/{rank}" for rank in range(place.size)]
     store.set(keys[place.rank], socket.gethostname())
-    deadline = time.monotonic() + JOIN_SECONDS
-    while given_up and time.monotonic() < deadline and not store.check(keys):
-        if given_up():
-            raise ExchangeError("the generation is over before all ranks have come")
-        time.sleep(_LOOK_SECONDS)
     try:
         store.wait(keys, timedelta(seconds=JOIN_SECONDS))
-    except RuntimeError:
+    except DistStoreError:
         absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
         raise UserError(
             f"{len(absent)} of {place.size} ranks did not come within {JOIN_SECONDS} s: {', '.join(absent[:20])}"

@@ -8,10 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-
-from hvd_lb.world.rendezvous import serve
 
 RANK = Path(__file__).parent / "ranks" / "world_of_torch.py"
 pytestmark = pytest.mark.slow
@@ -52,28 +51,25 @@ def test_left_and_joined_again(torchrun: Callable) -> None:
     assert job.output.count("again and again") == 2
 
 
-def test_a_rank_that_is_killed_is_an_error_of_the_others() -> None:
-    with serve("127.0.0.1") as variables:
-        (_, first), (status, _), (_, third) = ended(start(3, "killed", **variables))
+def test_a_rank_that_is_killed_is_an_error_of_the_others(rendezvous: Any) -> None:
+    (_, first), (status, _), (_, third) = ended(start(3, "killed", **rendezvous.environment()))
     assert status == -signal.SIGKILL
     for said in (first, third):
         assert said.splitlines()[-1].startswith("hvd_lb.errors.ExchangeError: sum: another process has ended")
 
 
-def test_a_rank_that_raises_in_the_middle_of_an_exchange_ends_at_once() -> None:
-    with serve("127.0.0.1") as variables:
-        (_, first), (status, second) = ended(start(2, "raises", **variables))
+def test_a_rank_that_raises_in_the_middle_of_an_exchange_ends_at_once(rendezvous: Any) -> None:
+    (_, first), (status, second) = ended(start(2, "raises", **rendezvous.environment()))
     assert status == 1
     assert "RuntimeError: mine" in second
     assert second.splitlines()[-1] == "rank 1 ends in the middle of an exchange with the others"
     assert "ExchangeError: another sum: another process has ended" in first
 
 
-def test_who_does_not_come_is_named() -> None:
-    with serve("127.0.0.1") as variables:
-        *here, absent = start(3, "short patience", **variables)
-        absent.kill()
-        (_, said), *_ = ended([*here, absent])
+def test_who_does_not_come_is_named(rendezvous: Any) -> None:
+    *here, absent = start(3, "short patience", **rendezvous.environment())
+    absent.kill()
+    (_, said), *_ = ended([*here, absent])
     assert "UserError: " in said
     assert "of 3 ranks did not come within 1 s: " in said
     assert "2; where RANK and WORLD_SIZE's variables are left from another job, unset them" in said

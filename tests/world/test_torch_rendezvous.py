@@ -11,6 +11,7 @@ from torch.distributed import TCPStore
 from hvd_lb.errors import UserError
 from hvd_lb.world import rendezvous
 from hvd_lb.world.launched import Place
+from hvd_lb.world.store import AgentStore
 
 SRUN = {"SLURM_STEP_NODELIST": "h[07-9,12],g1", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "2"}
 
@@ -61,13 +62,26 @@ def test_processes_of_one_host_meet_on_the_loopback() -> None:
 
 
 def test_the_store_listens_on_its_address_alone() -> None:
-    with rendezvous.serve("127.0.0.1") as variables:
-        port = int(variables["MASTER_PORT"])
-        store = TCPStore("127.0.0.1", port, timeout=timedelta(seconds=10), wait_for_workers=False)
-        store.set("key", "value")
-        assert store.get("key") == b"value"
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.2", port), timeout=5).close()
+    served, port = rendezvous._server("127.0.0.1", 0)
+    store = TCPStore("127.0.0.1", port, timeout=timedelta(seconds=10), wait_for_workers=False)
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=5).close()
+    del served
+
+
+def test_ranks_of_an_agent_have_its_rendezvous_whatever_else_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "h1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1:4711/secret/0")
+    assert isinstance(rendezvous.join(Place("horovodrun", 0, 2, 0))[0], AgentStore)
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")  # as horovodrun says it
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        with pytest.raises(UserError, match="set MASTER_PORT to a free port of that host"):
+            rendezvous.join(Place("horovodrun", 0, 2, 0))
 
 
 def test_a_port_that_is_taken_is_said() -> None:

@@ -1,4 +1,4 @@
-"""Horovod's rendezvous, an HTTP server where Gloo's processes find each other, for those who know a secret.
+"""The rendezvous of both engines, an HTTP server where processes find each other, for those who know a secret.
 
 Horovod's client (common/gloo/http_store.cc) pastes address, port, scope and key into a URL and knows no authentication;
 but its address may go on with a path, `127.0.0.1:4711/SECRET/CLIENT`, in which case the port lands behind CLIENT. It
@@ -7,6 +7,8 @@ there. Each member of a scope puts the keys `N` and `rank_N`, gets those of the 
 connected. That may happen again in the same process, so the keys of a client belong to its first, second, … meeting in
 a scope: old addresses are never taken for new ones, however late they are deleted elsewhere. In an elastic job they
 are counted anew in each generation, and who still asks in one that is over gets an error.
+
+The torch engine (`world.store`) asks in the same way, in a scope of its own, in which nothing is deleted.
 """
 
 from __future__ import annotations
@@ -168,6 +170,8 @@ class Rendezvous:
                 self._answer(client, 200, self._values[full])
             case "GET":
                 self._hold(client, full)
+            case "HEAD":
+                self._answer(client, 200 if full in self._values else 404)
             case "PUT":
                 self._change(full, body)
                 self._answer(client, 200)

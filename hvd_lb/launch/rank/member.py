@@ -112,7 +112,7 @@ class Member:
         """The world of the present generation. `ExchangeError` where it is over before it has begun."""
         try:
             with self._becoming_another(carried) if engine == "horovod" else nullcontext():
-                return worlds.init(engine, lambda: self.is_over)
+                return worlds.init(engine, may_be_cut=True)
         except UserError:
             raise
         except (ValueError, RuntimeError) as error:

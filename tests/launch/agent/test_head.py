@@ -10,11 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from real_runs import kill_all, processes_of, until
+from torch.distributed import TCPStore
 
 from hvd_lb.launch.agent.head import CONTROL
 from hvd_lb.launch.launch_plan import head_command
@@ -119,6 +122,18 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         kill_all(run.folder)
         run.process.kill()
         run.process.wait()
+
+
+def listening(pids: list[int]) -> list[tuple[str, int]]:
+    """Addresses and ports on which these processes wait for others."""
+    links = {os.readlink(fd) for pid in pids for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}
+    found = []
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, _, state, *rest = line.split()
+        if state == "0A" and f"socket:[{rest[5]}]" in links:
+            address, port = local.split(":")
+            found.append((socket.inet_ntoa(bytes.fromhex(address)[::-1]), int(port, 16)))
+    return found
 
 
 def test_ranks_know_their_places_and_all_end_well(start: Callable[..., Run]) -> None:
@@ -373,18 +388,53 @@ def test_one_that_says_nothing_when_a_generation_is_over_is_killed(
 def test_a_stranger_at_the_door_changes_nothing(start: Callable[..., Run]) -> None:
     run = start(WAIT)
     until(lambda: len(run.pids("launch.rank.entry")) == 3, 60)
-    head = run.pids("launch.agent.head")[0]
-    listening = subprocess.run(["ss", "-ltnHp"], capture_output=True, text=True, check=False).stdout
-    ports = [line.split()[3] for line in listening.splitlines() if f"pid={head}," in line]
-    if not ports:
-        pytest.skip("needs ss")
-    assert [port.rpartition(":")[0] for port in ports] == ["127.0.0.1"]
+    ((address, port),) = listening(run.pids("launch.agent.head"))
+    assert address == "127.0.0.1"
     for _ in range(20):
-        with socket.create_connection(("127.0.0.1", int(ports[0].rpartition(":")[2]))) as stranger:
+        with socket.create_connection((address, port)) as stranger:
             stranger.sendall(b"\x09127.0.0.1" + bytes(64))
             stranger.recv(1000)
     assert run.process.poll() is None
     assert len(run.pids("launch.rank.entry")) == 3
+
+
+TORCH = """
+import os, sys
+environment = {**os.environ, "PYTHONPATH": os.environ["REAL"], "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+os.execve(sys.executable, [sys.executable, os.environ["RANK_OF_TORCH"], "again"], environment)
+"""
+
+
+def test_ranks_of_torch_meet_in_spite_of_strangers_at_every_door(start: Callable[..., Run]) -> None:
+    """The head and the agents are asked by who has no secret, all the while, and are no store for him."""
+    ranks = Path(__file__).parents[2] / "world" / "ranks" / "world_of_torch.py"
+    four = [("127.0.0.1", 2), ("127.0.0.2", 2)]
+    run = start(TORCH, hosts=four, REAL=os.pathsep.join(sys.path), RANK_OF_TORCH=str(ranks))
+    until(lambda: len(run.pids("world_of_torch")) == 4, 60)
+    doors = listening(run.pids("launch.agent"))
+    assert len(doors) == 3
+    answers = []
+    while run.process.poll() is None:
+        time.sleep(0.1)
+        for door in doors:
+            with suppress(OSError), socket.create_connection(door, timeout=1) as stranger:
+                key = "hvd_lb%2F0%2F0%2Fgloo%2F0%2F0"
+                stranger.sendall(f"PUT /guess/0/torch/{key} HTTP/1.1\r\nContent-Length: 0\r\n\r\n".encode())
+                answers.append(stranger.recv(1000)[:12])
+            with suppress(OSError), socket.create_connection(door, timeout=1) as stranger:
+                stranger.sendall(f"GET /guess/0/torch/{key} HTTP/1.1\r\n\r\n".encode())
+                answers.append(stranger.recv(1000)[:12])
+    assert run.wait() == 0
+    assert [run.log(rank, host) for rank, host in ((0, "127.0.0.1"), (3, "127.0.0.2"))] == [
+        "again and again\n"
+    ] * 2
+    assert answers.count(b"HTTP/1.1 403") > 20
+
+
+def test_torchs_own_client_finds_no_store_there(rendezvous: Any) -> None:
+    address, port = rendezvous.environment()["HOROVOD_GLOO_RENDEZVOUS_ADDR"].partition("/")[0].split(":")
+    with pytest.raises(RuntimeError):
+        TCPStore(address, int(port), timeout=timedelta(seconds=1), wait_for_workers=False).list_keys()
 
 
 def test_an_agent_imports_no_torch() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import socket
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -17,24 +15,10 @@ from hvd_lb.launch.agent import rendezvous as module
 
 
 @pytest.fixture
-def address() -> Iterator[str]:
+def address(rendezvous: Any) -> str:
     """Of a rendezvous in a thread, without the name of a client."""
-
-    async def open_() -> module.Rendezvous:
-        return module.Rendezvous()
-
-    async def close() -> None:
-        server.close()
-
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    server = asyncio.run_coroutine_threadsafe(open_(), loop).result()
-    yield server.environment("0")["HOROVOD_GLOO_RENDEZVOUS_ADDR"].removesuffix("/0")
-    asyncio.run_coroutine_threadsafe(close(), loop).result()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+    told: str = rendezvous.environment()["HOROVOD_GLOO_RENDEZVOUS_ADDR"]
+    return told.removesuffix("/0")
 
 
 def ask(
