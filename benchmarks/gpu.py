@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import statistics
@@ -215,7 +216,7 @@ def tests(bench: Bench) -> Iterator[dict[str, Any]]:
         sys.executable,
         "-m",
         "pytest",
-        "-q",
+        "-v",
         "-n",
         "6",
         "-p",
@@ -225,12 +226,18 @@ def tests(bench: Bench) -> Iterator[dict[str, Any]]:
         "--tb=short",
         *map(str, chosen),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
-    lines = done.stdout.strip().splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    yield {"code": done.returncode, "result": lines[-1] if lines else done.stderr[-500:], "failed": failed}
-    if done.returncode:
-        yield {"said": done.stdout[-6000:]}
+    said: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root
+    ) as process:
+        for line in process.stdout or ():
+            said.append(line)
+            # [gw0] [ 12%] PASSED tests/…; each by itself, as time may run out
+            if found := re.match(r"\[gw.*%\] ([A-Z]+) (.*)", line):
+                yield {"test": found[2].strip(), "result": found[1]}
+    yield {"code": process.returncode, "result": said[-1].strip() if said else ""}
+    if process.returncode:
+        yield {"said": "".join(said)[-6000:]}
 
 
 def right(bench: Bench) -> Iterator[dict[str, Any]]:
