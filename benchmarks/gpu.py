@@ -516,6 +516,9 @@ def loaders(bench: Bench) -> Iterator[dict[str, Any]]:
                     del side, one, bare
         if bench.device.type == "cuda":
             yield from decoding_alone(bench, folder, images)
+        # Of several nvJPEGs that one counts which is found first; DALI wants 13.2 or newer.
+        mapped = Path("/proc/self/maps").read_text()
+        yield {"nvjpeg": sorted({line.split()[-1] for line in mapped.splitlines() if "nvjpeg" in line})}
 
 
 def repeat(run: Step, times: int, seconds: float = 8) -> int:

@@ -418,7 +418,7 @@ class Recipe(BaseModel):
     compile: bool = _free(False, "Compile the model with torch.compile.")
     cuda_graphs: CudaGraphs = _free(
         "auto",
-        "Launch forward and backward as CUDA graphs: on, off, or on a GPU where no exchange would run beside them.",
+        "Launch forward and backward as CUDA graphs: on, off, or, on GPUs, where that is faster.",
     )
     eval_every: Every = _free("1epoch", "Period of evaluation: 500steps, 1epoch, never. Always at the end.")
     log_every: int | None = _free(

@@ -2,11 +2,12 @@
 
 A GPU may be done with a small microbatch before its host has launched the thousand kernels of one. A graph is launched
 at once, and hooks, buckets and the exchange, which stay outside, run while the GPU works. The kernels are those that
-would have been launched. Backward is one graph: all gradients come when it is launched as a whole.
+would have been launched. Backward is one graph: no gradient comes, and nothing is exchanged, before its end.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ _WARM_UPS = 3
 
 # Each keeps a copy of the gradients; sizes of images change, and groups are tried, one after the other.
 _MOST = 3
+# Of either way that is tried, of which the first one does not count.
+_TURNS = 3
 
 Work = Callable[[], Sequence[Tensor]]
 
@@ -153,6 +156,40 @@ class _Replay(torch.autograd.Function):
                 "backward of a recorded forward after the next one, which has taken its memory"
             )
         return None, *ctx.recording.backward(gradient)
+
+
+class Trial:
+    """Whether it is faster to replay, or to launch kernels one by one and exchange what is there beside backward.
+
+    Both are tried, one after the other, from `begin` to `end`; then `replays` is the faster one.
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._device, self._clock = device, clock
+        self._to_try = [False] * _TURNS + [True] * (_TURNS + 2)  # one to be known, one to record
+        self._seconds: dict[bool, list[float]] = {False: [], True: []}
+        self._began: float | None = None
+
+    @property
+    def replays(self) -> bool:
+        """What is to be done, or tried, now."""
+        if self._to_try:
+            return self._to_try[0]
+        launched, replayed = (min(seconds[-_TURNS + 1 :]) for seconds in self._seconds.values())
+        return replayed < launched
+
+    def begin(self) -> None:
+        self._began = self._now() if self._to_try else None
+
+    def end(self) -> None:
+        if self._began is not None:
+            self._seconds[self._to_try.pop(0)].append(self._now() - self._began)
+            self._began = None
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return self._clock()
 
 
 class Recordings:

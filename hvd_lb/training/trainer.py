@@ -31,7 +31,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.exact.reproducible import fast_kernels, rounding_environment
-from hvd_lb.machine.graphs import GraphRecorder, Recorder, Recording, Recordings
+from hvd_lb.machine.graphs import GraphRecorder, Recorder, Recording, Recordings, Trial
 from hvd_lb.optim.average import WeightAverage
 from hvd_lb.optim.buckets import Arriving, Riders
 from hvd_lb.optim.distributed import DistributedOptimizer
@@ -256,9 +256,9 @@ class Trainer:
         self.drawing = draw_apart(self.model, self.group)
         self.recorder = self._recorder()
         self.recordings = Recordings()
-        self.overlaps = (
-            False  # backward with the exchange: it is the step's last one, and there are other processes
-        )
+        several = world.size > 1
+        self.trial = Trial(device) if self.recorder and several and recipe.cuda_graphs == "auto" else None
+        self.launches = False  # the present microbatch's kernels one by one, whatever is recorded
         optimizer = DistributedOptimizer(
             make_optimizer(recipe, self.model, self.schedule(0)),
             self.model,
@@ -539,7 +539,9 @@ class Trainer:
             parts = [next(batches) for _ in group]
             self.stages.enter(Stage.COMPUTE)
             last = group[-1] == workers[-1]
-            self.overlaps = last and self.world.size > 1
+            if last and self.trial:
+                self.launches = not self.trial.replays
+                self.trial.begin()
             with self.group_size.timed(sum(len(labels) for _, labels in parts)):
                 each = self.losses(group, parts)
                 audited = self.audit.owns(self.step, group)
@@ -563,6 +565,9 @@ class Trainer:
             self.samples.given(self.step, given)
         self.state.exchange_losses(losses)
         self._synchronize(global_images)
+        if self.trial:
+            self.launches = False
+            self.trial.end()
         self._note_norms(*own, global_images)
         self.on_gradients()
         if self.recipe.clip_norm:  # of the mean gradient, which every process has: the same factor on all
@@ -723,8 +728,8 @@ class Trainer:
         choice, full = self.recipe.cuda_graphs, set(sizes) == {self.recipe.per_gpu_batch}
         if not (self.recorder and full and self.model.training and torch.is_grad_enabled()):
             return None
-        if (self.overlaps and choice == "auto") or (self.drawing and len(sizes) > 1):
-            return None  # a graph hands gradients out at its end, and draws the numbers of one worker
+        if self.launches or (self.drawing and len(sizes) > 1):  # a graph draws the numbers of one worker
+            return None
 
         def record() -> Recording:
             assert self.recorder

@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 from devices import DEVICES
-from test_trainer import CPU, largest_difference, make_trainer, run_steps, small_recipe
+from test_trainer import CPU, Records, largest_difference, make_trainer, run_steps, small_data, small_recipe
+from together import Together, together
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hvd_lb.errors import UserError
 from hvd_lb.exact.fixed_point import FixedPointOverflow
-from hvd_lb.machine.graphs import GraphRecorder, Recorder
+from hvd_lb.machine.graphs import GraphRecorder, Recorder, Trial
 from hvd_lb.training.models import SmallResNet
 from hvd_lb.training.trainer import Trainer
 
@@ -166,3 +167,36 @@ def test_backward_after_the_next_forward_is_refused() -> None:
     recording()
     with pytest.raises(RuntimeError, match="after the next one"):
         first.sum().backward()
+
+
+def trained_with_others(world: Together, faster: str) -> tuple[list[Tensor], list[int]]:
+    """Weights, and replays of forward and backward; one way seems to take no time."""
+    seconds = {"replaying": 0.0, "launching": 0.0}
+    trainer = Trainer(
+        small_recipe(reproducible=True),
+        small_data(),
+        world,
+        device=CPU,
+        threads=1,
+        observer=Records(),
+    )
+    trainer.recorder = recorder = counting_recorder(CPU)
+    trainer.trial = trial = Trial(CPU, clock=lambda: sum(seconds.values()))
+
+    def synchronize(global_images: int) -> None:
+        way = "replaying" if trial.replays else "launching"
+        seconds[way] += way != faster
+        Trainer._synchronize(trainer, global_images)
+
+    trainer._synchronize = synchronize  # type: ignore[method-assign]
+    run_steps(trainer, 12)
+    return [p.detach().clone() for p in trainer.model.parameters()], recorder.replays
+
+
+@pytest.mark.parametrize(("faster", "replays"), [("replaying", 11 + 9), ("launching", 11 + 5)])
+def test_where_gradients_are_exchanged_the_faster_way_is_found_out(faster: str, replays: int) -> None:
+    """Of two microbatches the first is replayed from the second step on; the last is tried."""
+    for parameters, (forward, backward) in together(2, lambda world: trained_with_others(world, faster)):
+        assert forward == backward == replays
+        expected = trained(CPU, 12, None, reproducible=True).model.parameters()
+        assert all(map(torch.equal, parameters, expected))
