@@ -8,6 +8,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from hvd_lb.data.loading.nvjpeg import NEEDED
 from hvd_lb.doctor.ask import Answer, ProbeError
 from hvd_lb.doctor.finding import Finding, State
 from hvd_lb.machine.packages import untried
@@ -107,7 +108,15 @@ def check_dali(dali: Answer, installed: str | None) -> Finding:
         return _broken("DALI", dali, installed, fix)
     if not dali["works"]:
         return Finding("DALI", "wrong", f"{dali['version']} computes wrongly", fix, required=True)
-    return Finding("DALI", "ok", f"{dali['version']}, a CPU pipeline runs", required=True)
+    about = f"{dali['version']}, a CPU pipeline runs"
+    if (found := dali.get("nvjpeg")) is None:  # that of a CUDA toolkit may do
+        return Finding("DALI", "ok", about, required=True)
+    about += f", nvJPEG {'.'.join(map(str, found))}"
+    if tuple(found) >= NEEDED:
+        return Finding("DALI", "ok", about, required=True)
+    needed = ".".join(map(str, NEEDED))
+    slow = f"{about}, older than {needed}: slower on GPUs, which cannot decode windows by it"
+    return Finding("DALI", "wrong", slow, f"pip install 'nvidia-nvjpeg>={needed}'")
 
 
 def check_open_mpi(version: str | None, horovod: Answer) -> Finding:

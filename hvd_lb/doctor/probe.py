@@ -47,13 +47,16 @@ def dali() -> dict[str, Any]:
     from nvidia.dali import fn
     from nvidia.dali.pipeline import Pipeline
 
+    from hvd_lb.data.loading.nvjpeg import load_nvjpeg
+
     pipeline = Pipeline(batch_size=2, num_threads=1, device_id=None)
     with pipeline:
         numbers = fn.external_source(source=lambda: np.full((2, 1), 21, np.int32), batch=True)
         pipeline.set_outputs(numbers * 2)
     (result,) = pipeline.run()
     version = metadata.version("nvidia-dali-cuda130")
-    return {"version": version, "works": np.asarray(result.as_cpu().as_array()).tolist() == [[42], [42]]}
+    works = np.asarray(result.as_cpu().as_array()).tolist() == [[42], [42]]
+    return {"version": version, "works": works, "nvjpeg": load_nvjpeg()}
 
 
 def gpus() -> dict[str, Any]:

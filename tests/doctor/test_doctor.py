@@ -35,6 +35,9 @@ def test_a_library_is_missing_or_broken() -> None:
     assert states(libraries.check_torch(CPU_TORCH)) == [("ok", False)]
     assert states(libraries.check_dali(GONE, None)) == [("missing", True)]
     assert states(libraries.check_dali({"version": "2.4.0", "works": False}, "2.4.0")) == [("wrong", True)]
+    dali = {"version": "2.4.0", "works": True, "nvjpeg": [13, 0, 1]}
+    assert states(libraries.check_dali(dali, "2.4.0")) == [("wrong", False)]  # slower
+    assert states(libraries.check_dali({**dali, "nvjpeg": [13, 3, 2]}, "2.4.0")) == [("ok", False)]
     nms = ProbeError("RuntimeError: operator torchvision::nms does not exist")
     broken = libraries.check_torchvision(nms)
     assert states(broken) == [("wrong", True)]  # installed here

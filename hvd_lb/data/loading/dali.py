@@ -31,6 +31,7 @@ from hvd_lb.data.decoding.stand_in import Content, RawBatch, Repair
 from hvd_lb.data.images import Images
 from hvd_lb.data.loading.contract import Decode, Decoded, Preprocessing
 from hvd_lb.data.loading.device import loading_stream
+from hvd_lb.data.loading.nvjpeg import load_nvjpeg
 from hvd_lb.data.loading.resize import Finisher
 from hvd_lb.errors import UserError
 
@@ -234,6 +235,8 @@ def _pipeline(
     ahead: int = _PREFETCH,
 ) -> Pipeline:
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        load_nvjpeg()
     pipeline = Pipeline(
         batch_size,
         threads,
