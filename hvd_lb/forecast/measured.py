@@ -18,7 +18,7 @@ from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.forecast.step import Compute, Filled
 from hvd_lb.training.trainer import Trainer
 
-_LEAST, _MOST = 4, 2000  # steps that are timed, after the first, which warms everything up
+_LEAST, _MOST = 4, 2000  # steps that are timed, after those that warm everything up
 _BLOCKS = 8
 
 
@@ -63,11 +63,12 @@ def measure_compute(trainer: Trainer, images: int, deadline: float) -> MeasuredC
     optimizer.backward = marked  # type: ignore[method-assign]
     optimizer.on_exchange = begun
     trainer.model.train()
+    warm = 3 if trainer.recorder else 1  # a graph is recorded in the second, and first replayed
     times: list[tuple[float, float, float, dict[int, float]]] = []
-    while len(times) <= _LEAST or (time.monotonic() < deadline and len(times) <= _MOST):
+    while len(times) < warm + _LEAST or (time.monotonic() < deadline and len(times) <= _MOST):
         with trainer.kernels(), trainer.batches() as batches:
             try:
-                while len(times) <= _LEAST or (time.monotonic() < deadline and len(times) <= _MOST):
+                while len(times) < warm + _LEAST or (time.monotonic() < deadline and len(times) <= _MOST):
                     marks = _Marks()
                     began, waited = now(), batches.wait_seconds
                     trainer.train_step(batches)
@@ -81,7 +82,7 @@ def measure_compute(trainer: Trainer, images: int, deadline: float) -> MeasuredC
                     times.append((start - began() - waited, end - start, done() - end, filled))
             except FixedPointOverflow:
                 pass  # exponents are learnt once: the step is taken again, with images from there
-    times = times[1:]
+    times = times[warm:]
     here = trainer.recipe.per_gpu_batch
     factor = images / here
     whole = [before + after for before, after, *_ in times]
