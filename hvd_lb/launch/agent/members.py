@@ -114,6 +114,7 @@ class Members:
 
     def end_generation(self) -> None:
         """Its members wait for each other in vain: they give up the present step, and connect anew."""
+        print("the ranks wait for each other in vain: they connect anew", flush=True)
         self._generations.end()
         self._go_on()
 
