@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from hvd_lb.track.tracker import Ending, TrackedRun
+from hvd_lb.track.tracker import Ending, Point, TrackedRun
 
 _EXPERIMENT = "hvd-lb"
 _STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 # Of one request.
-_MOST_PARAMETERS = 100
+_MOST_PARAMETERS, _MOST_METRICS = 100, 1000
 
 
 class MlflowTracker:
@@ -52,9 +53,13 @@ class MlflowTracker:
             raise
         return True
 
-    def numbers(self, step: int, numbers: dict[str, float]) -> None:
+    def numbers(self, points: Sequence[Point]) -> None:
         now = int(1000 * time.time())
-        self._client.log_batch(self._run, [Metric(name, value, now, step) for name, value in numbers.items()])
+        metrics = [
+            Metric(name, value, now, step) for step, numbers in points for name, value in numbers.items()
+        ]
+        for start in range(0, len(metrics), _MOST_METRICS):
+            self._client.log_batch(self._run, metrics[start : start + _MOST_METRICS])
 
     def text(self, name: str, text: str) -> None:
         self._client.log_text(self._run, text, name)

@@ -5,12 +5,13 @@ RUN/tensorboard, which rank 0 writes in any case, has the curves of one run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from hvd_lb.track.tracker import Ending, TrackedRun
+from hvd_lb.track.tracker import Ending, Point, TrackedRun
 
 # What the table of recipes can be sorted by.
 _RESULTS = ("eval/top1_error_percent", "eval/loss")
@@ -29,9 +30,10 @@ class TensorBoardTracker:
             writer.add_summary(part)
         return run.name
 
-    def numbers(self, step: int, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+    def numbers(self, points: Sequence[Point]) -> None:
+        for step, numbers in points:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
         self._board.flush()
 
     def text(self, name: str, text: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 Ending = Literal["finished", "interrupted", "failed"]
+Point = tuple[int, dict[str, float]]
+"""A step, and numbers of it by name."""
 
 # Names of numbers that do not tell their unit by themselves; errors are in per cent, times in seconds.
 _WITH_UNIT = {
@@ -43,7 +46,9 @@ class Tracker(Protocol):
         """Begin a tracked run, or go on with the one of this identity; the identity."""
         ...
 
-    def numbers(self, step: int, numbers: dict[str, float]) -> None: ...
+    def numbers(self, points: Sequence[Point]) -> None:
+        """Those of some steps: what has come together while the ones before were told."""
+        ...
 
     def text(self, name: str, text: str) -> None:
         """A text file of the run, which takes the place of an earlier one of that name."""

@@ -23,11 +23,15 @@ from hvd_lb.report.page.events import HAPPENED, events
 from hvd_lb.report.run_directory import RunDirectory, replace_text, strict_json
 from hvd_lb.report.text import count, printable
 from hvd_lb.track.target import TrackTarget
-from hvd_lb.track.tracker import Ending, TrackedRun, Tracker, numbers_of
+from hvd_lb.track.tracker import Ending, Point, TrackedRun, Tracker, numbers_of
 
 _RETRY_SECONDS = 30.0
 # So long the end of a run waits for a tracker that has not been told everything.
 _CLOSE_SECONDS = 60.0
+# Told at once, where that many have come together.
+_MOST_POINTS = 200
+
+_Message = Callable[[], object] | Point | None
 
 
 class Tracking:
@@ -121,7 +125,8 @@ class _Line:
     ):
         self.target, self.tracker = target, tracker
         self._known, self._note = known, note
-        self._messages: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._next: list[_Message] = []  # taken out, and not looked at
         self._ending, self._warned = threading.Event(), False
         self._told = known.told(target)
         self._sent = self._taken = 0  # each is counted by one thread
@@ -142,9 +147,9 @@ class _Line:
         ):  # steps from there on come again, perhaps as others
             self._told = min(self._told, record["to"])
         if step >= self._told and (numbers := numbers_of(record)):
-            self.tell(partial(self._numbers, step, numbers))
+            self.tell((step, numbers))
 
-    def tell(self, message: Callable[[], object]) -> None:
+    def tell(self, message: Callable[[], object] | Point) -> None:
         self._sent += 1
         self._messages.put(message)
 
@@ -158,16 +163,34 @@ class _Line:
     def _open(self, about: TrackedRun) -> None:
         self._known.keep(self.target, id=self.tracker.open(about, self._known.identity(self.target)))
 
-    def _numbers(self, step: int, numbers: dict[str, float]) -> None:
-        self.tracker.numbers(step, numbers)
-        self._known.keep(self.target, told=step)
+    def _numbers(self, points: Sequence[Point]) -> None:
+        self.tracker.numbers(points)
+        self._known.keep(self.target, told=points[-1][0])
+
+    def _take(self) -> tuple[int, Callable[[], object] | None]:
+        """How many messages, and what to do about them: points that are there are told together."""
+        message = self._next.pop() if self._next else self._messages.get()
+        points = list[Point]()
+        while isinstance(message, tuple) and len(points) < _MOST_POINTS:
+            points.append(message)
+            try:
+                message = self._messages.get_nowait()
+            except queue.Empty:
+                return len(points), partial(self._numbers, points)
+        if points:
+            self._next.append(message)
+            return len(points), partial(self._numbers, points)
+        return 1, message  # type: ignore[return-value]
 
     def _work(self) -> None:
-        while message := self._messages.get():
+        while True:
+            messages, tell = self._take()
+            if tell is None:
+                return
             last = False
             while True:
                 try:
-                    message()
+                    tell()
                     break
                 except Exception as error:
                     if not self._warned:
@@ -176,7 +199,7 @@ class _Line:
                 if last:
                     return
                 last = self._ending.wait(_RETRY_SECONDS)
-            self._taken += 1
+            self._taken += messages
 
 
 @dataclass

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import wandb
 
-from hvd_lb.track.tracker import Ending, TrackedRun
+from hvd_lb.track.tracker import Ending, Point, TrackedRun
 
 _PROJECT = "hvd-lb"
 
@@ -39,8 +40,9 @@ class WandbTracker:
         self._run.define_metric("*", step_metric="step")
         return identity
 
-    def numbers(self, step: int, numbers: dict[str, float]) -> None:
-        self._run.log({"step": step, **numbers})
+    def numbers(self, points: Sequence[Point]) -> None:
+        for step, numbers in points:
+            self._run.log({"step": step, **numbers})
 
     def text(self, name: str, text: str) -> None:
         file = Path(self._run.dir) / name

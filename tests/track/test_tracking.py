@@ -1,6 +1,7 @@
 """Trackers are told everything once and in order, also over resumes, and what they do not take ends nothing."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from hvd_lb.report.metrics import JsonLines
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.track import tracking as tracking_module
 from hvd_lb.track.target import TrackTarget, track_targets
-from hvd_lb.track.tracker import numbers_of
+from hvd_lb.track.tensorboard import TensorBoardTracker
+from hvd_lb.track.tracker import Point, numbers_of
 from hvd_lb.track.tracking import Tracking
 
 RECIPE = make_recipe({"data": "digits", "model": "resnet8", "description": "x"})
@@ -193,3 +195,26 @@ def test_what_was_not_told_until_the_end_is_counted(run: RunDirectory, tmp_path:
     assert sum(note.startswith("warning: ") for note in notes) == 1
     # The start, the recipe, two steps, what happened, and the end.
     assert notes[-1] == f"tensorboard:{folder}: 6 messages could not be told there"
+
+
+def test_a_slow_tracker_is_told_at_once_what_has_come_together(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it keeps up: in order, with what is said between."""
+    all_are_there, calls, numbers = threading.Event(), list[int](), TensorBoardTracker.numbers
+
+    def slow(tracker: TensorBoardTracker, points: Sequence[Point]) -> None:
+        assert all_are_there.wait(60)
+        calls.append(len(points))
+        numbers(tracker, points)
+
+    monkeypatch.setattr(TensorBoardTracker, "numbers", slow)
+    tracking = begin(run, f"tensorboard:{tmp_path}")
+    for step in range(500):
+        write(run, train(step))
+        tracking.update()
+    all_are_there.set()
+    assert not [note for note in tracking.close(0) if "could not be told" in note]
+    assert losses(tmp_path) == [(step, 2.0 + step) for step in range(500)]
+    assert sum(calls) == 500
+    assert len(calls) <= 5
