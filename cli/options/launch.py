@@ -65,7 +65,12 @@ _OPTIONS = (
         "them; halving-doubling: Open MPI's Rabenseifner algorithm, on CPUs.",
     ),
     _option("--fusion-threshold", type=Finite(0, 1e6), metavar="MB", help="Horovod's fusion buffer [0]"),
-    _option("--cycle-time", type=Finite(0, 1e6), metavar="MS", help="Pause between Horovod's cycles [1]"),
+    _option(
+        "--cycle-time",
+        type=Finite(0, 1e6),
+        metavar="MS",
+        help="From one of Horovod's cycles to the next [1; on CPUs 10, with --elastic 1]",
+    ),
     _option(
         "--autotune", is_flag=True, help="Let Horovod tune fusion threshold and cycle time while it runs."
     ),

@@ -68,3 +68,20 @@ def test_the_rounding_of_other_hosts_is_that_of_rank_0s_host(monkeypatch: pytest
     assert rounding_differences({**ranks, "device": "H100"}, there) == ["device: H100 → GH200"]
     assert describe_environment(placement, [])["devices"] == ["GH200", "H100"]
     assert describe_environment(placement, [])["cpu"] == "Grace"
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "elastic", "variables", "milliseconds"),
+    [
+        ("horovod", "cpu", False, {}, "10"),
+        ("horovod", "cuda", False, {}, None),
+        ("torch", "cpu", False, {}, None),
+        ("horovod", "cpu", True, {}, None),
+        ("horovod", "cpu", False, {"HOROVOD_AUTOTUNE": "1"}, None),
+    ],
+)
+def test_horovods_cycles_are_longer_on_cpus(
+    engine: str, device: str, elastic: bool, variables: dict[str, str], milliseconds: str | None
+) -> None:
+    launch: Any = SimpleNamespace(engine=engine, environment=variables)
+    assert session.cycles(launch, device, elastic).get("HOROVOD_CYCLE_TIME") == milliseconds
