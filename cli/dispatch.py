@@ -254,6 +254,10 @@ def refuse_elastic(placement: Placement, plan: LaunchPlan, recipe: Recipe, least
         why = (
             "with an --allreduce of Open MPI, which ends all processes with the first: give --allreduce ring"
         )
+    elif plan.engine == "horovod" and "HOROVOD_CYCLE_TIME" in plan.environment:
+        why = (
+            "with --cycle-time (HOROVOD_CYCLE_TIME): Horovod 0.28.1 crashes when it joins again; leave it out"
+        )
     elif recipe.cache != "none":
         why = f"with --cache {recipe.cache}, which all processes open together: leave it out"
     if why:

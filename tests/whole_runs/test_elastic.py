@@ -287,6 +287,7 @@ def test_what_cannot_be_elastic_is_refused(
     [
         ("cuda", {}, "none", "on GPUs"),
         ("cpu", {"HOROVOD_CPU_OPERATIONS": "MPI"}, "none", "with an --allreduce of Open MPI"),
+        ("cpu", {"HOROVOD_CYCLE_TIME": "5"}, "none", "with --cycle-time"),
         ("cpu", {}, "disk", "with --cache disk"),
     ],
 )
