@@ -25,7 +25,7 @@ BENCHMARKS: list[tuple[str, list[str], float]] = [
     ("end_to_end", ["--rounds", "1"], 600),
     ("first_step", ["--rounds", "3"], 150),
     ("optim", [], 100),
-    ("reproducible", [], 120),
+    ("reproducible", [], 150),
     ("together", ["0", "1"], 120),
     ("loader", ["--rounds", "3"], 120),
     ("growth", [], 240),

@@ -270,8 +270,8 @@ class GroupSize:
 def room_for_groups(device: torch.device, processes_here: int) -> float:
     """Bytes that a process may take for what backward keeps of a group, as one of several on this machine."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        torch.cuda.empty_cache()  # what is kept then is in use, or belongs to recorded graphs
+        return torch.cuda.mem_get_info(device)[0]
     try:
         return available_memory() / processes_here
     except OSError:  # no Linux
