@@ -35,7 +35,7 @@ from hvd_lb.machine.gpus import SHOWN_BY
 from hvd_lb.machine.placement import Placement, choose_device, choose_placement, default_gpus
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.text import count
-from hvd_lb.resolve import check_options, explain, resolve
+from hvd_lb.resolve import check_options, explain, refuse_graphs, resolve
 from hvd_lb.track.target import refuse_untracked
 from hvd_lb.world.engine import Engine, choose_engine, refuse_unsummed
 from hvd_lb.world.launched import launched_alone
@@ -156,6 +156,7 @@ def _train(
         refuse_options(
             context, _OF_THE_EXCHANGE, "is about the exchange between processes, and this run has one"
         )
+    refuse_graphs(recipe, placement.device)
     launch_plan = plan_launch(target, cluster, placement, options.launch, container)
     if cluster and options.launch.host_discovery:
         script = options.launch.host_discovery.expanduser().absolute()

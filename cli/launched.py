@@ -88,7 +88,7 @@ def _launch(context: click.Context, options: TrainOptions, place: Place, line: s
         refuse_different,
     )
     from hvd_lb.report.text import count
-    from hvd_lb.resolve import explain, resolve
+    from hvd_lb.resolve import explain, refuse_graphs, resolve
     from hvd_lb_cli.dispatch import refuse_of_horovod
     from hvd_lb_cli.output.show import index_progress, print_rows
 
@@ -108,6 +108,7 @@ def _launch(context: click.Context, options: TrainOptions, place: Place, line: s
             options.fields, recipe=options.recipe, default_gpus=place.size, on_progress=on_progress
         )
     refuse_unsummed(engine, resolved.recipe.compress)
+    refuse_graphs(resolved.recipe, device)
     placement = place_ranks(place, ranks, device, resolved.recipe, pin=options.launch.pin)
     hosts = hosts_of(ranks)
     # The ranks have theirs, but for what became of --data here: queries of signed URLs.

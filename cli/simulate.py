@@ -139,7 +139,7 @@ def simulate(
     from hvd_lb.launch.session import default_output, run_job
     from hvd_lb.launch.starters.local import local
     from hvd_lb.machine.placement import choose_device, choose_placement
-    from hvd_lb.resolve import explain, resolve
+    from hvd_lb.resolve import explain, refuse_graphs, resolve
     from hvd_lb.simulate import measure_device, rehearse
     from hvd_lb.world.launched import refuse_several
     from hvd_lb_cli.output.forecast import foretell, refuse_other_runs
@@ -158,6 +158,7 @@ def simulate(
         )
     if published:
         refuse_other_runs(published, resolved.recipe)
+    refuse_graphs(resolved.recipe, device_name)
     placement = choose_placement(
         device_name, gpus=resolved.recipe.gpus, processes=1, threads=resolved.recipe.threads
     )

@@ -490,6 +490,10 @@ class Recipe(BaseModel):
                 "compress",
                 "reproducible",
             )
+        if self.cuda_graphs == "on" and self.compile:
+            raise _conflict(
+                "a compiled network launches its own way: leave one of them out", "cuda_graphs", "compile"
+            )
         if self.sampling == "balanced" and self.class_weights == "balanced":
             raise _conflict(
                 "either is enough: with both, rare classes would count more than others",

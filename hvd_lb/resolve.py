@@ -263,6 +263,12 @@ def _sizes(recipe: Recipe) -> str:
     return size if size == evaluation else f"{size} ({evaluation} in evaluations)"
 
 
+def refuse_graphs(recipe: Recipe, device: str) -> None:
+    """UserError where CUDA graphs are asked for, and `device` is a CPU."""
+    if recipe.cuda_graphs == "on" and device == "cpu":
+        raise UserError("--cuda-graphs on, but this run is on CPUs: leave it out, or give --device cuda")
+
+
 def explain(resolved: Resolved, device: str) -> list[tuple[str, str]]:
     """What a run will do on `device`, cpu or cuda, as (topic, sentence) for a person."""
     recipe, plan = resolved.recipe, resolved.plan

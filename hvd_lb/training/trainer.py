@@ -369,12 +369,8 @@ class Trainer:
 
     def _recorder(self) -> Recorder | None:
         """Of CUDA graphs, where there may be any."""
-        if self.device.type != "cuda" or self.recipe.compile or self.recipe.cuda_graphs == "off":
-            if self.recipe.cuda_graphs != "on":
-                return None
-            what = "--compile launches as it will" if self.recipe.compile else "this run is on a CPU"
-            raise UserError(f"--cuda-graphs on: {what}: leave one of the two out")
-        return GraphRecorder(self.device)
+        wanted = self.recipe.cuda_graphs != "off" and not self.recipe.compile
+        return GraphRecorder(self.device) if wanted and self.device.type == "cuda" else None
 
     def _strange(self) -> str:
         """Why workers together are not workers apart; nothing of the run is changed by trying it."""

@@ -153,11 +153,6 @@ def test_what_cannot_be_recorded_is_told_and_trained_without(monkeypatch: pytest
         run_steps(trainer, 2)
 
 
-def test_on_without_a_gpu_is_refused() -> None:
-    with pytest.raises(UserError, match="--cuda-graphs on: this run is on a CPU"):
-        make_trainer(small_recipe(cuda_graphs="on"))
-
-
 def test_backward_after_the_next_forward_is_refused() -> None:
     trainer = trained(CPU, 1, counting_recorder(CPU), reproducible=True)
     (recording,) = trainer.recordings._made.values()
