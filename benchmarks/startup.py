@@ -262,14 +262,9 @@ def _ours(
 
 def _horovods(hosts: list[tuple[str, int]]) -> dict[str, float]:
     """Horovod's server in a process of its own."""
-    count = sum(size for _, size in hosts)
-    results, write_results = os.pipe()
-    costs, write_costs = os.pipe()
-    ports, write_ports = os.pipe()
-    done, release = os.pipe()
+    count, requests = sum(size for _, size in hosts), 0
 
-    def serve() -> None:
-        requests = 0
+    def listen() -> tuple[int, object]:
         parse = http_server.RendezvousHandler.parse_request
 
         def count_requests(self: Any) -> bool:
@@ -282,66 +277,63 @@ def _horovods(hosts: list[tuple[str, int]]) -> dict[str, float]:
         server = http_server.RendezvousServer()
         port = server.start()
         server.init(get_host_assignments([HostInfo(*host) for host in hosts], count, count))
-        os.write(write_ports, str(port).encode())
-        os.close(release)
-        os.read(done, 1)
-        _cost(write_costs, requests)
+        return port, server
 
-    server = _fork(serve)
-    os.close(write_costs)
-    port = os.read(ports, 100).decode()
-    common = {
-        **process_environment(1),
-        "HOROVOD_CYCLE_TIME": "50",
-        "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
-        "HOROVOD_GLOO_RENDEZVOUS_PORT": port,
-        "HOROVOD_GLOO_IFACE": "lo",
-        "HOROVOD_CONTROLLER": "gloo",
-        "HOROVOD_CPU_OPERATIONS": "gloo",
-    }
-    began = time.monotonic()
-    pids = [
-        _fork(lambda place=place: _rank({**common, **place}, write_results, lambda rank, size: None))
-        for name, _ in hosts
-        for place in rank_environments(hosts, name).values()
-    ]
-    os.close(write_results)
-    for pid in pids:
-        os.waitpid(pid, 0)
-    os.close(release)
-    return _found(began, [server], count, results, costs)
+    def told(port: str) -> dict[str, str]:
+        return {
+            "HOROVOD_CYCLE_TIME": "50",
+            "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
+            "HOROVOD_GLOO_RENDEZVOUS_PORT": port,
+            "HOROVOD_CONTROLLER": "gloo",
+            "HOROVOD_CPU_OPERATIONS": "gloo",
+        }
+
+    return _theirs(hosts, listen, lambda: requests, told, _rank)
 
 
 def _torchs(hosts: list[tuple[str, int]]) -> dict[str, float]:
     """torch's server in a process of its own; what it was asked it does not count."""
-    count = sum(size for _, size in hosts)
+
+    def listen() -> tuple[int, object]:
+        listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        port = listener.getsockname()[1]
+        words = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
+        server = torch.distributed.TCPStore("127.0.0.1", port, **words)
+        return server.port, server
+
+    def told(port: str) -> dict[str, str]:
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+    return _theirs(hosts, listen, lambda: 0, told, _rank_of_torch)
+
+
+def _theirs(
+    hosts: list[tuple[str, int]],
+    listen: Callable[[], tuple[int, object]],
+    requests: Callable[[], int],
+    told: Callable[[str], dict[str, str]],
+    rank: Callable[..., None],
+) -> dict[str, float]:
+    """A server in a process of its own: `listen` gives its port, and ranks are `told` that."""
     results, write_results = os.pipe()
     costs, write_costs = os.pipe()
     ports, write_ports = os.pipe()
     done, release = os.pipe()
 
     def serve() -> None:
-        listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-        port = listener.getsockname()[1]
-        words = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
-        server = torch.distributed.TCPStore("127.0.0.1", port, **words)
-        os.write(write_ports, str(server.port).encode())
+        port, kept = listen()
+        os.write(write_ports, str(port).encode())
         os.close(release)
         os.read(done, 1)
-        _cost(write_costs, 0)
+        _cost(write_costs, requests())
+        del kept
 
     server = _fork(serve)
     os.close(write_costs)
-    common = {
-        **process_environment(1),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": os.read(ports, 100).decode(),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "HOROVOD_GLOO_IFACE": "lo",
-    }
+    common = {**process_environment(1), "HOROVOD_GLOO_IFACE": "lo", **told(os.read(ports, 100).decode())}
     began = time.monotonic()
     pids = [
-        _fork(lambda place=place: _rank_of_torch({**common, **place}, write_results, lambda rank, size: None))
+        _fork(lambda place=place: rank({**common, **place}, write_results, lambda rank, size: None))
         for name, _ in hosts
         for place in rank_environments(hosts, name).values()
     ]
@@ -349,7 +341,7 @@ def _torchs(hosts: list[tuple[str, int]]) -> dict[str, float]:
     for pid in pids:
         os.waitpid(pid, 0)
     os.close(release)
-    return _found(began, [server], count, results, costs)
+    return _found(began, [server], sum(size for _, size in hosts), results, costs)
 
 
 def _cost(stream: int, requests: int) -> None:

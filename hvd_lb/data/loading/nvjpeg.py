@@ -18,8 +18,9 @@ def load_nvjpeg() -> tuple[int, ...] | None:
     """Loads that of the Python packages, if it is there, for DALI to find; its version, needs no GPU."""
     spec = importlib.util.find_spec("nvidia")
     places = spec.submodule_search_locations if spec else None
-    files = sorted(file for place in places or () for file in Path(place).glob("*/lib/libnvjpeg.so.*"))
-    for file in reversed(files):
+    files = [file for place in places or () for file in Path(place).glob("*/lib/libnvjpeg.so.[1-9]*")]
+    # That of another major version of CUDA may lie beside it.
+    for file in sorted(files, key=lambda file: int(file.name.split(".")[2]), reverse=True):
         try:
             library = ctypes.CDLL(str(file))
             return tuple(_property(library, kind) for kind in range(3))
