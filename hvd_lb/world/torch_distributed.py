@@ -244,13 +244,15 @@ class TorchWorld:
     def _end(self) -> None:
         """At the end of the program: one that leaves in the middle of an exchange ends at once.
 
-        The others wait for it, and Gloo's threads here for them: none would end.
+        The others wait for it, and Gloo's threads here for them: none would end. Else those threads end here, before
+        the interpreter: it ends a thread that comes back to Python after it, by what C++ takes for a crash (SIGABRT).
         """
         if any(not handle.done for handle in self._last):
             print(f"rank {self.rank} ends in the middle of an exchange with the others", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
+        self.abandon()
 
 
 def _from_rank_0() -> BroadcastOptions:
