@@ -1,24 +1,30 @@
 """Forecasts against real runs: hosts of a lab on this machine, whose links are shaped, and a profile of two of them.
 
 For each rate `hvd-lb measure` writes the profile of *two* hosts. For each number of hosts the device is measured by
-`simulate` on as many hosts at once, so that it shares this machine's cores as the run will, with one thread a rank; the
-step is foretold for that number from the two hosts' profile, and then measured in a real run. This is done in rounds,
-as the speed of a shared machine changes within minutes, and what hosts and rounds say is averaged. Prints each, the
-mean and the worst error, and how often the interval held. Needs root, and Horovod.
+`simulate` on one of them, the step is foretold for that number from the two hosts' profile, and then measured in a real
+run. Every host has a share of a core to itself, whatever the others do, as real hosts have: a control group's quota,
+as four hosts on two cores would otherwise take them from each other. This is done in rounds, as the speed of a shared
+machine changes within minutes, and what rounds say is averaged. Prints each, the mean and the worst error, and how
+often the interval held. Needs root, control groups and Horovod.
 
     python benchmarks/forecast.py [--rates 100mbit,300mbit,1gbit] [--hosts 1,2,3,4] [--rounds 2] [--model resnet20]
-        [--images 32] [--steps 60] [--json FILE]
+        [--images 32] [--steps 150] [--cores 0.45] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [
     str(Path(__file__).parents[1] / "tests"),
@@ -26,12 +32,14 @@ sys.path[:0] = [
 ]
 
 from hosts import Host, lab  # noqa: E402
+from real_runs import until  # noqa: E402
 
 from hvd_lb.forecast.pages import read_forecast  # noqa: E402
 from hvd_lb.forecast.predict import Estimate  # noqa: E402
 from hvd_lb.report.metrics import read_metrics  # noqa: E402
 
 HVD_LB = Path(sys.executable).with_name("hvd-lb")
+_PERIOD = 5000  # µs of a quota: short beside a step
 
 
 def options(arguments: argparse.Namespace, count: int) -> list[object]:
@@ -41,39 +49,80 @@ def options(arguments: argparse.Namespace, count: int) -> list[object]:
     ]
 
 
-def foretell(hosts: list[Host], profile: Path, folder: Path, arguments: argparse.Namespace) -> list[Estimate]:
-    """The seconds of a step, as all hosts foretell them at once."""
-    command = [HVD_LB, "simulate", *options(arguments, len(hosts)), "--budget", "10s", "--cluster", profile]
-    running = [
-        host.start([*command, "--output", folder / host.name], stdout=subprocess.DEVNULL) for host in hosts
-    ]
-    statuses = [process.wait(120) for process in running]
-    if any(statuses):
-        raise SystemExit("a rehearsal failed")
-    return [read_forecast(folder / host.name / "forecast.json").step for host in hosts]
+class Group:
+    """The control group of a host: all that runs on it, its sshd too."""
+
+    def __init__(self, host: Host):
+        root = Path("/sys/fs/cgroup")
+        self._second = not (root / "cpu").is_dir()  # version 2
+        self._folder = (root if self._second else root / "cpu") / f"hvd-lb-{os.getpid()}-{host.name}"
+        self._folder.mkdir()
+        self.processes = self._folder / "cgroup.procs"
+        sshd = (host.folder / "sshd.pid").read_text().strip()
+        host.run(["sh", "-c", 'echo "$1" > "$2"', "sh", sshd, self.processes])
+
+    def limit(self, cores: float | None) -> None:
+        """So many cores; None: what there is."""
+        if self._second:
+            (self._folder / "cpu.max").write_text(f"{round(cores * _PERIOD) if cores else 'max'} {_PERIOD}")
+        else:
+            (self._folder / "cpu.cfs_period_us").write_text(str(_PERIOD))
+            (self._folder / "cpu.cfs_quota_us").write_text(str(round(cores * _PERIOD) if cores else -1))
+
+    def close(self) -> None:
+        for process in self.processes.read_text().split():
+            with suppress(ProcessLookupError):
+                os.kill(int(process), signal.SIGKILL)
+        until(lambda: not self.processes.read_text(), 10)
+        self._folder.rmdir()
 
 
-def measure(hosts: list[Host], folder: Path, arguments: argparse.Namespace) -> list[float]:
-    """Seconds of a step of a real run, of each of its records but the first."""
-    names = ",".join(f"{host.name}:1" for host in hosts)
-    where = ["--hosts", names] if len(hosts) > 1 else []
+def inside(group: Group, command: Sequence[object]) -> list[object]:
+    return ["sh", "-c", 'echo 0 > "$0"; exec "$@"', group.processes, *command]
+
+
+def foretell(
+    host: Host, group: Group, count: int, profile: Path, folder: Path, arguments: argparse.Namespace
+) -> Estimate:
+    """The seconds of a step."""
+    command = [HVD_LB, "simulate", *options(arguments, count), "--budget", "10s", "--cluster", profile]
+    host.run(inside(group, [*command, "--output", folder]))
+    return read_forecast(folder / "forecast.json").step
+
+
+def measure(
+    hosts: list[Host], groups: list[Group], folder: Path, arguments: argparse.Namespace
+) -> tuple[list[float], str]:
+    """Seconds of a step of a real run, in its records; and what the run says of the forecast beside it.
+
+    Processes start with the cores that there are.
+    """
     words = [
-        "--steps",
-        arguments.steps,
-        "--log-every",
-        5,
-        "--eval-every",
-        "never",
-        "--checkpoint-every",
-        "never",
+        *("--steps", arguments.steps, "--epochs", 50, "--log-every", 5, "--eval-every", "never"),
+        *("--checkpoint-every", "never", "--output", folder, "--forecast", folder.parent / "forecast.json"),
     ]
-    run = folder / f"run-{len(hosts)}"
-    hosts[0].run(
-        [HVD_LB, "train", *options(arguments, len(hosts)), *where, *words, "--epochs", 20, "--output", run],
-        timeout=300,
-    )
-    records = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"]
-    return [len(hosts) * arguments.images / record["images_per_second"] for record in records[1:]]
+    if len(hosts) > 1:
+        words += ["--hosts", ",".join(f"{host.name}:1" for host in hosts)]
+    command = inside(groups[0], [HVD_LB, "train", *options(arguments, len(hosts)), *words])
+    for group in groups:
+        group.limit(None)
+    run = hosts[0].start(command, stdout=subprocess.PIPE)
+    until(lambda: run.poll() is not None or len(_records(folder)) > 0, 120)
+    for group in groups:
+        group.limit(arguments.cores)
+    begun = len(_records(folder)) + 1
+    said, _ = run.communicate(timeout=300)
+    if run.returncode:
+        raise SystemExit(f"the run ended with {run.returncode}")
+    seconds = [
+        len(hosts) * arguments.images / record["images_per_second"] for record in _records(folder)[begun:]
+    ]
+    return seconds, next((line for line in said.splitlines() if "was foretold" in line), "")
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    return [record for record in read_metrics(file) if record["kind"] == "train"] if file.exists() else []
 
 
 def main() -> None:
@@ -84,16 +133,23 @@ def main() -> None:
     parser.add_argument("--hosts", default="1,2,3,4")
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--cores", type=float, default=0.45, help="of each host")
+    parser.add_argument("--verbose", action="store_true", help="profiles, and where each run says errors are")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     counts = [int(count) for count in arguments.hosts.split(",")]
     found = []
     with (
         tempfile.TemporaryDirectory() as name,
-        lab([f"h{number + 1}" for number in range(max(counts))]) as hosts,
+        lab([f"h{number + 1}" for number in range(max(2, *counts))]) as hosts,
+        ExitStack() as stack,
     ):
+        groups = [Group(host) for host in hosts]
+        for group in groups:
+            stack.callback(group.close)
+            group.limit(arguments.cores)
         for rate in arguments.rates.split(","):
             folder = Path(name, rate)
             folder.mkdir()
@@ -101,25 +157,30 @@ def main() -> None:
                 host.slow_down(rate)
             profile = folder / "two.yaml"
             two = ["--hosts", "h1:1,h2:1", "--device", "cpu", "--output", folder / "runs"]
-            hosts[0].run([HVD_LB, "measure", profile, *two], timeout=300)
+            hosts[0].run(inside(groups[0], [HVD_LB, "measure", profile, *two]), timeout=300)
+            if arguments.verbose:
+                print(profile.read_text())
             for count in counts:
                 told: list[Estimate] = []
                 seen: list[float] = []
                 for turn in range(arguments.rounds):
                     place = folder / f"{count}-{turn}"
-                    told += foretell(hosts[:count], profile, place, arguments)
-                    seen += measure(hosts[:count], place, arguments)
+                    told.append(foretell(hosts[0], groups[0], count, profile, place, arguments))
+                    seconds, said = measure(hosts[:count], groups[:count], place / "run", arguments)
+                    seen += seconds
+                    if arguments.verbose:
+                        print(said, flush=True)
                 value, low, high = (
                     statistics.mean(getattr(one, what) for one in told) for what in ("value", "low", "high")
                 )
-                seconds = statistics.median(seen)
-                off, held = value / seconds - 1, low <= seconds <= high
+                step = statistics.fmean(seen)
+                off, held = value / step - 1, low <= step <= high
                 print(
                     f"{rate:>8} {count} hosts: foretold {1000 * value:7.1f} ms ({1000 * low:.1f} to {1000 * high:.1f})"
-                    f", measured {1000 * seconds:7.1f} ms, {100 * off:+6.1f} %{'' if held else ', outside'}",
+                    f", measured {1000 * step:7.1f} ms, {100 * off:+6.1f} %{'' if held else ', outside'}",
                     flush=True,
                 )
-                found.append({"rate": rate, "hosts": count, "off": off, "held": held, "measured": seconds})
+                found.append({"rate": rate, "hosts": count, "off": off, "held": held, "measured": step})
     errors = [abs(one["off"]) for one in found]
     print(
         f"mean error {100 * statistics.mean(errors):.1f} %, worst {100 * max(errors):.1f} %; intervals held "

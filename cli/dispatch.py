@@ -20,7 +20,7 @@ from hvd_lb.launch.allreduce import allreduce_environment, needs_mpi
 from hvd_lb.launch.dry_run import describe
 from hvd_lb.launch.hosts import Host, in_words
 from hvd_lb.launch.launch_plan import LaunchPlan
-from hvd_lb.launch.options import LaunchOptions, environment
+from hvd_lb.launch.options import CYCLE_TIME, LaunchOptions, environment
 from hvd_lb.launch.preflight.ask import Ask
 from hvd_lb.launch.preflight.cluster import Cluster
 from hvd_lb.launch.preflight.discovery import Discovery
@@ -255,7 +255,7 @@ def refuse_elastic(placement: Placement, plan: LaunchPlan, recipe: Recipe, least
         why = (
             "with an --allreduce of Open MPI, which ends all processes with the first: give --allreduce ring"
         )
-    elif plan.engine == "horovod" and "HOROVOD_CYCLE_TIME" in plan.environment:
+    elif plan.engine == "horovod" and CYCLE_TIME in plan.environment:
         why = (
             "with --cycle-time (HOROVOD_CYCLE_TIME): Horovod 0.28.1 crashes when it joins again; leave it out"
         )

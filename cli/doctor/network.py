@@ -63,7 +63,7 @@ def measured_network(
     output: Path,
 ) -> tuple[NetworkReport, int]:
     """Measures with the processes of a run, on CPUs one for each host; also the cores of the host that has fewest."""
-    placement, plan, cores = measuring_plan(context, console, options, device, output)
+    placement, plan, cores = measuring_plan(context, console, options, device, output, threads=None)
     if placement.processes == 1:
         raise UserError(
             "--network measures between processes, and here is one: name hosts, as in --hosts h1:8,h2:8"
@@ -80,7 +80,7 @@ def check_alike(
     output: Path,
 ) -> int:
     """1 when a process of the hosts computes other bits than the others."""
-    placement, plan, _ = measuring_plan(context, console, options, device, output)
+    placement, plan, _ = measuring_plan(context, console, options, device, output, threads=1)
     with console.status(Text(f"computing a microbatch on {count(placement.processes, 'process')}")):
         answers = compare_bits(placement, plan, output.expanduser().absolute())
     wrong = unlike(answers)
@@ -101,15 +101,21 @@ def measuring_plan(
     options: LaunchOptions,
     device: Literal["auto", "cpu", "cuda"],
     output: Path,
+    threads: int | None,
 ) -> tuple[Placement, LaunchPlan, int]:
-    """The processes of a run, on CPUs one for each host; how they are started; cores of the host that has fewest."""
+    """The processes of a run, on CPUs one for each host; how they are started; cores of the host that has fewest.
+
+    `threads` are those of each; None: as many as a run has.
+    """
     target = find_target(options, device, os.environ)
     if target.kind == "local":
         refuse_options(context, SSH_OPTIONS, "is about other hosts: name them, as in --hosts h1:8,h2:8")
         cluster = None
         there = choose_device(device, target.more)
         processes = default_gpus(there) if there == "cuda" else min(2, usable_cores())
-        placement = choose_placement(there, gpus=processes, processes=processes, threads=1, more=target.more)
+        placement = choose_placement(
+            there, gpus=processes, processes=processes, threads=threads, more=target.more
+        )
     else:
         ask = asking_over_srun(target.gpus) if target.kind == "slurm" else asking_over_ssh(options)
         folder = output.expanduser().absolute()
@@ -120,7 +126,7 @@ def measuring_plan(
             cluster = replace(
                 cluster, hosts=[replace(host, slots=said.get(host.name) or 1) for host in cluster.hosts]
             )
-        placement = cluster.placement(gpus=cluster.slots, processes=None, threads=1)
+        placement = cluster.placement(gpus=cluster.slots, processes=None, threads=threads)
     plan = plan_launch(target, cluster, placement, options, None)
     return placement, plan, min(cluster.cores.values()) if cluster else usable_cores()
 

@@ -2,7 +2,7 @@
 
 An allreduce of b bytes between p processes takes o + 2 (p − 1) α + 2 (p − 1) / p · b β by the ring that Gloo and NCCL
 have. Of its line over b, one number of processes gives o + 2 (p − 1) α together; the links were also measured by
-themselves, and so α is known apart and o is what is left: the engine's cycle and its negotiation.
+themselves, and so α is known apart and o is what is left: the engine's negotiation.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def fit_cluster(report: NetworkReport, *, name: str, cores: int, when: str) -> C
         "between.bandwidth_gbit_s": f"measured {when}: allreduces of {len(sizes)} sizes, {report.processes} processes",
         "between.error": f"measured {when}: root mean square of the line's relative deviations, at least 2 %",
         "overhead_us": f"measured {when}: what these allreduces take besides their steps",
-        "cycle_ms": "in the overhead",
+        "exchange_slowdown": f"measured {when}: allreduces with and without computing beside them",
+        "compute_slowdown": f"measured {when}: computing with and without allreduces beside it",
+        "cycle_ms": "the engine's, as a run has it",
     }
     inside = None
     if per_host > 1:
@@ -74,7 +76,9 @@ def fit_cluster(report: NetworkReport, *, name: str, cores: int, when: str) -> C
             error=min(1.0, max(_LEAST_ERROR, line.error)),
         ),
         inside=inside,
-        cycle_ms=0.0,
+        cycle_ms=report.cycle_ms,
+        exchange_slowdown=report.exchange_slowdown,
+        compute_slowdown=report.compute_slowdown,
         overhead_us=max(0.0, 1e6 * (line.alpha - whole.steps * alpha)),
         cores_per_host=cores,
         sources=sources,

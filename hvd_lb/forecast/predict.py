@@ -243,6 +243,8 @@ def _step(
         microbatches,
         exchange,
         wait=draw.phase * cluster.cycle_ms / 1000 if gpus > 1 else 0.0,
+        exchange_slowdown=cluster.exchange_slowdown,
+        compute_slowdown=cluster.compute_slowdown,
         loading=microbatches * compute.images / loader if loader else 0.0,
     )
 

@@ -21,6 +21,7 @@ from hvd_lb.recipe_file import dump_values, parse_values, read_text
 Profile = TypeVar("Profile", bound=BaseModel)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
 
@@ -67,6 +68,8 @@ class ClusterProfile(_Figures):
     algorithm: str = "ring"
     cycle_ms: NotNegative = 1.0  #: how often the engine looks for gradients that are ready
     overhead_us: NotNegative = 0.0  #: of the engine for each allreduce, besides its steps
+    exchange_slowdown: Factor = 1.0  #: how many times as long an allreduce takes while a host's cores compute
+    compute_slowdown: Factor = 1.0  #: and computing while there is an allreduce, which needs a core, too
     most_gpus: Count | None = None
     gpu_memory_gb: Positive | None = None
     cores_per_host: Count | None = None

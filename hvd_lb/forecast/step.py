@@ -3,7 +3,8 @@
 The exchange is what `optim/distributed` does: a bucket is handed over when backward has filled it, the engine looks
 for such buckets every cycle and sums them one after the other, and the update waits for the last one (the paper,
 section 4: communication runs in parallel with backward). Cycles begin at any moment of a step: an idle engine sees a
-bucket half a cycle later on average.
+bucket half a cycle later on average. While both go on, backward and an exchange may slow each other down, as on hosts
+where they share cores.
 """
 
 from __future__ import annotations
@@ -79,11 +80,14 @@ def simulate_step(
     *,
     wait: float = 0.0,
     loading: float = 0.0,
+    exchange_slowdown: float = 1.0,
+    compute_slowdown: float = 1.0,
 ) -> StepTimes:
     """`exchange` is the seconds for a bucket of so many bytes, `wait` those until an idle engine sees it.
 
-    `loading` are those for the images of the next step.
-    Loading goes on beside the step, ahead of it. Only the last of several microbatches fills buckets.
+    `loading` are those for the images of the next step, which goes on beside the step, ahead of it. Beside backward an
+    exchange takes `exchange_slowdown` times as long, and backward beside an exchange `compute_slowdown` times. Only the
+    last of several microbatches fills buckets.
     """
     spans: list[Span] = []
     now = (microbatches - 1) * (compute.forward + compute.backward)
@@ -91,20 +95,25 @@ def simulate_step(
         spans.append(Span("device", f"{microbatches - 1} microbatches before", 0.0, now))
     began = now + compute.forward
     spans.append(Span("device", "forward", now, began))
-    now = began + compute.backward
-    spans.append(Span("device", "backward", began, now))
-    free, busy = 0.0, 0.0
-    full = sorted(
-        (began + bucket.after, number, bucket.size) for number, bucket in enumerate(compute.buckets)
-    )
-    for ready, number, size in full:
+    free, left, busy = began, compute.backward, 0.0  # `left` of backward, when the network is free
+    ended = began + left
+    full = sorted((bucket.after, number, bucket.size) for number, bucket in enumerate(compute.buckets))
+    for after, number, size in full:
         seconds = exchange(size)
         if not seconds:
             continue
-        start = free if ready <= free else ready + wait  # a busy engine goes on at once
-        free = start + seconds
-        busy += seconds
+        start = free
+        if not busy or compute.backward - left < after:  # an idle engine; a busy one goes on at once
+            start = ended - (compute.backward - after) + wait
+            left = max(0.0, ended - start)
+        both = min(seconds * exchange_slowdown, left * compute_slowdown)
+        free = start + both + (seconds - both / exchange_slowdown)
+        left -= both / compute_slowdown
+        ended += both - both / compute_slowdown
+        busy += free - start
         spans.append(Span("network", f"bucket {number} ({size / 1e6:.1f} MB)", start, free))
+    spans.append(Span("device", "backward", began, ended))
+    now = ended
     exposed = max(0.0, free - now)
     if exposed:
         spans.append(Span("device", "waits for the network", now, now + exposed))
@@ -116,7 +125,7 @@ def simulate_step(
     data_wait = max(0.0, loading - now)
     if data_wait:
         spans.append(Span("device", "waits for images", now, loading))
-    computed = microbatches * (compute.forward + compute.backward) + compute.update
+    computed = now - exposed
     return StepTimes(now + data_wait, computed, exposed, data_wait, busy, tuple(spans))
 
 

@@ -18,6 +18,8 @@ AllreduceName = Literal["auto", "ring", "hierarchical", "halving-doubling"]
 
 #: The variable with the seconds for which ranks are waited for at the start; Horovod's own.
 START_TIMEOUT = "HOROVOD_GLOO_TIMEOUT_SECONDS"
+#: The variable with the milliseconds of its cycles.
+CYCLE_TIME = "HOROVOD_CYCLE_TIME"
 #: The variable with the seconds after which a rank reports that it does not go on; 0: never.
 HANG_TIMEOUT = "HVD_LB_HANG_TIMEOUT"
 # Long enough for the slowest step, short enough that a hang does not last the night (off by default in Horovod).
@@ -95,7 +97,7 @@ def environment(options: LaunchOptions, here: Mapping[str, str]) -> dict[str, st
     if options.fusion_threshold is not None:
         variables["HOROVOD_FUSION_THRESHOLD"] = str(round(options.fusion_threshold * 2**20))
     if options.cycle_time is not None:
-        variables["HOROVOD_CYCLE_TIME"] = f"{options.cycle_time:g}"
+        variables[CYCLE_TIME] = f"{options.cycle_time:g}"
     if options.autotune:
         variables["HOROVOD_AUTOTUNE"] = "1"
     if options.timeline is not None:

@@ -24,7 +24,7 @@ from hvd_lb.exact.reproducible import rounding_environment
 from hvd_lb.forecast.held import forecast_for, held_against
 from hvd_lb.launch.hang.reports import HangReports
 from hvd_lb.launch.job import Job
-from hvd_lb.launch.launch_plan import LaunchPlan, process_environment
+from hvd_lb.launch.launch_plan import LaunchPlan, cycles, process_environment
 from hvd_lb.launch.options import HANG_TIMEOUT
 from hvd_lb.launch.preflight.discovery import Discovery
 from hvd_lb.launch.processes import RankProcesses
@@ -120,18 +120,6 @@ def make_job(
         max_processes=max_processes,
         per_process=per_process,
     )
-
-
-def cycles(launch: LaunchPlan, device: str, elastic: bool) -> dict[str, str]:
-    """How often Horovod's thread looks for what is ready, where that is not as often as it does by itself, each ms.
-
-    In each cycle the processes tell each other what is ready, also when nothing is, which takes CPU from the network's
-    own work (docs/performance.md). Beside GPUs cores are free, and a sum had better not wait. Horovod 0.28.1 ends by
-    SIGSEGV where a process joins a second time, as in an elastic run, and had both this and the fusion threshold set.
-    """
-    if launch.engine != "horovod" or device != "cpu" or elastic or "HOROVOD_AUTOTUNE" in launch.environment:
-        return {}
-    return {"HOROVOD_CYCLE_TIME": "10"}
 
 
 def rescaled(

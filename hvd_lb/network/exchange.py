@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,6 +15,8 @@ SIZES = (1 << 10, 16 << 10, 256 << 10, 4 << 20, 64 << 20)  #: bytes
 _SECONDS = 1.0  # for the repetitions of one size
 _MOST_REPETITIONS = 20
 _LONGEST = 10.0  # a size that would take longer is left out
+_ROUNDS = 3  # of an exchange alone, computing alone, and both
+_WORK = 192  # rows of the matrix whose square is computed, in a fraction of a millisecond
 
 
 def time_allreduces(
@@ -29,6 +33,55 @@ def time_allreduces(
         seconds = [_seconds(world, tensor, f"timed.{size}") for _ in range(repetitions)]
         found.append((size, sorted(_slowest(world, seconds, size))[repetitions // 2]))
     return found
+
+
+def time_beside_computing(world: World, measured: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """How many times as long an allreduce takes beside computing on the CPU, and computing beside an allreduce.
+
+    At least 1, of the slowest process; `measured` is what `time_allreduces` has found, of which the largest size is
+    taken that is soon done. Collective.
+    """
+    size, seconds = max((one for one in measured if one[1] <= _SECONDS / 2), default=measured[0])
+    repetitions = max(1, int(_SECONDS / 2 / seconds))
+    tensor, matrix = torch.zeros(size // 4), torch.zeros(_WORK, _WORK)
+
+    def exchange() -> float:
+        world.barrier()
+        began = time.perf_counter()
+        for _ in range(repetitions):
+            world.allreduce(tensor, "beside")
+        return time.perf_counter() - began
+
+    def computed(until: Callable[[], bool]) -> float:
+        """Seconds for one unit of work."""
+        began, units = time.perf_counter(), 0
+        while not (units and until()):
+            torch.mm(matrix, matrix)
+            units += 1
+        return (time.perf_counter() - began) / units
+
+    def both() -> tuple[float, float]:
+        took: list[float] = []
+        thread = threading.Thread(target=lambda: took.append(exchange()))
+        thread.start()
+        unit = computed(lambda: not thread.is_alive())
+        thread.join()
+        return took[0], unit
+
+    exchanges, units = [], []
+    for _ in range(_ROUNDS):
+        alone = exchange()
+        unit_alone = computed(_after(alone))
+        beside, unit_beside = both()
+        exchanges.append(beside / alone)
+        units.append(unit_beside / unit_alone)
+    found = _slowest(world, [statistics.median(exchanges), statistics.median(units)], size)
+    return max(1.0, found[0]), max(1.0, found[1])
+
+
+def _after(seconds: float) -> Callable[[], bool]:
+    end = time.perf_counter() + seconds
+    return lambda: time.perf_counter() >= end
 
 
 def bus_bandwidth(size: int, seconds: float, processes: int) -> float:

@@ -16,7 +16,7 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from hvd_lb.network.exchange import time_allreduces
+from hvd_lb.network.exchange import time_allreduces, time_beside_computing
 from hvd_lb.network.judge import slow_links
 from hvd_lb.network.links import Listener, Measured, Peer, measure_first, measure_second
 from hvd_lb.network.tournament import rounds
@@ -49,7 +49,10 @@ class Link(BaseModel):
 
 
 class NetworkReport(BaseModel):
-    """Measured: `allreduces` are (bytes, seconds), `latencies` the seconds from each host to another, and back."""
+    """Measured: `allreduces` are (bytes, seconds), `latencies` the seconds from each host to another, and back.
+
+    On CPUs an exchange and computing take cores from each other: how many times as long each then takes.
+    """
 
     processes: int
     device: str
@@ -57,11 +60,15 @@ class NetworkReport(BaseModel):
     allreduces: list[tuple[int, float]]
     links: list[Link]
     latencies: list[tuple[int, int, float]]
+    exchange_slowdown: float = 1.0
+    compute_slowdown: float = 1.0
+    cycle_ms: float = 0.0  #: of the engine in a run; here it hardly waits
 
 
 def measure(world: World, device: torch.device, host: str, interface: str) -> NetworkReport:
     """Collective; `host` is the name of this process's, `interface` the one it uses. The same report on all."""
     allreduces = time_allreduces(world, device) if world.size > 1 else []
+    beside = time_beside_computing(world, allreduces) if allreduces and device.type == "cpu" else (1.0, 1.0)
     address, speed, mtu = _interface(interface)
     place = HostPlace(name=host, interface=interface, address=address, speed=speed, mtu=mtu)
     listener = Listener(address) if world.local_rank == 0 else None
@@ -87,6 +94,8 @@ def measure(world: World, device: torch.device, host: str, interface: str) -> Ne
         device=device.type,
         hosts=hosts,
         allreduces=allreduces,
+        exchange_slowdown=beside[0],
+        compute_slowdown=beside[1],
         links=[
             Link(
                 source=source,

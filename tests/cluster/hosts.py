@@ -169,7 +169,7 @@ class Host:
 
     def slow_down(self, rate: str) -> None:
         """What it sends, such as "1gbit"."""
-        shape = f"qdisc replace dev eth0 root tbf rate {rate} burst 128kb latency 50ms"
+        shape = f"qdisc replace dev eth0 root tbf rate {rate} burst 32kb latency 50ms"
         self._namespaces.net([_tool("tc"), *shape.split()])
 
     def replace(self, path: Path, by: Path) -> None:

@@ -31,6 +31,9 @@ def report(processes: int, hosts: int, **changes: Any) -> NetworkReport:
             "allreduces": [(size, OVERHEAD + ring(servers, size).seconds(LINK)) for size in SIZES],
             "links": [],
             "latencies": [(0, 1, LINK.alpha)] if hosts > 1 else [],
+            "exchange_slowdown": 1.25,
+            "compute_slowdown": 1.5,
+            "cycle_ms": 10.0,
             **changes,
         }
     )
@@ -44,6 +47,7 @@ def test_a_known_network_is_found_again(processes: int, hosts: int) -> None:
     assert (link.alpha, link.beta) == (pytest.approx(LINK.alpha), pytest.approx(LINK.beta))
     assert found.overhead_us == pytest.approx(1e6 * OVERHEAD)
     assert found.between.error == 0.02
+    assert (found.exchange_slowdown, found.compute_slowdown, found.cycle_ms) == (1.25, 1.5, 10.0)
     assert set(found.sources) == {name for name, _ in figures(found)}
 
 
@@ -67,6 +71,8 @@ def test_this_machine_is_measured_and_its_profile_is_read(hvd_lb: Callable[..., 
     assert re.search(r"here\.yaml: [\d.,]+ µs a step, [\d.,]+ Gbit/s", said.out)
     profile = load_cluster(str(tmp_path / "here.yaml"))
     assert (profile.name, profile.gpus_per_host) == ("here", 1)
+    assert profile.cycle_ms == 10  # of Horovod in a run on CPUs
+    assert min(profile.exchange_slowdown, profile.compute_slowdown) >= 1
     assert f"here.yaml: a host loads {profile.loader_images_s:,.0f} images/s" in said.out
     assert "digits" in profile.sources["loader_images_s"]
     device = load_device(str(tmp_path / "here-device.yaml"))

@@ -44,6 +44,26 @@ def test_an_idle_engine_sees_a_bucket_later_and_a_busy_one_goes_on() -> None:
     assert [span.start for span in step.spans if span.lane == "network"] == pytest.approx([1.6, 2.05, 3.1])
 
 
+def test_backward_and_an_exchange_slow_each_other_down() -> None:
+    compute = Compute(1.0, 2.0, 0.5, (Filled(10, 0.5), Filled(20, 2.0)), 8)
+    step = simulate_step(compute, 1, lambda size: size / 20, exchange_slowdown=1.5, compute_slowdown=1.25)
+    # 0.5 s of exchange take 0.75 s, in which backward does 0.6 s: it ends 0.15 s later, and then there is no backward.
+    network = [(span.start, span.end) for span in step.spans if span.lane == "network"]
+    assert network == pytest.approx([(1.5, 2.25), (3.15, 4.15)])
+    assert (step.compute, step.exposed) == pytest.approx((3.65, 1.0))
+    # An exchange longer than what is left of backward is slower as long as that takes: 1.5 s in 1.875, of 4 s 1.25.
+    (first,) = (
+        simulate_step(
+            Compute(1.0, 2.0, 0.5, (Filled(10, 0.5),), 8),
+            1,
+            lambda size: 4.0,
+            exchange_slowdown=1.5,
+            compute_slowdown=1.25,
+        ).spans[1],
+    )
+    assert (first.start, first.end) == pytest.approx((1.5, 1.5 + 1.875 + (4 - 1.25)))
+
+
 def test_a_slow_loader_is_waited_for() -> None:
     step = simulate_step(COMPUTE, 1, lambda size: 0.0, loading=5.0)
     assert step.seconds == 5.0

@@ -15,7 +15,8 @@ from pathlib import Path
 from hvd_lb.doctor.alike import Answer
 from hvd_lb.errors import UserError
 from hvd_lb.launch.job import Job, Task
-from hvd_lb.launch.launch_plan import LaunchPlan, process_environment
+from hvd_lb.launch.launch_plan import LaunchPlan, cycles, process_environment
+from hvd_lb.launch.options import CYCLE_TIME
 from hvd_lb.launch.processes import RankProcesses
 from hvd_lb.launch.rank.names import MEASURED
 from hvd_lb.machine.placement import Placement
@@ -23,6 +24,7 @@ from hvd_lb.network.measure import NetworkReport
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.run_directory import RunDirectory
 
+_NO_CYCLES = {CYCLE_TIME: "0.1"}  # ms: what is measured is not when a cycle began
 _MOST_SECONDS = 600.0  # with every link cut, a tournament of 32 hosts takes that long
 
 
@@ -31,7 +33,10 @@ def measure_network(placement: Placement, launch: LaunchPlan, output: Path) -> N
 
     UserError when they could not, with the reason of the first that failed.
     """
-    return NetworkReport.model_validate_json(_measured("network", "the network", placement, launch, output))
+    text = _measured("network", "the network", placement, launch, output, **_NO_CYCLES)
+    report = NetworkReport.model_validate_json(text)
+    cycle = {**cycles(launch, placement.device), **launch.environment}.get(CYCLE_TIME, "1")
+    return report.model_copy(update={"cycle_ms": float(cycle) if launch.engine == "horovod" else 0.0})
 
 
 def compare_bits(placement: Placement, launch: LaunchPlan, output: Path) -> list[Answer]:
@@ -40,7 +45,9 @@ def compare_bits(placement: Placement, launch: LaunchPlan, output: Path) -> list
     return [Answer.model_validate(answer) for answer in json.loads(text)]
 
 
-def _measured(task: Task, what: str, placement: Placement, launch: LaunchPlan, output: Path) -> str:
+def _measured(
+    task: Task, what: str, placement: Placement, launch: LaunchPlan, output: Path, **environment: str
+) -> str:
     """The report that rank 0 of such a job has written."""
     with _folder(output) as run:
         lock = run.lock()
@@ -50,7 +57,7 @@ def _measured(task: Task, what: str, placement: Placement, launch: LaunchPlan, o
             output=run.path,
             device=placement.device,
             processes=placement.processes,
-            threads=1,
+            threads=placement.threads,
             pin=placement.pin,
             checkpoint=None,
             data_fingerprint="",
@@ -58,7 +65,7 @@ def _measured(task: Task, what: str, placement: Placement, launch: LaunchPlan, o
             starter=launch.starter,
             hosts=[(host.name, host.slots or 1) for host in launch.hosts],
             interfaces=dict(launch.interfaces),
-            environment={**process_environment(1), **launch.environment},
+            environment={**process_environment(placement.threads), **launch.environment, **environment},
         )
         processes = RankProcesses(job, launch, run, lock.descriptor)
         try:
