@@ -42,7 +42,8 @@ def test_intervals_hold_the_forecast_and_grow_with_what_is_uncertain() -> None:
     assert unsure.step.high - unsure.step.low > sure.step.high - sure.step.low
 
 
-def test_without_uncertainty_an_interval_is_a_point() -> None:
+def test_without_uncertainty_an_interval_is_a_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvd_lb.forecast.predict.MODEL_ERROR", 0.0)
     cluster = slow().model_copy(update={"between": slow().between.model_copy(update={"error": 0.0})})
     step = predict(RUN, replace(DEVICE, error=0.0, unlike=True), cluster).step
     assert step.low == pytest.approx(step.value) == pytest.approx(step.high)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_lb.forecast.step import Compute, Filled, simulate_step, slowest_of, trace_events
+from hvd_lb.forecast.step import Compute, Filled, StepTimes, simulate_step, slowest_of, trace_events
 
 COMPUTE = Compute(
     forward=1.0,
@@ -48,20 +48,17 @@ def test_backward_and_an_exchange_slow_each_other_down() -> None:
     compute = Compute(1.0, 2.0, 0.5, (Filled(10, 0.5), Filled(20, 2.0)), 8)
     step = simulate_step(compute, 1, lambda size: size / 20, exchange_slowdown=1.5, compute_slowdown=1.25)
     # 0.5 s of exchange take 0.75 s, in which backward does 0.6 s: it ends 0.15 s later, and then there is no backward.
-    network = [(span.start, span.end) for span in step.spans if span.lane == "network"]
-    assert network == pytest.approx([(1.5, 2.25), (3.15, 4.15)])
+    assert ends(step) == pytest.approx([1.5, 2.25, 3.15, 4.15])
     assert (step.compute, step.exposed) == pytest.approx((3.65, 1.0))
-    # An exchange longer than what is left of backward is slower as long as that takes: 1.5 s in 1.875, of 4 s 1.25.
-    (first,) = (
-        simulate_step(
-            Compute(1.0, 2.0, 0.5, (Filled(10, 0.5),), 8),
-            1,
-            lambda size: 4.0,
-            exchange_slowdown=1.5,
-            compute_slowdown=1.25,
-        ).spans[1],
-    )
-    assert (first.start, first.end) == pytest.approx((1.5, 1.5 + 1.875 + (4 - 1.25)))
+    # A longer one is slower as long as there is backward: 1.5 s of that in 1.875, in which of its 4 s go by 1.25.
+    compute = Compute(1.0, 2.0, 0.5, (Filled(10, 0.5),), 8)
+    step = simulate_step(compute, 1, lambda size: 4.0, exchange_slowdown=1.5, compute_slowdown=1.25)
+    assert ends(step) == pytest.approx([1.5, 1.5 + 1.875 + 4 - 1.25])
+
+
+def ends(step: StepTimes) -> list[float]:
+    """Of all exchanges, from when to when."""
+    return [end for span in step.spans if span.lane == "network" for end in (span.start, span.end)]
 
 
 def test_a_slow_loader_is_waited_for() -> None:
