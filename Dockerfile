@@ -33,7 +33,7 @@ RUN python -c 'import configparser as c; s = c.ConfigParser(); s.read("setup.cfg
 FROM tools AS libraries
 COPY --from=requirements /requirements.txt /
 RUN pip install --requirement /requirements.txt
-COPY docker/build-horovod.sh docker/horovod_parts.py docker/
+COPY docker/build-horovod.sh docker/horovod_parts.py docker/horovod.patch docker/
 # hadolint ignore=DL3013
 RUN wheel=$(HVD_LB_CACHE=/tmp/hvd-lb docker/build-horovod.sh /opt/hvd-lb/bin/python) \
     && pip install "$wheel" \

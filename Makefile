@@ -70,7 +70,7 @@ clean:  ## remove what builds and tools left (not runs/; rm -rf .venv sets up an
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # A venv of an interrupted set-up has no stamp; it is used again when its pip works and replaced when not.
-$(STAMP): setup.cfg pyproject.toml docker/build-horovod.sh docker/horovod_parts.py
+$(STAMP): setup.cfg pyproject.toml docker/build-horovod.sh docker/horovod_parts.py docker/horovod.patch
 	@if ! $(PIP) --version >/dev/null 2>&1; then
 	  found=
 	  for candidate in $(or $(PYTHON),python3 python3.12 python3.11); do

@@ -19,13 +19,7 @@ from pathlib import Path
 
 HOROVOD = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
-# torch 2.14's headers need C++20. The standard is set in the CMake files, so CXXFLAGS cannot raise it.
-# group_table.h names std::string, which newer compilers' <vector> no longer brings along.
-PATCHES = {
-    "CMakeLists.txt": ("set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)"),
-    "horovod/torch/CMakeLists.txt": ("set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)"),
-    "horovod/common/group_table.h": ("#include <queue>", "#include <queue>\n#include <string>"),
-}
+PATCH = Path(__file__).with_name("horovod.patch")
 BUILD_TOOLS = (
     "cmake>=4,<5",
     "setuptools>=77",
@@ -83,7 +77,7 @@ def describe(mpi: str, architectures: str, arch_flags: str, system: str = "") ->
         )
     here = Path(__file__).resolve().parent
     scripts = hashlib.sha256()
-    for name in ("build-horovod.sh", "horovod_parts.py"):
+    for name in ("build-horovod.sh", "horovod_parts.py", PATCH.name):
         scripts.update((here / name).read_bytes())
     return {
         "horovod": HOROVOD,
@@ -198,13 +192,33 @@ def make_toolkit(target: Path, system: Path | None = None) -> None:
             plain.symlink_to(sorted((target / folder).glob(f"{name}.*"))[0].name)
 
 
+def changes() -> list[tuple[str, str, str]]:
+    """The hunks of PATCH: a file, a text in it, and what is to stand in its place."""
+    found = []
+    name, old, new, left = "", "", "", (0, 0)
+    for line in PATCH.read_text().splitlines(keepends=True):
+        if any(left):
+            old += line[1:] if line[0] in " -" else ""
+            new += line[1:] if line[0] in " +" else ""
+            left = (left[0] - (line[0] in " -"), left[1] - (line[0] in " +"))
+            if not any(left):
+                found.append((name, old, new))
+        elif line.startswith("+++ b/"):
+            name = line.removeprefix("+++ b/").strip()
+        elif lengths := re.match(r"@@ -\d+,(\d+) \+\d+,(\d+) @@", line):
+            old, new, left = "", "", (int(lengths[1]), int(lengths[2]))
+    return found
+
+
 def patch(source: Path) -> None:
-    """Applies PATCHES; a text that is not there exactly once means another Horovod than was tried."""
-    for name, (old, new) in PATCHES.items():
+    """Applies PATCH; a text that is not there exactly once means another Horovod than was tried."""
+    for name, old, new in changes():
         text = (source / name).read_text()
         if text.count(old) != 1:
+            first = next(line for line in old.splitlines() if line.strip())
             raise BuildError(
-                f"{name} of Horovod {HOROVOD} has {old!r} {text.count(old)} times, expected once"
+                f"{name} of Horovod {HOROVOD} has what {PATCH.name} replaces at {first.strip()!r} {text.count(old)} "
+                "times, expected once"
             )
         (source / name).write_text(text.replace(old, new))
 

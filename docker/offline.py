@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import horovod_parts  # noqa: E402
 
-SCRIPTS = ("offline.py", "horovod_parts.py", "build-horovod.sh")
+SCRIPTS = ("offline.py", "horovod_parts.py", "horovod.patch", "build-horovod.sh")
 SUMS = "SHA256SUMS"
 PART = ".part-"
 _CHUNK = 2**20

@@ -328,14 +328,24 @@ def test_a_torch_that_nothing_can_be_built_for(
 
 
 def test_the_patch_is_applied_once_or_not_at_all(tmp_path: Path, parts: ModuleType) -> None:
-    for name, (old, _) in parts.PATCHES.items():
+    changes = parts.changes()
+    assert len(changes) == parts.PATCH.read_text().count("\n@@ ")
+    for name in {name for name, *_ in changes}:
+        there = "between\n".join(old for changed, old, _ in changes if changed == name)
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(f"before\n{old}\nafter\n")
+        (tmp_path / name).write_text(there)
     parts.patch(tmp_path)
-    for name, (_, new) in parts.PATCHES.items():
-        assert (tmp_path / name).read_text() == f"before\n{new}\nafter\n"
-    with pytest.raises(parts.BuildError, match="0 times"):
+    for name, _, new in changes:
+        assert new in (tmp_path / name).read_text()
+    with pytest.raises(parts.BuildError, match=r"CMakeLists.txt of Horovod .* 0 times, expected once"):
         parts.patch(tmp_path)
+
+
+def test_a_hunk_is_a_whole_text(tmp_path: Path, parts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PATCH", tmp_path / "a.patch")
+    hunk = "@@ -7,4 +7,3 @@\n one\n \n-two\n-- three\n+++ four\n"
+    parts.PATCH.write_text(f"Why.\n\n--- a/f/g.cc\n+++ b/f/g.cc\n{hunk}--- no part of it\n")
+    assert parts.changes() == [("f/g.cc", "one\n\ntwo\n- three\n", "one\n\n++ four\n")]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,10 @@ connected. That may happen again in the same process, so the keys of a client be
 a scope: old addresses are never taken for new ones, however late they are deleted elsewhere. In an elastic job they
 are counted anew in each generation, and who still asks in one that is over gets an error.
 
+The Horovod that docker/build-horovod.sh builds asks for the keys 0 … p−1 at once, by the name `*p` (horovod.patch): so
+a member of a scope makes three requests there, however many there are. Such a GET is held until all are there; when
+it has been held long enough, it gets those that are.
+
 The torch engine (`world.store`) asks in the same way, in a scope of its own, in which nothing is deleted.
 """
 
@@ -28,6 +32,7 @@ _BACKLOG = 1024
 _AT_ONCE = 128  # connections taken before other events have their turn
 _RECEIVE = 1 << 18
 _MOST_HEAD, _MOST_VALUE = 1 << 13, 1 << 24
+_MOST_DIGITS = 6  # of a number of ranks
 _REASONS = {
     200: b"OK",
     400: b"Bad Request",
@@ -49,6 +54,7 @@ class Rendezvous:
         self._secret = secrets.token_urlsafe(24)
         self._values: dict[str, bytes] = {}
         self._held: dict[str, dict[socket.socket, asyncio.TimerHandle]] = defaultdict(dict)
+        self._missing: dict[str, set[str]] = {}  # of which keys a held GET of all has to wait
         self._meetings: dict[tuple[str, str], int] = defaultdict(int)
         self._generation = 0  # the first one that is not over
         self._tasks: set[asyncio.Task[None]] = set()
@@ -77,18 +83,18 @@ class Rendezvous:
             self._values.pop(key, None)
             return
         self._values[key] = value
-        for client, timer in self._held.pop(key, {}).items():
-            timer.cancel()
-            self._answer(client, 200, value)
+        self._release(key, 200, value)
+        for name, missing in list(self._missing.items()):
+            missing.discard(key)
+            if not missing:
+                self._release(name, 200, self._all(name))
 
     def end(self, generation: int) -> None:
         """That generation, and all before, are over: their keys are forgotten, and who waits for one gets an error."""
         self._generation = max(self._generation, generation + 1)
         for key in [key for key in (*self._values, *self._held) if self._is_over(key)]:
             self._values.pop(key, None)
-            for client, timer in self._held.pop(key, {}).items():
-                timer.cancel()
-                self._answer(client, 410)
+            self._release(key, 410)
 
     def _is_over(self, key: str) -> bool:
         return int(key.partition("/")[0]) < self._generation
@@ -166,6 +172,8 @@ class Rendezvous:
             self._answer(client, 410)
             return
         match method:
+            case "GET" if key.startswith("*"):
+                self._get_all(client, full, key[1:])
             case "GET" if full in self._values:
                 self._answer(client, 200, self._values[full])
             case "GET":
@@ -187,15 +195,38 @@ class Rendezvous:
         self.set(key, value)
         self._publish(key, value)
 
+    def _get_all(self, client: socket.socket, name: str, size: str) -> None:
+        if not size.isdecimal() or len(size) > _MOST_DIGITS:
+            self._answer(client, 400)
+        elif missing := {key for key in _keys(name) if key not in self._values}:
+            self._missing[name] = missing
+            self._hold(client, name)
+        else:
+            self._answer(client, 200, self._all(name))
+
+    def _all(self, name: str) -> bytes:
+        """Of each key the length of its value, -1 if it is not there; a newline; the value."""
+        values = [self._values.get(key) for key in _keys(name)]
+        return b"".join(b"-1\n" if value is None else b"%d\n%b" % (len(value), value) for value in values)
+
     def _hold(self, client: socket.socket, key: str) -> None:
         def give_up() -> None:
-            held = self._held[key]
-            del held[client]
-            if not held:
-                del self._held[key]
-            self._answer(client, 404)
+            del self._held[key][client]
+            if key in self._missing:
+                self._answer(client, 200, self._all(key))
+            else:
+                self._answer(client, 404)
+            if not self._held[key]:
+                self._release(key, 404)
 
         self._held[key][client] = self._loop.call_later(_HOLD_SECONDS, give_up)
+
+    def _release(self, key: str, status: int, value: bytes = b"") -> None:
+        """Answer those who wait for this key; there may be none."""
+        self._missing.pop(key, None)
+        for client, timer in self._held.pop(key, {}).items():
+            timer.cancel()
+            self._answer(client, status, value)
 
     def _answer(self, client: socket.socket, status: int, body: bytes = b"") -> None:
         head = b"HTTP/1.1 %d %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
@@ -218,6 +249,12 @@ class Rendezvous:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _keys(name: str) -> list[str]:
+    """Those that `MEETING/*SIZE` stands for."""
+    meeting, _, size = name.rpartition("*")
+    return [f"{meeting}{number}" for number in range(int(size))]
 
 
 def _parse(received: bytes) -> tuple[str, str, bytes] | None:

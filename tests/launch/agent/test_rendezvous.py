@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -66,6 +67,38 @@ def test_a_get_is_not_held_for_ever(monkeypatch: pytest.MonkeyPatch, address: st
     assert ask(address, "GET", "global", "0") == (404, b"")
     assert ask(address, "PUT", "global", "0", b"x") == (200, b"")
     assert ask(address, "GET", "global", "0") == (200, b"x")
+
+
+def test_all_keys_are_got_at_once_when_all_are_there(address: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(ask, address, "GET", "global", "*3", client=str(rank)) for rank in range(3)]
+        for key, value in (("2", b"\n-1\n"), ("0", b"there"), ("1", b"")):
+            assert not any(future.done() for future in waiting)
+            assert ask(address, "PUT", "global", key, value) == (200, b"")
+        assert {future.result() for future in waiting} == {(200, b"5\nthere0\n4\n\n-1\n")}
+    assert ask(address, "GET", "global", "*2") == (200, b"5\nthere0\n")
+
+
+def test_after_a_while_those_that_are_there(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """So that whoever waits can say who is missing."""
+    monkeypatch.setattr(module, "_HOLD_SECONDS", 0.05)
+    assert ask(address, "PUT", "global", "1", b"there") == (200, b"")
+    assert ask(address, "GET", "global", "*3") == (200, b"-1\n5\nthere-1\n")
+    assert ask(address, "GET", "other", "*1") == (200, b"-1\n")
+
+
+@pytest.mark.parametrize("size", ["", "x", "-1", "1000000"])
+def test_a_number_of_keys_that_is_none(address: str, size: str) -> None:
+    assert ask(address, "GET", "global", f"*{size}")[0] == 400
+
+
+def test_who_waits_for_all_keys_hears_that_the_generation_is_over(rendezvous: Any, address: str) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, address, "GET", "global", "*2")
+        while not rendezvous.server.requests:
+            time.sleep(0.01)
+        rendezvous.end(0)
+        assert waiting.result() == (410, b"")
 
 
 def test_a_second_meeting_never_sees_what_is_left_of_the_first(
