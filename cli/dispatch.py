@@ -167,7 +167,7 @@ def _train(
         refuse_unsummed(launch_plan.engine, recipe.compress)
     elastic = options.launch.min_processes if options.launch.elastic else None
     if elastic is not None:
-        refuse_elastic(placement, launch_plan, recipe, elastic)
+        refuse_elastic(placement, launch_plan, elastic)
         if placement.processes > most:
             raise UserError(
                 f"--processes {placement.processes:,} with --max-processes {most:,}: give at most as many"
@@ -242,7 +242,7 @@ def refuse_of_horovod(context: click.Context, engine: Engine, why: str) -> None:
         refuse_options(context, _OF_HOROVOD, f"is Horovod's own, and this run has torch.distributed ({why})")
 
 
-def refuse_elastic(placement: Placement, plan: LaunchPlan, recipe: Recipe, least: int) -> None:
+def refuse_elastic(placement: Placement, plan: LaunchPlan, least: int) -> None:
     """UserError for a run that cannot be elastic, or not yet."""
     if least > placement.processes:
         raise UserError(
@@ -259,8 +259,6 @@ def refuse_elastic(placement: Placement, plan: LaunchPlan, recipe: Recipe, least
         why = (
             "with --cycle-time (HOROVOD_CYCLE_TIME): Horovod 0.28.1 crashes when it joins again; leave it out"
         )
-    elif recipe.cache != "none":
-        why = f"with --cache {recipe.cache}, which all processes open together: leave it out"
     if why:
         raise UserError(f"--elastic is not possible yet {why}")
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
-from elastic_runs import RECIPE, Fault, assert_the_same, events, with_faults
+from elastic_runs import RECIPE, STEPS, Fault, assert_the_same, events, with_faults
 from hosts import Host, lab
+from PIL import Image
 from real_runs import kill_all, processes_of, until
 
 pytest.importorskip("horovod")
@@ -48,11 +50,12 @@ def running(
     faults: Sequence[Fault],
     *options: object,
     where: Sequence[object] = THREE,
+    recipe: Sequence[object] = RECIPE,
 ) -> Iterator[subprocess.Popen[str]]:
     with_faults(folder, monkeypatch, faults)
     run, pipe = folder / "run", subprocess.PIPE
     process = host.start(
-        [HVD_LB, *RECIPE, *where, "--elastic", "--env", "FAULTS", *options, "--output", run],
+        [HVD_LB, *recipe, *where, "--elastic", "--env", "FAULTS", *options, "--output", run],
         stdin=subprocess.DEVNULL,
         stdout=pipe,
         stderr=pipe,
@@ -229,3 +232,44 @@ def test_hosts_that_a_script_names_join_and_leave(
     assert [change["left"] for change in changes] == [[], ["rank 1 on h2"], []]
     assert "h3 is there: 1 starting there" in out
     assert "h2 is to go: its processes leave after the present step" in out
+
+
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_each_host_has_a_cache_of_its_own(
+    hosts: list[Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: str
+) -> None:
+    """One that joins fills its cache, and one whose agent was lost does so again."""
+    script, names = tmp_path / "script", tmp_path / "names"
+    noise = np.random.default_rng(0)
+    for number in range(24):
+        place = tmp_path / "data" / ("train", "val")[number % 2] / ("ant", "bee")[number % 3 % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = noise.integers(0, 256, (20 + number, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(place / f"{number}.jpg")
+    recipe = (
+        *("train", "--data", tmp_path / "data", "--device", "cpu", "--model", "resnet8", "--image-size", 16),
+        *("--threads", 1, "--gpus", 4, "--per-gpu-batch", 2, "--steps", STEPS, "--reproducible"),
+        *("--log-every", 1, "--eval-every", "6steps", "--checkpoint-every", "6steps", "--loader", loader),
+    )
+    plain = [HVD_LB, *recipe, "--processes", 1, "--output", tmp_path / "plain"]
+    subprocess.run(list(map(str, plain)), check=True, stdout=subprocess.DEVNULL)
+    script.write_text(f"#!/bin/sh\nexec cat {names}\n")
+    script.chmod(0o755)
+    names.write_text("h1:1\nh2:1\n")
+    faults: list[Fault] = [(0, "step", step, str(tmp_path / f"go{step}")) for step in (4, 8)]
+    where = ("--host-discovery", script, "--max-processes", 4, "--cache", "memory")
+    run = tmp_path / "run"
+    log = run / "logs" / "launcher.log"
+    with running(hosts[0], tmp_path, monkeypatch, faults, where=where, recipe=recipe) as process:
+        until(lambda: (tmp_path / "go4.there").exists() or process.poll() is not None)
+        names.write_text("h1:1\nh2:1\nh3:2\n")
+        until(lambda: "rank 3 on h3 is ready to join" in log.read_text() or process.poll() is not None)
+        (tmp_path / "go4").touch()
+        until(lambda: (tmp_path / "go8.there").exists() or process.poll() is not None)
+        hosts[2].run(["kill", "-KILL", agent_of(hosts[2], run)])
+        until(lambda: "rank 5 on h3 is ready to join" in log.read_text() or process.poll() is not None)
+        (tmp_path / "go8").touch()
+        finished(process, run)
+    assert_the_same(tmp_path / "plain", run)
+    assert events(run)[-1]["processes"] == 4
+    assert not [name for host in hosts for name in host.run(["ls", "/dev/shm"]).stdout.split()]

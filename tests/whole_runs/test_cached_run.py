@@ -1,4 +1,7 @@
-"""Runs with a cache of decoded images: to the bit those without, on one process and on two; killed, they leave none."""
+"""Runs with a cache of decoded images: to the bit those without, on one process and on two; killed, they leave none.
+
+And processes that come later find in it what those before them have decoded.
+"""
 
 import os
 import time
@@ -9,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from elastic_runs import events, with_faults
 from PIL import Image
-from real_runs import Start, finish, kill_all, records
+from real_runs import Start, finish, kill_all, processes_of, records, until
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,6 +74,50 @@ def test_a_killed_run_leaves_nothing_in_memory(folder: Path, start: Start, tmp_p
     kill_all(run)
     started.wait()
     assert in_memory() <= before
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("cache", "loader", "engine"),
+    [
+        ("memory", "dali", "torch"),
+        ("memory", "torchvision", "horovod"),
+        ("disk", "dali", "horovod"),
+        ("disk", "torchvision", "torch"),
+    ],
+)
+def test_who_joins_an_elastic_run_decodes_nothing_again(
+    folder: Path,
+    start: Start,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: str,
+    loader: str,
+    engine: str,
+) -> None:
+    """After two epochs the files hold other bytes: a killed rank's successor trains on the pixels that were theirs."""
+    before, gate = in_memory(), tmp_path / "gate"
+    whole = ("train", "--data", folder, *RUN, "--epochs", 4, "--last-batch", "keep", "--loader", loader)
+    bad = ("--on-bad-image", "skip", "--max-bad-images", 1)
+    finish(start(*whole, *bad, "--processes", 1, "--output", tmp_path / "plain"))
+    with_faults(tmp_path, monkeypatch, [(0, "step", 6, str(gate)), (1, "step", 7, "SIGKILL")])
+    options = ("--processes", 2, "--elastic", "--min-processes", 2, "--engine", engine, "--cache", cache)
+    run = tmp_path / "run"
+    process = start(*whole, *bad, *options, "--output", run)
+    until(lambda: gate.with_name("gate.there").exists())
+    for file in {*folder.rglob("*.jpg")} - {folder / "train" / "bee" / "7.jpg"}:  # which is not kept
+        times = file.stat()
+        file.write_bytes(bytes(times.st_size))
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    gate.touch()
+    finish(process)
+    (change,) = events(run)
+    assert (change["lost"], change["joined"]) == (["rank 1 on localhost (ended by SIGKILL)"], 1)
+    for file in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        one, other = (tmp_path / of / "checkpoints" / "last" / file for of in ("plain", "run"))
+        assert one.read_bytes() == other.read_bytes(), file
+    assert in_memory() <= before
+    assert not processes_of(run)
 
 
 def test_what_needs_no_cache_is_refused_in_one_line(start: Start, tmp_path: Path) -> None:

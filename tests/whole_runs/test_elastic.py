@@ -283,17 +283,15 @@ def test_what_cannot_be_elastic_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("device", "variables", "cache", "words"),
+    ("device", "variables", "words"),
     [
-        ("cuda", {}, "none", "on GPUs"),
-        ("cpu", {"HOROVOD_CPU_OPERATIONS": "MPI"}, "none", "with an --allreduce of Open MPI"),
-        ("cpu", {"HOROVOD_CYCLE_TIME": "5"}, "none", "with --cycle-time"),
-        ("cpu", {}, "disk", "with --cache disk"),
+        ("cuda", {}, "on GPUs"),
+        ("cpu", {"HOROVOD_CPU_OPERATIONS": "MPI"}, "with an --allreduce of Open MPI"),
+        ("cpu", {"HOROVOD_CYCLE_TIME": "5"}, "with --cycle-time"),
     ],
 )
-def test_what_is_not_built_is_refused(device: str, variables: dict[str, str], cache: str, words: str) -> None:
+def test_what_is_not_built_is_refused(device: str, variables: dict[str, str], words: str) -> None:
     placement: Any = SimpleNamespace(device=device, processes=2)
-    recipe: Any = SimpleNamespace(cache=cache, audit=0)
     plan = replace(local(2, {}), environment=variables)
     with pytest.raises(UserError, match=f"--elastic is not possible yet {words}"):
-        refuse_elastic(placement, plan, recipe, 1)
+        refuse_elastic(placement, plan, 1)

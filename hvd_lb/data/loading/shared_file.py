@@ -1,6 +1,7 @@
-"""A file of a given size that the processes of a host map together, in memory (/dev/shm) or on disk.
+"""A file of a given size that the processes of a host map together, in memory (/dev/shm, or without a name) or on disk.
 
-Who maps one holds a shared lock on it, so what nobody has locked is a dead run's, and may be removed.
+Who maps one holds a shared lock on it, so what nobody has locked is a dead run's, and may be removed. One without a
+name, which somebody holds for all of them, is `/proc/self/fd/NUMBER`, and is gone with the last who holds or maps it.
 """
 
 from __future__ import annotations
@@ -76,14 +77,23 @@ def _open(path: Path, size: int) -> int:
 
 def _allocate(descriptor: int, path: Path, size: int) -> None:
     os.ftruncate(descriptor, 0)
-    there = shutil.disk_usage(path.parent).free
-    if path.is_relative_to("/dev/shm"):
-        there = min(there, available_memory())
-    if size <= there:
+    rooms = [] if _nameless(path) else [shutil.disk_usage(path.parent).free]
+    if _nameless(path) or path.is_relative_to("/dev/shm"):
+        rooms.append(available_memory())
+    if size <= min(rooms):
         with suppress(OSError):
             os.posix_fallocate(descriptor, 0, size)
             return
-    path.unlink(missing_ok=True)
+    if not _nameless(path):
+        path.unlink(missing_ok=True)
     raise UserError(
-        f"{path.parent}: the decoded images need {size:,} bytes and there are {there:,}; leave --cache out"
+        f"{_where(path)}: the decoded images need {size:,} bytes and there are {min(rooms):,}; leave --cache out"
     )
+
+
+def _nameless(path: Path) -> bool:
+    return path.is_relative_to("/proc/self/fd")
+
+
+def _where(path: Path) -> str:
+    return "memory" if _nameless(path) else str(path.parent)

@@ -121,9 +121,18 @@ def check_cache(kind: CacheKind, dataset: Dataset) -> None:
 
 
 def shared(
-    dataset: Dataset, kind: CacheKind, loader: LoaderKind, device: str, run: str, barrier: Callable[[], None]
+    dataset: Dataset,
+    kind: CacheKind,
+    loader: LoaderKind,
+    device: str,
+    run: str | int,
+    barrier: Callable[[], None] = lambda: None,
 ) -> Dataset:
-    """`dataset`, decoded once for all processes of `run` where `kind` says so; collective on these. UserError."""
+    """`dataset`, decoded once for all processes of `run` where `kind` says so. UserError where it cannot be.
+
+    Collective on these processes, which have a `barrier`. Others, which come and go, have for `run` the descriptor of a
+    file in memory that outlives each of them, empty at first.
+    """
     check_cache(kind, dataset)
     if kind == "none":
         return dataset
@@ -134,21 +143,25 @@ def shared(
         )
     opened, file = cached(dataset, kind, run)
     barrier()
-    if kind == "memory":
+    if kind == "memory" and isinstance(run, str):
         file.unlink()
     return opened
 
 
-def cached(dataset: Dataset, kind: Literal["memory", "disk"], run: str) -> tuple[Dataset, SharedFile]:
+def cached(dataset: Dataset, kind: Literal["memory", "disk"], run: str | int) -> tuple[Dataset, SharedFile]:
     """`dataset` with all images decoded at most once by the processes of this host, and the file they share.
 
-    With "memory" it is that of the processes of `run`, and may be unlinked when all of them have come here. UserError
-    where it does not fit.
+    With "memory" it is that of the processes of `run`, and may be unlinked when all of them have come here, or is that
+    of the descriptor `run`. UserError where it does not fit.
     """
     train, val = dataset.train, dataset.val
-    in_memory = kind == "memory"
-    path = MEMORY / f"hvd-lb-{_digest(str(os.getuid()), run)}.pixels" if in_memory else _on_disk(dataset)
-    discard_unused(path.parent, _PATTERN, but=None if in_memory else path)
+    if kind == "disk":
+        path = _on_disk(dataset)
+        discard_unused(path.parent, _PATTERN, but=path)
+    else:
+        discard_unused(MEMORY, _PATTERN)
+        name = f"hvd-lb-{_digest(str(os.getuid()), str(run))}.pixels"
+        path = Path(f"/proc/self/fd/{run}") if isinstance(run, int) else MEMORY / name
     pixels = SharedPixels(
         path, np.concatenate([train.widths, val.widths]), np.concatenate([train.heights, val.heights])
     )

@@ -24,7 +24,7 @@ from hvd_lb.launch.agent.places import rank_environments
 from hvd_lb.launch.agent.process import allow_open_files, end_predecessors
 from hvd_lb.launch.agent.ranks import HostRanks, RankEnd
 from hvd_lb.launch.agent.rendezvous import Rendezvous
-from hvd_lb.launch.rank.names import MEMBER, log_name
+from hvd_lb.launch.rank.names import MEMBER, PIXELS, log_name
 from hvd_lb.machine.slurm import put_back_without_script
 from hvd_lb.world.launched import without_job
 
@@ -70,10 +70,19 @@ class Agent:
         job = json.loads(job_file.read_text("utf-8"))
         self._host, self._elastic = host, job.get("elastic", False)
         logs = Path(job["output"]) / "logs"
+        # Empty until ranks give it a size. It is there for those that come later, and goes with the last of all.
+        held = [os.memfd_create("hvd-lb pixels")] if self._elastic else []
+        more = {PIXELS: str(held[0])} if held else {}
 
         def begin(member: int, place: dict[str, str]) -> int:
-            environment = {**without_job(os.environ), **job["environment"], **self._interface, **place}
-            return self.ranks.start(member, job_file, environment, logs / log_name(member, host))
+            environment = {
+                **without_job(os.environ),
+                **job["environment"],
+                **self._interface,
+                **place,
+                **more,
+            }
+            return self.ranks.start(member, job_file, environment, logs / log_name(member, host), held)
 
         self._spawn = begin
         if said := allow_open_files(2 * job["processes"] + _FILES):

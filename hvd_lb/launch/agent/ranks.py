@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,8 +56,18 @@ class HostRanks:
         self._loop = asyncio.get_running_loop()
         self._loop.add_signal_handler(signal.SIGCHLD, self._bury)
 
-    def start(self, rank: int, job_file: Path, environment: Mapping[str, str], log: Path) -> int:
-        """Start a rank that writes to `log`; its process ID. It does not outlive this process. OSError."""
+    def start(
+        self,
+        rank: int,
+        job_file: Path,
+        environment: Mapping[str, str],
+        log: Path,
+        descriptors: Sequence[int] = (),
+    ) -> int:
+        """Start a rank that writes to `log` and has these `descriptors`, too; its process ID.
+
+        It does not outlive this process. OSError.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -68,7 +78,7 @@ class HostRanks:
                 stdout=descriptor,
                 stderr=descriptor,
                 env={**environment, DESCRIPTOR: str(theirs.fileno())},
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), *descriptors),
                 start_new_session=True,  # so that what it starts ends with it
                 preexec_fn=dies_with_parent(),
             )

@@ -17,12 +17,13 @@ from dataclasses import replace
 from typing import Any
 
 from hvd_lb.data.images import Dataset
+from hvd_lb.data.loading.shared_pixels import shared
 from hvd_lb.errors import UserError
 from hvd_lb.launch.agent.channel import say
 from hvd_lb.launch.agent.generations import NO_STATE
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.rank.member import Carried, Member
-from hvd_lb.launch.rank.names import MEMBER, OF_OTHERS
+from hvd_lb.launch.rank.names import MEMBER, OF_OTHERS, PIXELS
 from hvd_lb.launch.rank.training import data_of, device_of, note_stop, observer_of, samples_of, trainer_of
 from hvd_lb.launch.stopping import StopRequests
 from hvd_lb.plan.run_plan import RunPlan, Scale
@@ -42,7 +43,8 @@ def take_part(job: Job, number: int, cores: int, stop_requested: StopRequests, s
     member = Member(number, RunDirectory(job.output).job)
     carried = member.inherited() or Carried(NO_STATE if newcomer else begins_at)
     more = {"cores": cores, "checkpoint": checkpoint, "stop_requested": stop_requested, "stages": stages}
-    dataset = data_of(job)
+    recipe = job.recipe
+    dataset = shared(data_of(job), recipe.cache, recipe.loader, job.device, int(os.environ[PIXELS]))
     begun = member.next(carried) if newcomer else None
     while found := _train(job, member, begun, carried, dataset, begins_at, more):
         carried = found

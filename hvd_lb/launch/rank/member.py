@@ -26,7 +26,7 @@ from hvd_lb.errors import ExchangeError, UserError
 from hvd_lb.launch.agent.channel import hand_on_line, hear, say
 from hvd_lb.launch.agent.generations import NO_STATE
 from hvd_lb.launch.launch_plan import rank_command
-from hvd_lb.launch.rank.names import CARRIED, MEMBER
+from hvd_lb.launch.rank.names import CARRIED, MEMBER, PIXELS
 from hvd_lb.training.checkpoint import Snapshot
 from hvd_lb.world import World
 from hvd_lb.world.engine import Engine
@@ -189,7 +189,8 @@ def become_another(place: str, generation: int, job_file: Path, carried: Carried
                 os.set_inheritable(
                     int(name), False
                 )  # libraries leave theirs open, and others wait for their end
-    os.set_inheritable(descriptor, True)
+    for handed_on in (descriptor, *map(int, filter(None, [os.environ.get(PIXELS)]))):
+        os.set_inheritable(handed_on, True)
     environment = {
         **os.environ,
         **hand_on_line(),

@@ -20,6 +20,11 @@ MEMBER = "HVD_LB_MEMBER"
 CARRIED = "HVD_LB_CARRIED"
 
 
+#: The variable with the descriptor of an empty file in memory, which the agent of an elastic job holds for all ranks of
+#: its host (`--cache memory`).
+PIXELS = "HVD_LB_PIXELS_FD"
+
+
 def log_name(rank: int, host: str) -> str:
     """The file in RUN/logs that a rank writes to."""
     return f"rank-{rank:04d}-{host}.log"

@@ -127,6 +127,28 @@ def test_processes_share_what_each_has_decoded(folder, memory, monkeypatch) -> N
     assert seen == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_without_a_name_is_there_for_those_who_come_later(kind, folder, memory, monkeypatch) -> None:
+    """As long as somebody holds it; all of it belongs to who comes first, and the next one decodes nothing."""
+    dataset = open_dataset(str(folder))
+    held = os.memfd_create("held")
+    try:
+        first = shared(dataset, "memory", "torchvision", "cpu", held)
+        expected = tensors(kind, dataset.train)
+        assert all(torch.equal(a, b) for a, b in zip(expected, tensors(kind, first.train), strict=True))
+        size = os.fstat(held).st_size
+        assert size
+        del first  # as if killed
+        seen = decodes(monkeypatch)
+        second = shared(dataset, "memory", "torchvision", "cpu", held)
+        assert all(torch.equal(a, b) for a, b in zip(expected, tensors(kind, second.train), strict=True))
+        assert os.fstat(held).st_size == size
+        assert not seen
+        assert not list(memory.iterdir())
+    finally:
+        os.close(held)
+
+
 def test_a_writer_that_was_killed_leaves_no_half_image(folder, memory, monkeypatch) -> None:
     """Images of noise, so that half of one is no checksum of the whole; the mark is written before the end of them."""
     dataset = open_dataset(str(folder))
@@ -197,6 +219,12 @@ def test_no_room_is_one_line_before_anything_is_decoded(folder, memory, monkeypa
         ):
             cached(dataset, where, "run")
     assert list(memory.iterdir()) == []
+    monkeypatch.setattr(shared_file, "available_memory", lambda: 4000)
+    held = os.memfd_create("held")
+    with pytest.raises(UserError, match=rf"^memory: .* need {needed:,} bytes and there are 4,000; leave"):
+        cached(dataset, "memory", held)
+    assert os.fstat(held).st_size == 0
+    os.close(held)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
