@@ -276,8 +276,6 @@ def refuse_rescale(recipe: Recipe) -> None:
         why = "--on-nan rollback takes the very steps since a checkpoint again, of which k is another: leave it out"
     elif recipe.recompute_bn:
         why = "--recompute-bn changes the state after a step, by other sums with another k: leave it out"
-    elif recipe.audit:
-        why = "--audit has not been tried where k changes: leave it out"
     if why:
         raise UserError(f"--elastic-policy rescale: {why}")
 

@@ -5,25 +5,39 @@ from __future__ import annotations
 import json
 import os
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from real_runs import SMALL, processes_of
 
 from hvd_lb.data.dataset import open_dataset
-from hvd_lb.replay.recorded import open_run
+from hvd_lb.replay.again import Again
+from hvd_lb.replay.recorded import RecordedRun, open_run
+from hvd_lb.replay.verify import checkpoint_digests
 from hvd_lb.report.metrics import read_metrics
 from hvd_lb.report.samples import samples_of
+from hvd_lb.training.checkpoint import open_checkpoint
 
 STEPS = 12
 RECIPE = (
     *("train", *SMALL, "--reproducible", "--gpus", 4, "--per-gpu-batch", 24, "--steps", STEPS),
     *("--log-every", 1, "--checkpoint-every", "4steps", "--eval-every", "6steps", "--digest-every", "5steps"),
 )
+# Where k follows the processes, two virtual workers each.
+RESCALED = (
+    *("train", *SMALL, "--reproducible", "--gpus", 4, "--per-gpu-batch", 48, "--epochs", 2),
+    *("--learning-rate", 0.2, "--last-batch", "keep", "--log-every", 2, "--digest-every", "1steps"),
+    *("--checkpoint-every", "4steps", "--keep-checkpoints", 99, "--eval-every", "1epochs", "--log-samples"),
+    *("--elastic", "--elastic-policy", "rescale"),
+)
 # For every Python that starts; a rank does to itself what FAULTS says of its number in the job: [number, what it is
 # about to do, after how many steps (or how often it has come to that), how]. A path: it makes PATH.there, and waits.
+# "lie" in a step: in it and all further ones of its generation in which it is audited, or audits, one bit of the
+# classifier's gradient is wrong.
 SITE = """
     import json, os, signal, sys, threading, time
 
@@ -41,7 +55,18 @@ SITE = """
         "data": ("launch.rank.elastic", "", "data_of"),
     }
 
-    def fail(how):
+    def lie(trainer):
+        def flip(gradient):
+            drawn = trainer.audit.of(trainer.step)
+            bits = gradient.clone().view(sys.modules["torch"].int32)
+            bits.view(-1)[7] ^= drawn is not None and trainer.world.rank in (drawn.owner, drawn.auditor)
+            return bits.view(gradient.dtype)
+
+        trainer.model.fc.weight.register_hook(flip)
+
+    def fail(how, owner):
+        if how == "lie":
+            return lie(owner)
         if how == "error":
             raise ValueError("a fault of this rank alone")
         if how == "UserError":
@@ -67,7 +92,7 @@ SITE = """
         def instead(*arguments, **more):
             calls.append(None)
             if getattr(arguments[0], "step", len(calls)) == when:
-                fail(how)
+                fail(how, arguments[0])
             return before(*arguments, **more)
 
         setattr(owner, name, staticmethod(instead) if name == "from_bytes" else instead)
@@ -136,3 +161,31 @@ def assert_each_once(run: Path, steps: int = STEPS) -> None:
             plan.image_ids(*divmod(step, plan.steps_per_epoch), worker) for worker in range(recipe.gpus)
         )
         assert given == {worker: [ids.tolist()] for worker, ids in enumerate(of_workers) if len(ids)}
+
+
+def taken_again(run: RecordedRun) -> Again:
+    """All steps of a run, from its seed on one process."""
+    again = Again(run, run.open_data(None, None), torch.device("cpu"), None, evaluations=True)
+    again.take(run.steps)
+    return again
+
+
+def assert_it_comes_again(path: Path) -> RecordedRun:
+    """Records, digests and the last state to the bit, and each image of each epoch once."""
+    run = open_run(path)
+    again = taken_again(run)
+    assert again.compared.first is None
+    assert again.compared.same_digests == again.compared.digests == run.steps
+    assert again.digests() == checkpoint_digests(open_checkpoint(run.checkpoints[run.steps]))
+    assert not run.chain.broken
+    applied = samples_of(path)
+    assert applied.keys() == set(range(run.steps))
+    used: dict[int, list[int]] = {}
+    for step, by_worker in sorted(applied.items()):
+        planned = again.run_plan.at(step)
+        ids = {worker: planned.image_ids(worker).tolist() for worker in planned.with_images()}
+        assert by_worker == {worker: [of] for worker, of in ids.items()}
+        used.setdefault(planned.epoch, []).extend(image for of in ids.values() for image in of)
+    images = len(again.dataset.train)
+    assert [Counter(of) for of in used.values()] == [Counter(range(images))] * run.recipe.epochs
+    return run

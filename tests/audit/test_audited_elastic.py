@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import textwrap
 from pathlib import Path
 
 import pytest
-from elastic_runs import assert_each_once, events
+from elastic_runs import RESCALED, assert_each_once, assert_it_comes_again, events, with_faults
 from real_runs import SMALL, Start, finish, processes_of
 
 from hvd_lb.audit.draw import draw
@@ -112,6 +114,37 @@ def test_who_computes_wrongly_is_taken_out(
     assert f"{who} virtual worker {liar} wrongly (--audit); the step is taken again without it" in out
     assert f"{who} wrongly and is taken out; its place there stays empty in this job" in out
     assert not (run / "logs" / "rank-0003-localhost.log").exists()
+
+
+def test_a_liar_is_found_where_k_follows_the_processes(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss, with another k and p, by their draw; and without it k is another once more."""
+    faults = [
+        (2, "step", 2, "SIGKILL"),
+        (4, "data", 1, str(tmp_path / "never")),  # its successor
+        (1, "step", 4, "lie"),
+    ]
+    with_faults(tmp_path, monkeypatch, faults)
+    run = tmp_path / "run"
+    words = ("--processes", 4, "--audit", 1, "--epochs", 1, "--engine", "torch")
+    finish(start(*RESCALED, *words, "--output", run))
+    assert not processes_of(run)
+    assert_it_comes_again(run)
+    assert [scale["workers"] for scale in events(run, "rescale")] == [3, 2]
+    (audit,) = events(run, "audit")
+    assert (audit["liars"], audit["hosts"]) == ([1], ["localhost"])
+    said = re.search(
+        r"generation 1: \[\('localhost', (\[.*?\])\)\]", (run / "logs" / "launcher.log").read_text()
+    )
+    assert said
+    rank = json.loads(said[1]).index(1)
+    drawn = {step: draw(0, step, 1.0, 144, 3, 1, [0] * 3) for step in range(4, STEPS)}
+    found = next(step for step, of in drawn.items() if of and rank in (of.owner, of.auditor))
+    assert audit["step"] == events(run, "rescale")[1]["step"] == found
+    assert [left for change in events(run) for left in change["left"]] == [
+        "rank 1 on localhost (computed wrongly)"
+    ]
 
 
 def test_of_two_that_one_leaves_who_changes_its_mind(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,18 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from elastic_runs import Fault, events, with_faults
+from elastic_runs import RESCALED, Fault, assert_it_comes_again, events, with_faults
 from real_runs import SMALL, Start, finish, processes_of, until
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.resume import ResumePoint
 from hvd_lb.launch.session import rescaled
 from hvd_lb.plan.run_plan import Scale
-from hvd_lb.replay.again import Again
-from hvd_lb.replay.recorded import RecordedRun, open_run
-from hvd_lb.replay.verify import checkpoint_digests
-from hvd_lb.report.samples import samples_of
 from hvd_lb.resolve import resolve
 from hvd_lb.training.checkpoint import open_checkpoint
 
@@ -30,40 +24,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("horovod") is None, reason="needs Horovod"),
 ]
-RESCALED = (
-    *("train", *SMALL, "--reproducible", "--gpus", 4, "--per-gpu-batch", 48, "--epochs", 2),
-    *("--learning-rate", 0.2, "--last-batch", "keep", "--log-every", 2, "--digest-every", "1steps"),
-    *("--checkpoint-every", "4steps", "--keep-checkpoints", 99, "--eval-every", "1epochs", "--log-samples"),
-    *("--elastic", "--elastic-policy", "rescale"),
-)
-
-
-def taken_again(run: RecordedRun) -> Again:
-    """All steps of a run, from its seed on one process."""
-    again = Again(run, run.open_data(None, None), torch.device("cpu"), None, evaluations=True)
-    again.take(run.steps)
-    return again
-
-
-def assert_it_comes_again(path: Path) -> RecordedRun:
-    """Records, digests and the last state to the bit, and each image of each epoch once."""
-    run = open_run(path)
-    again = taken_again(run)
-    assert again.compared.first is None
-    assert again.compared.same_digests == again.compared.digests == run.steps
-    assert again.digests() == checkpoint_digests(open_checkpoint(run.checkpoints[run.steps]))
-    assert not run.chain.broken
-    applied = samples_of(path)
-    assert applied.keys() == set(range(run.steps))
-    used: dict[int, list[int]] = {}
-    for step, by_worker in sorted(applied.items()):
-        planned = again.run_plan.at(step)
-        ids = {worker: planned.image_ids(worker).tolist() for worker in planned.with_images()}
-        assert by_worker == {worker: [of] for worker, of in ids.items()}
-        used.setdefault(planned.epoch, []).extend(image for of in ids.values() for image in of)
-    images = len(again.dataset.train)
-    assert [Counter(of) for of in used.values()] == [Counter(range(images))] * run.recipe.epochs
-    return run
 
 
 @pytest.mark.long
@@ -142,7 +102,6 @@ def test_who_stops_and_goes_on_has_no_change(
         (("--no-momentum-correction",), "--elastic-policy rescale: --no-momentum-correction would keep"),
         (("--on-nan", "rollback"), "--elastic-policy rescale: --on-nan rollback takes the very steps"),
         (("--recompute-bn", 64), "--elastic-policy rescale: --recompute-bn changes the state after a step"),
-        (("--audit", 1, "--reproducible"), "--elastic-policy rescale: --audit has not been tried"),
     ],
 )
 def test_what_cannot_be_rescaled_is_refused(
