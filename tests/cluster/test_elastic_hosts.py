@@ -13,7 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from elastic_runs import RECIPE, STEPS, Fault, assert_the_same, events, with_faults
+from elastic_runs import (
+    RECIPE,
+    RESCALED,
+    STEPS,
+    Fault,
+    assert_it_comes_again,
+    assert_the_same,
+    events,
+    with_faults,
+)
 from hosts import Host, lab
 from PIL import Image
 from real_runs import kill_all, processes_of, until
@@ -273,3 +282,71 @@ def test_each_host_has_a_cache_of_its_own(
     assert_the_same(tmp_path / "plain", run)
     assert events(run)[-1]["processes"] == 4
     assert not [name for host in hosts for name in host.run(["ls", "/dev/shm"]).stdout.split()]
+
+
+@pytest.mark.parametrize(
+    ("engine", "how"), [("torch", "rank"), ("horovod", "agent"), ("torch", "host"), ("horovod", "link")]
+)
+def test_k_follows_the_hosts_that_there_are(
+    hosts: list[Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, how: str
+) -> None:
+    """Of six virtual workers a host that is lost takes two along, and brings two back."""
+    run, go, back = tmp_path / "run", tmp_path / "go", tmp_path / "back"
+    faults: list[Fault] = [(0, "step", 3, str(go)), (0, "step", 6, str(back))]
+    recipe = (*RESCALED, "--gpus", 6, "--per-gpu-batch", 24, "--engine", engine, "--hang-timeout", 16)
+    host, log = hosts[2], run / "logs" / "launcher.log"
+    with running(hosts[0], tmp_path, monkeypatch, faults, recipe=recipe) as process:
+
+        def at(gate: Path) -> None:
+            until(lambda: Path(f"{gate}.there").exists() or process.poll() is not None)
+
+        at(go)
+        ends: dict[str, Callable[[], object]] = {
+            "rank": lambda: host.run(["pkill", "-KILL", "-f", f"rank.entry {run}"]),
+            "agent": lambda: host.run(["kill", "-KILL", agent_of(host, run)]),
+            "host": host.kill,
+            "link": host.cut,
+        }
+        ends[how]()
+        go.touch()
+        at(back)
+        if how == "host":
+            host.boot()
+        elif how == "link":
+            host.fix()
+        until(lambda: "on h3 is ready to join" in log.read_text() or process.poll() is not None)
+        back.touch()
+        finished(process, run)
+    first, *_ = events(run)
+    assert first["lost"][0].startswith("rank 2 on h3")
+    workers = [scale.workers for scale in assert_it_comes_again(run).scales(None)]
+    assert workers == [6, 4, 6]
+
+
+def test_k_follows_the_hosts_that_a_script_names(
+    hosts: list[Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the k of the start, as far as --max-processes goes; who is asked to leave takes its workers along."""
+    run, script, names = tmp_path / "run", tmp_path / "script", tmp_path / "names"
+    script.write_text(f"#!/bin/sh\nexec cat {names}\n")
+    script.chmod(0o755)
+    names.write_text("h1:1\nh2:1\n")
+    faults: list[Fault] = [(0, "step", step, str(tmp_path / f"go{step}")) for step in (3, 6)]
+    where = ("--host-discovery", script, "--max-processes", 4)
+    recipe = (*RESCALED, "--per-gpu-batch", 24)
+    log = run / "logs" / "launcher.log"
+    with running(hosts[0], tmp_path, monkeypatch, faults, where=where, recipe=recipe) as process:
+        for step, now, said in (
+            (3, "h1:1\nh2:1\nh3:2\n", "rank 3 on h3 is ready to join"),
+            (6, "h1:1\nh3:2\n", "h2 is to go"),
+        ):
+            until(lambda step=step: (tmp_path / f"go{step}.there").exists() or process.poll() is not None)  # type: ignore[misc]
+            names.write_text(now)
+            until(lambda said=said: said in log.read_text() or process.poll() is not None)  # type: ignore[misc]
+            (tmp_path / f"go{step}").touch()
+        finished(process, run)
+    recorded = assert_it_comes_again(run)
+    begun, joined, left = recorded.scales(None)
+    assert [begun.workers, (joined.step, joined.workers), left.workers] == [4, (4, 8), 6]
+    assert left.step in (7, 8)  # who waits for the sums of a step says in the next one that it leaves
+    assert [change["left"] for change in events(run)] == [[], ["rank 1 on h2"]]
