@@ -49,6 +49,7 @@ from hvd_lb_cli.submit import is_submission, refuse_unused, submit
 _OF_HOROVOD = {"fusion_threshold", "cycle_time", "autotune", "timeline"}
 # What is told again at a restart.
 _OF_A_START = ("processes", "hosts")
+_NOT_TRIED = "--elastic on GPUs has not been tried: no such run has lost a process yet"
 _OF_THE_EXCHANGE = {"engine", "allreduce", "elastic", "min_processes", "elastic_policy", *_OF_HOROVOD}
 
 
@@ -214,6 +215,8 @@ def _train(
 
     def ready() -> None:
         print_rows(console, [row for row in rows if row[0] in _OF_A_START] if again else rows)
+        if elastic is not None and placement.device == "cuda":
+            console.print(Text.assemble(("warning:", "yellow"), f" {_NOT_TRIED}"), soft_wrap=True)
         if leave and not again:
             leave(run_directory(options.output, resolved.recipe).path)
 
@@ -249,8 +252,8 @@ def refuse_elastic(placement: Placement, plan: LaunchPlan, least: int) -> None:
             f"--min-processes {least:,} of {count(placement.processes, 'process')}: give at most as many"
         )
     why = ""
-    if placement.device == "cuda":
-        why = "on GPUs: a process that waits within NCCL for a lost one is not freed"
+    if placement.device == "cuda" and plan.engine == "horovod":
+        why = "on GPUs with Horovod, where a process that waits for a lost one is not freed: give --engine torch"
     elif plan.engine == "horovod" and needs_mpi(plan.environment):
         why = (
             "with an --allreduce of Open MPI, which ends all processes with the first: give --allreduce ring"

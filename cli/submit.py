@@ -208,10 +208,10 @@ def submit(command: click.Command, options: TrainOptions, target: Target) -> int
         click.echo(kubernetes.to_yaml(documents), nl=False)
         return 0
     if target.kind == "submit-slurm":
-        if submission.elastic and submission.device == "cuda":
+        if submission.elastic and submission.device == "cuda" and options.launch.engine != "torch":
             raise UserError(
-                "--elastic is not possible yet on GPUs, which a job has without --device cpu: give that as well, or "
-                "leave --elastic out"
+                "--elastic is possible on GPUs, which a job has without --device cpu, with --engine torch only: give "
+                "that or --device cpu as well, or leave --elastic out"
             )
         program = [sys.executable, "-P", "-m", "hvd_lb_cli.main"]
         batch = slurm_script.script(submission, options.slurm, program)

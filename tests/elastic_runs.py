@@ -39,7 +39,7 @@ RESCALED = (
 # "lie" in a step: in it and all further ones of its generation in which it is audited, or audits, one bit of the
 # classifier's gradient is wrong.
 SITE = """
-    import json, os, signal, sys, threading, time
+    import importlib, json, os, signal, socket, sys, threading, time, types
 
     NUMBER = int((os.environ.get("HVD_LB_MEMBER") or os.environ.get("HOROVOD_RANK") or "-1").split()[0])
     FAULTS = [fault for fault in json.loads(os.environ.get("FAULTS", "[]")) if fault[0] == NUMBER]
@@ -85,6 +85,8 @@ SITE = """
             module, holder, name = PLACES[place]
             owner = sys.modules["hvd_lb." + module]
             replace(getattr(owner, holder) if holder else owner, name, when, how)
+        if "PRETENDED_NCCL" in os.environ:
+            pretend_nccl()
 
     def replace(owner, name, when, how):
         before, calls = getattr(owner, name), []
@@ -97,7 +99,58 @@ SITE = """
 
         setattr(owner, name, staticmethod(instead) if name == "from_bytes" else instead)
 
-    if FAULTS and any("rank.entry" in word for word in sys.orig_argv):
+    # A collective ends with all processes. Without one of them it never does, but by `abort`, and then with anything.
+    def pretend_nccl():
+        world = importlib.import_module("hvd_lb.world.torch_distributed")
+        before = world.TorchWorld._nccl_for
+
+        class Pretended:
+            def __init__(self, store, rank, size, device, *, may_be_aborted):
+                assert may_be_aborted
+                self.aborted, self.lines = threading.Event(), world.Lines()
+                with self.lines.while_joining():
+                    self.group = world._gloo(store, rank, size, socket.gethostname(), world._CONNECT)
+
+            def starting(self, collective):
+                return lambda: collective(self)
+
+            def allreduce(self, tensors, options):
+                return Work(self, self.group.allreduce(tensors, options), *tensors)
+
+            def broadcast(self, tensors, options):
+                return Work(self, self.group.broadcast(tensors, options), *tensors)
+
+            def abort(self):
+                print("the pretended NCCL is aborted", flush=True)
+                self.aborted.set()
+                self.lines.cut()
+
+        class Work:
+            def __init__(self, group, work, tensor):
+                self.group, self.work, self.tensor, self.good = group, work, tensor, False
+
+            def is_completed(self):
+                if self.work.is_completed() and not self.good:
+                    try:
+                        self.work.wait()
+                        self.good = True
+                    except RuntimeError:
+                        pass
+                return self.good or self.group.aborted.is_set()
+
+            def wait(self):
+                while not self.is_completed():
+                    time.sleep(0.01)
+                if not self.good:
+                    self.tensor.fill_(1)
+
+        def instead(self, tensor):
+            by_nccl = tensor.numel() > 100 and tensor.element_size() > 1
+            return before(self, types.SimpleNamespace(is_cuda=by_nccl, device=tensor.device))
+
+        world.Nccl, world.TorchWorld._nccl_for = Pretended, instead
+
+    if (FAULTS or "PRETENDED_NCCL" in os.environ) and any("rank.entry" in word for word in sys.orig_argv):
         threading.Thread(target=prepare, daemon=True).start()
 """
 Fault = tuple[int, str, int, str]

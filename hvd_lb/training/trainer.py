@@ -210,9 +210,10 @@ class Trainer:
         self.threads, self.observer, self.store = threads, observer, store
         self.stop_requested = stop_requested
         self.stopped_by = 0
-        # On GPUs, what is said in a step is heard in the next one: sooner, and the host would wait for the exchange.
+        # On GPUs, what is said in a step is heard in the next one: sooner, and the host would wait for the exchange. In
+        # an elastic job it does so anyway, and who hands over the state shall have heard all.
         self.said: deque[_Said] = deque()
-        self.lag = int(world.size > 1 and device.type != "cpu")
+        self.lag = int(world.size > 1 and device.type != "cpu" and membership is None)
         self.writer: BackgroundWriter | None = None
         # Steps below are watched one by one: among them is one after which loss or weights are no numbers.
         self.watched_until = 0

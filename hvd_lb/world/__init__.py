@@ -15,6 +15,7 @@ from hvd_lb.world.engine import EngineName, choose_engine
 from hvd_lb.world.launched import launched
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -82,14 +83,17 @@ class Joined(World, Protocol):
 _current: Joined | None = None
 
 
-def init(engine: EngineName = "auto", *, may_be_cut: bool = False) -> World:
+def init(
+    engine: EngineName = "auto", *, may_be_cut: bool = False, device: torch.device | None = None
+) -> World:
     """Joins the job this process was launched into, or makes a world of one; later calls return the same.
 
     A job is what horovodrun, mpirun, torchrun or srun has made of several processes, or RANK, WORLD_SIZE, MASTER_ADDR
     and MASTER_PORT tell of. `engine` is what exchanges tensors: Horovod, or torch.distributed; auto takes Horovod where
     it is installed and the launcher tells it how processes meet (horovodrun, mpirun), else torch. Raises `UserError`
     where Horovod is asked for and cannot be had, and where the other processes do not come; `ExchangeError` where the
-    rendezvous says that they will not. Its connections `may_be_cut`: somebody may call `cut`.
+    rendezvous says that they will not. Its connections `may_be_cut`: somebody may call `cut`. Processes that exchange
+    tensors of a `device` are connected for that when this returns, as far as the engine can.
     """
     global _current
     if _current is None:
@@ -105,7 +109,7 @@ def init(engine: EngineName = "auto", *, may_be_cut: bool = False) -> World:
         else:
             from hvd_lb.world.torch_distributed import TorchWorld
 
-            _current = TorchWorld(place, may_be_cut=may_be_cut)
+            _current = TorchWorld(place, may_be_cut=may_be_cut, device=device)
     return _current
 
 

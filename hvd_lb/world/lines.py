@@ -47,6 +47,10 @@ class Lines:
                         if line.family in _INTERNET and not listens:
                             line.shutdown(socket.SHUT_RDWR)
 
+    @property
+    def are_cut(self) -> bool:
+        return self._cut_at < math.inf
+
     def wait_for(self, done: Callable[[], bool]) -> None:
         """Sleep between looks until something is done by them; `ExchangeError` where they were cut, and it is not."""
         began = time.perf_counter()

@@ -45,6 +45,9 @@ from hvd_lb.world.rendezvous import JOIN_SECONDS, join
 _WAIT = timedelta(seconds=1800)
 # Between processes that are all there: one that dies meanwhile is to hold up the others no longer.
 _CONNECT = timedelta(seconds=20)
+# Where NCCL may be aborted. torch's thread that looks after it would end a process that has lost a peer; and a call
+# that waits for peers, as when they are connected, keeps `abort` waiting for so many seconds.
+_OF_NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_NONBLOCKING_TIMEOUT": "120"}
 # Those that Horovod adds up, too, and bf16.
 _NUMBERS = (torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # All processes make equally many in a start.
@@ -52,10 +55,16 @@ _worlds: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 class TorchHandle:
-    """A collective that is under way, or waits for its turn; `lines` are given where they may be cut."""
+    """A collective that is under way, or waits for its turn; `lines` are given where they may be cut.
 
-    def __init__(self, tensor: Tensor, name: str, lines: Lines | None = None) -> None:
-        self._tensor, self._name, self._lines = tensor, name, lines
+    Then the host waits for it, on a GPU, too: what is in a stream behind one that never ends would never end either.
+    One that is `aborted` when they are cut ends without an error, with anything in its tensor.
+    """
+
+    def __init__(
+        self, tensor: Tensor, name: str, lines: Lines | None = None, *, aborted: bool = False
+    ) -> None:
+        self._tensor, self._name, self._lines, self._aborted = tensor, name, lines, aborted
         self._begun = threading.Event()
         self._work: Work | None = None
         self._error: Exception | None = None
@@ -86,6 +95,8 @@ class TorchHandle:
                 raise self._error
             if self._work:
                 self._work.wait()
+            if self._aborted and self._lines and self._lines.are_cut:
+                raise RuntimeError("its connections were cut")
         except RuntimeError as error:
             raise ExchangeError(
                 f"{self._name}: another process has ended, or is not reached ({_first_line(error)})"
@@ -93,14 +104,46 @@ class TorchHandle:
         return self._tensor
 
 
+class Nccl:
+    """The processes as NCCL connects them, on a device of each, at the first collective."""
+
+    def __init__(self, store: Store, rank: int, size: int, device: torch.device, *, may_be_aborted: bool):
+        from torch.distributed import ProcessGroupNCCL
+
+        options = ProcessGroupNCCL.Options()
+        options._timeout = _WAIT
+        if may_be_aborted:
+            for name, value in _OF_NCCL.items():
+                os.environ.setdefault(name, value)
+            options.config.blocking = 0  # else connecting to a peer that does not come could not be aborted
+        self._group = ProcessGroupNCCL(store, rank, size, options)
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def starting(self, collective: Callable[[Any], Work]) -> Callable[[], Work]:
+        """What starts it, from any thread, after the kernels that the present stream has been given so far."""
+        ready = torch.cuda.current_stream(self._device).record_event()
+
+        def start() -> Work:
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                self._stream.wait_event(ready)
+                return collective(self._group)
+
+        return start
+
+    def abort(self) -> None:
+        """End what is under way, wherever peers are; nothing can be started afterwards. It may take seconds."""
+        self._group.abort()
+
+
 class TorchWorld:
     """The `size` processes of which this one is at `place`.
 
-    Which CUDA device a process uses is the caller's choice, as in a `HorovodWorld`. Raises `UserError` where the others
-    do not come. `ExchangeError` surfaces where one of them has ended.
+    Which CUDA device a process uses is the caller's choice, as in a `HorovodWorld`; on a `device` that is told NCCL is
+    there when this returns, else with the first collective. Raises `UserError` where the others do not come.
+    `ExchangeError` surfaces where one of them has ended.
     """
 
-    def __init__(self, place: Place, *, may_be_cut: bool = False) -> None:
+    def __init__(self, place: Place, *, may_be_cut: bool = False, device: torch.device | None = None) -> None:
         self.rank, self.size = place.rank, place.size
         store, address = join(place)
         # torchrun's store outlives the processes, and ours generations of an elastic job.
@@ -117,14 +160,22 @@ class TorchWorld:
                 self._gloo: Any = _gloo(PrefixStore("gloo", self._store), self.rank, self.size, address, wait)
             except RuntimeError as error:
                 raise ExchangeError(f"the processes are not connected ({_first_line(error)})") from error
-        self._nccl: Any = None
-        self._stream: Any = None  # a torch.cuda.Stream, with self._nccl
+        self._nccl: Nccl | None = None
+        self._making = threading.Lock()  # of NCCL, which is not made any more when it would have been aborted
+        self._aborting: threading.Thread | None = None
         self._changed = threading.RLock()
         self._waiting: dict[int, tuple[TorchHandle, Callable[[], Work]]] = {}  # for their turn, by key
         self._turn: int | None = None  # the key of what rank 0 has started and this process has not come to
         self._asking = False
         self._last: list[TorchHandle] = []
         atexit.register(self._end)
+        if device and device.type == "cuda":
+            try:
+                self.allreduce(torch.zeros(1, device=device), "hvd_lb.joined")
+            except ExchangeError:
+                self.cut()
+                self.abandon()
+                raise
 
     def allreduce_async(self, tensor: Tensor, name: str) -> TorchHandle:
         return self._reduce(tensor, name, ReduceOp.SUM)
@@ -162,21 +213,33 @@ class TorchWorld:
         self.abandon()
 
     def cut(self) -> None:
+        """From any thread, and at once: NCCL is aborted in another one."""
         self._lines.cut()
+        with self._making:
+            if self._nccl and not self._aborting:
+                self._aborting = threading.Thread(target=self._nccl.abort, name="abort", daemon=True)
+                self._aborting.start()
 
     def abandon(self) -> None:
         atexit.unregister(self._end)
+        if self._may_be_cut:
+            self.cut()
+        if self._aborting:
+            self._aborting.join()
         self._gloo = self._nccl = None
 
     def _start(self, tensor: Tensor, name: str, collective: Callable[[Any], Work]) -> TorchHandle:
         """Starts a collective, or notes it until it is its turn."""
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: the tensor has gaps or is transposed; expected a contiguous one")
-        handle = TorchHandle(tensor, name, self._lines if self._may_be_cut else None)
+        nccl = self._nccl_for(tensor) if tensor.numel() else None
+        handle = TorchHandle(
+            tensor, name, self._lines if self._may_be_cut else None, aborted=nccl is not None
+        )
         if not tensor.numel():
             handle.begin(None)
             return handle
-        start = self._on_gpu(tensor, collective) if tensor.is_cuda else partial(collective, self._gloo)
+        start = nccl.starting(collective) if nccl else partial(collective, self._gloo)
         key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big", signed=True)
         with self._changed:
             self._last = [*(other for other in self._last if not other.done), handle]
@@ -222,24 +285,17 @@ class TorchWorld:
                 handle.begin(start)
                 self._ask()
 
-    def _on_gpu(self, tensor: Tensor, collective: Callable[[Any], Work]) -> Callable[[], Work]:
-        """Starts it on the GPU from any thread, after the kernels that the present stream has been given so far."""
-        device = tensor.device
-        if self._nccl is None:
-            from torch.distributed import ProcessGroupNCCL
-
-            options = ProcessGroupNCCL.Options()
-            options._timeout = _WAIT
-            self._nccl = ProcessGroupNCCL(PrefixStore("nccl", self._store), self.rank, self.size, options)
-            self._stream = torch.cuda.Stream(device)
-        ready = torch.cuda.current_stream(device).record_event()
-
-        def start() -> Work:
-            with torch.cuda.device(device), torch.cuda.stream(self._stream):
-                self._stream.wait_event(ready)
-                return collective(self._nccl)
-
-        return start
+    def _nccl_for(self, tensor: Tensor) -> Nccl | None:
+        """What exchanges it; None: Gloo does."""
+        if not tensor.is_cuda:
+            return None
+        with self._making:
+            if self._may_be_cut and self._lines.are_cut:
+                raise ExchangeError("the connections were cut")
+            if self._nccl is None:
+                store = PrefixStore("nccl", self._store)
+                self._nccl = Nccl(store, self.rank, self.size, tensor.device, may_be_aborted=self._may_be_cut)
+            return self._nccl
 
     def _end(self) -> None:
         """At the end of the program: one that leaves in the middle of an exchange ends at once.

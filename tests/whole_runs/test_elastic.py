@@ -252,6 +252,30 @@ def test_one_that_hangs_is_taken_out(
     assert change["lost"] == ["rank 1 on localhost (ended by SIGKILL)"]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("processes", "fault"),
+    [(2, (1, "step", 5, "SIGKILL")), (3, (0, "sums", 7, "SIGKILL")), (3, (1, "step", 5, "SIGSTOP"))],
+)
+def test_who_waits_for_a_lost_one_within_nccl_is_freed(
+    disturbed: Callable[..., tuple[Path, str]],
+    undisturbed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+    fault: Fault,
+) -> None:
+    """Within a pretended one, which goes wrong as NCCL does; in the same processes there is a new one then."""
+    monkeypatch.setenv("PRETENDED_NCCL", "1")
+    options = ("--engine", "torch", "--min-processes", processes, "--hang-timeout", 8)
+    run, _ = disturbed(processes, *options, faults=[fault])
+    assert_the_same(undisturbed, run)
+    assert events(run)[-1]["joined"] == 1
+    for rank in {*range(processes)} - {fault[0]}:
+        log = (run / "logs" / f"rank-{rank:04d}-localhost.log").read_text()
+        assert "the pretended NCCL is aborted" in log
+        assert "begins again" not in log
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -268,7 +292,7 @@ def test_one_that_hangs_is_taken_out(
         ),
         (
             ("--launcher", "slurm", "--elastic", "--device", "auto"),
-            "--elastic is not possible yet on GPUs, which a job has without --device cpu",
+            "--elastic is possible on GPUs, which a job has without --device cpu, with --engine torch only",
         ),
     ],
 )
@@ -285,7 +309,7 @@ def test_what_cannot_be_elastic_is_refused(
 @pytest.mark.parametrize(
     ("device", "variables", "words"),
     [
-        ("cuda", {}, "on GPUs"),
+        ("cuda", {}, "on GPUs with Horovod, .*: give --engine torch"),
         ("cpu", {"HOROVOD_CPU_OPERATIONS": "MPI"}, "with an --allreduce of Open MPI"),
         ("cpu", {"HOROVOD_CYCLE_TIME": "5"}, "with --cycle-time"),
     ],
@@ -295,3 +319,4 @@ def test_what_is_not_built_is_refused(device: str, variables: dict[str, str], wo
     plan = replace(local(2, {}), environment=variables)
     with pytest.raises(UserError, match=f"--elastic is not possible yet {words}"):
         refuse_elastic(placement, plan, 1)
+    refuse_elastic(placement, replace(plan, engine="torch"), 1)

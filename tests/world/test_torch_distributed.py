@@ -8,9 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
+
+from hvd_lb.errors import ExchangeError
+from hvd_lb.world.lines import Lines
+from hvd_lb.world.torch_distributed import TorchHandle
 
 RANK = Path(__file__).parent / "ranks" / "world_of_torch.py"
 pytestmark = pytest.mark.slow
@@ -73,3 +79,19 @@ def test_who_does_not_come_is_named(rendezvous: Any) -> None:
     assert "UserError: " in said
     assert "of 3 ranks did not come within 1 s: " in said
     assert "2; where RANK and WORLD_SIZE's variables are left from another job, unset them" in said
+
+
+def test_what_was_aborted_is_an_error_though_it_ends_without_one() -> None:
+    """As NCCL's does: its kernel ends, with anything in the tensor. What had ended before is what it is."""
+    ends = SimpleNamespace(is_completed=lambda: lines.are_cut, wait=lambda: True)
+    ended = SimpleNamespace(is_completed=lambda: True, wait=lambda: True)
+    lines = Lines()
+    early, late = (TorchHandle(torch.ones(1), "sum", lines, aborted=True) for _ in range(2))
+    early.begin(lambda: cast(Any, ended))
+    late.begin(lambda: cast(Any, ends))
+    assert early.wait().item() == 1
+    assert not late.done
+    lines.cut()
+    assert late.done
+    with pytest.raises(ExchangeError, match="sum: another process has ended"):
+        late.wait()

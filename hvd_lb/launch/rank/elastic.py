@@ -8,6 +8,7 @@ who is furthest. So a step is given up by all and taken again, or was taken.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from hvd_lb.data.images import Dataset
 from hvd_lb.data.loading.shared_pixels import shared
@@ -42,12 +45,19 @@ def take_part(job: Job, number: int, cores: int, stop_requested: StopRequests, s
     newcomer = MEMBER in os.environ
     member = Member(number, RunDirectory(job.output).job)
     carried = member.inherited() or Carried(NO_STATE if newcomer else begins_at)
-    more = {"cores": cores, "checkpoint": checkpoint, "stop_requested": stop_requested, "stages": stages}
+    device = device_of(job, member.local_rank)
+    more = {
+        **{"device": device, "cores": cores, "checkpoint": checkpoint},
+        **{"stop_requested": stop_requested, "stages": stages},
+    }
     recipe = job.recipe
     dataset = shared(data_of(job), recipe.cache, recipe.loader, job.device, int(os.environ[PIXELS]))
     begun = member.next(carried) if newcomer else None
     while found := _train(job, member, begun, carried, dataset, begins_at, more):
         carried = found
+        if device.type == "cuda":  # the last trainer is garbage, and the next one needs its room
+            gc.collect()
+            torch.cuda.empty_cache()
         begun = member.next(carried)
 
 
@@ -69,7 +79,7 @@ def _train(
     stages: Stages = more["stages"]
     stages.taken = 0  # with a new trainer the first step may take long again
     try:
-        world = member.join(job.engine, carried)
+        world = member.join(job.engine, carried, more["device"])
         if begun is None and (world.rank, world.size) != (member.number, job.processes):
             raise UserError(
                 f"rank {member.number} of {job.processes} found itself to be rank {world.rank} of {world.size}: the "
@@ -189,13 +199,15 @@ class _Generation:
             if record and record["step"] < told_again and (kind, record["step"]) not in written:
                 tell(record)
 
-    def trainer(self, cores: int, checkpoint: Checkpoint | None, **more: Any) -> Trainer:
+    def trainer(
+        self, device: torch.device, cores: int, checkpoint: Checkpoint | None, **more: Any
+    ) -> Trainer:
         job, carried = self._job, self._carried
         trainer = trainer_of(
             job,
             self._world,
             self._dataset,
-            device_of(job, self._world),
+            device,
             self.observer,
             cores,
             checkpoint=None if carried.snapshot else checkpoint,

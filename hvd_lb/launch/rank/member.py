@@ -1,8 +1,9 @@
 """A process as a member of an elastic job: what it hears of its agent, and what it carries from one generation on.
 
-A generation's engine is one that may fail while it begins. torch.distributed then raises an error; Horovod ends the
-process, in a thread of its own, or waits for who will not come. So that as many are left as can be, the process then
-becomes a new one by `execve`, with the same number, the same agent and its state, which is in memory without a name.
+A generation's engine is one that may fail while it begins. Gloo of torch.distributed then raises an error; Horovod ends
+the process, in a thread of its own, or waits for who will not come, and so may NCCL. So that as many are left as can
+be, the process then becomes a new one by `execve`, with the same number, the same agent and its state, which is in
+memory without a name.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hvd_lb import world as worlds
 from hvd_lb.errors import ExchangeError, UserError
 from hvd_lb.launch.agent.channel import hand_on_line, hear, say
@@ -32,8 +35,9 @@ from hvd_lb.world import World
 from hvd_lb.world.engine import Engine
 
 _SAME_SECONDS = 1.0
-# For an engine to be left, which takes some hundredths: Gloo now and then loses the error of a cut connection.
-_STUCK_SECONDS = 3.0
+# For an engine to be left, which takes some hundredths: Gloo now and then loses the error of a cut connection. To abort
+# NCCL may take longer, and so does a new process with a GPU.
+_STUCK_SECONDS = {"cpu": 3.0, "cuda": 10.0}
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
@@ -70,14 +74,17 @@ class Member:
         self.number, self._job_file = number, job_file
         there = (os.environ.get(f"HOROVOD_{name}", "") for name in ("HOSTNAME", "LOCAL_RANK", "LOCAL_SIZE"))
         self._place = os.environ.get(MEMBER) or " ".join((str(number), *there))
+        self.local_rank = int(
+            self._place.split()[2]
+        )  #: of its host's processes; its GPU, as long as it lives
         self.generation = NO_STATE if MEMBER in os.environ else 0
         self.asked = False  #: others want to join
         self.leaving = False  #: this process has been asked to go
         self._over = NO_STATE  # the newest generation of which that is known
         self._begun: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._changes = threading.Lock()
-        self._again: Callable[[], None] | None = None  # while Horovod begins
-        self._asked_at = 0.0
+        self._again: Callable[[], None] | None = None  # while Horovod or NCCL begins
+        self._asked_at, self._stuck_seconds = 0.0, 0.0
         signal.signal(signal.SIGTERM, self._leave)
         hear(self._heard)
 
@@ -108,11 +115,16 @@ class Member:
         )  # which keys of torch's store are its own
         return begun
 
-    def join(self, engine: Engine, carried: Carried) -> World:
-        """The world of the present generation. `ExchangeError` where it is over before it has begun."""
+    def join(self, engine: Engine, carried: Carried, device: torch.device) -> World:
+        """The world of the present generation. `ExchangeError` where it is over before it has begun.
+
+        Meanwhile Horovod and NCCL may not be left, and so not before there is anything that this process could lose.
+        """
+        self._stuck_seconds = _STUCK_SECONDS[device.type]
+        may_wait_in_vain = engine == "horovod" or device.type == "cuda"
         try:
-            with self._becoming_another(carried) if engine == "horovod" else nullcontext():
-                return worlds.init(engine, may_be_cut=True)
+            with self._becoming_another(carried) if may_wait_in_vain else nullcontext():
+                return worlds.init(engine, may_be_cut=True, device=device)
         except UserError:
             raise
         except (ValueError, RuntimeError) as error:
@@ -123,7 +135,7 @@ class Member:
 
         An engine that does not come to its end holds this process up no longer than a new one would take.
         """
-        stuck = threading.Timer(_STUCK_SECONDS, self._become_another, (carried,))
+        stuck = threading.Timer(self._stuck_seconds, self._become_another, (carried,))
         stuck.daemon = True
         stuck.start()
         (worlds.shutdown if together else worlds.abandon)()

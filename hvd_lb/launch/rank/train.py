@@ -32,7 +32,7 @@ from hvd_lb.world.stages import Stage, Stages
 
 def train(job: Job, world: World, stop_requested: StopRequests, cores: int, stages: Stages) -> None:
     """This process's part of the job; it has so many `cores` for itself."""
-    device = device_of(job, world)
+    device = device_of(job, world.local_rank)
     checkpoint = open_checkpoint(job.checkpoint) if job.checkpoint else None
     recipe, dataset = job.recipe, data_of(job)
     first_step = checkpoint.step if checkpoint else 0
@@ -84,7 +84,7 @@ def main(job_text: str, rank: int, host: str, cores: int, end: Callable[[int], o
             from hvd_lb.launch.rank import measuring
 
             work = measuring.measure_network if job.task == "network" else measuring.compare_bits
-            work(job, world, device_of(job, world), host)
+            work(job, world, device_of(job, world.local_rank), host)
         else:
             with stop_requested.watched() if rank == 0 else nullcontext(), watch:
                 train(job, world, stop_requested, cores, stages)

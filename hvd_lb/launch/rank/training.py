@@ -25,15 +25,15 @@ from hvd_lb.training.trainer import Trainer
 from hvd_lb.world import World
 
 
-def device_of(job: Job, world: World) -> torch.device:
+def device_of(job: Job, local_rank: int) -> torch.device:
     """The device of this process, which is set, and its threads.
 
-    The GPU of its local rank, or the only one it sees, where a scheduler shows it no other.
+    The GPU of its place among those of its host, or the only one it sees, where a scheduler shows it no other.
     """
     torch.set_num_threads(job.threads)
     if job.device == "cpu":
         return torch.device("cpu")
-    device = torch.device("cuda", world.local_rank if torch.cuda.device_count() > 1 else 0)
+    device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
     torch.cuda.set_device(device)
     return device
 
