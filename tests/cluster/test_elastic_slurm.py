@@ -13,7 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from elastic_runs import RECIPE, Fault, assert_each_once, assert_the_same, events, with_faults
+from elastic_runs import (
+    RECIPE,
+    RESCALED,
+    Fault,
+    assert_each_once,
+    assert_it_comes_again,
+    assert_the_same,
+    events,
+    with_faults,
+)
 from hosts import Host, lab
 from real_runs import finish, kill_all, processes_of, trained_steps, until
 from slurm import Cluster, slurm, start_node
@@ -56,12 +65,13 @@ def running(
     faults: Sequence[Fault],
     *options: object,
     by: Sequence[object] = ("salloc", "--no-kill", "--nodes=3", "--ntasks-per-node=1"),
+    recipe: Sequence[object] = RECIPE,
 ) -> Iterator[subprocess.Popen[str]]:
     """From the head node, in an allocation of three nodes with a process on each."""
     with_faults(folder, monkeypatch, faults)
     run, pipe = folder / "run", subprocess.PIPE
     idle(cluster)
-    train = [*HVD_LB, *RECIPE, "--elastic", "--log-samples", "--env", "FAULTS", *options, "--output", run]
+    train = [*HVD_LB, *recipe, "--elastic", "--log-samples", "--env", "FAULTS", *options, "--output", run]
     process = cluster.controller.start(
         [*by, *train], env=cluster.environment, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
     )
@@ -172,6 +182,24 @@ def test_the_others_go_on_without_a_node_that_slurm_has_given_up(
         start_node(cluster, node)
     assert [change["processes"] for change in events(run) if change["lost"]] == [2]
     assert out.count("h3 does not come back: Slurm has taken it out of the job") == 1
+
+
+def test_k_follows_the_nodes_that_there_are(
+    hosts: list[Host], cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, go, back = tmp_path / "run", tmp_path / "go", tmp_path / "back"
+    faults: list[Fault] = [(0, "step", 3, str(go)), (0, "step", 6, str(back))]
+    recipe = (*RESCALED, "--gpus", 6, "--per-gpu-batch", 24)
+    log = run / "logs" / "launcher.log"
+    with running(cluster, tmp_path, monkeypatch, faults, recipe=recipe) as process:
+        until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None, 240)
+        hosts[3].run(["kill", "-KILL", agent_of(hosts[3], run)])
+        go.touch()
+        until(lambda: (tmp_path / "back.there").exists() or process.poll() is not None, 240)
+        until(lambda: "on h3 is ready to join" in log.read_text() or process.poll() is not None)
+        back.touch()
+        finish(process, seconds=300)
+    assert [scale.workers for scale in assert_it_comes_again(run).scales(None)] == [6, 4, 6]
 
 
 @pytest.mark.long
