@@ -215,6 +215,9 @@ class TorchWorld:
     def cut(self) -> None:
         """From any thread, and at once: NCCL is aborted in another one."""
         self._lines.cut()
+        self._abort()
+
+    def _abort(self) -> None:
         with self._making:
             if self._nccl and not self._aborting:
                 self._aborting = threading.Thread(target=self._nccl.abort, name="abort", daemon=True)
@@ -223,7 +226,7 @@ class TorchWorld:
     def abandon(self) -> None:
         atexit.unregister(self._end)
         if self._may_be_cut:
-            self.cut()
+            self._abort()
         if self._aborting:
             self._aborting.join()
         self._gloo = self._nccl = None
