@@ -71,7 +71,8 @@ class Agent:
         self._host, self._elastic = host, job.get("elastic", False)
         logs = Path(job["output"]) / "logs"
         # Empty until ranks give it a size. It is there for those that come later, and goes with the last of all.
-        held = [os.memfd_create("hvd-lb pixels")] if self._elastic else []
+        cached = self._elastic and job["recipe"]["cache"] == "memory"
+        held = [os.memfd_create("hvd-lb pixels")] if cached else []
         more = {PIXELS: str(held[0])} if held else {}
 
         def begin(member: int, place: dict[str, str]) -> int:

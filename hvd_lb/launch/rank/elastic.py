@@ -51,7 +51,7 @@ def take_part(job: Job, number: int, cores: int, stop_requested: StopRequests, s
         **{"stop_requested": stop_requested, "stages": stages},
     }
     recipe = job.recipe
-    dataset = shared(data_of(job), recipe.cache, recipe.loader, job.device, int(os.environ[PIXELS]))
+    dataset = shared(data_of(job), recipe.cache, recipe.loader, job.device, int(os.environ.get(PIXELS, -1)))
     begun = member.next(carried) if newcomer else None
     while found := _train(job, member, begun, carried, dataset, begins_at, more):
         carried = found

@@ -99,6 +99,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
             "processes": sum(n for _, n in hosts),
             "output": str(run),
             "environment": variables,
+            "recipe": {"cache": "none"},
             **({"elastic": True, "min_processes": elastic} if elastic else {}),
         }
         (run / "logs" / "job.json").write_text(json.dumps(job))
