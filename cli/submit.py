@@ -104,7 +104,11 @@ def refuse_unused(context: click.Context, target: Target, options: SubmitOptions
     if "max_processes" in given and "host_discovery" not in given:
         raise UserError("--max-processes is for hosts that --host-discovery finds: give --processes")
     in_containers = options.image is not None or "container_image" in given
-    if "elastic" in given and (target.kind not in _ELASTIC or in_containers):
+    if "host_discovery" in given and in_containers:
+        raise UserError(
+            "--host-discovery is not possible in containers, which are started once: name the hosts with --hosts"
+        )
+    if "elastic" in given and (target.kind not in _ELASTIC or (in_containers and not over_ssh)):
         raise UserError(
             f"--elastic is not possible yet for a run that is started {_STARTED[target.kind]}"
             f"{' in containers' if in_containers else ''}: leave it out, and see --restarts"

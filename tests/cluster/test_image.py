@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from elastic_runs import events, ranks_of
 from engine import IMAGE, Engine, engine
 from hosts import Host, lab
 from real_runs import trained_steps, until
@@ -200,6 +201,28 @@ def test_an_interrupt_ends_it_with_a_checkpoint_and_the_same_command_goes_on(
     assert "with a checkpoint; the same command goes on there" in said
     assert docker.containers() == []
     assert "going on from step" in hosts[0].run(train(output, "--epochs", 1), timeout=600).stdout
+
+
+def test_an_elastic_run_goes_on_without_a_rank_and_without_a_container(
+    docker: Engine, hosts: list[Host], output: Path
+) -> None:
+    """The weights are those of one process. A rank is replaced; a container is not, and the head goes on looking."""
+    elastic = ("--epochs", 4, "--elastic", "--log-every", 1)
+    going = hosts[0].start(train(output, *elastic), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    until(lambda: trained_steps(output) > 2 or going.poll() is not None, 300)
+    os.kill(ranks_of(output)[5], signal.SIGKILL)
+    until(lambda: [change for change in events(output) if change["joined"]] or going.poll() is not None, 120)
+    docker("kill", *(name for name in docker.containers() if name.endswith("-h3")))
+    said, _ = going.communicate(timeout=600)
+    assert going.returncode == 0, said
+    assert "h3 is lost (" in said
+    assert events(output)[-1]["processes"] == 4
+    assert docker.containers() == []
+    alone = output.with_name("alone")
+    one = ("train", *DIGITS, "--epochs", "4", "--processes", "1", "--output", str(alone))
+    subprocess.run([sys.executable, "-m", "hvd_lb_cli.main", *one], check=True, capture_output=True)
+    weights = [folder / "checkpoints" / "last" / "model.safetensors" for folder in (output, alone)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_a_killed_launcher_leaves_no_container(docker: Engine, hosts: list[Host], output: Path) -> None:

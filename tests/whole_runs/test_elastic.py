@@ -291,6 +291,14 @@ def test_who_waits_for_a_lost_one_within_nccl_is_freed(
             "--elastic is not possible yet for a run that is started as a Slurm job in containers",
         ),
         (
+            ("--launcher", "slurm", "--image", "i", "--elastic"),
+            "--elastic is not possible yet for a run that is started as a Slurm job in containers",
+        ),
+        (
+            ("--host-discovery", "/bin/true", "--image", "i", "--elastic"),
+            "--host-discovery is not possible in containers",
+        ),
+        (
             ("--launcher", "slurm", "--elastic", "--device", "auto"),
             "--elastic is possible on GPUs, which a job has without --device cpu, with --engine torch only",
         ),

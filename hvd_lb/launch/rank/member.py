@@ -74,9 +74,8 @@ class Member:
         self.number, self._job_file = number, job_file
         there = (os.environ.get(f"HOROVOD_{name}", "") for name in ("HOSTNAME", "LOCAL_RANK", "LOCAL_SIZE"))
         self._place = os.environ.get(MEMBER) or " ".join((str(number), *there))
-        self.local_rank = int(
-            self._place.split()[2]
-        )  #: of its host's processes; its GPU, as long as it lives
+        #: Its place among the processes of its host, and so its GPU, as long as it lives.
+        self.local_rank = int(self._place.split()[2])
         self.generation = NO_STATE if MEMBER in os.environ else 0
         self.asked = False  #: others want to join
         self.leaving = False  #: this process has been asked to go
@@ -118,7 +117,7 @@ class Member:
     def join(self, engine: Engine, carried: Carried, device: torch.device) -> World:
         """The world of the present generation. `ExchangeError` where it is over before it has begun.
 
-        Meanwhile Horovod and NCCL may not be left, and so not before there is anything that this process could lose.
+        Horovod and NCCL may wait in vain meanwhile, and are not left but with the program.
         """
         self._stuck_seconds = _STUCK_SECONDS[device.type]
         may_wait_in_vain = engine == "horovod" or device.type == "cuda"
@@ -201,7 +200,7 @@ def become_another(place: str, generation: int, job_file: Path, carried: Carried
                 os.set_inheritable(
                     int(name), False
                 )  # libraries leave theirs open, and others wait for their end
-    for handed_on in (descriptor, *map(int, filter(None, [os.environ.get(PIXELS)]))):
+    for handed_on in (descriptor, int(os.environ[PIXELS])):
         os.set_inheritable(handed_on, True)
     environment = {
         **os.environ,

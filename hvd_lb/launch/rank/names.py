@@ -19,7 +19,6 @@ MEMBER = "HVD_LB_MEMBER"
 #: The variable of a process that has begun again: its generation, its step, and the descriptor of what it carries.
 CARRIED = "HVD_LB_CARRIED"
 
-
 #: The variable with the descriptor of an empty file in memory, which the agent of an elastic job holds for all ranks of
 #: its host (`--cache memory`).
 PIXELS = "HVD_LB_PIXELS_FD"
