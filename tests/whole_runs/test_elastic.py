@@ -295,7 +295,7 @@ def test_who_waits_for_a_lost_one_within_nccl_is_freed(
             "--elastic is not possible yet for a run that is started as a Slurm job in containers",
         ),
         (
-            ("--host-discovery", "/bin/true", "--image", "i", "--elastic"),
+            ("--host-discovery", "/bin/hostname", "--image", "i", "--elastic"),
             "--host-discovery is not possible in containers",
         ),
         (

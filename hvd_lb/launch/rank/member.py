@@ -200,7 +200,7 @@ def become_another(place: str, generation: int, job_file: Path, carried: Carried
                 os.set_inheritable(
                     int(name), False
                 )  # libraries leave theirs open, and others wait for their end
-    for handed_on in (descriptor, int(os.environ[PIXELS])):
+    for handed_on in (descriptor, *map(int, filter(None, [os.environ.get(PIXELS)]))):
         os.set_inheritable(handed_on, True)
     environment = {
         **os.environ,
