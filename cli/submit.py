@@ -45,8 +45,6 @@ _STARTED = {
     "submit-slurm": "as a Slurm job",
     "submit-kubernetes": "on Kubernetes",
 }
-# How an elastic run can be started.
-_ELASTIC = ("local", "ssh", "slurm", "submit-slurm")
 
 
 def is_submission(target: Target, train: TrainOptions) -> bool:
@@ -78,16 +76,16 @@ def refuse_unused(context: click.Context, target: Target, options: SubmitOptions
     given = given_options(context)
     if "container_mount" in given and "container_image" not in given:
         raise UserError("--container-mount is for processes in an image: give --container-image as well")
-    over_ssh = target.kind == "ssh"
+    over_ssh, on_kubernetes = target.kind == "ssh", target.kind == "submit-kubernetes"
     read = {
         "ssh_": over_ssh,
         "strict_host_keys": over_ssh,
         "network_interface": target.kind != "local",
-        "container_port": options.image is not None and target.kind != "submit-kubernetes",
+        "container_port": options.image is not None and not on_kubernetes,
         "container_": target.kind in ("slurm", "submit-slurm"),
         "slurm_": target.kind == "submit-slurm",
         "sbatch": target.kind == "submit-slurm",
-        "k8s_": target.kind == "submit-kubernetes",
+        "k8s_": on_kubernetes,
         "per_node": target.kind.startswith("submit"),
     }
     if "min_processes" in given and "elastic" not in given:
@@ -108,10 +106,10 @@ def refuse_unused(context: click.Context, target: Target, options: SubmitOptions
         raise UserError(
             "--host-discovery is not possible in containers, which are started once: name the hosts with --hosts"
         )
-    if "elastic" in given and (target.kind not in _ELASTIC or (in_containers and not over_ssh)):
+    if "elastic" in given and in_containers and not over_ssh and not on_kubernetes:
         raise UserError(
-            f"--elastic is not possible yet for a run that is started {_STARTED[target.kind]}"
-            f"{' in containers' if in_containers else ''}: leave it out, and see --restarts"
+            f"--elastic is not possible yet for a run that is started {_STARTED[target.kind]} in "
+            "containers: leave it out, and see --restarts"
         )
     for name, option in given.items():
         prefix = next((prefix for prefix in read if name.startswith(prefix)), None)
@@ -204,6 +202,12 @@ def submit(command: click.Command, options: TrainOptions, target: Target) -> int
     dry_run = options.launch.dry_run
     if options.submit.detach and not options.submit.submit and not dry_run:
         raise UserError("--detach has nothing to leave where a job is only printed: give --submit as well")
+    on_gpus = submission.device == "cuda" and target.kind.startswith("submit")
+    if submission.elastic and on_gpus and options.launch.engine != "torch":
+        raise UserError(
+            "--elastic is possible on GPUs, which a job has without --device cpu, with --engine torch only: give that "
+            "or --device cpu as well, or leave --elastic out"
+        )
     if target.kind == "submit-kubernetes":
         image = options.submit.image or f"{PUBLISHED_IMAGE}:{__version__}"
         documents = kubernetes.manifests(replace(submission, image=image), options.kubernetes)
@@ -212,11 +216,6 @@ def submit(command: click.Command, options: TrainOptions, target: Target) -> int
         click.echo(kubernetes.to_yaml(documents), nl=False)
         return 0
     if target.kind == "submit-slurm":
-        if submission.elastic and submission.device == "cuda" and options.launch.engine != "torch":
-            raise UserError(
-                "--elastic is possible on GPUs, which a job has without --device cpu, with --engine torch only: give "
-                "that or --device cpu as well, or leave --elastic out"
-            )
         program = [sys.executable, "-P", "-m", "hvd_lb_cli.main"]
         batch = slurm_script.script(submission, options.slurm, program)
         if options.submit.submit and not dry_run:

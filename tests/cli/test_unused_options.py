@@ -57,7 +57,7 @@ TRAIN = {
     **dict.fromkeys(
         ("engine", "allreduce", "fusion_threshold", "cycle_time", "autotune", "timeline"), EVERYWHERE
     ),
-    **dict.fromkeys(("elastic", "min_processes", "elastic_policy"), EVERYWHERE - {"submit-kubernetes"}),
+    **dict.fromkeys(("elastic", "min_processes", "elastic_policy"), EVERYWHERE),
     **dict.fromkeys(("host_discovery", "max_processes"), {"local", "ssh"}),
     **dict.fromkeys(("hosts", "hostfile"), {"ssh"}),
     **dict.fromkeys(("ssh_port", "ssh_key", "strict_host_keys"), {"ssh"}),

@@ -27,6 +27,9 @@ from hosts import Host, lab
 from PIL import Image
 from real_runs import kill_all, processes_of, until
 
+from hvd_lb.launch.submit.command import Submission
+from hvd_lb.launch.submit.kubernetes.pod import ending_well
+
 pytest.importorskip("horovod")
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 horovod_and_torch = pytest.mark.parametrize("engine", ["horovod", "torch"])
@@ -84,6 +87,11 @@ def finished(process: subprocess.Popen[str], run: Path) -> str:
     assert "Traceback" not in out + err
     until(lambda: not processes_of(run), 60)
     return out
+
+
+def elastic_submission(run: Path) -> Submission:
+    words = ("train", "--elastic")
+    return Submission(words, "run", "cpu", processes=3, per_node=1, output=run, elastic=True)
 
 
 def agent_of(host: Host, run: Path) -> str:
@@ -157,6 +165,32 @@ def test_a_host_is_lost_and_comes_back(
     assert change["joined"] == 1
     assert out.count(f"{host.name} is lost (") == 1
     assert f"{host.name} is back: 1 starting there" in out
+
+
+@horovod_and_torch
+def test_a_host_with_notice_to_end_leaves_after_the_step_and_comes_back(
+    hosts: list[Host], tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """As a pod on a node that is drained: its own hook, then its end, then another one under its name."""
+    run, here = tmp_path / "run", tmp_path / "go"
+    faults: list[Fault] = [(0, "step", 5, str(here))]
+    *hook, _ = ending_well(elastic_submission(run))["preStop"]["exec"]["command"]
+    with running(hosts[0], tmp_path, monkeypatch, faults, *ALL, "--engine", engine) as process:
+        until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None)
+        first = (hosts[2].folder / "sshd.pid").read_text().strip()  # in a pod it is process 1
+        ending = hosts[2].start([*hook, first])
+        until(lambda: "h3 has notice to end" in (run / "logs" / "launcher.log").read_text())
+        here.touch()
+        assert ending.wait(60) == 0
+        hosts[2].kill()
+        hosts[2].boot()
+        out = finished(process, run)
+    assert_the_same(undisturbed, run)
+    left, joined = events(run)
+    assert (left["left"], left["lost"], left["repeated"]) == (["rank 2 on h3"], [], False)
+    assert (joined["lost"], joined["joined"]) == ([], 1)
+    assert "h3 is lost (it had notice to end)" in out
+    assert "h3 is back: 1 starting there" in out
 
 
 def test_the_others_go_on_without_a_lost_host(

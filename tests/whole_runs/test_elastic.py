@@ -176,6 +176,23 @@ def test_when_all_are_asked_to_leave_the_run_ends_with_a_checkpoint_and_goes_on(
 
 
 @pytest.mark.long
+def test_when_the_only_host_has_notice_to_end_the_run_ends_with_a_checkpoint(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, here = tmp_path / "run", tmp_path / "go"
+    process = begin(start, tmp_path, monkeypatch, 2, faults=[(0, "step", 5, str(here))])
+    until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None)
+    (agent,) = (
+        pid for pid in processes_of(run) if b"launch.agent.host" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    os.kill(agent, signal.SIGTERM)
+    until(lambda: "has notice to end" in (run / "logs" / "launcher.log").read_text())
+    here.touch()
+    out, _ = finish(process, 128 + signal.SIGTERM)
+    assert "stopped after 6 steps, with a checkpoint" in out
+
+
+@pytest.mark.long
 @horovod_and_torch
 def test_ctrl_c_ends_an_elastic_run_that_has_lost_a_rank(
     start: Start, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, engine: str

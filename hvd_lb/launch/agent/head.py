@@ -46,6 +46,7 @@ _GRACE_SECONDS = 5.0  # for ranks that are asked to end
 _LAST_SECONDS = 3.0  # for agents to tell that they have
 _FILES_PER_HOST, _FILES = 6, 64
 _QUIET_SECONDS = 10.0  # of waiting for ranks before that is told, and between two tellings
+_GONE_PAUSE = 10.0  # seconds before a host that had notice to end is tried again
 _PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds before a lost host is tried again, twice as long each time
 
 
@@ -126,6 +127,8 @@ class Head:
                 return
             pause = _PAUSE if host.settled else min(2 * pause, _LONGEST_PAUSE)
             host.settled = False
+            if host.going:  # it may answer for some moments more
+                pause = max(pause, _GONE_PAUSE)
             await asyncio.sleep(random.uniform(0.5, 1.0) * pause)
             await host.wanted.wait()
             host.connected.clear()
@@ -205,7 +208,8 @@ class Head:
                 self._hear(host, *await connection.receive())
         except ConnectionLost as lost:
             if (host.ranks or host.vacant) and host.connection is connection:
-                self.lose(host, f"its agent was killed, or its host or network went away ({lost})")
+                killed = f"its agent was killed, or its host or network went away ({lost})"
+                self.lose(host, "it had notice to end" if host.going and not host.ranks else killed)
         finally:
             connection.drop()
             if host.connection is connection:
@@ -237,6 +241,8 @@ class Head:
                 self._members.word(message["rank"], message["word"], message["values"])
             case "failed":
                 self.lose(host, message["why"])
+            case "going" if self._members and self._how != "nodes":  # Slurm tells the ranks itself
+                self._members.go(host)
             case "note":
                 self.note(f"{host.name}: {message['text']}")
 

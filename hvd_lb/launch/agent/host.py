@@ -4,7 +4,8 @@ It reads one line: where the head listens, and the job's secret. It connects, st
 rendezvous, and tells the head what they put there, what they tell, and how each ends. HOST may be left out in a task of
 Slurm. Its life is the connection: when that ends, or is silent for about a minute, it kills its ranks and ends.
 Signals that a scheduler sends to all processes are left to the ranks, which end with a checkpoint; then so does the
-agent. One that has lost the head of an elastic job of Slurm sees to it that the job does not run on without anybody.
+agent. In an elastic job SIGTERM to the agent is notice that its host is to end. An agent that has lost the head of an
+elastic job of Slurm sees to it that the job does not run on without anybody.
 """
 
 from __future__ import annotations
@@ -97,8 +98,10 @@ class Agent:
 
     async def run(self) -> int:
         """Until the ranks have ended, or the head says so. `ConnectionLost` where it says no more."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, lambda: None)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, lambda: None)
+        loop.add_signal_handler(signal.SIGTERM, self._notice)
         listening = asyncio.create_task(self._listen())
         tasks = [listening, *(asyncio.create_task(work) for work in (self._over.wait(), self._tell()))]
         done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -108,6 +111,11 @@ class Agent:
         if listening in done:
             listening.result()
         return int(self.ranks.alive)
+
+    def _notice(self) -> None:
+        """SIGTERM: an elastic job has this host's ranks leave; of others the ranks have the signal themselves."""
+        if self._elastic:
+            self._connection.send("going")
 
     async def _tell(self) -> None:
         """Say what is new, and now and then that there is nothing."""

@@ -35,6 +35,7 @@ class Host:
     # Of an elastic job:
     away: bool = False  #: lost, and tried again
     vacant: list[int] = field(default_factory=list)  #: places that are filled when it is back
+    going: bool = False  #: it has notice to end; until it is back
     settled: bool = False  #: one of its processes has joined since it was lost
     wanted: asyncio.Event = field(default_factory=asyncio.Event)  #: it may have processes
     interface: str = ""  #: by which it reaches the others, where the job does not say it
@@ -130,6 +131,8 @@ class Members:
         elif status == 0 and member in self._leaving:
             why = " (computed wrongly)" if member in self._wrong else ""
             generations.leave(member, f"rank {member} on {host.name}{why}")
+            if host.going and (host.name, self._place[member]) not in self._barred:
+                host.vacant.append(self._place[member])
             self._fill()
         elif status == 0:
             generations.finish(member)
@@ -139,13 +142,15 @@ class Members:
             how = f"exit code {status}" if status > 0 else f"ended by {signal.Signals(-status).name}"
             generations.lose(member, f"rank {member} on {host.name} ({how})")
             wanted = host.wanted.is_set() and (host.name, self._place[member]) not in self._barred
-            if had_joined and host.connection and wanted and not generations.finished:
+            if host.going and wanted:
+                host.vacant.append(self._place[member])
+            elif had_joined and host.connection and wanted and not generations.finished:
                 self._start(host, self._place[member])
             elif wanted:  # one that has not joined is replaced when all of its host are
                 self._failed.setdefault(host.name, []).append(self._place[member])
                 if not host.ranks and len(head.hosts) > 1 and not generations.finished:
                     head.lose(host, f"rank {member} ended before it had joined ({how})")
-        if not host.wanted.is_set() and not host.ranks and host.connection:
+        if (host.going or not host.wanted.is_set()) and not host.ranks and host.connection:
             host.connection.send("end")
         self._go_on()
 
@@ -169,7 +174,7 @@ class Members:
         """Its agent is connected; on a host that was away its ranks are started again."""
         if not host.away:
             return
-        host.away = False
+        host.away = host.going = False
         self._generations.coming.discard(host.name)
         if self._generations.finished:
             return
@@ -202,9 +207,22 @@ class Members:
         self._generations.coming.discard(host.name)
 
     def release(self, host: Host) -> None:
-        """Its processes are to leave after the present step; those that have not joined end at once."""
+        """It is not to have processes any more: see `_send_away`."""
         self._forget(host)
         self._head.note(f"{host.name} is to go: its processes leave after the present step")
+        self._send_away(host)
+
+    def go(self, host: Host) -> None:
+        """It has notice to end, and may come back: then there are processes in the same places again."""
+        if host.going or self._head.failed:
+            return
+        host.going = True
+        self._generations.coming.add(host.name)
+        self._head.note(f"{host.name} has notice to end: its processes leave after the present step")
+        self._send_away(host)
+
+    def _send_away(self, host: Host) -> None:
+        """Its processes are to leave after the present step; those that have not joined end at once."""
         for rank in sorted(host.ranks):
             joined = rank in self._generations.members
             self._head.tell_agents("signal", signal=signal.SIGTERM if joined else signal.SIGKILL, rank=rank)
@@ -217,6 +235,7 @@ class Members:
             while (
                 host.connection
                 and not host.away
+                and not host.going
                 and host.vacant
                 and len(self._generations.hosts) < self._most
             ):

@@ -58,7 +58,8 @@ def mpijob(submission: Submission, options: KubernetesOptions) -> Manifest:
                 },
                 "Worker": {
                     "replicas": submission.nodes,
-                    "restartPolicy": "Never",
+                    # The operator makes a pod that is gone again; one whose sshd has failed begins again.
+                    "restartPolicy": "OnFailure" if submission.elastic else "Never",
                     "template": pod.pod(
                         worker_container(submission, options, volumes, "worker"),
                         options,
@@ -92,7 +93,7 @@ def worker_container(
         "command": sshd_command(f"{pod.home(options)}/.ssh"),
         # Ready, and with a host name that resolves, when sshd answers. Never asked again: it may be slow under load.
         "startupProbe": {"tcpSocket": {"port": SSH_PORT}, "periodSeconds": 2, "failureThreshold": 60},
-        "lifecycle": pod.ending_with_a_checkpoint(submission),
+        "lifecycle": pod.ending_well(submission),
         "resources": pod.computing_resources(submission, options),
         "volumeMounts": pod.computing_mounts(volumes),
     }

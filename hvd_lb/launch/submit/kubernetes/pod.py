@@ -21,6 +21,14 @@ busy() { [ "`cat /proc/$pid/task/*/children`" ]; }
 busy && printf 15 > "$stop"
 while busy; do sleep 1; done"""
 
+# Of an elastic run only the ranks of this pod end. (The pattern does not match the words of this script itself.)
+_PRE_STOP_ELASTIC = """pid=$1
+busy() { [ "`cat /proc/$pid/task/*/children`" ]; }
+for process in /proc/[0-9]*; do
+  grep -qs '[h]vd_lb.launch.agent.host' "$process/cmdline" && kill -TERM "${process#/proc/}"
+done
+while busy; do sleep 1; done"""
+
 Manifest = dict[str, Any]
 
 
@@ -93,12 +101,14 @@ def computing_resources(submission: Submission, options: KubernetesOptions) -> M
     return {key: value for key, value in (("requests", requests), ("limits", limits)) if value}
 
 
-def ending_with_a_checkpoint(submission: Submission) -> Manifest:
+def ending_well(submission: Submission) -> Manifest:
     """What a pod with ranks does when it is told to end, as its node is drained: first the run ends, with a checkpoint.
 
-    The ranks are below its first process, sshd or torchrun; where there are none, it ends at once. In hooks Kubernetes
-    replaces no $(NAME).
+    An elastic run goes on without this pod's ranks, which leave after the present step. The ranks are below its first
+    process, sshd or torchrun; where there are none, it ends at once. In hooks Kubernetes replaces no $(NAME).
     """
+    if submission.elastic:
+        return {"preStop": {"exec": {"command": ["sh", "-c", _PRE_STOP_ELASTIC, "sh", "1"]}}}
     stop = str(RunDirectory(submission.output).stop)
     return {"preStop": {"exec": {"command": ["sh", "-c", _PRE_STOP, "sh", stop, "1"]}}}
 

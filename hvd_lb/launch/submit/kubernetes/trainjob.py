@@ -33,6 +33,11 @@ def trainjob(submission: Submission, options: KubernetesOptions) -> list[Manifes
             "--k8s-root with --k8s-kind trainjob: Trainer mounts keys that a group may read, which root's ssh refuses; "
             "use --k8s-kind mpijob"
         )
+    if submission.elastic:
+        raise UserError(
+            "--elastic with --k8s-kind trainjob: what becomes of the other pods when one is lost is not known; use "
+            "--k8s-kind mpijob"
+        )
     volumes = checked_volumes(submission, options.volumes)
     output = output_place(submission, volumes)
     said = run_annotations(submission.name, output, launcher_command(submission))

@@ -31,6 +31,7 @@ from hvd_lb.launch.submit.kubernetes.mpijob import SSH_PORT, mpijob
 from hvd_lb.launch.submit.kubernetes.names import job_name
 from hvd_lb.launch.submit.kubernetes.options import KubernetesOptions, Toleration
 from hvd_lb.launch.submit.kubernetes.pod import Manifest
+from hvd_lb.launch.submit.kubernetes.trainjob import trainjob
 from hvd_lb.launch.submit.kubernetes.volumes import Volume, parse_volume
 from hvd_lb_cli.options.kubernetes import kubernetes_options
 
@@ -508,6 +509,18 @@ def test_a_pod_with_ranks_ends_them_with_a_checkpoint_first() -> None:
     assert "$(" not in hook[2]
     assert "$$" not in hook[2]
     assert pod(document, "Worker")["terminationGracePeriodSeconds"] == 300
+
+
+def test_the_pods_of_an_elastic_run_leave_it_and_are_made_again() -> None:
+    elastic = replace(SMALL, elastic=True)
+    document = mpijob(elastic, ON_VOLUME)
+    assert document["spec"]["mpiReplicaSpecs"]["Worker"]["restartPolicy"] == "OnFailure"
+    assert document["spec"]["mpiReplicaSpecs"]["Launcher"]["restartPolicy"] == "Never"
+    hook = container(document, "Worker")["lifecycle"]["preStop"]["exec"]["command"]
+    assert hook[3:] == ["sh", "1"]  # the run's own wish to stop is not touched
+    assert "$(" not in hook[2]
+    with pytest.raises(UserError, match="use --k8s-kind mpijob"):
+        trainjob(elastic, ON_VOLUME)
 
 
 def test_the_hook_asks_the_run_to_stop_and_waits_for_it(tmp_path: Path) -> None:
