@@ -6,6 +6,7 @@ Where a process dies is said exactly: by what it is about to do, in which step.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -179,6 +180,7 @@ def test_when_all_are_asked_to_leave_the_run_ends_with_a_checkpoint_and_goes_on(
 def test_when_the_only_host_has_notice_to_end_the_run_ends_with_a_checkpoint(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rank 1 is asked in a step of which rank 0 still waits: it stays for another one, and is the last."""
     run, here = tmp_path / "run", tmp_path / "go"
     process = begin(start, tmp_path, monkeypatch, 2, faults=[(0, "step", 5, str(here))])
     until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None)
@@ -189,7 +191,7 @@ def test_when_the_only_host_has_notice_to_end_the_run_ends_with_a_checkpoint(
     until(lambda: "has notice to end" in (run / "logs" / "launcher.log").read_text())
     here.touch()
     out, _ = finish(process, 128 + signal.SIGTERM)
-    assert "stopped after 6 steps, with a checkpoint" in out
+    assert re.search(r"stopped after [67] steps, with a checkpoint", out)
 
 
 @pytest.mark.long

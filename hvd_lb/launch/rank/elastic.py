@@ -113,7 +113,7 @@ def _train(
         snapshot = trainer.hand_over()
         carried = Carried(snapshot.step, snapshot, trainer.unfinished, trainer.repeats, trainer.told)
     member.part(carried, together=regrouped and not ended)
-    if regrouped and not ended and member.leaving:
+    if regrouped and not ended and present.leaves:
         say("leaving")
         return None
     return carried
@@ -158,6 +158,9 @@ class _Generation:
         hosts = begun["hosts"] if begun else job.hosts
         self.observer: RunObserver | SilentObserver = observer_of(
             job, world, hosts, dataset, checkpoint, told_from, self._plan.plan.workers
+        )
+        self.leaves = (
+            False  #: with this generation, as the others know; who is asked later goes on until they do
         )
         self._samples = samples_of(job, member.number, member.generation)
         self._since: float | None = None
@@ -228,12 +231,13 @@ class _Generation:
             self._samples.close()
 
     def wishes(self) -> tuple[bool, bool]:
-        return self._member.asked, self._member.leaving
+        self.leaves = self._member.leaving
+        return self._member.asked, self.leaves
 
     def found_wrong(self, ranks: Sequence[int]) -> None:
         """Who is wrong leaves; the others say so, as it may fail to."""
         if self._world.rank in ranks:
-            self._member.leaving = True
+            self.leaves = self._member.leaving = True
         else:
             say("wrong", members=[self._numbers[rank] for rank in ranks])
 
