@@ -93,6 +93,11 @@ def measure(
         f"{path.name}: {between.latency_us:,.1f} µs a step, {between.bandwidth_gbit_s:,.2f} Gbit/s, give or take "
         f"{100 * between.error:.0f} %, and {found.overhead_us:,.0f} µs for each allreduce ({fit_of(report)})"
     )
+    if report.device == "cpu":
+        click.echo(
+            f"{path.name}: beside computing an allreduce takes {found.exchange_slowdown:.2f} times as long, and "
+            f"computing beside an allreduce {found.compute_slowdown:.2f} times"
+        )
     if resolved is None:
         return 0
     if choose_device(device) != report.device:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -61,12 +61,10 @@ def time_beside_computing(world: World, measured: Sequence[tuple[int, float]]) -
         return (time.perf_counter() - began) / units
 
     def both() -> tuple[float, float]:
-        took: list[float] = []
-        thread = threading.Thread(target=lambda: took.append(exchange()))
-        thread.start()
-        unit = computed(lambda: not thread.is_alive())
-        thread.join()
-        return took[0], unit
+        with ThreadPoolExecutor(1) as pool:
+            exchanged = pool.submit(exchange)
+            unit = computed(exchanged.done)
+            return exchanged.result(), unit
 
     exchanges, units = [], []
     for _ in range(_ROUNDS):

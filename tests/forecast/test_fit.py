@@ -70,6 +70,7 @@ def test_this_machine_is_measured_and_its_profile_is_read(hvd_lb: Callable[..., 
     assert said.status == 0, said.err
     assert re.search(r"here\.yaml: [\d.,]+ µs a step, [\d.,]+ Gbit/s", said.out)
     profile = load_cluster(str(tmp_path / "here.yaml"))
+    assert f"computing beside an allreduce {profile.compute_slowdown:.2f} times" in said.out
     assert (profile.name, profile.gpus_per_host) == ("here", 1)
     assert profile.cycle_ms == 10  # of Horovod in a run on CPUs
     assert min(profile.exchange_slowdown, profile.compute_slowdown) >= 1
