@@ -104,7 +104,7 @@ def simulate_step(
             continue
         start = free
         if not busy or compute.backward - left < after:  # an idle engine; a busy one goes on at once
-            start = ended - (compute.backward - after) + wait
+            start = max(free, ended - (compute.backward - after) + wait)
             left = max(0.0, ended - start)
         both = min(seconds * exchange_slowdown, left * compute_slowdown)
         free = start + both + (seconds - both / exchange_slowdown)

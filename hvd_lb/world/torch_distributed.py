@@ -104,6 +104,24 @@ class TorchHandle:
         return self._tensor
 
 
+class _OnStream:
+    """A collective of NCCL that is done when its kernel is.
+
+    torch's own `is_completed` is true as well where NCCL has found that a peer is gone, while the kernel still waits.
+    """
+
+    def __init__(self, work: Work, stream: Any):
+        self._work = work
+        work.wait()  # this stream does, which has nothing but collectives
+        self._end = stream.record_event()
+
+    def is_completed(self) -> bool:
+        return bool(self._end.query())
+
+    def wait(self) -> None:
+        self._work.wait()
+
+
 class Nccl:
     """The processes as NCCL connects them, on a device of each, at the first collective."""
 
@@ -117,7 +135,7 @@ class Nccl:
                 os.environ.setdefault(name, value)
             options.config.blocking = 0  # else connecting to a peer that does not come could not be aborted
         self._group = ProcessGroupNCCL(store, rank, size, options)
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._device, self._stream, self._may_be_aborted = device, torch.cuda.Stream(device), may_be_aborted
 
     def starting(self, collective: Callable[[Any], Work]) -> Callable[[], Work]:
         """What starts it, from any thread, after the kernels that the present stream has been given so far."""
@@ -126,7 +144,9 @@ class Nccl:
         def start() -> Work:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 self._stream.wait_event(ready)
-                return collective(self._group)
+                work = collective(self._group)
+                started: Any = _OnStream(work, self._stream) if self._may_be_aborted else work
+                return started
 
         return start
 
@@ -172,7 +192,7 @@ class TorchWorld:
         if device and device.type == "cuda":
             try:
                 self.allreduce(torch.zeros(1, device=device), "hvd_lb.joined")
-            except ExchangeError:
+            except Exception:
                 self.cut()
                 self.abandon()
                 raise

@@ -46,7 +46,9 @@ _GRACE_SECONDS = 5.0  # for ranks that are asked to end
 _LAST_SECONDS = 3.0  # for agents to tell that they have
 _FILES_PER_HOST, _FILES = 6, 64
 _QUIET_SECONDS = 10.0  # of waiting for ranks before that is told, and between two tellings
-_GONE_PAUSE = 10.0  # seconds before a host that had notice to end is tried again
+_GONE_SECONDS = (
+    130.0  # before a host that had notice to end is tried again: it may answer for two minutes more
+)
 _PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds before a lost host is tried again, twice as long each time
 
 
@@ -127,9 +129,8 @@ class Head:
                 return
             pause = _PAUSE if host.settled else min(2 * pause, _LONGEST_PAUSE)
             host.settled = False
-            if host.going:  # it may answer for some moments more
-                pause = max(pause, _GONE_PAUSE)
-            await asyncio.sleep(random.uniform(0.5, 1.0) * pause)
+            seconds = random.uniform(0.5, 1.0) * pause
+            await asyncio.sleep(max(seconds, _GONE_SECONDS) if host.going else seconds)
             await host.wanted.wait()
             host.connected.clear()
             host.lost.clear()

@@ -131,7 +131,7 @@ class Members:
         elif status == 0 and member in self._leaving:
             why = " (computed wrongly)" if member in self._wrong else ""
             generations.leave(member, f"rank {member} on {host.name}{why}")
-            if host.going and (host.name, self._place[member]) not in self._barred:
+            if host.going and host.wanted.is_set() and (host.name, self._place[member]) not in self._barred:
                 host.vacant.append(self._place[member])
             self._fill()
         elif status == 0:
@@ -210,11 +210,12 @@ class Members:
         """It is not to have processes any more: see `_send_away`."""
         self._forget(host)
         self._head.note(f"{host.name} is to go: its processes leave after the present step")
-        self._send_away(host)
+        if not host.going:  # else they are asked already, and asked twice they would end at once
+            self._send_away(host)
 
     def go(self, host: Host) -> None:
         """It has notice to end, and may come back: then there are processes in the same places again."""
-        if host.going or self._head.failed:
+        if host.going or not host.wanted.is_set() or self._head.failed or self._generations.finished:
             return
         host.going = True
         self._generations.coming.add(host.name)
@@ -223,6 +224,8 @@ class Members:
 
     def _send_away(self, host: Host) -> None:
         """Its processes are to leave after the present step; those that have not joined end at once."""
+        if not host.ranks and host.connection:
+            host.connection.send("end")
         for rank in sorted(host.ranks):
             joined = rank in self._generations.members
             self._head.tell_agents("signal", signal=signal.SIGTERM if joined else signal.SIGKILL, rank=rank)

@@ -40,10 +40,10 @@ from hvd_lb.world.stages import Stage, Stages
 
 def take_part(job: Job, number: int, cores: int, stop_requested: StopRequests, stages: Stages) -> None:
     """Be member `number` until the end of the run, or until this process is asked to leave."""
+    member = Member(number, RunDirectory(job.output).job)  # who is asked to leave from here on
     checkpoint = open_checkpoint(job.checkpoint) if job.checkpoint else None
     begins_at = checkpoint.step if checkpoint else 0
     newcomer = MEMBER in os.environ
-    member = Member(number, RunDirectory(job.output).job)
     carried = member.inherited() or Carried(NO_STATE if newcomer else begins_at)
     device = device_of(job, member.local_rank)
     more = {
@@ -236,8 +236,9 @@ class _Generation:
 
     def found_wrong(self, ranks: Sequence[int]) -> None:
         """Who is wrong leaves; the others say so, as it may fail to."""
-        if self._world.rank in ranks:
-            self.leaves = self._member.leaving = True
+        self.leaves = self._world.rank in ranks  # what else was told in this step nobody has heard
+        if self.leaves:
+            self._member.leaving = True
         else:
             say("wrong", members=[self._numbers[rank] for rank in ranks])
 

@@ -91,8 +91,9 @@ class Member:
         """What this process carried when it was another one; None for one that has just been started."""
         if (found := os.environ.pop(CARRIED, None)) is None:
             return None
-        generation, step, descriptor = map(int, found.split())
-        self.generation = generation
+        self.generation, step, descriptor, leaving = map(int, found.split())
+        if leaving:
+            self._leave(signal.SIGTERM, None)
         with os.fdopen(descriptor, "rb") as file:
             file.seek(0)
             return Carried.from_bytes(file.read(), step)
@@ -141,7 +142,7 @@ class Member:
         stuck.cancel()
 
     def _become_another(self, carried: Carried) -> None:
-        become_another(self._place, self.generation, self._job_file, carried)
+        become_another(self._place, self.generation, self._job_file, carried, self.leaving)
 
     def _heard(self, message: dict[str, Any]) -> None:
         """In a thread of its own."""
@@ -188,7 +189,7 @@ class Member:
                 self._again = None
 
 
-def become_another(place: str, generation: int, job_file: Path, carried: Carried) -> None:
+def become_another(place: str, generation: int, job_file: Path, carried: Carried, leaving: bool) -> None:
     """Replace the program of this process by its beginning; from any thread, and without Python's own end."""
     descriptor = os.memfd_create("hvd-lb state", 0)
     with os.fdopen(os.dup(descriptor), "wb") as file:
@@ -205,7 +206,7 @@ def become_another(place: str, generation: int, job_file: Path, carried: Carried
     environment = {
         **os.environ,
         **hand_on_line(),
-        CARRIED: f"{generation} {carried.step} {descriptor}",
+        CARRIED: f"{generation} {carried.step} {descriptor} {leaving:d}",
         MEMBER: place,
     }
     os.execve(sys.executable, rank_command(job_file), environment)
