@@ -55,7 +55,9 @@ def on_a_terminal(words: list[str], prepare: Callable[[], None]) -> tuple[subpro
 
 def test_a_closed_terminal_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process, terminal = on_a_terminal(a_run(run, processes=2), lambda: None)
+    process, terminal = on_a_terminal(
+        a_run(run, processes=2), lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL) and None
+    )
     until(lambda: trained_steps(run) > 3)
     os.close(terminal)
     assert process.wait(60) == 128 + signal.SIGHUP
