@@ -302,8 +302,8 @@ def test_who_waits_for_a_lost_one_within_nccl_is_freed(
         (("--processes", 2, "--min-processes", 2), "--min-processes is for runs that go on"),
         (("--processes", 2, "--elastic", "--min-processes", 3), "--min-processes 3 of 2 processes"),
         (
-            ("--launcher", "kubernetes", "--elastic"),
-            "--elastic is not possible yet for a run that is started on Kubernetes",
+            ("--launcher", "kubernetes", "--k8s-kind", "trainjob", "--elastic", "--device", "cpu"),
+            "--elastic with --k8s-kind trainjob",
         ),
         (
             ("--launcher", "slurm", "--container-image", "i", "--elastic"),
