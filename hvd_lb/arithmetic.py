@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.amp import custom_bwd, custom_fwd
 
 from hvd_lb.exact.reproducible import deterministic_kernels, fast_kernels
 from hvd_lb.recipe import Recipe
@@ -33,3 +36,56 @@ def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Non
     if recipe.precision not in _AUTOCAST:
         return nullcontext()
     return torch.autocast(device.type, dtype=_AUTOCAST[recipe.precision])
+
+
+def widen_depthwise(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+    """With bf16 on CPUs, lets depthwise convolutions have their backward in fp32; forward stays as it is.
+
+    oneDNN computes it in bf16 for strides and for windows larger than 3 × 3 by kernels that are 4 to 140 times slower
+    (docs/performance.md). The operands are the same numbers, and the gradients are rounded to bf16 at the end as there.
+    """
+    if recipe.precision != "bf16" or device.type != "cpu":
+        return
+    for module in model.modules():
+        if type(module) is nn.Conv2d and _is_slow(module):
+            module.__class__ = _Depthwise
+
+
+def _is_slow(layer: nn.Conv2d) -> bool:
+    depthwise = layer.groups == layer.in_channels == layer.out_channels > 1
+    plain = layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
+    return (
+        depthwise
+        and plain
+        and (max(layer.stride) > 1 or max(layer.kernel_size) > 3 or max(layer.dilation) > 1)
+    )
+
+
+class _Depthwise(nn.Conv2d):
+    """A depthwise convolution whose backward is computed in fp32."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return _WideBackward.apply(input, weight, bias, geometry)
+
+
+class _WideBackward(torch.autograd.Function):
+    @staticmethod
+    @custom_fwd(device_type="cpu")
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> Tensor:
+        y = nn.functional.conv2d(x, weight, bias, *geometry)
+        # As autocast has them.
+        ctx.save_for_backward(x.to(y.dtype), weight.to(y.dtype))
+        ctx.geometry, ctx.bias = geometry, bias is not None
+        return y
+
+    @staticmethod
+    @custom_bwd(device_type="cpu")
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        gradients = torch.ops.aten.convolution_backward(
+            grad.float(), x.float(), weight.float(), [groups], stride, padding, dilation, False, [0, 0], groups,
+            ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        return *(g if g is None else g.to(grad.dtype) for g in gradients), None

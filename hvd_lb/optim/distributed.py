@@ -29,6 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import GROWTH_BITS, FixedPointOverflow
+from hvd_lb.machine.process import keep_memory
 from hvd_lb.optim.buckets import (
     DTYPES,
     Arriving,
@@ -183,6 +184,8 @@ class DistributedOptimizer(Optimizer):
         if self._compress:  # an engine that does not add such numbers says so now
             self.world.allreduce(torch.zeros(1, dtype=self._compress.dtype), f"{self._name}.compress")
         self._adopt()
+        if not any(p.is_cuda for p in self._known):
+            keep_memory()
         if self.world.size > 1:
             further = {name: p for p, name in self._names.items() if p not in self._known}
             broadcast_tensors(self.world, {**further, **self._buffers}, f"{self._name}.model")

@@ -249,6 +249,7 @@ class Trainer:
             freeze_backbone(self.model)
         self.model.to(memory_format=self.memory_format)
         allow_single_values(self.model)
+        arithmetic.widen_depthwise(self.model, recipe, device)
         self.forward = torch.compile(self.model) if recipe.compile else self.model
         self.class_weights = self._class_weights()
         self.loss = sum_loss(recipe.label_smoothing, self.class_weights)

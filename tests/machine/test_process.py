@@ -1,6 +1,7 @@
 """A process is told from others by its machine, its number and its start."""
 
 import os
+import platform
 import subprocess
 import sys
 from typing import Any
@@ -44,3 +45,31 @@ def test_the_most_memory_is_that_of_this_program_alone() -> None:
     before, after = map(int, subprocess.check_output([sys.executable, "-c", asked]).split())
     assert before < len(held) // 2
     assert 90_000_000 < after - before < 110_000_000
+
+
+_FAULTS = """
+import resource, torch
+from hvd_lb.machine.process import keep_memory
+keep_memory()
+step = lambda: torch.zeros(16, 2**20).add_(1).sum()  # 64 MB, more than malloc's largest threshold
+for _ in range(4):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def _page_faults(**settings: str) -> int:
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    program = [sys.executable, "-c", _FAULTS]
+    return int(subprocess.run(program, env=bare | settings, capture_output=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_memory_of_one_step_serves_the_next() -> None:
+    assert _page_faults() < 1000
+    assert (
+        _page_faults(MALLOC_MMAP_THRESHOLD_="1000000") > 8 * 64 * 2**20 / 4096 / 2
+    )  # the user's word counts
