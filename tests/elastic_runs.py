@@ -39,7 +39,7 @@ RESCALED = (
 # "lie" in a step: in it and all further ones of its generation in which it is audited, or audits, one bit of the
 # classifier's gradient is wrong.
 SITE = """
-    import importlib, json, os, signal, socket, sys, threading, time, types
+    import importlib.util, json, os, signal, socket, sys, threading, time, types
 
     NUMBER = int((os.environ.get("HVD_LB_MEMBER") or os.environ.get("HOROVOD_RANK") or "-1").split()[0])
     FAULTS = [fault for fault in json.loads(os.environ.get("FAULTS", "[]")) if fault[0] == NUMBER]
@@ -78,9 +78,17 @@ SITE = """
             return
         os.kill(os.getpid(), getattr(signal, how))
 
+    class Finder:
+        @classmethod
+        def find_spec(cls, name, *_):
+            if name == "hvd_lb.launch.rank.train":
+                sys.meta_path.remove(cls)
+                spec = importlib.util.find_spec(name)
+                load = spec.loader.exec_module
+                spec.loader.exec_module = lambda module: (load(module), prepare())
+                return spec
+
     def prepare():
-        while not hasattr(sys.modules.get("hvd_lb.launch.rank.train"), "main"):
-            time.sleep(0.002)
         for _, place, when, how in FAULTS:
             module, holder, name = PLACES[place]
             owner = sys.modules["hvd_lb." + module]
@@ -151,7 +159,7 @@ SITE = """
         world.Nccl, world.TorchWorld._nccl_for = Pretended, instead
 
     if (FAULTS or "PRETENDED_NCCL" in os.environ) and any("rank.entry" in word for word in sys.orig_argv):
-        threading.Thread(target=prepare, daemon=True).start()
+        sys.meta_path.insert(0, Finder)
 """
 Fault = tuple[int, str, int, str]
 

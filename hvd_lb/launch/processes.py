@@ -102,6 +102,7 @@ class RankProcesses:
     def ask_to_stop(self, number: int) -> None:
         """Ask for a checkpoint after the present step and an end; `number` is the signal that caused it."""
         replace_text(self._run.stop, str(number))
+        self._say(ends=number)  # of an elastic job there may be nobody who looks for that file
 
     def stopped(self) -> dict[str, Any] | None:
         """When the job has ended so, the signal that caused it and the steps that were done."""

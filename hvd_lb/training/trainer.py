@@ -209,7 +209,7 @@ class Trainer:
         self.recipe, self.dataset, self.world, self.device = recipe, dataset, world, device
         self.threads, self.observer, self.store = threads, observer, store
         self.stop_requested = stop_requested
-        self.stopped_by = 0
+        self.stopped_by = 0  #: a signal's number; set before `fit`, that takes no step and a checkpoint
         # On GPUs, what is said in a step is heard in the next one: sooner, and the host would wait for the exchange. In
         # an elastic job it does so anyway, and who hands over the state shall have heard all.
         self.said: deque[_Said] = deque()
@@ -407,7 +407,9 @@ class Trainer:
                 self._save()  # to go back to, and to note the evaluation in
             if self.unfinished:
                 with self.kernels():
-                    self._finish_step(None)
+                    self._finish_step(None, save_now=bool(self.stopped_by))
+            elif self.stopped_by:
+                self._save()
             elif self.state.evaluation_due:
                 with self.kernels():
                     self._evaluate(saved=True)

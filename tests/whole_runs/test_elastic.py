@@ -76,6 +76,13 @@ def begin(
     return start(*RECIPE, "--processes", processes, "--elastic", *options, "--output", folder / "run")
 
 
+def agent_of(run: Path) -> int:
+    (agent,) = (
+        pid for pid in processes_of(run) if b"launch.agent.host" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    return agent
+
+
 @horovod_and_torch
 @pytest.mark.parametrize(
     ("processes", "faults", "left"),
@@ -168,7 +175,7 @@ def test_who_is_asked_to_leaves_after_the_step(
 def test_when_all_are_asked_to_leave_the_run_ends_with_a_checkpoint_and_goes_on(
     start: Start, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    faults = [(0, "step", 5, "SIGTERM"), (1, "step", 5, "SIGTERM")]
+    faults: list[Fault] = [(0, "step", 5, "SIGTERM"), (1, "step", 5, "SIGTERM")]
     out, _ = finish(begin(start, tmp_path, monkeypatch, 2, faults=faults), 128 + signal.SIGTERM)
     assert "stopped after 6 steps, with a checkpoint" in out
     monkeypatch.setenv("FAULTS", "[]")
@@ -184,14 +191,74 @@ def test_when_the_only_host_has_notice_to_end_the_run_ends_with_a_checkpoint(
     run, here = tmp_path / "run", tmp_path / "go"
     process = begin(start, tmp_path, monkeypatch, 2, faults=[(0, "step", 5, str(here))])
     until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None)
-    (agent,) = (
-        pid for pid in processes_of(run) if b"launch.agent.host" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )
-    os.kill(agent, signal.SIGTERM)
+    os.kill(agent_of(run), signal.SIGTERM)
     until(lambda: "has notice to end" in (run / "logs" / "launcher.log").read_text())
     here.touch()
     out, _ = finish(process, 128 + signal.SIGTERM)
     assert re.search(r"stopped after [67] steps, with a checkpoint", out)
+
+
+@pytest.mark.long
+@horovod_and_torch
+def test_who_is_asked_to_leave_while_too_few_are_there_leaves_at_once(
+    disturbed: Callable[..., tuple[Path, str]], undisturbed: Path, tmp_path: Path, engine: str
+) -> None:
+    """The others wait on, and go on when they are enough."""
+    here = tmp_path / "go"
+    faults: list[Fault] = [
+        *((number, "step", 5, "SIGKILL") for number in (2, 3)),
+        *((number, "data", 1, str(here)) for number in (4, 5)),
+    ]
+
+    def meanwhile(run: Path) -> None:
+        log = run / "logs" / "launcher.log"
+        until(lambda: log.exists() and "2 of 4 processes are left" in log.read_text())
+        leaver = ranks_of(run)[1]
+        os.kill(leaver, signal.SIGTERM)
+        until(lambda: 1 not in ranks_of(run), 30)
+        here.touch()
+
+    options = ("--engine", engine, "--min-processes", 3)
+    run, out = disturbed(4, *options, faults=faults, meanwhile=meanwhile)
+    assert_the_same(undisturbed, run)
+    (change,) = [change for change in events(run) if change["lost"]]
+    assert (change["left"], change["joined"]) == (["rank 1 on localhost"], 2)
+    assert "asked to leave: rank 1 on localhost" in out
+
+
+@pytest.mark.long
+@horovod_and_torch
+@pytest.mark.parametrize("how", ["host", "rank", "ctrl-c"])
+@pytest.mark.parametrize("at", [("step", 5), ("sums", 4)])
+def test_a_run_that_waits_for_others_ends_with_a_checkpoint(
+    start: Start,
+    tmp_path: Path,
+    undisturbed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    how: str,
+    at: tuple[str, int],
+) -> None:
+    """No further step is taken, also where something of the last one is still to be done."""
+    if at[0] == "sums" and (engine, how) != ("torch", "host"):
+        pytest.skip("as with the others")
+    run = tmp_path / "run"
+    faults: list[Fault] = [(1, *at, "SIGKILL"), (2, "data", 1, str(tmp_path / "never"))]
+    options = ("--engine", engine, "--min-processes", 2)
+    process = begin(start, tmp_path, monkeypatch, 2, *options, faults=faults)
+    until(lambda: (tmp_path / "never.there").exists() or process.poll() is not None)
+    log = run / "logs" / "launcher.log"
+    until(lambda: "waiting for those that are starting" in log.read_text() or process.poll() is not None)
+    if how == "ctrl-c":
+        process.send_signal(signal.SIGINT)
+    else:
+        os.kill(agent_of(run) if how == "host" else ranks_of(run)[0], signal.SIGTERM)
+    out, _ = finish(process, 128 + (signal.SIGINT if how == "ctrl-c" else signal.SIGTERM))
+    assert "stopped after 5 steps, with a checkpoint" in out
+    assert not processes_of(run)
+    monkeypatch.setenv("FAULTS", "[]")
+    finish(start(*RECIPE, "--processes", 2, "--output", run))
+    assert_the_same(undisturbed, run)
 
 
 @pytest.mark.long

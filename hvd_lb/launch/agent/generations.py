@@ -8,6 +8,7 @@ whom all take the state. Members that are not in a generation yet are *newcomers
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -39,6 +40,13 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class Dismiss:
+    """These members have notice and leave now, as no step is under way; others have the state."""
+
+    members: list[int]
+
+
+@dataclass(frozen=True)
 class Begin:
     """The next generation: its members by host in the order of their ranks, and what has changed."""
 
@@ -48,6 +56,7 @@ class Begin:
     lost: list[str]  #: whom, and how
     left: list[str]  #: who went as it was asked to
     joined: int
+    ends: int = 0  #: by which signal the run ends there, with a checkpoint and before a step; 0: it goes on
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class GiveUp:
     why: str
 
 
-Order = Over | Ask | Wait | Begin | GiveUp
+Order = Over | Ask | Wait | Dismiss | Begin | GiveUp
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,8 @@ class Generations:
         self._told = 0, 0
         self._began_at, self._in_vain = NO_STATE, 0
         self._goes_on = True  # its rank 0 has written down that it does
+        self._noticed: set[int] = set()
+        self._stopped_by = 0
         self.finished = False  #: a member has come to the end of the run
 
     def start(self, member: int, host: str) -> None:
@@ -118,10 +129,19 @@ class Generations:
         if how:
             self._lost.append(how)
 
+    def notice(self, member: int) -> None:
+        """It has been asked to leave, and does so after the present step, or at once where there is none."""
+        self._noticed.add(member)
+
+    def stop(self, number: int) -> None:
+        """The run has been asked to end by this signal: who takes steps has heard of it, and others begin none."""
+        self._stopped_by = number
+
     def leave(self, member: int, who: str) -> None:
         """Its process has ended as it was asked to; the others have heard of that from itself."""
-        self._end(member)
-        self._left.append(who)
+        if member in self.hosts:  # else it was dismissed
+            self._end(member)
+            self._left.append(who)
 
     def finish(self, member: int) -> None:
         """Its process has ended at the end of the run."""
@@ -171,8 +191,19 @@ class Generations:
             return None
         if all(self._places[member].step == NO_STATE for member in self.members):
             return self._give_up("all processes that had the state of the run were lost")
+        if self.finished:
+            return self._begin([])
+        leaving = [member for member in self.members if member in self._noticed]
+        if leaving and any(self._places[member].step != NO_STATE for member in {*self.members} - {*leaving}):
+            for member in leaving:
+                self.leave(member, f"rank {member} on {self.hosts[member]}")
+            return Dismiss(leaving)
         there = len(self.members) + len(arrived)
-        if there < self.least and not self.finished:
+        # Who leaves has the state, and nobody else: in a step others take it, if they may take one.
+        lost = bool(leaving) and (there < self.least or there == len(leaving))
+        if ends := self._stopped_by or lost * signal.SIGTERM:
+            return self._begin([], ends)
+        if there < self.least:
             few = f"{there} of {self._before} processes are left, fewer than --min-processes {self.least}"
             if len(arrived) == len(self.newcomers) and not self.coming:
                 return self._give_up(few)
@@ -180,9 +211,9 @@ class Generations:
                 return None
             self._told_to_wait = True
             return Wait(f"{few}: waiting for those that are starting")
-        return self._begin([] if self.finished else arrived)
+        return self._begin(arrived)
 
-    def _begin(self, arrived: list[int]) -> Order:
+    def _begin(self, arrived: list[int], ends: int = 0) -> Order:
         # Of those that are furthest who has most to do: what is done twice is written once.
         first = max(
             self.members,
@@ -199,7 +230,7 @@ class Generations:
             last = f" (lost at last: {self._lost[-1]})" if self._lost else ""
             return self._give_up(f"step {step} could not be taken by {_MOST_IN_VAIN} sets of processes{last}")
         hosts = in_ranks(first, [*self.members, *arrived], self.hosts)
-        begin = Begin(self.number + 1, hosts, self._before, [*self._lost], [*self._left], len(arrived))
+        begin = Begin(self.number + 1, hosts, self._before, [*self._lost], [*self._left], len(arrived), ends)
         self._told = len(self._lost), len(self._left)
         self.number += 1
         self.members = [member for _, there in hosts for member in there]

@@ -6,9 +6,10 @@ well. `each` starts agents one by one, with COMMAND (ssh …) in front where the
 COMMAND (srun …) in front for every host; `all` runs COMMAND (srun …) once, which starts one agent on every host.
 
 The launching process, if there is one, holds the other end of a socket (`CONTROL`): lines of JSON, downwards
-{"signal": 10, "rank": 3 or null} and {"stop": true}, of an elastic job also {"again": true}, {"come": "h4", "slots": 2,
-"interface": "eth0"} and {"gone": "h2"}; upwards {"note": "for a person"} and {"members": {"3": "h1"}}. When it is gone,
-the job is ended. Then signals to this process are ignored: the launching process decides what becomes of them.
+{"signal": 10, "rank": 3 or null} and {"stop": true}, of an elastic job also {"ends": 15}, {"again": true},
+{"come": "h4", "slots": 2, "interface": "eth0"} and {"gone": "h2"}; upwards {"note": "for a person"} and
+{"members": {"3": "h1"}}. When it is gone, the job is ended. Then signals to this process are ignored: the launching
+process decides what becomes of them.
 
 In an elastic job a lost rank or host ends none of the others: they make the next generation (`generations`), and where
 a rank was lost on a host that is there another is started, which joins. A lost host is tried again, ever more seldom,
@@ -358,6 +359,9 @@ class Head:
                 message = json.loads(line)
                 if "stop" in message:
                     self.stop()
+                elif "ends" in message:
+                    if self._members:
+                        self._members.end_run(message["ends"])
                 elif "again" in message:
                     if self._members:
                         self._members.end_generation()

@@ -146,7 +146,7 @@ class Agent:
                     self.rendezvous.end(message["generation"])
                     for member in message["members"]:
                         self.ranks.say(member, message)
-                case "ask":
+                case "ask" | "dismiss":
                     self.ranks.say(message["member"], message)
                 case "begin":
                     self._begin_generation(message)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hvd_lb.launch.agent.connection import Connection, Patience
-from hvd_lb.launch.agent.generations import Ask, Begin, Generations, GiveUp, Over, Wait
+from hvd_lb.launch.agent.generations import Ask, Begin, Dismiss, Generations, GiveUp, Over, Wait
 from hvd_lb.launch.agent.places import numbered, ranks_by_host
 from hvd_lb.launch.agent.record import Record
 from hvd_lb.launch.options import HANG_TIMEOUT, START_TIMEOUT
@@ -93,6 +93,9 @@ class Members:
         """What a member says of itself."""
         if kind == "leaving":
             self._leaving.add(member)
+        elif kind == "notice":
+            self._generations.notice(member)
+            self._go_on()
         elif kind == "begun":
             self._generations.begun(values["generation"])
         elif kind == "wrong":
@@ -112,6 +115,11 @@ class Members:
             self._head.note(
                 f"rank {member} on {host} computed wrongly and is taken out; its place there stays empty in this job"
             )
+
+    def end_run(self, number: int) -> None:
+        """It has been asked to end by this signal. Who takes steps hears it from a file; who waits hears it by this."""
+        self._generations.stop(number)
+        self._go_on()
 
     def end_generation(self) -> None:
         """Its members wait for each other in vain: they give up the present step, and connect anew."""
@@ -292,6 +300,9 @@ class Members:
                 case Wait(why):
                     self._waits_until = time.monotonic() + self._timeout
                     head.note(why)
+                case Dismiss(leaving):
+                    for member in leaving:
+                        head.tell_agents("dismiss", member=member)
                 case Begin():
                     self._begin(order)
                 case GiveUp(why):
@@ -313,7 +324,9 @@ class Members:
             "joined": begin.joined,
             "seconds": time.monotonic() - self._since,
         }
-        head.tell_agents("begin", generation=begin.generation, hosts=begin.hosts, change=change)
+        head.tell_agents(
+            "begin", generation=begin.generation, hosts=begin.hosts, ends=begin.ends, change=change
+        )
         print(
             f"generation {begin.generation}: {begin.hosts}; lost: {begin.lost}, left: {begin.left}",
             flush=True,

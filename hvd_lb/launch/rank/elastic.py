@@ -52,13 +52,12 @@ def take_part(job: Job, number: int, cores: int, stop_requested: StopRequests, s
     }
     recipe = job.recipe
     dataset = shared(data_of(job), recipe.cache, recipe.loader, job.device, int(os.environ.get(PIXELS, -1)))
-    begun = member.next(carried) if newcomer else None
-    while found := _train(job, member, begun, carried, dataset, begins_at, more):
-        carried = found
+    found = carried if newcomer else _train(job, member, None, carried, dataset, begins_at, more)
+    while found and (begun := member.next(found)):
         if device.type == "cuda":  # the last trainer is garbage, and the next one needs its room
             gc.collect()
             torch.cuda.empty_cache()
-        begun = member.next(carried)
+        found = _train(job, member, begun, found, dataset, begins_at, more)
 
 
 def _train(
@@ -94,6 +93,7 @@ def _train(
             if world.rank == 0:
                 stack.enter_context(more["stop_requested"].watched())
             trainer = present.trainer(**more)
+            trainer.stopped_by = present.ends
             trainer.fit()
             regrouped = trainer.regrouping
             ended = bool(trainer.stopped_by) or trainer.step == trainer.end
@@ -145,9 +145,10 @@ class _Generation:
         self._job, self._member, self._world = job, member, world
         self._carried, self._dataset = carried, dataset
         snapshot = carried.snapshot
+        self.ends: int = begun["ends"] if begun else 0  #: the signal by which the run ends before a step
         scales = _scales(carried, checkpoint)
         self._plan = plan = _run_plan(job, dataset, scales)
-        if job.per_process:
+        if job.per_process and not self.ends:
             scales = plan.rescaled(carried.step, job.per_process * world.size)
             self._plan = _run_plan(job, dataset, scales)
             # An epoch of which less than a step is left now has ended by that.

@@ -103,10 +103,16 @@ class Member:
         """Whether its generation has to be left."""
         return self._over >= self.generation
 
-    def next(self, carried: Carried) -> dict[str, Any]:
-        """Say how far this process is, and wait for the next generation; what the head says of it."""
+    def next(self, carried: Carried) -> dict[str, Any] | None:
+        """Say how far this process is, and wait for the next generation; what the head says of it.
+
+        None where this process has been asked to leave, and is to do so now.
+        """
         say("awaits", generation=self.generation, step=carried.step, unfinished=carried.unfinished)
         begun = self._begun.get()
+        if begun["kind"] == "dismiss":
+            say("leaving")
+            return None
         with self._changes:
             self.generation, self.asked = begun["generation"], False
         os.environ.update(begun["environment"])
@@ -157,7 +163,7 @@ class Member:
                     worlds.cut()
             case "ask":
                 self.asked = True
-            case "begin":
+            case "begin" | "dismiss":
                 self._begun.put(message)
 
     def _leave(self, number: int, _: Any) -> None:
@@ -166,6 +172,7 @@ class Member:
             os._exit(128 + number)
         if not self.leaving:
             self.leaving, self._asked_at = True, time.monotonic()
+            say("notice")  # there may be no step after which it could leave
 
     @contextmanager
     def _becoming_another(self, carried: Carried) -> Iterator[None]:

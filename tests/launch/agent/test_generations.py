@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import signal
 
 from hvd_lb.launch.agent.generations import (
     NO_STATE,
     Ask,
     Begin,
+    Dismiss,
     Generations,
     GiveUp,
     Order,
@@ -138,6 +140,59 @@ def test_who_leaves_is_no_loss() -> None:
     assert orders(job) == [Begin(1, [("h", [0])], before=2, lost=[], left=["rank 1"], joined=0)]
 
 
+def test_between_generations_who_has_notice_leaves_at_once() -> None:
+    job = made(4, least=4)
+    job.notice(1)  # it would leave after the present step, but that is given up
+    job.lose(3, "a")
+    for member in (0, 1, 2):
+        job.ready(member, 0, 9, unfinished=False)
+    job.start(4, "h")
+    over, dismiss, wait = orders(job)
+    assert (over, dismiss) == (Over(0), Dismiss([1]))
+    assert isinstance(wait, Wait)
+    assert "2 of 4 processes are left" in wait.why
+    job.leave(1, "it has ended")
+    job.notice(2)
+    assert orders(job) == [Dismiss([2])]
+    job.least = 2
+    job.ready(4, NO_STATE, NO_STATE, unfinished=False)
+    left = ["rank 1 on h", "rank 2 on h"]
+    assert orders(job) == [Begin(1, [("h", [0, 4])], before=4, lost=["a"], left=left, joined=1)]
+
+
+def test_the_last_with_the_state_leaves_by_ending_the_run_or_gives_it_to_others() -> None:
+    for newcomers, ends in ((0, signal.SIGTERM), (1, signal.SIGTERM), (2, 0)):
+        job = made(2, least=3)
+        job.lose(1, "a")
+        job.start(2, "h")
+        job.start(3, "h")
+        job.ready(0, 0, 9, unfinished=False)
+        assert [type(order) for order in orders(job)] == [Over, Wait]
+        for newcomer in range(2, 2 + newcomers):
+            job.ready(newcomer, NO_STATE, NO_STATE, unfinished=False)
+        if not ends:
+            assert [type(order) for order in orders(job)] == [Begin]
+            continue
+        job.notice(0)
+        assert orders(job) == [Begin(1, [("h", [0])], before=2, lost=["a"], left=[], joined=0, ends=ends)]
+
+
+def test_a_stop_ends_a_run_that_waits() -> None:
+    job = made(3, least=3)
+    job.lose(2, "a")
+    job.start(3, "h")
+    for member in (0, 1):
+        job.ready(member, 0, 9, unfinished=False)
+    assert [type(order) for order in orders(job)] == [Over, Wait]
+    job.stop(signal.SIGINT)
+    (begin,) = orders(job)
+    assert isinstance(begin, Begin)
+    assert (begin.hosts, begin.ends) == ([("h", [0, 1])], signal.SIGINT)
+    job.finish(0)
+    job.finish(1)
+    assert orders(job) == []
+
+
 def test_at_the_end_of_the_run_nobody_is_waited_for() -> None:
     job = made(3)
     job.finish(0)
@@ -188,6 +243,12 @@ def test_whatever_happens_the_members_of_a_generation_live_and_have_the_newest_s
                     assert steps[members[0]] == most
                     for member in members:
                         steps[member], generation[member] = most, order.generation
+                elif isinstance(order, Dismiss):
+                    for member in order.members:
+                        del steps[member]
+                    # Who is furthest may be gone, and then a step is taken again.
+                    most = max(steps.values(), default=NO_STATE)
+                    assert most != NO_STATE
                 elif isinstance(order, GiveUp):
                     assert all(steps.get(member, NO_STATE) == NO_STATE for member in job.members) or (
                         job._in_vain >= 8
@@ -204,7 +265,9 @@ def test_whatever_happens_the_members_of_a_generation_live_and_have_the_newest_s
                     steps[started] = NO_STATE
                     job.start(started, "h")
                     started += 1
-            elif event < 0.4 and (new := [member for member in job.newcomers if member not in job._places]):
+            elif event < 0.3 and job.members:
+                job.notice(draw.choice(job.members))
+            elif event < 0.45 and (new := [member for member in job.newcomers if member not in job._places]):
                 job.ready(new[0], NO_STATE, NO_STATE, unfinished=False)
             elif told_over == job.number:
                 if waited := [member for member in job.members if member not in job._places]:

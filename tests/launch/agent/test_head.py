@@ -309,9 +309,13 @@ def ready(): tell("awaits", generation=generation, step=step, unfinished=False)
 tell("arrived")
 tell("stage", hangs=False)
 if place: ready()
+signal.signal(signal.SIGTERM, lambda *_: tell("notice"))
 while message := line.recv(1 << 17):
     said = json.loads(message)
     if said["kind"] in ("over", "ask"): ready()
+    if said["kind"] == "dismiss":
+        tell("leaving")
+        break
     if said["kind"] == "begin":
         generation, step = said["generation"], step + 1
         print(generation, [n for _, n in said["hosts"]], said["change"]["lost"], flush=True)
@@ -323,17 +327,22 @@ def generations(run: Run) -> list[int]:
     return [entry["processes"] for entry in run.endings if "generation" in entry]
 
 
+def agents(run: Run, host: str) -> list[int]:
+    """Those of that host."""
+    return [
+        pid
+        for pid in run.pids("launch.agent.host")
+        if Path(f"/proc/{pid}/cmdline").read_text().split("\0")[-2] == host
+    ]
+
+
 @pytest.mark.parametrize("stands_still", [False, True])
 def test_an_agent_of_an_elastic_job_is_lost_and_its_host_gets_another(
     start: Callable[..., Run], stands_still: bool
 ) -> None:
     run = start(MEMBER, elastic=3, HVD_LB_HANG_TIMEOUT="4")
     until(lambda: len(run.ranks) == 3 and all("arrived" in rank for rank in run.ranks.values()), 60)
-    (agent,) = [
-        pid
-        for pid in run.pids("launch.agent.host")
-        if Path(f"/proc/{pid}/cmdline").read_text().split("\0")[-2] == "127.0.0.1"
-    ]
+    (agent,) = agents(run, "127.0.0.1")
     os.kill(agent, signal.SIGSTOP if stands_still else signal.SIGKILL)
     until(lambda: generations(run) == [3], 60)
     (lost,) = [entry for entry in run.endings if "lost" in entry]
@@ -343,6 +352,28 @@ def test_an_agent_of_an_elastic_job_is_lost_and_its_host_gets_another(
     until(lambda: run.log(3), 30)
     assert run.log(3) == f"1 [1, 2] ['ranks 0, 1 on 127.0.0.1 ({how})']\n"
     assert len(run.pids("launch.rank.entry")) == 3  # those of the agent that stands still were killed with it
+    assert run.process.poll() is None
+
+
+def test_a_host_with_notice_is_left_also_while_too_few_are_there(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    waits = f"if place and number == 3:\n    while not os.path.exists({str(gate)!r}): time.sleep(0.05)\n"
+    script = MEMBER.replace('tell("arrived")', f'import time\n{waits}tell("arrived")')
+    run = start(script, elastic=3)
+    until(lambda: len(run.ranks) == 3 and all("arrived" in rank for rank in run.ranks.values()), 60)
+    os.kill(run.ranks["0"]["pid"], signal.SIGKILL)
+    log = run.folder / "launcher.log"
+    until(lambda: "fewer than --min-processes 3: waiting" in log.read_text(), 60)
+    (agent,) = agents(run, "127.0.0.2")
+    os.kill(agent, signal.SIGTERM)
+    until(lambda: "127.0.0.2 is lost (it had notice to end)" in log.read_text(), 60)
+    assert [(entry["rank"], entry["status"]) for entry in run.endings if "rank" in entry] == [(0, -9), (2, 0)]
+    assert not agents(run, "127.0.0.2")
+    gate.touch()
+    until(lambda: "rank 3 on 127.0.0.1 is ready to join" in log.read_text(), 60)
+    assert generations(run) == []
     assert run.process.poll() is None
 
 
