@@ -51,6 +51,11 @@ def _machine() -> str:
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
+def this_life() -> str:
+    """One boot of this machine, or one start of this container: whoever comes back under its name has another."""
+    return f"{_machine()} {started(1)}"
+
+
 def peak_memory() -> int:
     """The most memory that this process has held at once, in bytes (resident set).
 

@@ -171,7 +171,10 @@ def test_a_host_is_lost_and_comes_back(
 def test_a_host_with_notice_to_end_leaves_after_the_step_and_comes_back(
     hosts: list[Host], tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
-    """As a pod on a node that is drained: its own hook, then its end, then another one under its name."""
+    """As a pod on a node that is drained: its own hook, then its end, then another one under its name.
+
+    While it still answers it gets no ranks.
+    """
     run, here = tmp_path / "run", tmp_path / "go"
     faults: list[Fault] = [(0, "step", 5, str(here))]
     *hook, _ = ending_well(elastic_submission(run))["preStop"]["exec"]["command"]
@@ -182,6 +185,8 @@ def test_a_host_with_notice_to_end_leaves_after_the_step_and_comes_back(
         until(lambda: "h3 has notice to end" in (run / "logs" / "launcher.log").read_text())
         here.touch()
         assert ending.wait(60) == 0
+        log = run / "logs" / "launcher.log"
+        until(lambda: "h3: it had notice to end, and has not been started anew" in log.read_text())
         hosts[2].kill()
         hosts[2].boot()
         out = finished(process, run)

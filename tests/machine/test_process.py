@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hvd_lb.machine.process import is_running, started, this_process
+from hvd_lb.machine.process import is_running, started, this_life, this_process
 
 
 def test_this_process_is_running() -> None:
@@ -34,6 +34,17 @@ def test_a_process_that_has_ended_is_no_more_also_before_it_is_waited_for() -> N
 @pytest.mark.parametrize("other", [{"host": "h2"}, {"machine": "another boot"}])
 def test_of_another_machine_or_boot_nothing_is_said(other: dict[str, Any]) -> None:
     assert is_running({**this_process(), **other}) is None
+
+
+def test_another_start_of_a_container_is_another_life() -> None:
+    ask = "from hvd_lb.machine.process import this_life; print(this_life())"
+    here = [sys.executable, "-c", ask]
+    assert subprocess.check_output(here, text=True).strip() == this_life()
+    container = ["unshare", "--mount", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*container, "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("this machine allows no namespaces")
+    lives = {subprocess.check_output([*container, *here], text=True).strip() for _ in range(3)}
+    assert len({*lives, this_life()}) == 4
 
 
 def test_the_most_memory_is_that_of_this_program_alone() -> None:

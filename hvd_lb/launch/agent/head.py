@@ -47,10 +47,10 @@ _GRACE_SECONDS = 5.0  # for ranks that are asked to end
 _LAST_SECONDS = 3.0  # for agents to tell that they have
 _FILES_PER_HOST, _FILES = 6, 64
 _QUIET_SECONDS = 10.0  # of waiting for ranks before that is told, and between two tellings
-_GONE_SECONDS = (
-    130.0  # before a host that had notice to end is tried again: it may answer for two minutes more
-)
 _PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds before a lost host is tried again, twice as long each time
+_NOTICE_PAUSE = (
+    10.0  # the first one after notice: whatever takes the host away may wait for who logs in there
+)
 
 
 class Head:
@@ -129,9 +129,10 @@ class Head:
             if not self._members:
                 return
             pause = _PAUSE if host.settled else min(2 * pause, _LONGEST_PAUSE)
+            if host.going:
+                pause = max(pause, _NOTICE_PAUSE)
             host.settled = False
-            seconds = random.uniform(0.5, 1.0) * pause
-            await asyncio.sleep(max(seconds, _GONE_SECONDS) if host.going else seconds)
+            await asyncio.sleep(random.uniform(0.5, 1.0) * pause)
             await host.wanted.wait()
             host.connected.clear()
             host.lost.clear()
@@ -203,8 +204,6 @@ class Head:
             connection.send("put", value, key=key)
         if self.failed:
             connection.send("stop", grace=0.0)
-        elif self._members:
-            self._members.host_is_there(host)
         try:
             while host.connection is connection:
                 self._hear(host, *await connection.receive())
@@ -221,6 +220,8 @@ class Head:
     def _hear(self, host: Host, message: dict[str, Any], body: bytes) -> None:
         self._changed = True
         match message["kind"]:
+            case "there" if self._members and not self.failed:
+                self._members.host_is_there(host, message["life"])
             case "put":
                 self.values[message["key"]] = body
                 self.tell_agents("put", body, but=host, key=message["key"])

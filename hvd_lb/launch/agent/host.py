@@ -26,6 +26,7 @@ from hvd_lb.launch.agent.process import allow_open_files, end_predecessors
 from hvd_lb.launch.agent.ranks import HostRanks, RankEnd
 from hvd_lb.launch.agent.rendezvous import Rendezvous
 from hvd_lb.launch.rank.names import MEMBER, PIXELS, log_name
+from hvd_lb.machine.process import this_life
 from hvd_lb.machine.slurm import put_back_without_script
 from hvd_lb.world.launched import without_job
 
@@ -70,6 +71,7 @@ class Agent:
         """With the ranks that the job begins with on this host, or none; OSError where that cannot be."""
         job = json.loads(job_file.read_text("utf-8"))
         self._host, self._elastic = host, job.get("elastic", False)
+        self._connection.send("there", life=this_life())
         logs = Path(job["output"]) / "logs"
         # Empty until ranks give it a size. It is there for those that come later, and goes with the last of all.
         cached = self._elastic and job["recipe"]["cache"] == "memory"

@@ -21,6 +21,8 @@ from hvd_lb.launch.options import HANG_TIMEOUT, START_TIMEOUT
 
 _WRONG = 2  # the exit status of a rank whose failure others would repeat
 _LOADING_SECONDS = 30.0  # a process that begins anew says nothing while it loads its libraries
+# A host that had notice to end, and has not ended for so long, does not end: its notice was taken back.
+_NOTICE_SECONDS = 3600.0
 
 
 @dataclass
@@ -35,7 +37,9 @@ class Host:
     # Of an elastic job:
     away: bool = False  #: lost, and tried again
     vacant: list[int] = field(default_factory=list)  #: places that are filled when it is back
-    going: bool = False  #: it has notice to end; until it is back
+    life: str = ""  #: its boot, or the start of its container
+    going: bool = False  #: it has notice to end; until it is back in another life
+    noticed_at: float = 0.0
     settled: bool = False  #: one of its processes has joined since it was lost
     wanted: asyncio.Event = field(default_factory=asyncio.Event)  #: it may have processes
     interface: str = ""  #: by which it reaches the others, where the job does not say it
@@ -174,13 +178,21 @@ class Members:
             self._generations.lose(rank, of_all if rank == ranks[0] else "")
         if not self._head.failed and not self._generations.finished and host.wanted.is_set():
             self._generations.coming.add(host.name)
-            self._head.note(f"{host.name} is lost ({why}); it is tried again, and joins when it answers")
+            back = "has been started anew" if host.going else "answers"
+            self._head.note(f"{host.name} is lost ({why}); it is tried again, and joins when it {back}")
         self._fill()
         self._go_on()
 
-    def host_is_there(self, host: Host) -> None:
-        """Its agent is connected; on a host that was away its ranks are started again."""
+    def host_is_there(self, host: Host, life: str) -> None:
+        """Its agent is connected; on a host that was away its ranks are started again.
+
+        Not while one that had notice is still the same: it may go at any moment, and is only tried again.
+        """
+        before, host.life = host.life, life
         if not host.away:
+            return
+        if host.going and life == before and time.monotonic() < host.noticed_at + _NOTICE_SECONDS:
+            self._head.lose(host, "it had notice to end, and has not been started anew")
             return
         host.away = host.going = False
         self._generations.coming.discard(host.name)
@@ -195,6 +207,7 @@ class Members:
     def add(self, host: Host, slots: int) -> None:
         """It may have so many processes from now on."""
         before = self._slots.get(host.name, 0) if host.wanted.is_set() else 0
+        host.going = host.going and host.wanted.is_set()  # whoever names it again knows that it stays
         self._slots[host.name] = max(slots, before)
         host.vacant += [place for place in range(before, slots) if (host.name, place) not in self._barred]
         host.wanted.set()
@@ -225,7 +238,7 @@ class Members:
         """It has notice to end, and may come back: then there are processes in the same places again."""
         if host.going or not host.wanted.is_set() or self._head.failed or self._generations.finished:
             return
-        host.going = True
+        host.going, host.noticed_at = True, time.monotonic()
         self._generations.coming.add(host.name)
         self._head.note(f"{host.name} has notice to end: its processes leave after the present step")
         self._send_away(host)

@@ -305,11 +305,20 @@ line = socket.socket(fileno=int(os.environ["HVD_LB_AGENT_FD"]))
 def tell(kind, **values): line.send(json.dumps({"kind": kind, **values}).encode())
 place = os.environ.get("HVD_LB_MEMBER")
 number, generation, step = (int(place.split()[0]), -1, -1) if place else (int(os.environ["HOROVOD_RANK"]), 0, 0)
-def ready(): tell("awaits", generation=generation, step=step, unfinished=False)
+waits = False
+def ready():
+    global waits
+    waits = True
+    tell("awaits", generation=generation, step=step, unfinished=False)
+def asked(*_):
+    tell("notice")
+    if not waits:
+        tell("leaving")
+        os._exit(0)
 tell("arrived")
 tell("stage", hangs=False)
 if place: ready()
-signal.signal(signal.SIGTERM, lambda *_: tell("notice"))
+signal.signal(signal.SIGTERM, asked)
 while message := line.recv(1 << 17):
     said = json.loads(message)
     if said["kind"] in ("over", "ask"): ready()
@@ -317,7 +326,7 @@ while message := line.recv(1 << 17):
         tell("leaving")
         break
     if said["kind"] == "begin":
-        generation, step = said["generation"], step + 1
+        generation, step, waits = said["generation"], step + 1, False
         print(generation, [n for _, n in said["hosts"]], said["change"]["lost"], flush=True)
         tell("begun", generation=generation)
 """
@@ -375,6 +384,41 @@ def test_a_host_with_notice_is_left_also_while_too_few_are_there(
     until(lambda: "rank 3 on 127.0.0.1 is ready to join" in log.read_text(), 60)
     assert generations(run) == []
     assert run.process.poll() is None
+
+
+def test_a_host_with_notice_gets_no_ranks_while_it_is_the_same_but_when_it_is_named_again(
+    start: Callable[..., Run],
+) -> None:
+    run = start(MEMBER, elastic=2)
+    until(lambda: len(run.ranks) == 3 and all("arrived" in rank for rank in run.ranks.values()), 60)
+    log = run.folder / "launcher.log"
+    os.kill(*agents(run, "127.0.0.2"), signal.SIGTERM)
+    until(
+        lambda: "127.0.0.2: it had notice to end, and has not been started anew" in log.read_text(),
+        60,
+    )
+    assert len(run.ranks) == 3
+    run.control.send(b'{"gone": "127.0.0.2"}\n{"come": "127.0.0.2", "slots": 1, "interface": ""}\n')
+    until(lambda: generations(run) == [3], 60)
+    assert "127.0.0.2 is back: 1 starting there" in log.read_text()
+    assert run.log(3, "127.0.0.2") == "1 [2, 1] []\n"
+
+
+def test_a_host_with_notice_gets_ranks_when_it_has_been_started_anew(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Each login comes to a container of its own here."""
+    alone = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+    if subprocess.run([*alone, "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("this machine allows no namespaces")
+    ssh = fake_ssh(tmp_path, f'#!/bin/sh\nexec {" ".join(alone)} sh -c "$2"\n')
+    run = start(MEMBER, hosts=[("127.0.0.1", 1), ("192.0.2.1", 1)], ssh=ssh, elastic=1)
+    until(lambda: len(run.ranks) == 2 and all("arrived" in rank for rank in run.ranks.values()), 60)
+    os.kill(agents(run, "192.0.2.1")[-1], signal.SIGTERM)
+    until(lambda: generations(run) == [2], 60)
+    log = (run.folder / "launcher.log").read_text()
+    assert "192.0.2.1 is back: 1 starting there" in log
+    assert "has not been started anew" not in log
 
 
 def test_a_newcomer_that_cannot_start_ends_no_elastic_job_and_its_host_is_tried_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ class Head:
         self.record: Any = Record()
         self.failed = False
         self.signalled: list[tuple[int, int]] = []
+        self.lost: list[str] = []
 
     def tell_agents(self, kind: str, body: bytes = b"", but: Host | None = None, **fields: Any) -> None:
         if kind == "signal":
@@ -48,7 +50,7 @@ class Head:
         pass
 
     def lose(self, host: Host, why: str) -> None:
-        pass
+        self.lost.append(host.name)
 
     def stop(self, grace: float = 0.0) -> None:
         self.failed = True
@@ -89,8 +91,37 @@ def test_its_ranks_are_asked_once_and_its_places_are_kept_for_its_return(
     assert host.vacant == [0]
     assert sent(host) == ["end"]  # and nothing is started there
     members.host_lost(host, [], "it had notice to end")
-    members.host_is_there(host)
+    members.host_is_there(host, "another boot")
     assert not host.vacant
+    assert sent(host)[-1] == "start"
+
+
+def test_while_it_is_the_same_it_gets_no_ranks_for_an_hour(
+    head: Head, members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = head.hosts["h2"]
+    members.host_is_there(host, "its boot")
+    members.go(host)
+    head.end(members, 1)
+    members.host_lost(host, [], "it had notice to end")
+    members.host_is_there(host, "its boot")
+    assert (host.away, head.lost) == (True, ["h2"])
+    later = time.monotonic() + 3601
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    members.host_is_there(host, "its boot")
+    assert not host.away
+    assert sent(host) == ["end", "start"]
+
+
+def test_one_that_is_named_again_stays(head: Head, members: Members) -> None:
+    host = head.hosts["h2"]
+    members.host_is_there(host, "its boot")
+    members.go(host)
+    head.end(members, 1)
+    members.host_lost(host, [], "it had notice to end")
+    members.release(host)
+    members.add(host, 1)
+    members.host_is_there(host, "its boot")
     assert sent(host)[-1] == "start"
 
 
