@@ -37,6 +37,7 @@ from hvd_lb.recipe import Recipe
 from hvd_lb.report.text import count
 from hvd_lb.resolve import check_options, explain, refuse_graphs, resolve
 from hvd_lb.track.target import refuse_untracked
+from hvd_lb.world.build import HOW_TO_BUILD, joins_again
 from hvd_lb.world.engine import Engine, choose_engine, refuse_unsummed
 from hvd_lb.world.launched import launched_alone
 from hvd_lb_cli.arguments import without_secrets
@@ -258,9 +259,10 @@ def refuse_elastic(placement: Placement, plan: LaunchPlan, least: int) -> None:
         why = (
             "with an --allreduce of Open MPI, which ends all processes with the first: give --allreduce ring"
         )
-    elif plan.engine == "horovod" and CYCLE_TIME in plan.environment:
+    elif plan.engine == "horovod" and CYCLE_TIME in plan.environment and not joins_again():
         why = (
-            "with --cycle-time (HOROVOD_CYCLE_TIME): Horovod 0.28.1 crashes when it joins again; leave it out"
+            "with --cycle-time (HOROVOD_CYCLE_TIME) and this Horovod, which crashes when it joins again: leave it "
+            f"out, or {HOW_TO_BUILD}"
         )
     if why:
         raise UserError(f"--elastic is not possible yet {why}")

@@ -20,6 +20,7 @@ from pathlib import Path
 HOROVOD = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 PATCH = Path(__file__).with_name("horovod.patch")
+PATCH_PARTS = 8
 BUILD_TOOLS = (
     "cmake>=4,<5",
     "setuptools>=77",
@@ -81,6 +82,7 @@ def describe(mpi: str, architectures: str, arch_flags: str, system: str = "") ->
         scripts.update((here / name).read_bytes())
     return {
         "horovod": HOROVOD,
+        "patch_parts": PATCH_PARTS,
         "sdist": SDIST_SHA256,
         **versions,
         "python": platform.python_version(),

@@ -69,7 +69,7 @@ _OPTIONS = (
         "--cycle-time",
         type=Finite(0, 1e6),
         metavar="MS",
-        help="From one of Horovod's cycles to the next [1; on CPUs 10, with --elastic 1]",
+        help="From one of Horovod's cycles to the next [1; on CPUs 10]",
     ),
     _option(
         "--autotune", is_flag=True, help="Let Horovod tune fusion threshold and cycle time while it runs."

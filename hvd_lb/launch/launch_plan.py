@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import Host
 from hvd_lb.launch.options import CYCLE_TIME, START_TIMEOUT
+from hvd_lb.world.build import joins_again
 from hvd_lb.world.engine import Engine
 
 # For Python to start from a cold network file system, on the last host; Gloo alone gives up after 30.
@@ -123,10 +124,11 @@ def cycles(launch: LaunchPlan, device: str, elastic: bool = False) -> dict[str, 
     """How often Horovod's thread looks for what is ready, where that is not as often as it does by itself, each ms.
 
     In each cycle the processes tell each other what is ready, also when nothing is, which takes CPU from the network's
-    own work (docs/performance.md). Beside GPUs cores are free, and a sum had better not wait. Horovod 0.28.1 ends by
-    SIGSEGV where a process joins a second time, as in an elastic run, and had both this and the fusion threshold set.
+    own work (docs/performance.md). Beside GPUs cores are free, and a sum had better not wait.
     """
-    if launch.engine != "horovod" or device != "cpu" or elastic or "HOROVOD_AUTOTUNE" in launch.environment:
+    if launch.engine != "horovod" or device != "cpu" or "HOROVOD_AUTOTUNE" in launch.environment:
+        return {}
+    if elastic and not joins_again():
         return {}
     return {CYCLE_TIME: "10"}
 

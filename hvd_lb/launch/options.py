@@ -20,6 +20,7 @@ AllreduceName = Literal["auto", "ring", "hierarchical", "halving-doubling"]
 START_TIMEOUT = "HOROVOD_GLOO_TIMEOUT_SECONDS"
 #: The variable with the milliseconds of its cycles.
 CYCLE_TIME = "HOROVOD_CYCLE_TIME"
+FUSION_THRESHOLD = "HOROVOD_FUSION_THRESHOLD"
 #: The variable with the seconds after which a rank reports that it does not go on; 0: never.
 HANG_TIMEOUT = "HVD_LB_HANG_TIMEOUT"
 # Long enough for the slowest step, short enough that a hang does not last the night (off by default in Horovod).
@@ -95,7 +96,7 @@ def environment(options: LaunchOptions, here: Mapping[str, str]) -> dict[str, st
     stall = max(_STALL_SECONDS, 2 * options.hang_seconds)
     variables = {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": f"{stall:.0f}"} | carried_environment(here)
     if options.fusion_threshold is not None:
-        variables["HOROVOD_FUSION_THRESHOLD"] = str(round(options.fusion_threshold * 2**20))
+        variables[FUSION_THRESHOLD] = str(round(options.fusion_threshold * 2**20))
     if options.cycle_time is not None:
         variables[CYCLE_TIME] = f"{options.cycle_time:g}"
     if options.autotune:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import socket
 from collections.abc import Mapping
@@ -73,10 +74,10 @@ def keep_memory() -> None:
     """What this process frees it keeps, for its next step: glibc gives large tensors back to Linux at once.
 
     A step needs the same memory as the last one, and each page that comes anew costs a fault and 4,096 zeros written.
-    Whoever has set malloc with MALLOC_*_ or GLIBC_TUNABLES keeps that. Nothing happens where malloc is not glibc's.
+    What the user has set of this (MALLOC_MMAP_MAX_, GLIBC_TUNABLES) stays. Nothing happens where malloc is not glibc's.
     """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if "glibc.malloc." in tunables or any(name.startswith("MALLOC_") for name in os.environ):
+    set_by_user = re.compile(r"(MALLOC_|glibc\.malloc\.)(mmap_|trim_)", re.IGNORECASE)
+    if any(map(set_by_user.match, (*os.environ, *os.environ.get("GLIBC_TUNABLES", "").split(":")))):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

@@ -25,6 +25,23 @@ def built_with() -> dict[str, Any]:
     return json.loads(record.read_text()) if record.is_file() else {}
 
 
+def joins_again() -> bool:
+    """Whether a process may join again in which both cycle time and fusion threshold were set, as in an elastic run.
+
+    Another Horovod 0.28.1 ends it by SIGSEGV (docker/horovod.patch, part 8).
+    """
+    return _patch_parts() >= 8
+
+
+def begins_at_once() -> bool:
+    """Whether sums wait for no cycle, but a millisecond for each other, where nothing is fused (part 7)."""
+    return _patch_parts() >= 7
+
+
+def _patch_parts() -> int:
+    return int(built_with().get("patch_parts", 0))
+
+
 def import_horovod() -> Any:
     """The module horovod.torch; `UserError` when it is missing, built for another torch or does not load."""
     import torch

@@ -15,6 +15,7 @@ from hvd_lb.launch.launch_plan import cycles
 from hvd_lb.launch.resume import ResumePoint
 from hvd_lb.machine.environment import describe_environment
 from hvd_lb.machine.placement import Placement
+from hvd_lb.world import build
 
 NOW = "a" * 16 + "-" + "b" * 16 + "-" + "c" * 16
 
@@ -72,17 +73,26 @@ def test_the_rounding_of_other_hosts_is_that_of_rank_0s_host(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("engine", "device", "elastic", "variables", "milliseconds"),
+    ("engine", "device", "elastic", "parts", "variables", "milliseconds"),
     [
-        ("horovod", "cpu", False, {}, "10"),
-        ("horovod", "cuda", False, {}, None),
-        ("torch", "cpu", False, {}, None),
-        ("horovod", "cpu", True, {}, None),
-        ("horovod", "cpu", False, {"HOROVOD_AUTOTUNE": "1"}, None),
+        ("horovod", "cpu", False, None, {}, "10"),
+        ("horovod", "cuda", False, 8, {}, None),
+        ("torch", "cpu", False, 8, {}, None),
+        ("horovod", "cpu", True, 8, {}, "10"),
+        ("horovod", "cpu", True, 7, {}, None),
+        ("horovod", "cpu", True, None, {}, None),
+        ("horovod", "cpu", False, 8, {"HOROVOD_AUTOTUNE": "1"}, None),
     ],
 )
 def test_horovods_cycles_are_longer_on_cpus(
-    engine: str, device: str, elastic: bool, variables: dict[str, str], milliseconds: str | None
+    engine: str,
+    device: str,
+    elastic: bool,
+    parts: int | None,
+    variables: dict[str, str],
+    milliseconds: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(build, "built_with", lambda: {"patch_parts": parts} if parts else {})
     launch: Any = SimpleNamespace(engine=engine, environment=variables)
     assert cycles(launch, device, elastic).get("HOROVOD_CYCLE_TIME") == milliseconds

@@ -73,7 +73,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def _page_faults(**settings: str) -> int:
-    bare = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     program = [sys.executable, "-c", _FAULTS]
     return int(subprocess.run(program, env=bare | settings, capture_output=True, check=True).stdout)
 
@@ -81,6 +81,16 @@ def _page_faults(**settings: str) -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
 def test_memory_of_one_step_serves_the_next() -> None:
     assert _page_faults() < 1000
-    assert (
-        _page_faults(MALLOC_MMAP_THRESHOLD_="1000000") > 8 * 64 * 2**20 / 4096 / 2
-    )  # the user's word counts
+    assert _page_faults(MALLOC_ARENA_MAX="2", GLIBC_TUNABLES="glibc.malloc.arena_test=2") < 1000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"MALLOC_MMAP_THRESHOLD_": "1000000"},
+        {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2:glibc.malloc.trim_threshold=1000000"},
+    ],
+)
+def test_what_the_user_has_set_of_malloc_stays(settings: dict[str, str]) -> None:
+    assert _page_faults(**settings) > 8 * 64 * 2**20 / 4096 / 2

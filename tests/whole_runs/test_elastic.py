@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ from real_runs import SMALL, Start, finish, processes_of, until
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.starters.local import local
+from hvd_lb.world import build
 from hvd_lb_cli.dispatch import refuse_elastic
 
 pytestmark = [
@@ -405,7 +407,6 @@ def test_what_cannot_be_elastic_is_refused(
     [
         ("cuda", {}, "on GPUs with Horovod, .*: give --engine torch"),
         ("cpu", {"HOROVOD_CPU_OPERATIONS": "MPI"}, "with an --allreduce of Open MPI"),
-        ("cpu", {"HOROVOD_CYCLE_TIME": "5"}, "with --cycle-time"),
     ],
 )
 def test_what_is_not_built_is_refused(device: str, variables: dict[str, str], words: str) -> None:
@@ -414,3 +415,14 @@ def test_what_is_not_built_is_refused(device: str, variables: dict[str, str], wo
     with pytest.raises(UserError, match=f"--elastic is not possible yet {words}"):
         refuse_elastic(placement, plan, 1)
     refuse_elastic(placement, replace(plan, engine="torch"), 1)
+
+
+@pytest.mark.parametrize(("parts", "possible"), [(8, True), (7, False), (None, False)])
+def test_a_cycle_time_needs_a_horovod_that_joins_again(
+    parts: int | None, possible: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "built_with", lambda: {"patch_parts": parts} if parts else {})
+    plan = replace(local(2, {}), environment={"HOROVOD_CYCLE_TIME": "5"})
+    refusal = pytest.raises(UserError, match="not possible yet with --cycle-time .* and this Horovod")
+    with nullcontext() if possible else refusal:
+        refuse_elastic(SimpleNamespace(device="cpu", processes=2), plan, 1)  # type: ignore[arg-type]

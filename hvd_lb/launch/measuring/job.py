@@ -16,13 +16,14 @@ from hvd_lb.doctor.alike import Answer
 from hvd_lb.errors import UserError
 from hvd_lb.launch.job import Job, Task
 from hvd_lb.launch.launch_plan import LaunchPlan, cycles, process_environment
-from hvd_lb.launch.options import CYCLE_TIME
+from hvd_lb.launch.options import CYCLE_TIME, FUSION_THRESHOLD
 from hvd_lb.launch.processes import RankProcesses
 from hvd_lb.launch.rank.names import MEASURED
 from hvd_lb.machine.placement import Placement
 from hvd_lb.network.measure import NetworkReport
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.world.build import begins_at_once
 
 _NO_CYCLES = {CYCLE_TIME: "0.1"}  # ms: what is measured is not when a cycle began
 _MOST_SECONDS = 600.0  # with every link cut, a tournament of 32 hosts takes that long
@@ -35,8 +36,13 @@ def measure_network(placement: Placement, launch: LaunchPlan, output: Path) -> N
     """
     text = _measured("network", "the network", placement, launch, output, **_NO_CYCLES)
     report = NetworkReport.model_validate_json(text)
-    cycle = {**cycles(launch, placement.device), **launch.environment}.get(CYCLE_TIME, "1")
-    return report.model_copy(update={"cycle_ms": float(cycle) if launch.engine == "horovod" else 0.0})
+    if launch.engine != "horovod":
+        return report
+    variables = {**cycles(launch, placement.device), **launch.environment}
+    cycle, fusion = float(variables.get(CYCLE_TIME, "1")), float(variables.get(FUSION_THRESHOLD, "0"))
+    return report.model_copy(
+        update={"cycle_ms": cycle if fusion or not begins_at_once() else min(cycle, 1.0)}
+    )
 
 
 def compare_bits(placement: Placement, launch: LaunchPlan, output: Path) -> list[Answer]:
