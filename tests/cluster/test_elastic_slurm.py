@@ -5,9 +5,11 @@ The weights are those of the undisturbed run, bitwise.
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +99,14 @@ def finished(process: subprocess.Popen[str], undisturbed: Path, run: Path) -> st
     assert_each_once(run)
     until(lambda: not processes_of(run), 60)
     return out
+
+
+def begin_again(cluster: Cluster, job: str) -> None:
+    """A job that is back in the queue; by itself Slurm would wait for two minutes."""
+    # A node that still clears up refuses it, and the two minutes are for that.
+    until(lambda: "comp" not in cluster.run(["sinfo", "--noheader", "--format=%t"]).stdout, 120, every=0.3)
+    time.sleep(3)
+    cluster.run(["scontrol", "update", f"job={job}", "StartTime=now"])
 
 
 def agent_of(host: Host, run: Path) -> str:
@@ -250,14 +260,54 @@ def test_a_submitted_job_survives_its_nodes(
         for node in (hosts[1], hosts[3]):
             node.boot()
             start_node(cluster, node)
-        until(
-            lambda: "comp" not in cluster.run(["sinfo", "--noheader", "--format=%t"]).stdout, 120, every=0.3
-        )
         here[1].touch()
-        cluster.run(["scontrol", "update", f"job={job}", "StartTime=now"])
+        begin_again(cluster, job)
         out = finished(process, undisturbed, run)
     assert f"job {job}: completed, start 2" in out
     assert "going on from step 8" in out
+
+
+@pytest.mark.long
+def test_out_of_time_preempted_and_put_back_a_job_goes_on_from_its_last_step(
+    cluster: Cluster, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time rank 0 waits before a step, and the job stops after it; between two stops a rank is killed."""
+    run, stop = tmp_path / "run", tmp_path / "run" / "logs" / "stop"
+    faults: list[Fault] = [
+        *((0, "step", step, str(tmp_path / f"go{step}")) for step in (2, 6, 9)),
+        (1, "step", 5, "SIGKILL"),
+    ]
+    where = ("--launcher", "slurm", "--submit", "--per-node", 1, "--processes", 3, "--slurm-time", 30)
+    with running(cluster, tmp_path, monkeypatch, faults, *where, "--env", "PYTHONPATH", by=()) as process:
+
+        def stopped(step: int, restarts: int, command: Sequence[object], script: str | None = None) -> str:
+            """By this command while it is in that step, and back in the queue; the job."""
+            until(lambda: (tmp_path / f"go{step}.there").exists() or process.poll() is not None, 240)
+            job = cluster.run(["squeue", "--noheader", "--name=run", "--format=%i"]).stdout.strip()
+            cluster.run([str(word).replace("JOB", job) for word in command], input=script)
+            log = run / "logs" / "launcher.log"
+            until(lambda: stop.exists() or log.read_text().count("has notice to end") == 3)
+            time.sleep(1)  # for rank 0 to look for it
+            (tmp_path / f"go{step}").touch()
+            until(lambda: back_in_the_queue(cluster, job, restarts) or process.poll() is not None)
+            return job
+
+        job = stopped(2, 1, ["scontrol", "update", "job=JOB", "TimeLimit=2"])
+        cluster.run(["scontrol", "update", f"job={job}", "TimeLimit=30"])
+        begin_again(cluster, job)
+        urgent = ["sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null"]
+        begin_again(cluster, stopped(6, 2, urgent, "#!/bin/sh\nsleep 1\n"))
+        begin_again(cluster, stopped(9, 3, ["scontrol", "requeue", "JOB"]))
+        out = finished(process, undisturbed, run)
+    assert f"job {job}: completed, start 4" in out
+    went_on = [int(step) for step in re.findall(r"going on from step (\d+) ", out)]
+    assert [step - gate in (1, 2) for step, gate in zip(went_on, (2, 6, 9), strict=True)] == [True] * 3
+    assert ["rank 1 on h2 (ended by SIGKILL)"] in [change["lost"] for change in events(run)]
+
+
+def back_in_the_queue(cluster: Cluster, job: str, restarts: int) -> bool:
+    state = cluster.job(job)
+    return (state["JobState"], state["Restarts"]) == ("PENDING", str(restarts))
 
 
 def test_a_cancelled_job_stops_with_a_checkpoint(

@@ -244,8 +244,8 @@ class Head:
                 self._members.word(message["rank"], message["word"], message["values"])
             case "failed":
                 self.lose(host, message["why"])
-            case "going" if self._members and self._how != "nodes":  # Slurm tells the ranks itself
-                self._members.go(host)
+            case "going" if self._members:
+                self._members.go(host, told=self._how == "nodes")  # Slurm tells the ranks itself
             case "note":
                 self.note(f"{host.name}: {message['text']}")
 

@@ -234,22 +234,28 @@ class Members:
         if not host.going:  # else they are asked already, and asked twice they would end at once
             self._send_away(host)
 
-    def go(self, host: Host) -> None:
-        """It has notice to end, and may come back: then there are processes in the same places again."""
+    def go(self, host: Host, *, told: bool = False) -> None:
+        """It has notice to end, and may come back: then there are processes in the same places again.
+
+        `told`: so have its processes, by whoever told it.
+        """
         if host.going or not host.wanted.is_set() or self._head.failed or self._generations.finished:
             return
         host.going, host.noticed_at = True, time.monotonic()
         self._generations.coming.add(host.name)
         self._head.note(f"{host.name} has notice to end: its processes leave after the present step")
-        self._send_away(host)
+        self._send_away(host, told=told)
 
-    def _send_away(self, host: Host) -> None:
+    def _send_away(self, host: Host, *, told: bool = False) -> None:
         """Its processes are to leave after the present step; those that have not joined end at once."""
         if not host.ranks and host.connection:
             host.connection.send("end")
         for rank in sorted(host.ranks):
             joined = rank in self._generations.members
-            self._head.tell_agents("signal", signal=signal.SIGTERM if joined else signal.SIGKILL, rank=rank)
+            if not (joined and told):  # asked twice it would end at once
+                self._head.tell_agents(
+                    "signal", signal=signal.SIGTERM if joined else signal.SIGKILL, rank=rank
+                )
         self._go_on()
 
     def _fill(self) -> int:

@@ -113,6 +113,15 @@ def test_while_it_is_the_same_it_gets_no_ranks_for_an_hour(
     assert sent(host) == ["end", "start"]
 
 
+def test_one_whose_ranks_are_told_by_others_gets_no_further_ones(head: Head, members: Members) -> None:
+    """As Slurm tells all that it is about to end, and newcomers die of it."""
+    host = head.hosts["h2"]
+    members.go(host, told=True)
+    assert not head.signalled
+    head.end(members, 1)
+    assert (host.vacant, sent(host)) == ([0], ["end"])
+
+
 def test_one_that_is_named_again_stays(head: Head, members: Members) -> None:
     host = head.hosts["h2"]
     members.host_is_there(host, "its boot")
