@@ -1,17 +1,17 @@
 """A plain script for `torchrun --max-restarts`: DistributedDataParallel, and a checkpoint every 50 steps.
 
-restarted.py FOLDER SECONDS: rank 0 writes the number of each step to FOLDER/steps.txt; who waits for another for so
-many seconds gives up. The network is the one that benchmarks/chaos.py gives hvd-lb, and the pictures are of that size.
+restarted.py FOLDER SECONDS: who waits for another for so many seconds gives up.
 """
 
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from applied import BATCH, IMAGES, digits, note
 from safetensors.torch import load_file, save_file
-from sklearn.datasets import load_digits
 from torch.nn.parallel import DistributedDataParallel
 
 from hvd_lb.training.models import build_model
@@ -20,10 +20,8 @@ folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
 rank, size = dist.get_rank(), dist.get_world_size()
-
-digits = load_digits()
-images = torch.tensor(digits.images, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 16
-labels = torch.tensor(digits.target)
+start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+data = digits()
 
 model = build_model("resnet8", 10, seed=0)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -38,18 +36,17 @@ if file.exists():
 parallel = DistributedDataParallel(model)
 
 while True:
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(step))
-    own = order[rank * 24 : rank * 24 + 24]
+    epoch, batch = divmod(step, IMAGES // (BATCH * size))
+    order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(epoch))
+    images, labels, ids = data[order[(batch * size + rank) * BATCH :][:BATCH]]
     optimizer.zero_grad()
-    torch.nn.functional.cross_entropy(parallel(images[own]), labels[own]).backward()
+    torch.nn.functional.cross_entropy(parallel(images), labels).backward()
     optimizer.step()
     step += 1
-    if rank == 0:
-        with (folder / "steps.txt").open("a") as log:
-            log.write(f"{step}\n")
-        if step % 50 == 0:
-            state = {**model.state_dict(), "step": torch.tensor(step)}
-            for number, weight in enumerate(weights):
-                state[f"momentum.{number}"] = optimizer.state[weight]["momentum_buffer"]
-            save_file(state, folder / "plain.new")
-            (folder / "plain.new").rename(file)
+    note(folder, start, step, epoch, rank, ids)
+    if rank == 0 and step % 50 == 0:
+        state = {**model.state_dict(), "step": torch.tensor(step)}
+        for number, weight in enumerate(weights):
+            state[f"momentum.{number}"] = optimizer.state[weight]["momentum_buffer"]
+        save_file(state, folder / "plain.new")
+        (folder / "plain.new").rename(file)
