@@ -98,9 +98,13 @@ class TorchHandle:
             if self._aborted and self._lines and self._lines.are_cut:
                 raise RuntimeError("its connections were cut")
         except RuntimeError as error:
+            self._error = RuntimeError(*error.args)
             raise ExchangeError(
                 f"{self._name}: another process has ended, or is not reached ({_first_line(error)})"
             ) from error
+        finally:
+            if not self._tensor.is_cuda:  # there a later call may come on another stream
+                self._work = None  # it holds Gloo's connections, threads and descriptors
         return self._tensor
 
 
@@ -249,6 +253,9 @@ class TorchWorld:
             self._abort()
         if self._aborting:
             self._aborting.join()
+        with self._changed:
+            self._waiting.clear()
+            self._last.clear()
         self._gloo = self._nccl = None
 
     def _start(self, tensor: Tensor, name: str, collective: Callable[[Any], Work]) -> TorchHandle:
