@@ -53,6 +53,12 @@ def main() -> None:
 
 
 def tell_interrupted(number: int) -> None:
+    if (
+        number == signal.SIGTERM
+        and "TORCHELASTIC_RUN_ID" in os.environ
+        and os.environ.get("RANK", "0") != "0"
+    ):
+        return  # torchrun ends the others so when one has failed, and that one has said why
     by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
     with suppress(OSError):
         os.write(2, f"hvd-lb: error: interrupted{by}\n".encode())
