@@ -26,24 +26,26 @@ _LOOK_SECONDS = 5.0
 @contextmanager
 def watched(run: RunDirectory, rank: int, stages: Stages, timeout: float) -> Iterator[None]:
     """Inside, a thread watches `stages`: a stage of `timeout` seconds is reported, until it goes on. 0: none."""
+    if not timeout:
+        yield
+        return
     over = threading.Event()
-    if timeout:
-        thread = threading.Thread(
-            target=_watch, args=(run, rank, stages, timeout, over), name="hvd-lb hang", daemon=True
-        )
-        thread.start()
+    thread = threading.Thread(
+        target=_watch, args=(run, rank, stages, timeout, over), name="hvd-lb hang", daemon=True
+    )
+    thread.start()
     try:
         yield
     finally:
         over.set()
+        # It may be about to report or to ask for tracebacks. A disk that hangs does not keep the rank here.
+        thread.join(_LOOK_SECONDS)
         faulthandler.cancel_dump_traceback_later()
 
 
 def _watch(run: RunDirectory, rank: int, stages: Stages, timeout: float, over: threading.Event) -> None:
-    began, position = (
-        time.monotonic(),
-        -1,
-    )  # of the present step; evaluations and the like belong to the one before
+    # Of the present step; evaluations and the like belong to the one before.
+    began, position = time.monotonic(), -1
     reported, renewed, hung = False, -math.inf, None
     while not over.wait(min(_LOOK_SECONDS, timeout / 10)):
         # Written by C when this thread cannot run for so long, as a library holds Python's lock.

@@ -21,6 +21,10 @@ def until(condition: object, seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
+def watchers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "hvd-lb hang"]
+
+
 @pytest.mark.parametrize(
     ("stage", "taken", "patient"),
     [
@@ -50,7 +54,7 @@ def test_it_reports_what_it_does_until_it_goes_on(
         stages.enter(stage)
         stages.taken += 1
         until(lambda: not run.hang(2).exists())
-    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "hvd-lb hang"])
+    assert not watchers()  # at once: none reports, or asks for tracebacks, after the end
 
 
 def test_a_slow_step_that_goes_on_asks_those_that_wait_for_patience(
@@ -72,4 +76,4 @@ def test_a_slow_step_that_goes_on_asks_those_that_wait_for_patience(
 
 def test_without_a_timeout_nobody_watches(tmp_path: Path) -> None:
     with watched(RunDirectory(tmp_path), 0, Stages(), 0.0):
-        assert not [thread for thread in threading.enumerate() if thread.name == "hvd-lb hang"]
+        assert not watchers()
