@@ -1,4 +1,4 @@
-"""The error a user can cause and put right, and the one that another process has caused."""
+"""The errors a user can cause and put right, and the one that another process has caused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Says in one line what was given, what was expected and what to do: no traceback, exit code 2."""
+
+
+class HostError(UserError):
+    """One of this host's files, memory or GPU, which others need not have: an elastic run goes on with them."""
 
 
 class ExchangeError(RuntimeError):

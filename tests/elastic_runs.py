@@ -69,8 +69,8 @@ SITE = """
             return lie(owner)
         if how == "error":
             raise ValueError("a fault of this rank alone")
-        if how == "UserError":
-            raise sys.modules["hvd_lb.errors"].UserError("put it right")
+        if how in ("UserError", "HostError"):
+            raise getattr(sys.modules["hvd_lb.errors"], how)("put it right")
         if how.startswith("/"):
             open(how + ".there", "w").close()
             while not os.path.exists(how):

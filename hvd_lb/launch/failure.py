@@ -146,7 +146,7 @@ def _of_elastic(
 
 
 def _said(error: dict[str, Any]) -> str:
-    plain = error["kind"] in ("UserError", "Diverged", "Undecided")
+    plain = error["kind"] in ("UserError", "HostError", "Diverged", "Undecided")
     return error["message"] if plain else f"{error['kind']}: {error['message']}"
 
 

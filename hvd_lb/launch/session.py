@@ -323,18 +323,20 @@ def _watch(
         finally:
             processes.stop()
         stopped = processes.stopped()
-        if stopped or len(received) > 1:
+        if (stopped and not stopped["gives_up"]) or len(received) > 1:
             number = signal.Signals(stopped["signal"] if stopped else received[0])
             where = f"after {stopped['steps']:,} steps, with a checkpoint" if stopped else "at once"
             _sum_up(run, resolved, f"interrupted by {number.name}", time.monotonic() - began, console)
             goes_on = "there" if stopped else "from the last checkpoint"
             console.print(f"stopped {where}; the same command goes on {goes_on}")
             return 128 + number
-    if status or hung:
+    if status or hung or stopped:
         failure = hung or retried(partial(processes.failure, status or 0), str(run.logs))
         # Told first: where the disk is full, nothing can be summed up.
         print(f"hvd-lb: error: {failure}", file=sys.stderr)
         _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began, console)
+        if stopped:
+            console.print(f"after {stopped['steps']:,} steps, with a checkpoint; the same command goes on there")
         return 1
     return _finish(run, resolved, job.processes, time.monotonic() - began, console)
 

@@ -98,6 +98,7 @@ def agent_of(run: Path) -> int:
         pytest.param(3, [(0, "evaluation", 1, "SIGKILL")], [2], marks=pytest.mark.long),
         pytest.param(3, [(1, "evaluation", 2, "SIGKILL")], [2], marks=pytest.mark.long),
         pytest.param(3, [(1, "step", 5, "error")], [2], marks=pytest.mark.long),
+        pytest.param(3, [(1, "step", 5, "HostError")], [2], marks=pytest.mark.long),
         pytest.param(3, [(0, "end", 1, "SIGKILL")], [2], marks=pytest.mark.long),
         pytest.param(3, [(0, "join", 1, "SIGKILL")], [2], marks=pytest.mark.long),
         pytest.param(3, [(0, "step", 0, "SIGKILL")], [2], marks=pytest.mark.long),
@@ -139,6 +140,12 @@ def test_killed_processes_change_no_bit(
     [
         (2, [(1, "step", 5, "SIGKILL")]),
         pytest.param(3, [(0, "sums", 7, "SIGKILL"), (2, "sums", 7, "SIGKILL")], marks=pytest.mark.long),
+        # The first one that takes a lost one's place dies before it has joined, and so does the next.
+        pytest.param(
+            2,
+            [(1, "step", 5, "SIGKILL"), (2, "data", 1, "SIGKILL"), (3, "data", 1, "HostError")],
+            marks=pytest.mark.long,
+        ),
         # The first one that takes a lost one's place dies when it is given the state, its successor does not.
         pytest.param(2, [(1, "step", 5, "SIGKILL"), (2, "state", 1, "SIGKILL")], marks=pytest.mark.long),
     ],
@@ -284,21 +291,35 @@ def test_ctrl_c_ends_an_elastic_run_that_has_lost_a_rank(
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("faults", "options", "words"),
+    ("faults", "options", "words", "saved"),
     [
         (
-            [(1, "step", 5, "SIGKILL"), (2, "data", 1, "SIGKILL")],
+            [(1, "step", 5, "SIGKILL"), *((number, "data", 1, "SIGKILL") for number in range(2, 6))],
             ("--min-processes", 2),
             "1 of 2 processes are left, fewer than --min-processes 2",
+            5,
+        ),
+        (
+            [(1, "step", 4, "SIGTERM")],  # heard while it is taken
+            ("--min-processes", 2),
+            "1 of 2 processes are left, fewer than --min-processes 2",
+            5,
+        ),
+        (
+            [(number, "step", 5, "error") for number in range(1, 9)],
+            (),
+            "step 5 could not be taken by 8 sets of processes",
+            5,
         ),
         (
             [(0, "step", 5, "SIGKILL"), (1, "step", 5, "SIGKILL")],
             (),
             "all processes that had the state of the run were lost",
+            4,
         ),
     ],
 )
-def test_a_run_that_cannot_go_on_ends_in_one_line_and_goes_on_from_its_checkpoint(
+def test_a_run_that_cannot_go_on_ends_in_one_line_and_goes_on_from_its_last_state(
     start: Start,
     tmp_path: Path,
     undisturbed: Path,
@@ -306,15 +327,18 @@ def test_a_run_that_cannot_go_on_ends_in_one_line_and_goes_on_from_its_checkpoin
     faults: list[Fault],
     options: tuple[object, ...],
     words: str,
+    saved: int,
 ) -> None:
+    """It is saved where somebody has it; the newest checkpoint before is of step 4."""
     run = tmp_path / "run"
-    _, err = finish(begin(start, tmp_path, monkeypatch, 2, *options, faults=faults), 1)
+    out, err = finish(begin(start, tmp_path, monkeypatch, 2, *options, faults=faults), 1)
+    assert ("after 5 steps, with a checkpoint; the same command goes on there" in out) == (saved == 5)
     assert f"hvd-lb: error: {words}" in err
     assert len(err.splitlines()) == 1
     assert not processes_of(run)
     monkeypatch.setenv("FAULTS", "[]")
     out, _ = finish(start(*RECIPE, "--processes", 2, "--elastic", "--output", run))
-    assert "going on from step 4" in out
+    assert f"going on from step {saved}" in out
     assert_the_same(undisturbed, run)
 
 

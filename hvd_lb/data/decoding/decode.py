@@ -13,7 +13,7 @@ from hvd_lb.data.files.header import BrokenHeader, read_header
 from hvd_lb.data.files.section import Section
 from hvd_lb.data.images import Images
 from hvd_lb.data.options import MAX_PIXELS, MOST_PIXELS
-from hvd_lb.errors import UserError
+from hvd_lb.errors import HostError, UserError
 
 # Of what is bounded here anyway, by `max_pixels`.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -91,7 +91,7 @@ def decode_image(images: Images, image_id: int, content: np.ndarray) -> np.ndarr
     except UserError:
         raise
     except MemoryError as error:
-        raise UserError(f"{name}: not enough memory to decode it; lower --max-pixels") from error
+        raise HostError(f"{name}: not enough memory to decode it; lower --max-pixels") from error
     except Exception as error:  # what PIL raises for broken files is not limited to a few types
         raise BadImage(name, _reason(error)) from error
     if decoded.shape[1::-1] != size:

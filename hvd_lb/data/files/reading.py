@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from hvd_lb.data.files import opening
-from hvd_lb.errors import UserError
+from hvd_lb.errors import HostError
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ _PERMANENT = {
 
 
 def retried(read: Callable[[], T], path: str) -> T:
-    """What `read` returns, tried again after an error of the file system; UserError after the last try."""
+    """What `read` returns, tried again after an error of the file system; HostError after the last try."""
     waits = iter(RETRY_AFTER_SECONDS)
     while True:
         try:
@@ -44,11 +44,11 @@ def retried(read: Callable[[], T], path: str) -> T:
             if not file_error(error):
                 raise
             if error.errno in _PERMANENT:
-                raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+                raise HostError(f"{path}: cannot be read ({error.strerror})") from error
             seconds = next(waits, None)
             if seconds is None:
                 tries = len(RETRY_AFTER_SECONDS) + 1
-                raise UserError(
+                raise HostError(
                     f"{path}: cannot be read ({error.strerror}, {tries} times); was it moved while in use?"
                 ) from error
             time.sleep(seconds)
@@ -70,5 +70,5 @@ def opened(path: str) -> Iterator[tuple[int, int]]:
 
 
 def read_file(path: str) -> np.ndarray:
-    """uint8 (bytes,): all of a file. UserError when it cannot be read after some tries."""
+    """uint8 (bytes,): all of a file. HostError when it cannot be read after some tries."""
     return retried(partial(opening.read_file, path), path)

@@ -33,7 +33,7 @@ from hvd_lb.data.loading.contract import Decode, Decoded, Preprocessing
 from hvd_lb.data.loading.device import loading_stream
 from hvd_lb.data.loading.nvjpeg import load_nvjpeg
 from hvd_lb.data.loading.resize import Finisher
-from hvd_lb.errors import UserError
+from hvd_lb.errors import HostError
 
 _PREFETCH = 2
 
@@ -134,7 +134,7 @@ def _outputs(
             else:
                 first = feed.in_flight[0].microbatch
                 name = images.name(int(first.image_ids[0]))
-                raise UserError(
+                raise HostError(
                     f"DALI failed on {name} and the {len(first) - 1} after it: {_cause(error)}"
                 ) from error
             feed.rewind()
@@ -308,7 +308,7 @@ class _Single:
             return content
         pixels_already = not self._images.encoded or content[:2].tobytes() == b"P6"
         if pixels_already or re.search("alloc|memory|CUDA", cause):
-            raise UserError(f"DALI failed on {self._images.name(image_id)}: {cause}")
+            raise HostError(f"DALI failed on {self._images.name(image_id)}: {cause}")
         try:
             return as_pixels(self._images, image_id, content)
         except BadImage as bad:

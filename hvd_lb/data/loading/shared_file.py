@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hvd_lb.errors import UserError
+from hvd_lb.errors import HostError
 from hvd_lb.machine.limits import available_memory
 
 
 class SharedFile:
     """`path`, made with `size` bytes of zeros if it is not there; `content` is uint8 (size,), mapped.
 
-    UserError when there is no room for it: all of it is taken at once, as a write without room to a mapped file would
+    HostError when there is no room for it: all of it is taken at once, as a write without room to a mapped file would
     kill the process. `unlink` removes the name; the memory stays until the last process that maps it has ended,
     however it ends.
     """
@@ -34,7 +34,7 @@ class SharedFile:
             self._descriptor = _open(path, size)
             self._mapping = mmap.mmap(self._descriptor, size)
         except OSError as error:
-            raise UserError(f"{path}: cannot be used as a cache ({error.strerror})") from error
+            raise HostError(f"{path}: cannot be used as a cache ({error.strerror})") from error
         self.content = np.frombuffer(self._mapping, np.uint8)
 
     def unlink(self) -> None:
@@ -86,7 +86,7 @@ def _allocate(descriptor: int, path: Path, size: int) -> None:
             return
     if not _nameless(path):
         path.unlink(missing_ok=True)
-    raise UserError(
+    raise HostError(
         f"{_where(path)}: the decoded images need {size:,} bytes and there are {min(rooms):,}; leave --cache out"
     )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import math
 import secrets
 import struct
 from contextlib import suppress
@@ -20,6 +21,7 @@ from typing import Any, Self
 
 HANDSHAKE_SECONDS = 10.0  #: for who connects to prove who he is
 _CLOSE_SECONDS = 5.0
+_LEAST_SILENCE = 6.0  # each side speaks once a second, and a loaded machine keeps it from that
 _BYTES = 32  # of a nonce, and of an HMAC-SHA256
 _LENGTHS = struct.Struct("!II")
 _COUNT = struct.Struct("!Q")
@@ -39,8 +41,11 @@ class Patience:
 
     @classmethod
     def of_elastic(cls, hang_timeout: float) -> Self:
-        """So that a host that is cut off is lost before those that wait for its ranks are thought to hang; 0: never."""
-        silence = min(cls.silence, 0.75 * hang_timeout) if hang_timeout else cls.silence
+        """So that a host that is cut off is lost before those that wait for its ranks are thought to hang; 0: never.
+
+        That is as far as silence can be told from a slow word.
+        """
+        silence = max(_LEAST_SILENCE, min(cls.silence, 0.75 * (hang_timeout or math.inf)))
         return cls(silence, max(1, min(cls.alive, int(silence / 12))))
 
     @property

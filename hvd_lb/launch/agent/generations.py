@@ -57,11 +57,12 @@ class Begin:
     left: list[str]  #: who went as it was asked to
     joined: int
     ends: int = 0  #: by which signal the run ends there, with a checkpoint and before a step; 0: it goes on
+    gives_up: str = ""  #: why it has failed, where it ends by that
 
 
 @dataclass(frozen=True)
 class GiveUp:
-    """The job cannot go on; from the newest checkpoint it can be started again."""
+    """The job cannot go on, not even to a checkpoint; from the newest one it can be started again."""
 
     why: str
 
@@ -101,6 +102,7 @@ class Generations:
         self._goes_on = True  # its rank 0 has written down that it does
         self._noticed: set[int] = set()
         self._stopped_by = 0
+        self._gives_up = ""  # why, while the last generation saves what there is
         self.finished = False  #: a member has come to the end of the run
 
     def start(self, member: int, host: str) -> None:
@@ -206,7 +208,7 @@ class Generations:
         if there < self.least:
             few = f"{there} of {self._before} processes are left, fewer than --min-processes {self.least}"
             if len(arrived) == len(self.newcomers) and not self.coming:
-                return self._give_up(few)
+                return self._end_saved(few)
             if self._told_to_wait:
                 return None
             self._told_to_wait = True
@@ -226,11 +228,14 @@ class Generations:
         step = self._places[first].step
         self._in_vain = self._in_vain + 1 if step == self._began_at else 0
         self._began_at = step
-        if self._in_vain >= _MOST_IN_VAIN:
+        if self._in_vain >= _MOST_IN_VAIN and not self._gives_up:
             last = f" (lost at last: {self._lost[-1]})" if self._lost else ""
-            return self._give_up(f"step {step} could not be taken by {_MOST_IN_VAIN} sets of processes{last}")
+            return self._end_saved(f"step {step} could not be taken by {_MOST_IN_VAIN} sets of processes{last}")
         hosts = in_ranks(first, [*self.members, *arrived], self.hosts)
-        begin = Begin(self.number + 1, hosts, self._before, [*self._lost], [*self._left], len(arrived), ends)
+        begin = Begin(
+            *(self.number + 1, hosts, self._before, [*self._lost], [*self._left], len(arrived)),
+            *(ends, self._gives_up),
+        )
         self._told = len(self._lost), len(self._left)
         self.number += 1
         self.members = [member for _, there in hosts for member in there]
@@ -239,9 +244,16 @@ class Generations:
         self._places = {}
         return begin
 
+    def _end_saved(self, why: str) -> Order:
+        """The job cannot go on, but there is the state of its last step: one generation more, which saves that."""
+        if self._gives_up:
+            return self._give_up(why)
+        self._gives_up = why
+        return self._begin([], signal.SIGTERM)
+
     def _give_up(self, why: str) -> GiveUp:
         self._given_up = True
-        return GiveUp(why)
+        return GiveUp(self._gives_up or why)
 
 
 def in_ranks(first: int, members: Sequence[int], hosts: Mapping[int, str]) -> list[tuple[str, list[int]]]:

@@ -1,6 +1,7 @@
 """The members of an elastic job, for its head: `generations` says what is to be done, and this does it.
 
-A lost rank gets a successor on its host at once, a lost host new ranks when it is back.
+A lost rank gets a successor on its host: at once, or ever more seldom where that ends before it has joined. A lost host
+gets new ranks when it is back.
 """
 
 from __future__ import annotations
@@ -23,6 +24,19 @@ _WRONG = 2  # the exit status of a rank whose failure others would repeat
 _LOADING_SECONDS = 30.0  # a process that begins anew says nothing while it loads its libraries
 # A host that had notice to end, and has not ended for so long, does not end: its notice was taken back.
 _NOTICE_SECONDS = 3600.0
+# Until another newcomer is started after the first that has ended before it joined; twice as long after the next.
+_AGAIN_SECONDS, _MOST_AGAIN_SECONDS = 1.0, 60.0
+_WAITED_FOR = 3  # so many of them those wait who are too few
+_ALL_HANG = 5  # times the timeout, until no other than all who have the state is thought to stand still
+
+
+@dataclass
+class Failed:
+    """Places of a host whose newcomers have ended before they joined."""
+
+    places: list[int] = field(default_factory=list)
+    times: int = 0
+    again_at: float = math.inf
 
 
 @dataclass
@@ -73,9 +87,7 @@ class Members:
         self._slots = {name: len(there) for name, there in places.items()}
         self._most = job.get("max_processes") or len(where)
         self._place = {rank: rank - there.start for there in places.values() for rank in there}
-        self._failed: dict[
-            str, list[int]
-        ] = {}  # places of hosts whose newcomers have ended before they joined
+        self._failed: dict[str, Failed] = {}
         self._leaving: set[int] = set()
         self._wrong: set[int] = set()  # members that have computed wrongly
         self._barred: set[tuple[str, int]] = set()  # their places, by host, which stay empty
@@ -158,18 +170,39 @@ class Members:
                 host.vacant.append(self._place[member])
             elif had_joined and host.connection and wanted and not generations.finished:
                 self._start(host, self._place[member])
-            elif wanted:  # one that has not joined is replaced when all of its host are
-                self._failed.setdefault(host.name, []).append(self._place[member])
-                if not host.ranks and len(head.hosts) > 1 and not generations.finished:
-                    head.lose(host, f"rank {member} ended before it had joined ({how})")
+            elif wanted and not generations.finished:
+                self._not_joined(host, member, how)
         if (host.going or not host.wanted.is_set()) and not host.ranks and host.connection:
             host.connection.send("end")
         self._go_on()
 
+    def _not_joined(self, host: Host, member: int, how: str) -> None:
+        """A newcomer has ended: there is another one later, and on a host without others when it has been tried again."""
+        failed = self._failed.setdefault(host.name, Failed())
+        failed.places.append(self._place[member])
+        why = f"rank {member} ended before it had joined ({how})"
+        if not host.ranks and len(self._head.hosts) > 1:
+            self._head.lose(host, why)
+            return
+        seconds = min(_AGAIN_SECONDS * 2**failed.times, _MOST_AGAIN_SECONDS)
+        failed.times, failed.again_at = failed.times + 1, time.monotonic() + seconds
+        if failed.times <= _WAITED_FOR:
+            self._generations.coming.add(host.name)
+        self._head.note(f"{why} on {host.name}: another one is started there in {seconds:.0f} s")
+
+    def _fill_again(self, host: Host, failed: Failed, now: float) -> None:
+        """Where newcomers have ended, if it is time."""
+        if failed.places and now >= failed.again_at and not (host.away or host.going):
+            host.vacant += failed.places
+            failed.places = []
+            self._generations.coming.discard(host.name)
+            self._fill()
+            self._go_on()
+
     def host_lost(self, host: Host, ranks: list[int], why: str) -> None:
         """With these ranks; it is tried again from now on."""
         host.away = True
-        host.vacant += self._failed.pop(host.name, [])
+        host.vacant += self._failed.pop(host.name, Failed()).places
         for rank in ranks:
             self._head.waited_for.discard(rank)
             if host.wanted.is_set() and (host.name, self._place[rank]) not in self._barred:
@@ -276,9 +309,14 @@ class Members:
     def look(self) -> None:
         """Now and then: whether somebody is waited for who will not come."""
         now = time.monotonic()
-        if self._hang and not self._head.failed:
+        if self._head.failed:
+            return
+        for name, failed in list(self._failed.items()):
+            self._fill_again(self._head.hosts[name], failed, now)
+        if self._hang:
             for member in self._generations.awaited:
                 self._take_out(member, now)
+            self._look_whether_all_hang(now)
         if now > self._waits_until:
             self._waits_until = math.inf
             self._generations.coming.clear()
@@ -290,9 +328,20 @@ class Members:
         silent = now - max(self._since, self._heard_at.get(member, 0.0))
         hangs = known.get("stage", {}).get("hangs") and now - self._since > self._hang
         if hangs or silent > max(self._hang, _LOADING_SECONDS):
-            self._head.note(f"rank {member} on {known['host']} does not answer: it is taken out")
-            self._heard_at[member] = now  # and again after as long, if it is still there
-            self._head.tell_agents("signal", signal=signal.SIGKILL, rank=member)
+            self._kill(member, now)
+
+    def _look_whether_all_hang(self, now: float) -> None:
+        """Nobody is there then to say that he waits for others: the job ends, and can be started again."""
+        members = self._generations.members
+        heard = [self._heard_at.get(member, math.inf) for member in members]  # at first they load their libraries
+        if now - max([self._since, *heard]) > _ALL_HANG * max(self._hang, _LOADING_SECONDS):
+            for member in members:
+                self._kill(member, now)
+
+    def _kill(self, member: int, now: float) -> None:
+        self._head.note(f"rank {member} on {self._head.table[member]['host']} does not answer: it is taken out")
+        self._heard_at[member] = now  # and again after as long, if it is still there
+        self._head.tell_agents("signal", signal=signal.SIGKILL, rank=member)
 
     def _start(self, host: Host, place: int) -> None:
         """Start a newcomer in a place of a host."""
@@ -334,6 +383,8 @@ class Members:
         self._waits_until = math.inf
         for name, _ in begin.hosts:
             head.hosts[name].settled = True
+            if (failed := self._failed.get(name)) and not failed.places:
+                del self._failed[name]
         head.record.ending(generation=begin.generation, processes=now)
         change = {
             "before": begin.before,
@@ -343,8 +394,16 @@ class Members:
             "joined": begin.joined,
             "seconds": time.monotonic() - self._since,
         }
+        if begin.gives_up:
+            head.record.ending(gave_up=begin.gives_up)
+            head.note(f"{begin.gives_up}: the run ends with a checkpoint")
         head.tell_agents(
-            "begin", generation=begin.generation, hosts=begin.hosts, ends=begin.ends, change=change
+            "begin",
+            generation=begin.generation,
+            hosts=begin.hosts,
+            ends=begin.ends,
+            gives_up=begin.gives_up,
+            change=change,
         )
         print(
             f"generation {begin.generation}: {begin.hosts}; lost: {begin.lost}, left: {begin.left}",

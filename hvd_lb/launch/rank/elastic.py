@@ -99,7 +99,7 @@ def _train(
             ended = bool(trainer.stopped_by) or trainer.step == trainer.end
             stages.enter(Stage.ENDING if ended else Stage.STARTING)
             if ended:
-                note_stop(job, trainer)
+                note_stop(job, trainer, present.gives_up)
         if ended:
             with stages.within(Stage.NETWORK):
                 world.barrier()
@@ -146,6 +146,7 @@ class _Generation:
         self._carried, self._dataset = carried, dataset
         snapshot = carried.snapshot
         self.ends: int = begun["ends"] if begun else 0  #: the signal by which the run ends before a step
+        self.gives_up: str = begun["gives_up"] if begun else ""  #: why it does, where the job cannot go on
         scales = _scales(carried, checkpoint)
         self._plan = plan = _run_plan(job, dataset, scales)
         if job.per_process and not self.ends:

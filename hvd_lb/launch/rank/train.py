@@ -15,7 +15,7 @@ from contextlib import nullcontext, suppress
 from hvd_lb import world as worlds
 from hvd_lb.audit.audit import Undecided
 from hvd_lb.data.loading.shared_pixels import shared
-from hvd_lb.errors import UserError
+from hvd_lb.errors import HostError, UserError
 from hvd_lb.launch.agent.channel import tell
 from hvd_lb.launch.hang.watch import watched
 from hvd_lb.launch.job import Job
@@ -94,7 +94,8 @@ def main(job_text: str, rank: int, host: str, cores: int, end: Callable[[int], o
             traceback.print_exc()
             sys.stderr.flush()
         # At once, without Horovod's shutdown: it would wait for the others, who are waiting for this process.
-        end(2 if job.elastic and isinstance(error, UserError | Diverged | Undecided) else 1)
+        repeats = isinstance(error, UserError | Diverged | Undecided) and not isinstance(error, HostError)
+        end(2 if job.elastic and repeats else 1)
     worlds.shutdown()
 
 

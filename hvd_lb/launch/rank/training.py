@@ -114,8 +114,11 @@ def samples_of(job: Job, number: int, generation: int = 0) -> SampleLog | None:
     return SampleLog(RunDirectory(job.output).logs, number, generation) if job.log_samples else None
 
 
-def note_stop(job: Job, trainer: Trainer) -> None:
-    """Says, if this is rank 0 and the run has not come to its end, by what it was stopped and where."""
+def note_stop(job: Job, trainer: Trainer, gives_up: str = "") -> None:
+    """Says, if this is rank 0 and the run has not come to its end, by what it was stopped and where.
+
+    `gives_up`: why it cannot go on, where it was not asked to end.
+    """
     if trainer.world.rank == 0 and (trainer.step < trainer.end or trainer.state.evaluation_due):
-        stopped = {"signal": trainer.stopped_by, "steps": trainer.step}
+        stopped = {"signal": trainer.stopped_by, "steps": trainer.step, "gives_up": gives_up}
         write_json(RunDirectory(job.output).stopped, stopped)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hvd_lb.launch.agent import connection as module
-from hvd_lb.launch.agent.connection import Connection, ConnectionLost, answer, call
+from hvd_lb.launch.agent.connection import Connection, ConnectionLost, Patience, answer, call
 
 SECRET = bytes(range(32))
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -164,3 +164,9 @@ def test_a_message_that_was_altered_repeated_left_out_or_reordered_ends_a_connec
     ]
     for change in changes:
         assert isinstance(tampered(change), ConnectionLost)
+
+
+@pytest.mark.parametrize("hang_timeout", [0.5, 1, 2, 5, 8, 60, 0])
+def test_who_speaks_once_in_a_while_is_not_silent(hang_timeout: float) -> None:
+    patience = Patience.of_elastic(hang_timeout)
+    assert patience.silence > patience.of_agent >= 3 * patience.alive

@@ -128,8 +128,27 @@ def test_too_few_wait_for_newcomers_and_else_give_up() -> None:
     assert isinstance(wait, Wait)
     assert "1 of 2 processes are left, fewer than --min-processes 2" in wait.why
     job.lose(2, "b")
-    (gave_up,) = orders(job)
-    assert isinstance(gave_up, GiveUp)
+    (last,) = orders(job)
+    assert last == Begin(
+        1, [("h", [0])], 2, lost=["a", "b"], left=[], joined=0, ends=signal.SIGTERM, gives_up=wait.why.split(":")[0]
+    )
+    job.finish(0)
+    assert orders(job) == []
+
+
+def test_a_job_that_gives_up_tries_only_once_to_save_what_it_has() -> None:
+    for status in ("over again", "lost"):
+        job = made(2, least=2)
+        job.lose(1, "a")
+        job.ready(0, 0, 9, unfinished=False)
+        assert [type(order) for order in orders(job)] == [Over, Begin]
+        if status == "lost":
+            job.lose(0, "b")
+        else:
+            job.ready(0, 1, 9, unfinished=False)
+        *_, gave_up = orders(job)
+        assert gave_up == GiveUp("1 of 2 processes are left, fewer than --min-processes 2")
+        assert orders(job) == []
 
 
 def test_who_leaves_is_no_loss() -> None:
@@ -212,12 +231,12 @@ def test_a_step_that_nobody_can_take_ends_the_job() -> None:
         for member in job.members:
             job.ready(member, generation, 5, unfinished=False)
         *_, last = orders(job)
-        if isinstance(last, GiveUp):
+        assert isinstance(last, Begin)
+        if last.ends:
             break
     assert generation == 8
-    assert last == GiveUp(
-        "step 5 could not be taken by 8 sets of processes (lost at last: killed by its data)"
-    )
+    why = "step 5 could not be taken by 8 sets of processes (lost at last: killed by its data)"
+    assert (last.ends, last.gives_up) == (signal.SIGTERM, why)
 
 
 def test_ranks_of_a_host_follow_each_other() -> None:

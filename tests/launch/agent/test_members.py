@@ -1,4 +1,4 @@
-"""Hosts of an elastic job that have notice to end, with a head that only notes what it is to tell."""
+"""Members of an elastic job that fail, hang, or have notice to end; their head only notes what it is to tell."""
 
 from __future__ import annotations
 
@@ -25,19 +25,22 @@ class Record:
 
 
 class Head:
-    """Two hosts with a rank each."""
+    """Two ranks, on a host each if nothing is said."""
 
-    def __init__(self) -> None:
-        self.hosts = {name: Host(name, {rank}) for rank, name in enumerate(("h1", "h2"))}
+    def __init__(self, **ranks: set[int]) -> None:
+        self.hosts = {name: Host(name, there) for name, there in (ranks or {"h1": {0}, "h2": {1}}).items()}
         for host in self.hosts.values():
             host.connection = Connection()  # type: ignore[assignment]
-        self.table: dict[int, dict[str, Any]] = {rank: {"host": name} for rank, name in enumerate(self.hosts)}
+        self.table: dict[int, dict[str, Any]] = {
+            rank: {"host": host.name} for host in self.hosts.values() for rank in host.ranks
+        }
         self.waited_for: set[int] = set()
         self.values: dict[str, bytes] = {}
         self.record: Any = Record()
         self.failed = False
         self.signalled: list[tuple[int, int]] = []
         self.lost: list[str] = []
+        self.notes: list[str] = []
 
     def tell_agents(self, kind: str, body: bytes = b"", but: Host | None = None, **fields: Any) -> None:
         if kind == "signal":
@@ -47,7 +50,7 @@ class Head:
         pass
 
     def note(self, text: str) -> None:
-        pass
+        self.notes.append(text)
 
     def lose(self, host: Host, why: str) -> None:
         self.lost.append(host.name)
@@ -70,9 +73,19 @@ def head() -> Head:
 
 @pytest.fixture
 def members(head: Head) -> Members:
-    environment = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "600"}
-    job = {"hosts": [["h1", 1], ["h2", 1]], "min_processes": 1, "environment": environment}
-    return Members(job, head)
+    return members_of(head)
+
+
+def members_of(head: Head, least: int = 1, hang_timeout: int = 0) -> Members:
+    environment = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "600", "HVD_LB_HANG_TIMEOUT": str(hang_timeout)}
+    hosts = [[host.name, len(host.ranks)] for host in head.hosts.values()]
+    return Members({"hosts": hosts, "min_processes": least, "environment": environment}, head)
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
 
 def sent(host: Host) -> list[str]:
@@ -163,3 +176,77 @@ def test_notice_after_the_end_of_the_run_is_nothing(head: Head, members: Members
         members.ended(host, rank, 0)
         members.go(host)
         assert not host.going
+
+
+def test_a_newcomer_that_ends_before_it_has_joined_gets_a_successor_ever_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those that are too few wait for three of them."""
+    clock, head = Clock(monkeypatch), Head(h={0, 1})
+    members, (host,) = members_of(head, least=2), head.hosts.values()
+
+    def lose_newest() -> None:
+        newest = max(host.ranks)
+        host.ranks.discard(newest)
+        members.ended(host, newest, -signal.SIGKILL)
+
+    lose_newest()
+    members.word(0, "awaits", {"generation": 0, "step": 9, "unfinished": False})
+    assert sent(host) == ["start"]
+    for times, seconds in enumerate((1, 2, 4), 1):
+        lose_newest()
+        assert f"another one is started there in {seconds} s" in head.notes[-1]
+        clock.now += seconds - 0.1
+        members.look()
+        assert sent(host) == ["start"] * times
+        clock.now += 0.2
+        members.look()
+        assert sent(host) == ["start"] * (times + 1)
+    assert not [note for note in head.notes if "ends with a checkpoint" in note]
+    lose_newest()
+    assert "fewer than --min-processes 2: the run ends with a checkpoint" in head.notes[-1]
+
+
+def test_a_host_whose_newcomer_has_joined_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, head = Clock(monkeypatch), Head(h={0, 1})
+    members, (host,) = members_of(head), head.hosts.values()
+
+    def lose(rank: int) -> None:
+        host.ranks.discard(rank)
+        members.ended(host, rank, -signal.SIGKILL)
+
+    def awaits(rank: int, generation: int, step: int) -> None:
+        members.word(rank, "awaits", {"generation": generation, "step": step, "unfinished": False})
+
+    lose(1)
+    awaits(0, 0, 9)
+    lose(2)
+    clock.now += 1
+    members.look()
+    awaits(3, -1, -1)
+    awaits(0, 1, 10)
+    lose(3)  # it had joined: there is another one at once
+    lose(4)
+    assert [note for note in head.notes if "before it had joined" in note] == [
+        f"rank {rank} ended before it had joined (ended by SIGKILL) on h: another one is started there in 1 s"
+        for rank in (2, 4)
+    ]
+
+
+def test_when_all_that_have_the_state_stand_still_the_job_ends_after_five_times_the_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, head = Clock(monkeypatch), Head(h={0, 1})
+    members = members_of(head, hang_timeout=60)
+    clock.now += 1000  # they load their libraries
+    members.look()
+    for rank in (0, 1):
+        members.told(rank)
+    clock.now += 299
+    members.told(1)
+    clock.now += 299
+    members.look()
+    assert head.signalled == []
+    clock.now += 2
+    members.look()
+    assert head.signalled == [(0, signal.SIGKILL), (1, signal.SIGKILL)]
