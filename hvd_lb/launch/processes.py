@@ -105,7 +105,7 @@ class RankProcesses:
         self._say(ends=number)  # of an elastic job there may be nobody who looks for that file
 
     def stopped(self) -> dict[str, Any] | None:
-        """When the job has ended so, the signal that caused it, the steps that were done, and why it gives up if it does."""
+        """When the job has ended so, the signal that caused it, the steps done, and why it gives up if it does."""
 
         def read() -> bytes | None:
             return self._run.stopped.read_bytes() if self._run.stopped.exists() else None

@@ -336,7 +336,9 @@ def _watch(
         print(f"hvd-lb: error: {failure}", file=sys.stderr)
         _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began, console)
         if stopped:
-            console.print(f"after {stopped['steps']:,} steps, with a checkpoint; the same command goes on there")
+            console.print(
+                f"after {stopped['steps']:,} steps, with a checkpoint; the same command goes on there"
+            )
         return 1
     return _finish(run, resolved, job.processes, time.monotonic() - began, console)
 

@@ -306,12 +306,6 @@ def test_ctrl_c_ends_an_elastic_run_that_has_lost_a_rank(
             5,
         ),
         (
-            [(number, "step", 5, "error") for number in range(1, 9)],
-            (),
-            "step 5 could not be taken by 8 sets of processes",
-            5,
-        ),
-        (
             [(0, "step", 5, "SIGKILL"), (1, "step", 5, "SIGKILL")],
             (),
             "all processes that had the state of the run were lost",

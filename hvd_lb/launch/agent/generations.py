@@ -230,7 +230,9 @@ class Generations:
         self._began_at = step
         if self._in_vain >= _MOST_IN_VAIN and not self._gives_up:
             last = f" (lost at last: {self._lost[-1]})" if self._lost else ""
-            return self._end_saved(f"step {step} could not be taken by {_MOST_IN_VAIN} sets of processes{last}")
+            return self._end_saved(
+                f"step {step} could not be taken by {_MOST_IN_VAIN} sets of processes{last}"
+            )
         hosts = in_ranks(first, [*self.members, *arrived], self.hosts)
         begin = Begin(
             *(self.number + 1, hosts, self._before, [*self._lost], [*self._left], len(arrived)),

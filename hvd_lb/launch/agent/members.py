@@ -177,7 +177,7 @@ class Members:
         self._go_on()
 
     def _not_joined(self, host: Host, member: int, how: str) -> None:
-        """A newcomer has ended: there is another one later, and on a host without others when it has been tried again."""
+        """A newcomer has ended: there is another one later, on a host without others when that has been tried again."""
         failed = self._failed.setdefault(host.name, Failed())
         failed.places.append(self._place[member])
         why = f"rank {member} ended before it had joined ({how})"
@@ -333,13 +333,17 @@ class Members:
     def _look_whether_all_hang(self, now: float) -> None:
         """Nobody is there then to say that he waits for others: the job ends, and can be started again."""
         members = self._generations.members
-        heard = [self._heard_at.get(member, math.inf) for member in members]  # at first they load their libraries
+        heard = [
+            self._heard_at.get(member, math.inf) for member in members
+        ]  # at first they load their libraries
         if now - max([self._since, *heard]) > _ALL_HANG * max(self._hang, _LOADING_SECONDS):
             for member in members:
                 self._kill(member, now)
 
     def _kill(self, member: int, now: float) -> None:
-        self._head.note(f"rank {member} on {self._head.table[member]['host']} does not answer: it is taken out")
+        self._head.note(
+            f"rank {member} on {self._head.table[member]['host']} does not answer: it is taken out"
+        )
         self._heard_at[member] = now  # and again after as long, if it is still there
         self._head.tell_agents("signal", signal=signal.SIGKILL, rank=member)
 

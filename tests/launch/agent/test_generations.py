@@ -130,7 +130,14 @@ def test_too_few_wait_for_newcomers_and_else_give_up() -> None:
     job.lose(2, "b")
     (last,) = orders(job)
     assert last == Begin(
-        1, [("h", [0])], 2, lost=["a", "b"], left=[], joined=0, ends=signal.SIGTERM, gives_up=wait.why.split(":")[0]
+        1,
+        [("h", [0])],
+        2,
+        lost=["a", "b"],
+        left=[],
+        joined=0,
+        ends=signal.SIGTERM,
+        gives_up=wait.why.split(":")[0],
     )
     job.finish(0)
     assert orders(job) == []
