@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hvd_lb.errors import UserError
 from hvd_lb.report.text import count
 from hvd_lb_cli.options.given import refuse_options
+from hvd_lb_cli.output.files import status_1_is_a_verdict
 from hvd_lb_cli.output.progress import long_progress
 from hvd_lb_cli.output.show import print_rows
 from hvd_lb_cli.output.terminal import plain_console
@@ -55,6 +55,7 @@ _RUN = click.Path(path_type=Path)
     help="With --replay: at most so many steps of each.",
 )
 @click.pass_context
+@status_1_is_a_verdict()
 def compare(
     context: click.Context,
     run_a: Path,
@@ -80,11 +81,8 @@ def compare(
     from hvd_lb.report.compare import compare_runs  # needs torch
 
     console = plain_console()
-    try:
-        with console.status(Text("comparing")):
-            comparison = compare_runs(run_a, run_b, step)
-    except OSError as error:  # exit code 1 would say that the runs differ
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    with console.status(Text("comparing")):
+        comparison = compare_runs(run_a, run_b, step)
     print_rows(console, [("A", str(run_a)), ("B", str(run_b)), *_rows(comparison)])
     if comparison.checkpoint:
         _print_tensors(console, comparison.checkpoint.differing, tensors)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from real_runs import SMALL, processes_of
+from real_runs import SMALL, assert_agrees, processes_of
 
 from hvd_lb.data.dataset import open_dataset
 from hvd_lb.replay.again import Again
@@ -209,6 +209,7 @@ def assert_the_same(undisturbed: Path, run: Path) -> None:
             [[record[name] for name in names] for record in events(of, kind)] for of in (undisturbed, run)
         )
         assert other == one
+    assert_agrees(run)
 
 
 def assert_each_once(run: Path, steps: int = STEPS) -> None:
@@ -233,6 +234,7 @@ def taken_again(run: RecordedRun) -> Again:
 
 def assert_it_comes_again(path: Path) -> RecordedRun:
     """Records, digests and the last state to the bit, and each image of each epoch once."""
+    assert_agrees(path)
     run = open_run(path)
     again = taken_again(run)
     assert again.compared.first is None

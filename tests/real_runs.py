@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from hvd_lb.replay.recorded import open_run
+from hvd_lb.replay.verify import Examined, examine_records
+
 Start = Callable[..., subprocess.Popen[str]]
 SMALL = ("--data", "digits", "--device", "cpu", "--model", "resnet8", "--threads", 1)
 
@@ -38,6 +41,13 @@ def assert_equal_metrics(runs: Sequence[Path], relative: float) -> None:
             for name in a.keys() - {"kind", "images_per_second", "data_wait"}:
                 assert b[name] == pytest.approx(a[name], rel=relative, abs=0), (name, a, b)
             assert b["kind"] == a["kind"]
+
+
+def assert_agrees(run: Path) -> None:
+    """Whatever has happened to it, records, checkpoints and summary tell of one run."""
+    found = Examined(0)
+    examine_records(open_run(run), found)
+    assert found.problems == []
 
 
 def processes_of(run: Path) -> list[int]:

@@ -19,6 +19,7 @@ from hvd_lb.report.run_directory import replace_text
 from hvd_lb.report.text import count
 from hvd_lb_cli.options.kinds import Target
 from hvd_lb_cli.options.launch import host_options
+from hvd_lb_cli.output.files import new_file
 from hvd_lb_cli.output.show import index_progress
 from hvd_lb_cli.output.terminal import plain_console
 
@@ -76,9 +77,7 @@ def measure(
     from hvd_lb_cli.doctor.network import measured_network, show_network
 
     console = plain_console()
-    path = profile.expanduser().absolute()
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{profile} cannot be written: expected the name of a file in a folder that is there")
+    path = new_file(profile)
     options = {name: value for name, value in fields.items() if value is not None}
     resolved = _resolved(console, options, recipe) if options or recipe else None
     report, cores = measured_network(context, console, launch_options, device, output)

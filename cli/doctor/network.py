@@ -32,6 +32,7 @@ from hvd_lb.report.text import count
 from hvd_lb_cli.dispatch import examine, plan_launch
 from hvd_lb_cli.options.given import refuse_options
 from hvd_lb_cli.options.launch import SSH_OPTIONS
+from hvd_lb_cli.output.files import new_file, status_1_is_a_verdict
 
 
 def check_network(
@@ -43,15 +44,17 @@ def check_network(
     figures: Path | None,
 ) -> int:
     """1 when a link is not as the others."""
+    target = new_file(figures) if figures else None
     report, _ = measured_network(context, console, options, device, output)
-    if figures:
-        replace_text(figures.expanduser().absolute(), report.model_dump_json(indent=1) + "\n")
     show_network(console, report)
     wrong = problems(report)
     for line in wrong:
         click.echo(f"wrong   {line}")
     if not wrong:
         click.echo(f"ok      {_well(report)}")
+    if target:
+        with status_1_is_a_verdict():
+            replace_text(target, report.model_dump_json(indent=1) + "\n")
     return 1 if wrong else 0
 
 

@@ -12,6 +12,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.report.run_directory import strict_json
 from hvd_lb.report.text import count
 from hvd_lb_cli.options.kinds import Target
+from hvd_lb_cli.output.files import status_1_is_a_verdict
 from hvd_lb_cli.output.show import print_rows
 from hvd_lb_cli.output.terminal import plain_console
 from hvd_lb_cli.replay.options import replay_options, steps_progress
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="As JSON, for scripts: one object.")
 @replay_options
+@status_1_is_a_verdict()
 def replay(
     run: Path,
     step: int | None,
@@ -103,15 +105,15 @@ def replay(
         seen = watched.take()
     good, verdict = _verdict(again, expected)
     figures = _figures(recorded, again, begun, expected, jump)
-    if output:
-        write_step(output.expanduser(), again.trainer, seen, figures)
     if as_json:
         click.echo(strict_json({**figures, **_as_json(seen), "holds": good, "verdict": verdict}))
-        return 0 if good else 1
-    print_rows(console, _rows(seen, again, verdict))
-    _list_images(seen, shown)
+    else:
+        print_rows(console, _rows(seen, again, verdict))
+        _list_images(seen, shown)
     if output:
-        console.print(f"written to {output}", soft_wrap=True)
+        write_step(output.expanduser(), again.trainer, seen, figures)
+        if not as_json:
+            console.print(f"written to {output}", soft_wrap=True)
     return 0 if good else 1
 
 
@@ -160,6 +162,8 @@ def _before(
         rose = "to no number" if jump.after is None else f"to {jump.after:.6g}"
         which = f"step {jump.last}" if jump.first == jump.last else f"steps {jump.first} to {jump.last}"
         rows.append(("spike", f"the loss went from {jump.before:.6g} {rose} in {which}"))
+    if run.foreign:
+        rows.append(("note", f"no whole record in {count(run.foreign, 'line')} of metrics.jsonl"))
     rows += [("note", problem) for problem in damaged]
     start = checkpoint.step if checkpoint else 0
     microbatches = sum(len(again.run_plan.at(step).with_images()) for step in range(start, last + 1))

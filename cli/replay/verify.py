@@ -12,6 +12,7 @@ from rich.console import Console
 from hvd_lb.report.run_directory import replace_text, strict_json
 from hvd_lb.report.text import count
 from hvd_lb_cli.options.kinds import Target
+from hvd_lb_cli.output.files import new_file, status_1_is_a_verdict
 from hvd_lb_cli.output.progress import long_progress
 from hvd_lb_cli.output.show import print_rows
 from hvd_lb_cli.output.terminal import plain_console
@@ -31,7 +32,8 @@ _STATUS = {"holds": 0, "does not hold": 1, "cannot be told": 2}
     type=click.IntRange(min=0),
     default=3,
     show_default=True,
-    help="So many stretches between kept checkpoints, drawn at random, are taken again; 0: the records alone.",
+    help="So many stretches between kept checkpoints, drawn at random, are taken again; 0: the records alone, which "
+    "needs no data.",
 )
 @click.option(
     "--most-steps",
@@ -47,6 +49,7 @@ _STATUS = {"holds": 0, "does not hold": 1, "cannot be told": 2}
 )
 @click.option("--json", "figures", type=Target(), metavar="FILE", help="Write the receipt there.")
 @replay_options
+@status_1_is_a_verdict()
 def verify(
     run: Path,
     segments: int,
@@ -75,11 +78,12 @@ def verify(
     from hvd_lb.replay.recorded import open_run
 
     console = plain_console()
+    target = new_file(figures) if figures else None
     recorded = open_run(run.expanduser())
     on = torch.device(choose_device(device))
-    dataset = recorded.open_data(data, val)
     drawn = random.SystemRandom().randrange(2**32) if seed is None else seed
     chosen = verifying.choose(verifying.stretches(recorded, most_steps), segments, drawn)
+    dataset = recorded.open_data(data, val) if chosen or data or val else None
     print_rows(console, _before(recorded, chosen, drawn))
     with long_progress(console) as progress:
 
@@ -94,10 +98,9 @@ def verify(
             for done in found.stretches[told:]:
                 console.print(f"{done.stretch}: {_in_words(done)}", soft_wrap=True)
             told = len(found.stretches)
-    if figures:
-        receipt = verifying.receipt(recorded, found, drawn)
-        replace_text(figures.expanduser().absolute(), strict_json(receipt, indent=1) + "\n")
     click.echo(_verdict(recorded, found))
+    if target:
+        replace_text(target, strict_json(verifying.receipt(recorded, found, drawn), indent=1) + "\n")
     return _STATUS[found.verdict]
 
 

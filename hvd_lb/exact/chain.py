@@ -83,7 +83,9 @@ class ChainReport:
     digests: list[dict[str, Any]] = field(default_factory=list)
     broken: list[tuple[int, int]] = field(default_factory=list)
     last: str = ""  #: the last link: all records up to there, recipe, data and plan in 64 digits
-    unsealed: int = 0  #: records of training and evaluations after the last link that is told
+    unsealed: int = (
+        0  #: records of training and evaluations that no link which is told is over, if there is a chain
+    )
 
 
 def examine_chain(records: Iterable[dict[str, Any]]) -> ChainReport:
@@ -94,7 +96,7 @@ def examine_chain(records: Iterable[dict[str, Any]]) -> ChainReport:
         kind = record.get("kind")
         link = next_link(link, record)
         if kind == "begin":
-            begin, since, unsealed = record, record["step"], 0
+            begin, since = record, record["step"]
             digests.clear()
         elif kind in _TELL:
             if kind == "digest":

@@ -221,9 +221,9 @@ def run_job(
         on_ready()
         if foretold:
             replace_text(run.forecast, foretold.model_dump_json(indent=1) + "\n")
+        run.summary.unlink(missing_ok=True)  # first: what it says of the run was by the recipe that is there
         replace_text(run.recipe, resolved.recipe.to_yaml())
         write_json(run.environment, describe_environment(placement, command))
-        run.summary.unlink(missing_ok=True)
         facts = _facts(resolved, placement, launch, resume_point, command)
         alive.begin(facts)
         for path in resume_point.damaged:

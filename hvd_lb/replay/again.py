@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hvd_lb.data.images import Dataset
+from hvd_lb.errors import UserError
 from hvd_lb.exact.digest import PARTS, state_digests
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.exact.reproducible import rounding_differences, rounding_environment
@@ -23,6 +24,7 @@ from hvd_lb.machine.cpu import usable_cores
 from hvd_lb.machine.placement import loader_threads
 from hvd_lb.replay.recorded import RecordedRun
 from hvd_lb.report.metrics import SilentObserver
+from hvd_lb.report.text import count
 from hvd_lb.training.checkpoint import Checkpoint
 from hvd_lb.training.trainer import Trainer
 from hvd_lb.world.solo import Solo
@@ -75,12 +77,11 @@ class Compared:
         self.first = self.first or Difference(step, what, recorded, found)
 
     def digest(self, step: int, recorded: Mapping[str, Any], found: Mapping[str, str]) -> None:
-        parts = [part for part in PARTS if part in recorded and part in found]
-        differing = [part for part in parts if recorded[part] != found[part]]
+        differing = [part for part in PARTS if part in found and recorded.get(part) != found[part]]
         self.digests += 1
         self.same_digests += not differing
         for part in differing[:1]:
-            self.first = self.first or Difference(step, f"digest of {part}", recorded[part], found[part])
+            self.first = self.first or Difference(step, f"digest of {part}", recorded.get(part), found[part])
 
     @property
     def to_rounding(self) -> bool:
@@ -195,8 +196,13 @@ class Again(SilentObserver):
     ) -> None:
         """Steps until so many are done; `before` and `after` are called with the number of each.
 
-        `before` once more for a step that is taken again, as its numbers overflowed.
+        `before` once more for a step that is taken again, as its numbers overflowed. UserError where the recipe has
+        fewer steps.
         """
+        end = min(self.run_plan.end, self.run.recipe.steps or self.run_plan.end)
+        if until > end:
+            recorded = f"{self.run.path} has a record of step {until - 1}"
+            raise UserError(f"{recorded}, and its recipe has {count(end, 'step')}")
         while self.step < until:
             if self.step in self._changes and self.trainer.run_plan.scales[-1].step < self.step:
                 self.trainer = self._trainer(self.step, carried=self.trainer.hand_over())
@@ -245,10 +251,9 @@ class Again(SilentObserver):
         told = self._evaluated[record["step"]]
         self.compared.records += 1
         for name in _OF_EVALUATIONS:
-            if name in told:
-                self.compared.number(
-                    record["step"], f"evaluation's {name.replace('_', ' ')}", told[name], record.get(name)
-                )
+            self.compared.number(
+                record["step"], f"evaluation's {name.replace('_', ' ')}", told.get(name), record.get(name)
+            )
 
     def digest(
         self, record: dict[str, Any], model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,30 @@ from hvd_lb.data.images import Dataset, Progress, images_of
 from hvd_lb.data.spec import absolute_spec
 from hvd_lb.errors import UserError
 from hvd_lb.exact.chain import ChainReport, examine_chain
-from hvd_lb.plan.run_plan import Scale
+from hvd_lb.plan.run_plan import RunPlan, Scale
 from hvd_lb.recipe import Recipe, load_values, make_recipe
 from hvd_lb.report.metrics import read_records
 from hvd_lb.report.run_directory import RunDirectory
-from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore, DamagedCheckpoint, open_checkpoint
+from hvd_lb.training.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    DamagedCheckpoint,
+    open_checkpoint,
+    read_state,
+)
+from hvd_lb.training.saved_state import SavedState
 
 # Kinds of records that tell of steps done.
 _OF_STEPS_DONE = ("train", "eval", "digest", "checkpoint")
 _OF_SCALES = ("step", "epoch", "images", "workers")
+# What no record of a kind is without, and what it is; a number that is not finite is null.
+_NUMBER = (int, float, type(None))
+_PARTS: dict[str, dict[str, Any]] = {
+    "begin": {"recipe": dict, "data": str, "plan": dict},
+    "train": {"lr": _NUMBER, "loss": _NUMBER},
+    "eval": {"top1_error": _NUMBER},
+    "digest": {"weights": str, "velocities": str},
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,9 @@ class RecordedRun:
     directory: RunDirectory
     recipe: Recipe
     records: list[dict[str, Any]]
+    saved: Mapping[int, SavedState] = field(default_factory=dict)  #: what checkpoints tell, by steps done
+    summary: dict[str, Any] | None = None  #: summary.json, where it is there; empty where it is damaged
+    foreign: int = 0  #: lines of metrics.jsonl that are no whole records
 
     @property
     def path(self) -> Path:
@@ -52,6 +71,14 @@ class RecordedRun:
     def first_step(self) -> int:
         """Steps done when it began: more than 0 where that was at another run's checkpoint."""
         return self.chain.begin["step"] + 1 if self.chain.begin else 0
+
+    def plan(self, scales: tuple[Scale, ...]) -> RunPlan | None:
+        """How many images each step has; None where the chain's beginning does not tell how many there are."""
+        begin = self.chain.begin
+        try:
+            return self.recipe.run_plan(begin["plan"]["images"], scales=scales) if begin else None
+        except (LookupError, TypeError, ValueError, UserError):
+            return None
 
     @property
     def left_out(self) -> set[int]:
@@ -120,7 +147,7 @@ class RecordedRun:
             on_progress=on_progress,
         )
         known = self.chain.begin["data"] if self.chain.begin else None
-        if known and known != images_of(dataset.fingerprint()):
+        if known is not None and known != images_of(dataset.fingerprint()):
             raise UserError(
                 f"{spec} is not what {self.path} was trained on (images, their bytes, labels or sizes differ): give "
                 "that with --data"
@@ -129,18 +156,43 @@ class RecordedRun:
 
 
 def open_run(path: Path) -> RecordedRun:
-    """The run in a run directory. UserError where there is none, or what is there cannot be read as one."""
+    """The run in a run directory. UserError where there is none, or what is there cannot be read as one.
+
+    A run that goes on writes records before the checkpoint and summary that follow them; so these are read first.
+    """
     directory = RunDirectory(path)
     if not directory.recipe.is_file():
         found = "holds no run" if path.exists() else "does not exist"
         raise UserError(f"{path} {found}: expected a run directory with {directory.recipe.name}")
     recipe = make_recipe(load_values(str(directory.recipe)), str(directory.recipe))
-    records, foreign = read_records(directory.metrics)
+    summary = _summary(directory.summary)
+    saved: dict[int, SavedState] = {}
+    for folder in CheckpointStore(directory.checkpoints).newest_first():
+        with suppress(UserError, OSError):  # who opens it says what is wrong with it
+            saved[int(folder.name.removeprefix("step-"))] = SavedState.from_json(read_state(folder))
+    told, foreign = read_records(directory.metrics)
+    records = [record for record in told if _is_whole(record)]
+    foreign += len(told) - len(records)
     if foreign and not records:
         raise UserError(
             f"{directory.metrics} is damaged: expected a JSON record with kind and step on each line"
         )
-    return RecordedRun(directory, recipe, records)
+    return RecordedRun(directory, recipe, records, saved, summary, foreign)
+
+
+def _summary(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    parts = _PARTS.get(str(record["kind"]) if "kind" in record else "", {})
+    return all(name in record and isinstance(record[name], of) for name, of in parts.items())
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Whether what a run claims is so: its chain, its checkpoints, and stretches of its steps that are taken again.
 
 What is found without computing a step: a record, a recipe or a plan that was changed after the fact (the chain), a
-checkpoint that was damaged (its checksums) or exchanged (the digests). A chain that was written anew as a whole, and
-numbers that no training made, are found by taking steps again.
+checkpoint that was damaged (its checksums) or exchanged (the digests); records, checkpoints and a summary that are not
+of the same run (`agreement`). A chain that was written anew as a whole, and numbers that no training made, are found by
+taking steps again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from hvd_lb.exact.digest import PARTS, STATISTICS, state_digests
 from hvd_lb.plan.run_plan import Scale
 from hvd_lb.recipe import differing_fields
 from hvd_lb.replay.again import ROUNDING, Again, Compared, Expectation, expectation
+from hvd_lb.replay.agreement import beyond_the_end, unlike_records, unlike_summary
 from hvd_lb.replay.beginning import plan_of
 from hvd_lb.replay.recorded import RecordedRun
+from hvd_lb.report.text import count
 from hvd_lb.training.checkpoint import Checkpoint, DamagedCheckpoint, open_checkpoint
 from hvd_lb.training.saved_state import AVERAGED, LOSSES
 
@@ -89,11 +92,18 @@ class Examined:
 
 
 def examine_records(run: RecordedRun, found: Examined) -> None:
-    """The chain, and whether recipe and checkpoints are those of it; computes no step."""
+    """The chain, and whether recipe, checkpoints and summary are those of it; computes no step."""
     chain, recipe = run.chain, run.recipe.mathematics()
+    if run.foreign:
+        found.problems.append(f"metrics.jsonl is damaged: no whole record in {count(run.foreign, 'line')}")
     if chain.begin is None:
         found.chained = False
-        found.notes.append("the run recorded no digests (--digest-every never, or an older version)")
+        if any("chain" in record for record in run.records):
+            found.problems.append("metrics.jsonl: a chain without its beginning, which was removed")
+        else:
+            found.notes.append(
+                "there are no digests: --digest-every never, an older version, or they were removed"
+            )
     elif differing := differing_fields(chain.begin.get("recipe", {}), recipe):
         found.recipe_differs = True
         found.problems.append(
@@ -105,12 +115,25 @@ def examine_records(run: RecordedRun, found: Examined) -> None:
             f"metrics.jsonl: something after {first} and up to step {last} is not as it was recorded: the chain is "
             "broken there"
         )
+    if chain.begin and chain.unsealed:
+        found.notes.append(
+            f"{count(chain.unsealed, 'record')} after the last link: only steps taken again can show whether they are "
+            "as they were"
+        )
     digests = run.of_kind("digest")
     for step, path in run.checkpoints.items():
         try:
             checkpoint = open_checkpoint(path)
-        except DamagedCheckpoint as error:
-            found.problems.append(str(error))
+        except UserError as error:
+            if path.exists():  # else the run goes on, and keeps newer ones
+                if not isinstance(error, DamagedCheckpoint):
+                    raise
+                found.problems.append(str(error))
+            continue
+        if step not in run.saved:  # newer than the records that were read: the run goes on
+            continue
+        if checkpoint.step != step:
+            found.problems.append(f"checkpoint {path.name} is that after {count(checkpoint.step, 'step')}")
             continue
         if differing := differing_fields(checkpoint.saved.recipe, recipe):
             found.recipe_differs = True
@@ -119,6 +142,7 @@ def examine_records(run: RecordedRun, found: Examined) -> None:
             found.problems.append(
                 f"checkpoint {path.name} has other numbers of virtual workers in the steps before than were recorded"
             )
+        found.problems += unlike_records(run, step)
         if step - 1 not in digests:
             found.unmatched.append(step)
         elif parts := _differing_parts(checkpoint, digests[step - 1]):
@@ -128,6 +152,9 @@ def examine_records(run: RecordedRun, found: Examined) -> None:
             )
         else:
             found.checkpoints.append(step)
+    problems, notes = unlike_summary(run)
+    found.problems += [*beyond_the_end(run), *problems]
+    found.notes += notes
 
 
 def _scales_as_recorded(run: RecordedRun, checkpoint: Checkpoint) -> bool:
@@ -154,9 +181,12 @@ def checkpoint_digests(checkpoint: Checkpoint) -> dict[str, str]:
     return state_digests(checkpoint.model(), optimizer)
 
 
-def examine_plan(run: RecordedRun, dataset: Dataset, found: Examined) -> None:
-    """Whether recipe and data give the plan that the run began with."""
+def examine_plan(run: RecordedRun, dataset: Dataset | None, found: Examined) -> None:
+    """Whether recipe and data give the plan that the run began with; None: the data are not opened for that alone."""
     if run.chain.begin is None:
+        return
+    if dataset is None:
+        found.notes.append("data and plan were not looked at, as no step is taken again (--data opens them)")
         return
     plan = run.recipe.sample_plan(len(dataset.train), dataset.train.labels)
     known, here = run.chain.begin.get("plan", {}), plan_of(plan)
@@ -227,20 +257,22 @@ def _compare_with_checkpoint(again: Again, checkpoint: Checkpoint, compared: Com
 
 def verify(
     run: RecordedRun,
-    dataset: Dataset,
+    dataset: Dataset | None,
     device: torch.device,
     chosen: list[Stretch],
     on_microbatch: Callable[[Stretch, int, int, int], None],
 ) -> Iterator[Examined]:
     """Everything, one stretch after the other: what is found so far, each time something is.
 
-    With another recipe than the run's no step can be taken again.
+    With another recipe than the run's no step can be taken again; where none is to be, it needs no `dataset`.
     """
     found = Examined(len(chosen))
     examine_records(run, found)
     examine_plan(run, dataset, found)
     yield found
-    for stretch in () if found.recipe_differs else chosen:
+    if found.recipe_differs or dataset is None:
+        return
+    for stretch in chosen:
         try:
             done = execute(
                 run,

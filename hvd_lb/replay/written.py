@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,14 @@ _KEPT_APART = ("images", "gradients", "own_gradients")
 
 
 def check_folder(folder: Path) -> None:
-    """UserError where it is there and not empty."""
+    """UserError where it is there and not empty, or it is plain that it cannot be made or written into."""
+    there = next(of for of in (folder.absolute(), *folder.absolute().parents) if of.exists())
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{folder} cannot be written ({there} may not be written into): choose another folder"
+        )
+    if not there.is_dir() and there != folder.absolute():
+        raise UserError(f"{folder} cannot be written ({there} is a file): choose another folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: give a new or an empty folder for what is replayed")
 

@@ -51,7 +51,8 @@ _WHOLE_NUMBERS = {
 
 # Steps from `to` on are told of again after these; and what stays when others are told again.
 _FROM_THERE = ("rollback", "generation")
-_EVENTS = (*_FROM_THERE, "recovered", "audit")
+# Whichever steps are told again, these stay.
+_EVENTS = (*_FROM_THERE, "recovered", "audit", "begin")
 # What comes after a step, and may have to be done when processes were lost meanwhile.
 _AFTER_STEPS = ("digest", "checkpoint", "eval", "seal")
 

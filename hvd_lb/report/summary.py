@@ -27,42 +27,49 @@ def ended_after(run: RunDirectory) -> int:
         return 0
 
 
+def told_by(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What of summary.json is the run's mathematics: no more than its records tell."""
+    evaluations = [record for record in records if record.get("kind") == "eval"]
+    errors = {error: of for of in reversed(evaluations) if (error := counted_error(of)) is not None}
+    done = [record["step"] + 1 for record in records if record.get("kind") in _OF_STEPS_DONE]
+    return {
+        "steps": max(done, default=0),
+        "final": evaluations[-1] if evaluations else None,
+        "best": errors[min(errors)] if errors else None,
+        "chain": next((record["chain"] for record in reversed(records) if "chain" in record), None),
+    }
+
+
 def summarise(
     run: RunDirectory, reason: str, seconds: float, *, total_steps: int, steps_per_epoch: int
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """What summary.json says, and its figures in words."""
     records = read_metrics(run.metrics)
-    evaluations = [record for record in records if record.get("kind") == "eval"]
     rates = _numbers(records, "train", "images_per_second")
     waits = _numbers(records, "train", "data_wait")
     stalls = _numbers(records, "checkpoint", "stall_seconds")
     bad = read_metrics(run.bad_images)
-    last = evaluations[-1] if evaluations else None
-    errors = {error: of for of in reversed(evaluations) if (error := counted_error(of)) is not None}
-    best = errors[min(errors)] if errors else None
-    done = [record["step"] + 1 for record in records if record.get("kind") in _OF_STEPS_DONE]
-    steps, after = max(done, default=0), Epochs(records, steps_per_epoch)
+    told = told_by(records)
+    steps, last, best = told["steps"], told["final"], told["best"]
+    after = Epochs(records, steps_per_epoch)
     total_steps = after.total_steps or total_steps
     summary: dict[str, Any] = {
         "exit_reason": reason,
-        "steps": steps,
+        **told,
         "total_steps": total_steps,
         "epochs": after(steps),
-        "final": last,
-        "best": best,
         "wall_seconds": seconds,
         "images_per_second": statistics.median(rates) if rates else None,
         "data_wait": statistics.median(waits) if waits else None,
         "bad_images": len(bad),
         "checkpoints": len(stalls),
         "checkpoint_stall_seconds": statistics.median(stalls) if stalls else None,
-        "chain": next((record["chain"] for record in reversed(records) if "chain" in record), None),
     }
     figures = [("ended", reason), ("steps", f"{steps:,} of {total_steps:,}")]
     if last and best:
         figures.append(("last", evaluation_line(last)))
         of = " of averaged weights" if "ema_top1_error" in best else ""
-        figures.append((f"best top-1 error{of}", f"{min(errors):.2f} % (epoch {best.get('epoch')})"))
+        figures.append((f"best top-1 error{of}", f"{counted_error(best):.2f} % (epoch {best.get('epoch')})"))
     if rates:
         figures.append(("speed", f"{speed(statistics.median(rates))} (median)"))
     if bad:

@@ -206,7 +206,7 @@ class CheckpointStore:
         if not path.is_dir():
             return math.inf
         try:
-            state = _open_state(path)
+            state = read_state(path)
         except (UserError, OSError):
             return None
         evaluation = state.get("evaluation")
@@ -432,7 +432,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _open(path: Path) -> Checkpoint:
-    state = _open_state(path)
+    state = read_state(path)
     for name in (*_TENSORS, *({_EMA} & state["checksums"].keys())):
         file = path / f"{name}.safetensors"
         if not file.is_file() or _sha256(file) != state["checksums"][name]:
@@ -442,7 +442,8 @@ def _open(path: Path) -> Checkpoint:
     return Checkpoint(path, state)
 
 
-def _open_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json alone of the checkpoint in this folder; errors as `open_checkpoint`, and OSError."""
     state_file = path / _STATE
     if not state_file.is_file():
         raise DamagedCheckpoint(

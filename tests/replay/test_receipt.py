@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from metrics_lines import lines, rewrite
+from metrics_lines import lines, rewrite, sealed_anew
 
-from hvd_lb.exact.chain import Chain
 from hvd_lb.replay.again import expectation
-from hvd_lb.replay.recorded import RecordedRun, open_run
+from hvd_lb.replay.recorded import open_run
 from hvd_lb.replay.verify import Stretch, choose, stretches
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
 
@@ -31,8 +30,8 @@ def forge(run: Path, step: int, change: Callable[[float], float]) -> None:
     for record in records:
         if record["kind"] == "train" and record["step"] == step:
             record["loss"] = change(record["loss"])
-    chain = Chain()
-    rewrite(run, [chain.sealed(record) for record in records])
+    rewrite(run, sealed_anew(records))
+    (run / "summary.json").unlink(missing_ok=True)
 
 
 def resave(run: Path, step: int, *, weight: float = 0.0, **state: Any) -> None:
@@ -118,9 +117,10 @@ def test_an_exchanged_checkpoint_of_which_no_digest_was_recorded(
     run = copied(recorded)
     resave(run, 16, weight=9.0)
     rewrite(run, [record for record in lines(run) if "chain" not in record and record["kind"] != "begin"])
+    (run / "summary.json").unlink()
     said = hvd_lb("verify", run, *ALL)
     assert wrong(said).startswith("steps 8 to 15: step 15: digest of weights recorded ")
-    assert "note: the run recorded no digests" in said.out
+    assert "note: there are no digests" in said.out
     assert "steps 0 to 7: as recorded, to the bit" in said.out
     assert hvd_lb("verify", run, "--segments", 0).status == 2
 
@@ -199,5 +199,42 @@ def test_stretches(recorded: Path) -> None:
 def test_a_run_from_another_ones_checkpoint_has_no_beginning_here(recorded: Path) -> None:
     run = open_run(recorded)
     begun = [{**record, "step": 15} if record["kind"] == "begin" else record for record in run.records]
-    elsewhere = RecordedRun(run.directory, run.recipe, begun)
+    elsewhere = replace(run, records=begun)
     assert [of.start for of in stretches(elsewhere, 99)] == [8, 16, 22, 24]
+
+
+def test_the_records_alone_need_no_data(hvd_lb: Run, recorded: Path, copied: Copied, tmp_path: Path) -> None:
+    run = copied(recorded)
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("data: digits", f"data: {tmp_path / 'moved'}", 1))
+    said = hvd_lb("verify", run, "--segments", 0)
+    assert (said.status, said.err) == (0, "")
+    assert "note: data and plan were not looked at" in said.out
+    for more in (("--segments", 1), ("--segments", 0, "--data", tmp_path / "nowhere")):
+        said = hvd_lb("verify", run, *more)
+        assert (said.status, said.err.count("\n")) == (2, 1)
+    assert "not looked at" not in hvd_lb("verify", run, "--segments", 0, "--data", "digits").out
+
+
+def test_what_cannot_be_written_or_read_is_no_verdict(
+    hvd_lb: Run, recorded: Path, copied: Copied, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for target in (tmp_path / "missing/receipt.json", tmp_path / "file/receipt.json", tmp_path):
+        said = hvd_lb("verify", recorded, "--segments", 0, "--json", target)
+        assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
+        assert "cannot be written: expected the name of a file in a folder that is there" in said.err
+    said = hvd_lb("replay", recorded, "--step", 1, "--output", tmp_path / "file/step")
+    assert (said.status, said.out) == (2, "")
+    assert f"cannot be written ({tmp_path / 'file'} is a file)" in said.err
+    # What only writing shows: the verdict is there, and the exit code is not its.
+    said = hvd_lb("verify", recorded, "--segments", 0, "--json", tmp_path / ("r" * 250))
+    assert (said.status, said.err.count("\n")) == (2, 1)
+    assert said.out.splitlines()[-1] == "holds as far as the records tell: no step was taken again"
+    run = copied(recorded)
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    for command in (("verify", run), ("replay", run, "--step", 1), ("compare", run, recorded)):
+        said = hvd_lb(*command)
+        assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
+        assert "metrics.jsonl cannot be read" in said.err

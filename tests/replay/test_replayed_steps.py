@@ -146,6 +146,23 @@ def test_a_record_that_is_not_so_is_found(
     assert found["verdict"].startswith("no: step 11: loss recorded ")
 
 
+def test_a_record_without_all_that_it_tells_is_none(
+    hvd_lb: Run, recorded: Path, copied: Callable[[Path], Path]
+) -> None:
+    run = copied(recorded)
+    records = lines(run)
+    for record in records:
+        if (record["kind"], record["step"]) == ("train", 11):
+            del record["loss"]
+        if record["kind"] == "begin":
+            del record["data"]
+    rewrite(run, records)
+    said = hvd_lb("replay", run, "--step", 11)
+    assert said.status == 0
+    assert "note: no whole record in 2 lines of metrics.jsonl" in said.out
+    assert hvd_lb("replay", run, "--spike").status == 0
+
+
 def test_float_mode_says_what_can_be_told(
     hvd_lb: Run, in_float_mode: Path, copied: Callable[[Path], Path]
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from real_runs import assert_agrees
 from together import together
 
 from hvd_lb.data.images import ArrayImages, Dataset
@@ -75,6 +76,7 @@ def run(world: World, folder: Path, stop_after: int = END, bad: int = -1, **chan
     observer: RunObserver | SilentObserver = SilentObserver()
     if world.rank == 0:
         directory.logs.mkdir(parents=True, exist_ok=True)
+        directory.recipe.write_text(recipe.to_yaml())
         due = checkpoint is not None and checkpoint.saved.evaluation_due
         truncate_metrics(directory.metrics, step, evaluation_due=due)
         plan = recipe.sample_plan(len(data.train))
@@ -139,6 +141,7 @@ def test_so_does_a_run_that_was_stopped_or_killed_and_goes_on(
     together(2, lambda world: run(world, tmp_path))
     assert digest_lines(tmp_path) == digest_lines(alone)
     assert chain(tmp_path).broken == []
+    assert_agrees(tmp_path)
     assert chain(tmp_path).last == chain(alone).last
 
 
@@ -147,6 +150,7 @@ def test_a_minibatch_that_is_left_out_is_in_the_chain(alone: Path, tmp_path: Pat
     run(Solo(), tmp_path, on_nan="rollback", bad=6)
     report = chain(tmp_path)
     assert (report.broken, report.unsealed) == ([], 0)
+    assert_agrees(tmp_path)
     assert [record.get("left_out") for record in report.digests] == [None, None, None, [6], [6]]
     assert digest_lines(tmp_path)[:2] == digest_lines(alone)[:2]
     assert json.loads(digest_lines(tmp_path)[-1])["chain"] != json.loads(digest_lines(alone)[-1])["chain"]

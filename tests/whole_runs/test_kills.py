@@ -20,6 +20,7 @@ import pytest
 from real_runs import (
     SMALL,
     Start,
+    assert_agrees,
     assert_equal_metrics,
     finish,
     kill,
@@ -152,7 +153,8 @@ def start_and_kill(start: Start, run: Path, plan: Plan) -> str:
 
 
 def assert_readable(run: Path) -> None:
-    """Every checkpoint and what `last` and `best` point at, and all of metrics.jsonl but an unfinished last line."""
+    """Every checkpoint and what `last` and `best` point at, and all of metrics.jsonl but an unfinished last line; and
+    these agree."""
     checkpoints = run / "checkpoints"
     for path in (*checkpoints.glob("step-*"), *checkpoints.glob("last"), *checkpoints.glob("best")):
         open_checkpoint(path)
@@ -160,6 +162,8 @@ def assert_readable(run: Path) -> None:
         *lines, _ = (run / "metrics.jsonl").read_text().split("\n")
         for line in lines:
             json.loads(line)
+    if (run / "recipe.yaml").exists():
+        assert_agrees(run)
 
 
 @pytest.mark.parametrize("seed", [0])
@@ -183,6 +187,7 @@ def test_killed_again_and_again_it_ends_at_the_same_bits(start: Start, tmp_path:
     steps = EPOCHS * STEPS_PER_EPOCH
     assert [record["step"] for record in records(run) if record["kind"] == "train"] == list(range(steps))
     assert_equal_metrics([undisturbed, run], 0)
+    assert_agrees(run)
     for name in ("last", "best"):
         whole, killed = (of / "checkpoints" / name for of in (undisturbed, run))
         assert killed.resolve().name == whole.resolve().name
