@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +26,14 @@ from hvd_lb.launch.preflight.ask import Ask
 from hvd_lb.launch.preflight.cluster import Cluster
 from hvd_lb.launch.preflight.discovery import Discovery
 from hvd_lb.launch.preflight.judge import Request, preflight
-from hvd_lb.launch.session import make_job, rescaled, resume_point_of, run_directory, run_job
+from hvd_lb.launch.session import (
+    make_job,
+    refuse_unaudited,
+    rescaled,
+    resume_point_of,
+    run_directory,
+    run_job,
+)
 from hvd_lb.launch.starters.allocation import PyxisContainer
 from hvd_lb.launch.starters.local import local
 from hvd_lb.launch.starters.srun import asking_over_srun, over_srun
@@ -50,6 +58,8 @@ from hvd_lb_cli.submit import is_submission, refuse_unused, submit
 _OF_HOROVOD = {"fusion_threshold", "cycle_time", "autotune", "timeline"}
 # What is told again at a restart.
 _OF_A_START = ("processes", "hosts")
+# Seconds before a start that could not be made is tried again, twice as long each time.
+_PAUSE, _LONGEST_PAUSE = 10.0, 60.0
 _NOT_TRIED = "--elastic on GPUs has not been tried: no such run has lost a process yet"
 _OF_THE_EXCHANGE = {"engine", "allreduce", "elastic", "min_processes", "elastic_policy", *_OF_HOROVOD}
 
@@ -67,20 +77,31 @@ def dispatch(
     if is_submission(target, options):
         return submit(context.command, options, target)
     refuse_untracked(options.track)
-    restarts = Restarts(options.launch.restarts)
-    while True:
-        status = _train(context, options, target, leave, restarts, console)
-        if not restarts.wanted(status, console):
-            return status
-        target = find_target(options.launch, options.device, os.environ)  # there may be other hosts now
+    restarts, pause = Restarts(options.launch.restarts), _PAUSE
+    status = _train(context, options, target, leave, restarts, console)
+    while restarts.wanted(status, console):
+        try:
+            target = find_target(options.launch, options.device, os.environ)  # there may be other hosts now
+            status = _train(context, options, target, leave, restarts, console)
+            pause = _PAUSE
+        except (UserError, OSError) as error:
+            # It could begin before: a switch, a file system or what names the hosts is away for a while.
+            print(f"hvd-lb: error: {' '.join(str(error).split())}", file=sys.stderr)
+            status = 1
+            if restarts.left:
+                console.print(f"waiting {pause:.0f} s")
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+    return status
 
 
 @dataclass
 class Restarts:
-    """How often a run that fails is still started again; from the second start on, how many virtual workers it has."""
+    """How often a run that fails is still started again; from the second start on, its virtual workers and device."""
 
     left: int
     gpus: int | None = None
+    device: str = ""
 
     @property
     def begun(self) -> bool:
@@ -116,7 +137,7 @@ def _train(
             else asking_over_ssh(options.launch)
         )
         request = Request(
-            options.device,
+            restarts.device or options.device,  # the hosts that are left may have no GPUs
             data,
             folder,
             options.launch.network_interface,
@@ -128,7 +149,7 @@ def _train(
         # Those that the ranks will see.
         variables = environment(options.launch, os.environ)
         os.environ.update({name: variables[name] for name in SHOWN_BY if name in variables})
-    here = cluster.device if cluster else choose_device(options.device, target.more)
+    here = cluster.device if cluster else choose_device(restarts.device or options.device, target.more)
     with index_progress(console) as on_progress:
         resolved = resolve(
             options.fields,
@@ -138,7 +159,7 @@ def _train(
         )
     recipe = resolved.recipe
     gpus, threads, group = recipe.gpus, recipe.threads, recipe.fixed_group
-    restarts.gpus, processes = gpus, options.processes
+    restarts.gpus, restarts.device, processes = gpus, here, options.processes
     rescale = options.launch.elastic and options.launch.elastic_policy == "rescale"
     most = -(-gpus // group)
     if options.launch.max_processes:
@@ -154,10 +175,11 @@ def _train(
             here, gpus=gpus, processes=processes, threads=threads, group=group, more=target.more
         )
     placement = replace(placement, pin=options.launch.pin)
-    if placement.processes == 1:
+    if placement.processes == 1 and not again:
         refuse_options(
             context, _OF_THE_EXCHANGE, "is about the exchange between processes, and this run has one"
         )
+        refuse_unaudited(recipe)
     refuse_graphs(recipe, placement.device)
     launch_plan = plan_launch(target, cluster, placement, options.launch, container)
     if cluster and options.launch.host_discovery:
@@ -202,6 +224,8 @@ def _train(
         )
         return 0
     share = f"{placement.processes} on {placement.device}, {count(placement.threads, 'thread')} each"
+    if placement.processes == 1 and recipe.audit:
+        share += ", and nobody to audit it (--audit)"
     rows = [*explain(resolved, placement.device), ("processes", share)]
     if placement.processes == 1 and (alone := launched_alone(os.environ)):
         rows.append(("started", f"as a job of one process ({alone})"))
@@ -230,7 +254,7 @@ def _train(
         command=without_secrets(sys.argv),
         console=console,
         on_ready=ready,
-        forecast=options.launch.forecast,
+        forecast=None if again else options.launch.forecast,  # a copy of it is in the run directory
         elastic=elastic,
         track=options.track,
         log_samples=options.launch.log_samples,

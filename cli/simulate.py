@@ -136,7 +136,7 @@ def simulate(
     import torch  # here: --help needs neither it nor what follows
 
     from hvd_lb.forecast.profile import load_device
-    from hvd_lb.launch.session import default_output, run_job
+    from hvd_lb.launch.session import default_output, refuse_unaudited, run_job
     from hvd_lb.launch.starters.local import local
     from hvd_lb.machine.placement import choose_device, choose_placement
     from hvd_lb.resolve import explain, refuse_graphs, resolve
@@ -164,6 +164,7 @@ def simulate(
     )
     plan = [*explain(resolved, device_name), ("memory", _memory(resolved.recipe))]
     if whole:
+        refuse_unaudited(resolved.recipe)
         with outliving_readers():
             return run_job(
                 resolved,

@@ -84,6 +84,15 @@ def _rounding_environment(placement: Placement) -> dict[str, Any]:
     return {**rounding_environment("cpu"), **there, "device": device}
 
 
+def refuse_unaudited(recipe: Recipe) -> None:
+    """UserError for a run of one process that is to be audited."""
+    if recipe.audit:
+        raise UserError(
+            f"--audit {recipe.audit:g}: one process has nobody to compare with: give --processes 2 or more, "
+            "or --audit 0"
+        )
+
+
 def make_job(
     resolved: Resolved,
     placement: Placement,
@@ -193,11 +202,6 @@ def run_job(
     interrupted. The first SIGINT, SIGTERM or SIGHUP ends the run with a checkpoint after the present step, a second one
     ends it at once.
     """
-    if resolved.recipe.audit and placement.processes == 1:
-        raise UserError(
-            f"--audit {resolved.recipe.audit:g}: one process has nobody to compare with: give --processes 2 or more, "
-            "or --audit 0"
-        )
     run = run_directory(output, resolved.recipe)
     foretold = forecast_for(forecast, resolved.recipe, placement.processes) if forecast else None
     store = CheckpointStore(run.checkpoints)

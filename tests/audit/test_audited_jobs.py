@@ -69,8 +69,9 @@ def test_the_one_that_is_wrong_is_named(
         ) in out
 
 
-def test_one_process_audits_nobody(start: Start, tmp_path: Path) -> None:
-    words = ("--gpus", 2, "--processes", 1, "--steps", 2, "--reproducible", "--audit", 0.5)
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_one_process_audits_nobody(start: Start, tmp_path: Path, dry: tuple[str, ...]) -> None:
+    words = ("--gpus", 2, "--processes", 1, "--steps", 2, "--reproducible", "--audit", 0.5, *dry)
     _, err = finish(start("train", *SMALL, *words, "--output", tmp_path / "run"), status=2)
     assert err.startswith(
         "hvd-lb: error: --audit 0.5: one process has nobody to compare with: give --processes 2"
