@@ -5,13 +5,14 @@ of the asker.
 """
 
 import json
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+
+from hvd_lb.machine.process import signal_name
 
 
 class ProbeError(Exception):
@@ -56,7 +57,7 @@ def _asked(probe: str) -> Iterator[subprocess.Popen[str]]:
 
 def _answer(status: int, output: str, errors: str) -> Answer:
     if status < 0:
-        return ProbeError(f"the process died of {signal.Signals(-status).name}")
+        return ProbeError(f"the process died of {signal_name(-status)}")
     lines = output.splitlines()
     if status > 0 or not lines:
         return ProbeError(last_line(errors) or f"exit code {status}")

@@ -15,6 +15,7 @@ from hvd_lb.launch.hosts import Host, host_of_rank
 from hvd_lb.launch.launch_plan import UNTOLD
 from hvd_lb.launch.options import START_TIMEOUT
 from hvd_lb.launch.rank.names import OF_OTHERS, log_name
+from hvd_lb.machine.process import signal_name
 
 # How mpirun and srun tell which process ended, and how.
 _ENDINGS = (
@@ -209,8 +210,8 @@ def _how(code: int, log: Path) -> str:
         return "it ended without a word: by whoever started it, by hand, or as the machine ran out of memory"
     # A shell reports a signal as 128 + its number, Python as its negative.
     number = -code if code < 0 else code - 128
-    if number in {int(sign) for sign in signal.Signals}:
-        message = f"ended by {signal.Signals(number).name}"
+    if code < 0 or number in {int(sign) for sign in signal.Signals}:
+        message = f"ended by {signal_name(number)}"
         if number == signal.SIGKILL:
             message += " (killed by hand, or the machine ran out of memory)"
         return message

@@ -1,4 +1,5 @@
-"""A process: what tells it from all others, of other machines and boots too; whether it is there; its memory."""
+"""A process: what tells it from all others, of other machines and boots too; whether it is there; how it ended; its
+memory."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import ctypes
 import os
 import re
 import resource
+import signal
 import socket
 from collections.abc import Mapping
 from functools import cache
@@ -44,6 +46,14 @@ def is_running(process: Mapping[str, Any]) -> bool | None:
     if (host, machine) != (socket.gethostname(), _machine()):
         return None
     return process["started"] == started(pid) is not None
+
+
+def signal_name(number: int) -> str:
+    """Such as SIGKILL. Signals of real time, all but the first and the last, have numbers only."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _machine() -> str:

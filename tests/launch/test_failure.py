@@ -170,9 +170,10 @@ def test_a_launcher_that_could_not_even_start(logs: Path) -> None:
     )
 
 
-def test_a_single_process(logs: Path) -> None:
-    found = failure(logs, "", -9, [Host("localhost", 1)])
-    assert str(found).startswith("rank 0 on localhost failed: ended by SIGKILL")
+@pytest.mark.parametrize(("status", "how"), [(-9, "SIGKILL"), (-40, "signal 40")])
+def test_a_single_process(logs: Path, status: int, how: str) -> None:
+    found = failure(logs, "", status, [Host("localhost", 1)])
+    assert str(found).startswith(f"rank 0 on localhost failed: ended by {how}")
 
 
 def test_an_elastic_job_tells_why_it_could_not_go_on_not_what_it_has_overcome(logs: Path) -> None:

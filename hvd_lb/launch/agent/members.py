@@ -19,6 +19,7 @@ from hvd_lb.launch.agent.generations import Ask, Begin, Dismiss, Generations, Gi
 from hvd_lb.launch.agent.places import numbered, ranks_by_host
 from hvd_lb.launch.agent.record import Record
 from hvd_lb.launch.options import HANG_TIMEOUT, START_TIMEOUT
+from hvd_lb.machine.process import signal_name
 
 _WRONG = 2  # the exit status of a rank whose failure others would repeat
 _LOADING_SECONDS = 30.0  # a process that begins anew says nothing while it loads its libraries
@@ -163,7 +164,7 @@ class Members:
             for newcomer in generations.newcomers:
                 head.tell_agents("signal", signal=signal.SIGKILL, rank=newcomer)
         else:
-            how = f"exit code {status}" if status > 0 else f"ended by {signal.Signals(-status).name}"
+            how = f"exit code {status}" if status > 0 else f"ended by {signal_name(-status)}"
             generations.lose(member, f"rank {member} on {host.name} ({how})")
             wanted = host.wanted.is_set() and (host.name, self._place[member]) not in self._barred
             if host.going and wanted:

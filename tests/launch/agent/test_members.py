@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hvd_lb.launch.agent.generations import Generations
 from hvd_lb.launch.agent.members import Host, Members
 
 
@@ -86,6 +87,16 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = time.monotonic()
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+@pytest.mark.parametrize(("status", "how"), [(-9, "SIGKILL"), (-40, "signal 40"), (-34, "SIGRTMIN")])
+def test_one_that_is_ended_by_any_signal_is_lost(
+    head: Head, members: Members, monkeypatch: pytest.MonkeyPatch, status: int, how: str
+) -> None:
+    lost: list[str] = []
+    monkeypatch.setattr(Generations, "lose", lambda self, member, why: lost.append(why))
+    members.ended(head.hosts["h2"], 1, status)
+    assert lost == [f"rank 1 on h2 (ended by {how})"]
 
 
 def sent(host: Host) -> list[str]:
