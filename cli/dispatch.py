@@ -24,7 +24,7 @@ from hvd_lb.launch.launch_plan import LaunchPlan
 from hvd_lb.launch.options import CYCLE_TIME, LaunchOptions, environment
 from hvd_lb.launch.preflight.ask import Ask
 from hvd_lb.launch.preflight.cluster import Cluster
-from hvd_lb.launch.preflight.discovery import Discovery
+from hvd_lb.launch.preflight.discovery import Come, Discovery, Examined
 from hvd_lb.launch.preflight.judge import Request, preflight
 from hvd_lb.launch.session import (
     make_job,
@@ -331,23 +331,23 @@ def examine(
     return report.ready()
 
 
-def newcomers(
-    request: Request, ask: Ask, hosts: Sequence[Host], new: Set[str]
-) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
-    """Of `hosts` those that are `new`: slots and network interface of who is ready, and why others are not."""
+def newcomers(request: Request, ask: Ask, hosts: Sequence[Host], new: Set[str]) -> Examined:
+    """Of `hosts` those that are `new`."""
     problems: dict[str, str] = {}
     while new - problems.keys():
         report = preflight(hosts, request, ask)
         if cluster := report.cluster:
-            found = {host.name: (host.slots or 1, cluster.interfaces[host.name]) for host in cluster.hosts}
-            return {name: place for name, place in found.items() if name in new}, problems
+            found = [host for host in cluster.hosts if host.name in new]
+            return [
+                Come(host.name, host.slots or 1, cluster.interfaces[host.name]) for host in found
+            ], problems
         for finding, names in report.wrong():
             problems |= dict.fromkeys(new & set(names), finding.detail)
         ready = [host for host in hosts if host.name in report.ready_hosts]
         if len(ready) == len(hosts):  # it is this machine that has a problem
-            return {}, dict.fromkeys(new, "; ".join(report.problems))
+            return [], dict.fromkeys(new, "; ".join(report.problems))
         hosts = ready  # others may be away just now
-    return {}, problems
+    return [], problems
 
 
 def plan_launch(

@@ -32,7 +32,9 @@ def ask_all(
 
     def ask(host: str) -> subprocess.CompletedProcess[str] | None:
         pipe = subprocess.PIPE
-        with subprocess.Popen(commands[host], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        with subprocess.Popen(
+            commands[host], stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace"
+        ) as process:
             asked.append(process)
             try:
                 out, err = process.communicate(question, 0 if interrupted.is_set() else seconds)

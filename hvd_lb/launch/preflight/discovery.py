@@ -6,49 +6,26 @@ at the start are, and those that are not ready are told once.
 
 from __future__ import annotations
 
+import os
 import queue
+import signal
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvd_lb.errors import UserError
+from hvd_lb.launch.agent.process import dies_with_parent
 from hvd_lb.launch.hosts import Host, hosts_in
 
 _EVERY_SECONDS = 5.0
 _PATIENCE_SECONDS = 30.0
-
-Examine = Callable[[Sequence[Host], set[str]], tuple[dict[str, tuple[int, str]], dict[str, str]]]
-"""Of all hosts that are there, those with these names: slots and network interface of who is ready, and why others are
-not."""
-
-
-def discovered(script: Path) -> list[Host]:
-    """What the script prints now. UserError in one line where it fails, or names no host."""
-    said = f"--host-discovery {script}"
-    try:
-        done = subprocess.run(
-            [script],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_PATIENCE_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"{said} has not ended after {_PATIENCE_SECONDS:.0f} s: it has to print hosts"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{said} cannot be run ({error.strerror}): give a program that prints hosts"
-        ) from None
-    if done.returncode:
-        last = next(iter(reversed(done.stderr.strip().splitlines())), f"exit code {done.returncode}")
-        raise UserError(f"{said} failed: {last}")
-    return hosts_in(done.stdout, said)
+_LOOK_SECONDS = 0.2
+_END_SECONDS = 2.0  # for a script that is under way when the run ends
 
 
 @dataclass(frozen=True)
@@ -67,10 +44,61 @@ class Gone:
     name: str
 
 
+Examined = tuple[Sequence[Come], Mapping[str, str]]
+"""Who is ready, and why others are not, by name."""
+Examine = Callable[[Sequence[Host], Set[str]], Examined]
+"""Of all hosts that are there, those with these names."""
+
+
+def discovered(script: Path, over: threading.Event | None = None) -> list[Host]:
+    """What the script prints now. UserError in one line where it fails, names no host, or runs when it is `over`."""
+    said = f"--host-discovery {script}"
+    try:
+        status, out, errors = _run(script, over or threading.Event())
+    except TimeoutError:
+        raise UserError(
+            f"{said} has not ended after {_PATIENCE_SECONDS:.0f} s: it has to print hosts"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{said} cannot be run ({error.strerror}): give a program that prints hosts"
+        ) from None
+    if status:
+        last = next(iter(reversed(errors.strip().splitlines())), f"exit code {status}")
+        raise UserError(f"{said} failed: {last}")
+    return hosts_in(out, said)
+
+
+def _run(script: Path, over: threading.Event) -> tuple[int, str, str]:
+    """How it ended and what it wrote; TimeoutError, and nothing of it is left, where it takes too long."""
+    with subprocess.Popen(
+        [script],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=dies_with_parent(),
+    ) as process:
+        late = time.monotonic() + _PATIENCE_SECONDS
+        try:
+            while not over.is_set() and time.monotonic() < late:
+                with suppress(subprocess.TimeoutExpired):
+                    out, errors = process.communicate(timeout=_LOOK_SECONDS)
+                    return process.returncode, out, errors
+            raise TimeoutError
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+            raise
+
+
 class Discovery:
     """A thread that asks the script while it is entered; `news` is what is to be done, or told to a person.
 
-    `known` are hosts that the job has, and how many processes are on them.
+    `known` are hosts that the job has, and how many processes are on them. Hosts are examined by another thread: one
+    that does not answer keeps other new ones waiting, but none that is to go.
     """
 
     def __init__(self, script: Path, known: Mapping[str, int], examine: Examine):
@@ -79,13 +107,16 @@ class Discovery:
         self._told: dict[str, str] = {}  # what was said last of a host, and of the script itself
         self._news: queue.SimpleQueue[Come | Gone | str] = queue.SimpleQueue()
         self._over = threading.Event()
+        self._thread = threading.Thread(target=self._ask, name="host discovery", daemon=True)
+        self._examination: Future[Examined] | None = None  # under way
 
     def __enter__(self) -> Discovery:
-        threading.Thread(target=self._ask, name="host discovery", daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        self._thread.join(_END_SECONDS)
 
     def news(self) -> list[Come | Gone | str]:
         """Since the last call."""
@@ -96,29 +127,56 @@ class Discovery:
             self.look()
 
     def look(self) -> None:
-        """Ask once; when the script fails all stays as it was."""
+        """Ask once; when the script fails, or hosts cannot be examined, all stays as it was."""
         try:
-            hosts = discovered(self._script)
+            self._look()
         except UserError as error:
             self._tell("", f"{error}; the hosts stay as they are")
-            return
-        self._told.pop("", None)
+        except Exception as error:  # whatever it is: without this thread nobody would join or leave any more
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            self._tell("", f"--host-discovery has failed ({what}); the hosts stay as they are")
+        else:
+            self._told.pop("", None)
+
+    def _look(self) -> None:
+        hosts = discovered(self._script, self._over)
         names = {host.name for host in hosts}
         for name in sorted(self._present.keys() - names):
             self._news.put(Gone(name))
             del self._present[name]
-        self._told = {name: told for name, told in self._told.items() if name in names}
-        present = self._present
-        if new := {host.name for host in hosts if (host.slots or 1) > present.get(host.name, 0)}:
-            ready, problems = self._examine(hosts, new)
-            for name, (slots, interface) in ready.items():
-                self._news.put(Come(name, slots, interface))
-                self._told.pop(name, None)
-                present[name] = slots
-            for name, problem in problems.items():
-                self._tell(name, f"{name} cannot join: {problem}")
+        self._told = {name: told for name, told in self._told.items() if name in {"", *names}}
+        new = {host.name for host in hosts if (host.slots or 1) > self._present.get(host.name, 0)}
+        if new and not self._examination:
+            self._examination = _begun(self._examine, hosts, new)
+        if not self._examination:
+            return
+        wait([self._examination], _EVERY_SECONDS)
+        if self._examination.done():
+            examination, self._examination = self._examination, None
+            ready, problems = examination.result()
+            for come in ready:
+                if come.name in names:
+                    self._news.put(come)
+                    self._told.pop(come.name, None)
+                    self._present[come.name] = come.slots
+            for name in names & problems.keys():
+                self._tell(name, f"{name} cannot join: {problems[name]}")
 
     def _tell(self, about: str, text: str) -> None:
         if self._told.get(about) != text:
             self._told[about] = text
             self._news.put(text)
+
+
+def _begun(examine: Examine, hosts: Sequence[Host], names: Set[str]) -> Future[Examined]:
+    """An examination in a thread of its own, which ends with this process."""
+    examination: Future[Examined] = Future()
+
+    def run() -> None:
+        try:
+            examination.set_result(examine(hosts, names))
+        except BaseException as error:
+            examination.set_exception(error)
+
+    threading.Thread(target=run, name="examination of hosts", daemon=True).start()
+    return examination

@@ -31,7 +31,13 @@ def asking_over_srun(gpus: int, container: PyxisContainer | None = None) -> Ask:
         seconds = _ANSWER_SECONDS + _SECONDS_PER_HOST * len(hosts)
         try:
             completed = subprocess.run(
-                command, input=question, capture_output=True, text=True, timeout=seconds, check=False
+                command,
+                input=question,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=seconds,
+                check=False,
             )
             said, answers = completed.stdout, {host: _why_silent(host, completed.stderr) for host in hosts}
         except subprocess.TimeoutExpired as late:  # what is there by then is bytes, also of text

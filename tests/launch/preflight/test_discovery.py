@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import pytest
+from real_runs import processes_of, until
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import Host
-from hvd_lb.launch.preflight.discovery import Come, Discovery, Gone, discovered
+from hvd_lb.launch.preflight.ask import ask_all
+from hvd_lb.launch.preflight.discovery import Come, Discovery, Examined, Gone, discovered
 
 
 @pytest.fixture
@@ -22,6 +27,15 @@ def script(tmp_path: Path) -> Path:
 
 def says(script: Path, text: str) -> None:
     (script.parent / "hosts").write_text(text)
+
+
+def hangs(script: Path) -> None:
+    """In a process that it has started, which names it."""
+    script.write_text(f"#!/bin/sh\ntail -f {script}\necho h1\n")
+
+
+def all_ready(hosts: Sequence[Host], new: Set[str], *_: object) -> Examined:
+    return [Come(host.name, host.slots or 1, "eth0") for host in hosts if host.name in new], {}
 
 
 def test_what_it_prints_are_hosts(script: Path) -> None:
@@ -46,23 +60,43 @@ def test_a_script_that_fails_is_an_error_in_one_line(script: Path, text: str, wo
     assert "\n" not in str(error.value)
 
 
-def test_one_that_does_not_end(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hvd_lb.launch.preflight.discovery._PATIENCE_SECONDS", 0.2)
-    script.write_text("#!/bin/sh\nexec sleep 60\n")
+def test_one_that_does_not_end_is_ended_with_all_that_it_has_started(
+    script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hvd_lb.launch.preflight.discovery._PATIENCE_SECONDS", 0.5)
+    hangs(script)
     with pytest.raises(UserError, match="has not ended after 0 s"):
         discovered(script)
+    until(lambda: not processes_of(script), 10)
+
+
+def test_the_end_of_a_run_ends_it_too(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvd_lb.launch.preflight.discovery._EVERY_SECONDS", 0.0)
+    hangs(script)
+    with Discovery(script, {"h1": 1}, lambda *_: ([], {})):
+        until(lambda: len(processes_of(script)) > 1, 10)
+    until(lambda: not processes_of(script), 10)
+
+
+def test_so_does_the_death_of_the_launching_process(script: Path) -> None:
+    script.write_text(f"#!/bin/sh\nexec tail -f {script}\n")
+    ask = "import pathlib, sys; from hvd_lb.launch.preflight.discovery import *; discovered(pathlib.Path(sys.argv[1]))"
+    asking = subprocess.Popen([sys.executable, "-c", ask, str(script)])
+    until(lambda: len(processes_of(script)) > 1)
+    asking.kill()
+    asking.wait()
+    until(lambda: not processes_of(script), 10)
 
 
 def test_hosts_come_and_go_and_problems_are_told_once(script: Path) -> None:
     asked: list[list[str]] = []
     not_ready = {"h3": "no hvd-lb there"}
 
-    def examine(hosts: Sequence[Host], new: set[str]) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
+    def examine(hosts: Sequence[Host], new: Set[str], *_: object) -> Examined:
         asked.append(sorted(new))
-        ready = {
-            host.name: (host.slots or 1, "eth0") for host in hosts if host.name in new - not_ready.keys()
+        return all_ready(hosts, new - not_ready.keys())[0], {
+            name: not_ready[name] for name in new & not_ready.keys()
         }
-        return ready, {name: not_ready[name] for name in new if name in not_ready}
 
     discovery = Discovery(script, {"h1": 1}, examine)
     says(script, "h1:1\nh2:2\nh3:1\n")
@@ -87,3 +121,52 @@ def test_hosts_come_and_go_and_problems_are_told_once(script: Path) -> None:
     discovery.look()
     assert discovery.news() == [Come("h2", 4, "eth0")]  # more places than before
     assert asked == [["h2", "h3"], ["h3"], ["h3"], ["h1"], ["h2"]]
+
+
+def test_one_that_does_not_answer_keeps_nobody_from_leaving(
+    script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hvd_lb.launch.preflight.discovery._EVERY_SECONDS", 0.05)
+    answers = threading.Event()
+
+    def examine(hosts: Sequence[Host], new: Set[str], *_: object) -> Examined:
+        answers.wait()
+        return all_ready(hosts, new)
+
+    discovery = Discovery(script, {"h1": 1, "h2": 1}, examine)
+    says(script, "h1:1\nh2:1\nh3:1\nh4:1\n")
+    discovery.look()
+    says(script, "h2:1\nh3:1\n")
+    discovery.look()
+    assert discovery.news() == [Gone("h1")]
+    answers.set()
+    news: list[object] = []
+    until(lambda: discovery.look() or news.extend(discovery.news()) or news, 10)
+    assert news == [Come("h3", 1, "eth0")]  # h4 is not named any more
+
+
+def test_whatever_goes_wrong_is_told_and_the_script_is_asked_again(script: Path) -> None:
+    failures: list[Exception] = [UserError("disk is full"), OSError(11, "no processes"), KeyError("cpu")]
+
+    def examine(hosts: Sequence[Host], new: Set[str], *_: object) -> Examined:
+        if failures:
+            raise failures[0]
+        return all_ready(hosts, new)
+
+    discovery = Discovery(script, {"h1": 1}, examine)
+    says(script, "h1:1\nh2:1\n")
+    while failures:
+        for _ in range(2):
+            discovery.look()
+        (told,) = discovery.news()
+        assert "; the hosts stay as they are" in str(told)
+        assert str(failures.pop(0)) in str(told)
+    discovery.look()
+    assert discovery.news() == [Come("h2", 1, "eth0")]
+
+
+def test_answers_that_are_no_text_are_answers() -> None:
+    """Of a login shell's greeting, say."""
+    said = ask_all({"h1": ["printf", r"\377 hello"]}, "", 30)["h1"]
+    assert said is not None
+    assert said.stdout == "\ufffd hello"
