@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from hvd_lb.launch.session import (
     resume_point_of,
     run_directory,
     run_job,
+    unlike_hosts,
 )
 from hvd_lb.launch.starters.allocation import PyxisContainer
 from hvd_lb.launch.starters.local import local
@@ -185,7 +186,8 @@ def _train(
     if cluster and options.launch.host_discovery:
         script = options.launch.host_discovery.expanduser().absolute()
         known = {host.name: host.slots or 1 for host in launch_plan.hosts}
-        discovery = Discovery(script, known, partial(newcomers, request, ask))
+        like = placement if recipe.reproducible else None
+        discovery = Discovery(script, known, partial(newcomers, replace(request, device=here), ask, like))
     refuse_of_horovod(context, launch_plan.engine, launch_plan.why_engine)
     if placement.processes > 1:
         refuse_unsummed(launch_plan.engine, recipe.compress)
@@ -331,15 +333,31 @@ def examine(
     return report.ready()
 
 
-def newcomers(request: Request, ask: Ask, hosts: Sequence[Host], new: Set[str]) -> Examined:
-    """Of `hosts` those that are `new`."""
+def newcomers(
+    request: Request,
+    ask: Ask,
+    like: Placement | None,
+    hosts: Sequence[Host],
+    new: Set[str],
+    present: Mapping[str, int],
+) -> Examined:
+    """Of `hosts` those that are `new`, with a note where one has not hardware `like` that of a run's first ones."""
     problems: dict[str, str] = {}
+    request = replace(request, running=present)
     while new - problems.keys():
         report = preflight(hosts, request, ask)
         if cluster := report.cluster:
             found = [host for host in cluster.hosts if host.name in new]
+            unlike = unlike_hosts(like, cluster.hardware(found)) if like else {}
+            notes = {
+                name: f"{name} has other hardware than the run began with ({what}), which may compute other bits: "
+                "`hvd-lb doctor --selftest --hosts …` tells"
+                for what, names in unlike.items()
+                for name in names
+            }
             return [
-                Come(host.name, host.slots or 1, cluster.interfaces[host.name]) for host in found
+                Come(host.name, host.slots or 1, cluster.interfaces[host.name], notes.get(host.name, ""))
+                for host in found
             ], problems
         for finding, names in report.wrong():
             problems |= dict.fromkeys(new & set(names), finding.detail)

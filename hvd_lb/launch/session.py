@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -20,9 +20,10 @@ from rich.text import Text
 from hvd_lb.data.files.reading import retried
 from hvd_lb.data.images import fingerprint_note, refuse_other_images
 from hvd_lb.errors import UserError
-from hvd_lb.exact.reproducible import rounding_environment
+from hvd_lb.exact.reproducible import rounding_differences, rounding_environment
 from hvd_lb.forecast.held import forecast_for, held_against
 from hvd_lb.launch.hang.reports import HangReports
+from hvd_lb.launch.hosts import in_words
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.launch_plan import LaunchPlan, cycles, process_environment
 from hvd_lb.launch.options import HANG_TIMEOUT
@@ -82,6 +83,26 @@ def _rounding_environment(placement: Placement) -> dict[str, Any]:
     gpu = placement.gpus[0] if placement.gpus else None
     device = gpu if placement.device == "cuda" else "cpu"
     return {**rounding_environment("cpu"), **there, "device": device}
+
+
+def unlike_hosts(placement: Placement, hardware: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Where `hardware`, by host, is not that of rank 0, by which bits may differ: what is other, and on which hosts."""
+    found: dict[str, list[str]] = {}
+    for host, there in hardware.items():
+        first = dict(placement.hardware[placement.hosts[0]])
+        if placement.gpus:
+            first["device"] = placement.gpus[0]
+        if changes := rounding_differences(first, dict(there)):
+            found.setdefault("; ".join(changes), []).append(host)
+    return found
+
+
+def _warnings_of_hardware(placement: Placement) -> list[str]:
+    return [
+        f"{in_words(hosts)}: other hardware than rank 0 has on {placement.hosts[0]} ({what}), which may compute other "
+        "bits, and then so does this run: `hvd-lb doctor --selftest --hosts …` tells"
+        for what, hosts in unlike_hosts(placement, placement.hardware).items()
+    ]
 
 
 def refuse_unaudited(recipe: Recipe) -> None:
@@ -236,7 +257,8 @@ def run_job(
         store.discard_after(resume_point.step)
         for path in (run.metrics, run.bad_images):
             truncate_metrics(path, resume_point.step, evaluation_due=resume_point.evaluation_due)
-        for message in filter(None, (*resume_point.messages, lock.warning)):
+        other = _warnings_of_hardware(placement) if resolved.recipe.reproducible else []
+        for message in filter(None, (*resume_point.messages, *other, lock.warning)):
             _warn(console, message)
         if resume_point.checkpoint:
             console.print(f"going on from step {resume_point.step} ({resume_point.checkpoint.path.name})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ def describe_cpu() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpu_features": cpu_features(),
         "cores": usable_cores(),
+    }
+
+
+def computes_by(cpu: Mapping[str, Any], gpus: Collection[str]) -> dict[str, Any]:
+    """What of a host's hardware rounding depends on, by its `describe_cpu` and the names of the GPUs that compute."""
+    names = ("machine", "cpu_features", "cpu_capability")
+    return {
+        **{name: cpu[name] for name in names if name in cpu},
+        "device": " and ".join(sorted({*gpus})) or "cpu",
     }
 
 

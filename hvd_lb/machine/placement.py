@@ -20,7 +20,7 @@ class Placement:
     """`processes` (p) on `device`, each with `threads` CPU threads; `hosts` is empty for this machine alone.
 
     What other hosts have is known from the preflight: `gpus` are the names of the ranks' GPUs in their order,
-    `first_host` is the `describe_cpu` of rank 0's host.
+    `first_host` is the `describe_cpu` of rank 0's host, `hardware` what `computes_by` gives of each.
     """
 
     device: DeviceName
@@ -30,6 +30,7 @@ class Placement:
     pin: bool = True  #: each process to its share of its host's cores
     gpus: tuple[str, ...] = ()
     first_host: Mapping[str, Any] = field(default_factory=dict)
+    hardware: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def gpus_here() -> int:

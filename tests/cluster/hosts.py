@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,8 @@ from typing import Any
 
 import pytest
 from real_runs import until
+
+from hvd_lb.machine.cpu import cpu_features, cpu_info
 
 PORTS = (22, 12345)
 NETWORK = "10.77.0"
@@ -84,18 +87,20 @@ class Host:
         (folder / "ssh_config").write_text(
             f"IdentityFile {self.key}\nUserKnownHostsFile {self.known_hosts}\nBatchMode yes\nConnectTimeout 10\n"
         )
-        (folder / "sshd_config").write_text(
-            "".join(f"Port {port}\n" for port in PORTS)
-            + f"HostKey {folder}/host_key\nPidFile {folder}/sshd.pid\nAuthorizedKeysFile {self._authorized}\n"
-            "StrictModes no\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-            "PermitRootLogin prohibit-password\nUseDNS no\n"
-            # An sshd gives its own environment to nobody; the code that is tested may be that of a path in it.
-             + (f"SetEnv PYTHONPATH={path}\n" if (path := os.environ.get("PYTHONPATH")) else "")
-        )
         self.accept_key()
 
-    def boot(self) -> None:
-        """Start it, also again after `kill`; what was hidden is there again."""
+    def boot(self, **variables: str) -> None:
+        """Start it, also again after `kill`; what was hidden is there again. Logins have these `variables`."""
+        # An sshd gives its own environment to nobody; the code that is tested may be that of a path in it.
+        paths = {"PYTHONPATH": path} if (path := os.environ.get("PYTHONPATH")) else {}
+        set_env = " ".join(f"{name}={value}" for name, value in {**paths, **variables}.items())
+        (self.folder / "sshd_config").write_text(
+            "".join(f"Port {port}\n" for port in PORTS)
+            + f"HostKey {self.folder}/host_key\nPidFile {self.folder}/sshd.pid\n"
+            f"AuthorizedKeysFile {self._authorized}\n"
+            "StrictModes no\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+            "PermitRootLogin prohibit-password\nUseDNS no\n" + (f"SetEnv {set_env}\n" if set_env else "")
+        )
         self._namespaces = _Namespaces(
             f"hostname {self.name}",
             f"mount --bind {self.folder.parent}/hosts /etc/hosts",
@@ -175,6 +180,17 @@ class Host:
     def replace(self, path: Path, by: Path) -> None:
         """Let `by` stand for the existing `path` on this host alone; both folders or both files."""
         self.run(["mount", "--bind", by, path])
+
+    @contextmanager
+    def with_another_cpu(self) -> Iterator[str]:
+        """Meanwhile its CPU is said to lack a feature, whose name is given."""
+        feature = cpu_features()[0]
+        (self.folder / "cpuinfo").write_text(re.sub(rf"\b{feature}\b", "", cpu_info()))
+        self.replace(Path("/proc/cpuinfo"), self.folder / "cpuinfo")
+        try:
+            yield feature
+        finally:
+            self.put_back(Path("/proc/cpuinfo"))
 
     def hide(self, folder: Path) -> None:
         """The folder is empty on this host alone."""

@@ -262,7 +262,10 @@ def test_hosts_that_a_script_names_join_and_leave(
     faults: list[Fault] = [(0, "step", step, str(tmp_path / f"go{step}")) for step in (4, 7, 10)]
     where = ("--host-discovery", script, "--max-processes", 3)
     log = run / "logs" / "launcher.log"
-    with running(hosts[0], tmp_path, monkeypatch, faults, where=where) as process:
+    with (
+        hosts[2].with_another_cpu() as feature,
+        running(hosts[0], tmp_path, monkeypatch, faults, where=where) as process,
+    ):
         for step, now, said in (
             (4, "h1:1\nh2:1\nh3:2\n", "rank 2 on h3 is ready to join"),
             (7, "h1:1\nh3:2\n", "h2 is to go"),
@@ -279,6 +282,7 @@ def test_hosts_that_a_script_names_join_and_leave(
     assert sizes == [(2, 3, 1), (3, 2, 0), (2, 3, 1)]  # h3's second place is taken when h2 has gone
     assert [change["left"] for change in changes] == [[], ["rank 1 on h2"], []]
     assert "h3 is there: 1 starting there" in out
+    assert out.count(f"h3 has other hardware than the run began with (CPU without {feature})") == 1
     assert "h2 is to go: its processes leave after the present step" in out
 
 

@@ -13,6 +13,7 @@ from hvd_lb.exact.reproducible import rounding_differences
 from hvd_lb.launch import session
 from hvd_lb.launch.launch_plan import cycles
 from hvd_lb.launch.resume import ResumePoint
+from hvd_lb.machine.cpu import computes_by
 from hvd_lb.machine.environment import describe_environment
 from hvd_lb.machine.placement import Placement
 from hvd_lb.world import build
@@ -70,6 +71,22 @@ def test_the_rounding_of_other_hosts_is_that_of_rank_0s_host(monkeypatch: pytest
     assert rounding_differences({**ranks, "device": "H100"}, there) == ["device: H100 → GH200"]
     assert describe_environment(placement, [])["devices"] == ["GH200", "H100"]
     assert describe_environment(placement, [])["cpu"] == "Grace"
+
+
+def test_hardware_that_is_not_rank_0s_is_told_by_host() -> None:
+    cpu, gpu = {"machine": "x86_64", "cpu_features": ["avx", "avx2"], "cpu": "Epyc"}, ("H100",)
+    hardware = {
+        **{name: computes_by(cpu, gpu) for name in ("h1", "h2")},
+        "h3": computes_by({**cpu, "cpu": "Xeon"}, gpu),
+        **{name: computes_by({**cpu, "cpu_features": ["avx"]}, gpu) for name in ("h4", "h5")},
+        "h6": computes_by(cpu, ("H100", "A100")),
+    }
+    placement = Placement("cuda", 6, 1, tuple(hardware), gpus=("H100",) * 6, hardware=hardware)
+    assert session.unlike_hosts(placement, hardware) == {
+        "CPU without avx2": ["h4", "h5"],
+        "device: H100 → A100 and H100": ["h6"],
+    }
+    assert session.unlike_hosts(Placement("cpu", 2, 1), {}) == {}
 
 
 @pytest.mark.parametrize(

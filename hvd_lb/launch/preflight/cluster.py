@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hvd_lb.launch.hosts import Host, assign
+from hvd_lb.machine.cpu import computes_by
 from hvd_lb.machine.placement import NAME_MORE, DeviceName, Placement, check_processes
 
 
@@ -47,8 +48,15 @@ class Cluster:
             wanted,
             threads or max(1, share),
             tuple(host.name for host in hosts),
-            gpus=tuple(name for host in hosts for name in self.gpus.get(host.name, ())[: host.slots])
-            if self.device == "cuda"
-            else (),
+            gpus=tuple(name for host in hosts for name in self._gpus(host)),
             first_host=self.cpus.get(hosts[0].name, {}),
+            hardware=self.hardware(hosts),
         )
+
+    def hardware(self, hosts: Sequence[Host]) -> dict[str, dict[str, Any]]:
+        """What `computes_by` gives of each of these."""
+        return {host.name: computes_by(self.cpus.get(host.name, {}), self._gpus(host)) for host in hosts}
+
+    def _gpus(self, host: Host) -> Sequence[str]:
+        """Those that its ranks take."""
+        return self.gpus.get(host.name, ())[: host.slots] if self.device == "cuda" else ()

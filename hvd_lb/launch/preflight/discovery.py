@@ -35,6 +35,7 @@ class Come:
     name: str
     slots: int
     interface: str
+    note: str = ""  #: for a person
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Gone:
 
 Examined = tuple[Sequence[Come], Mapping[str, str]]
 """Who is ready, and why others are not, by name."""
-Examine = Callable[[Sequence[Host], Set[str]], Examined]
-"""Of all hosts that are there, those with these names."""
+Examine = Callable[[Sequence[Host], Set[str], Mapping[str, int]], Examined]
+"""Of all hosts that are there, those with these names; so many processes of the job are on each."""
 
 
 def discovered(script: Path, over: threading.Event | None = None) -> list[Host]:
@@ -147,7 +148,7 @@ class Discovery:
         self._told = {name: told for name, told in self._told.items() if name in {"", *names}}
         new = {host.name for host in hosts if (host.slots or 1) > self._present.get(host.name, 0)}
         if new and not self._examination:
-            self._examination = _begun(self._examine, hosts, new)
+            self._examination = _begun(self._examine, hosts, new, dict(self._present))
         if not self._examination:
             return
         wait([self._examination], _EVERY_SECONDS)
@@ -156,6 +157,8 @@ class Discovery:
             ready, problems = examination.result()
             for come in ready:
                 if come.name in names:
+                    if come.note:
+                        self._news.put(come.note)
                     self._news.put(come)
                     self._told.pop(come.name, None)
                     self._present[come.name] = come.slots
@@ -168,13 +171,15 @@ class Discovery:
             self._news.put(text)
 
 
-def _begun(examine: Examine, hosts: Sequence[Host], names: Set[str]) -> Future[Examined]:
+def _begun(
+    examine: Examine, hosts: Sequence[Host], names: Set[str], present: Mapping[str, int]
+) -> Future[Examined]:
     """An examination in a thread of its own, which ends with this process."""
     examination: Future[Examined] = Future()
 
     def run() -> None:
         try:
-            examination.set_result(examine(hosts, names))
+            examination.set_result(examine(hosts, names, present))
         except BaseException as error:
             examination.set_exception(error)
 

@@ -40,6 +40,7 @@ class Request:
     environment: Mapping[str, str] = field(
         default_factory=dict
     )  #: that the ranks will have, beside their hosts' own
+    running: Mapping[str, int] = field(default_factory=dict)  #: processes that this run has on a host already
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def _judge_processes(host: Host, answer: dict[str, Any], request: Request, devic
         fix = f"{fewer}, or see `hvd-lb doctor` there"
         return Finding("GPUs", "wrong", f"{host.slots or 1} GPUs are asked for and it has {len(gpus)}", fix)
     wanted = gpus[: host.slots] if host.slots else gpus
-    for index, gpu in enumerate(wanted):
+    for index, gpu in [*enumerate(wanted)][request.running.get(host.name, 0) :]:
         if gpu["mig"]:
             return Finding(
                 "GPUs",

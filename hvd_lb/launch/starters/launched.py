@@ -21,6 +21,7 @@ from typing import Any
 from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import Host
 from hvd_lb.launch.launch_plan import UNTOLD
+from hvd_lb.machine.cpu import computes_by
 from hvd_lb.machine.placement import DeviceName, Placement, check_processes
 from hvd_lb.recipe import Recipe
 from hvd_lb.world.engine import Engine
@@ -103,6 +104,13 @@ def place_ranks(
         pin=pin,
         gpus=tuple(rank["gpu"]["name"] for rank in ranks) if device == "cuda" else (),
         first_host=ranks[0]["cpu"],
+        hardware={
+            rank["host"]: computes_by(
+                rank["cpu"],
+                [of["gpu"]["name"] for of in ranks if of["host"] == rank["host"]] if device == "cuda" else (),
+            )
+            for rank in ranks
+        },
     )
 
 

@@ -13,7 +13,10 @@ from rich.console import Console
 from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import Host
 from hvd_lb.launch.preflight import probe
+from hvd_lb.launch.preflight.discovery import Come
 from hvd_lb.launch.preflight.judge import PreflightReport, Request, preflight
+from hvd_lb.machine.placement import Placement
+from hvd_lb_cli.dispatch import newcomers
 from hvd_lb_cli.output.show import print_preflight
 
 GPU = {"name": "H100", "total": 80 * 2**30, "used": 2**28, "processes": 0, "mig": False}
@@ -207,3 +210,54 @@ def test_a_shared_folder_that_cannot_be_written(tmp_path: Path) -> None:
     file.write_text("")
     with pytest.raises(UserError, match="not a folder|cannot be written"):
         preflight([Host("127.0.0.1", 1)], Request("cpu", None, Path("/proc/x"), None), ask_with({}))
+
+
+def joining(
+    tmp_path: Path,
+    changes: dict[str, Change],
+    named: tuple[Host, ...] = (Host("127.0.0.1", 2), Host("127.0.0.2", 2)),
+    device: str = "cuda",
+    like: Placement | None = None,
+) -> Any:
+    """Who may join a job of two processes on 127.0.0.1."""
+    pytest.importorskip("horovod")
+    request = Request(device, None, tmp_path, None)
+    new = {host.name for host in named if host != Host("127.0.0.1", 2)}
+    return newcomers(request, ask_with(changes), like, named, new, {"127.0.0.1": 2})
+
+
+BUSY = {**GPU, "used": 40 * 2**30, "processes": 1}
+
+
+def test_a_host_without_gpus_does_not_join_a_run_on_gpus(tmp_path: Path) -> None:
+    ready, problems = joining(tmp_path, {"127.0.0.1": change(gpus=[BUSY, BUSY])})
+    assert (ready, problems) == ([], {"127.0.0.2": "2 GPUs are asked for and it has 0"})
+
+
+def test_the_gpus_of_the_run_itself_are_not_in_the_way(tmp_path: Path) -> None:
+    """On a host that is named with more slots than before."""
+    there, named = {"127.0.0.1": change(gpus=[BUSY, BUSY, GPU])}, (Host("127.0.0.1", 3),)
+    assert joining(tmp_path, there, named) == ([Come("127.0.0.1", 3, "lo")], {})
+    there = {"127.0.0.1": change(gpus=[BUSY, BUSY, BUSY])}
+    assert joining(tmp_path, there, named)[1] == {"127.0.0.1": "GPU 2 is in use (40.0 of 80 GiB used)"}
+
+
+def test_hosts_with_gpus_may_join_a_run_on_cpus(tmp_path: Path) -> None:
+    assert joining(tmp_path, {"127.0.0.2": gpus(8)}, device="cpu")[0] == [Come("127.0.0.2", 2, "lo")]
+
+
+def test_one_of_another_cpu_or_gpu_joins_a_reproducible_run_with_a_note(tmp_path: Path) -> None:
+    hosts = (Host("127.0.0.1", 2), Host("127.0.0.2", 2))
+    changes = {"127.0.0.1": gpus(2), "127.0.0.2": gpus(2)}
+    cluster = examine(tmp_path, changes, hosts, "cuda").ready()
+    like = cluster.placement(gpus=4, processes=2, threads=1)
+    assert joining(tmp_path, changes, like=like)[0] == [Come("127.0.0.2", 2, "lo")]
+
+    def other(answer: dict[str, Any]) -> None:
+        answer["gpus"] = [{**GPU, "name": "H200"}] * 2
+        answer["cpu"]["cpu_features"] = [*answer["cpu"]["cpu_features"], "avx1024"]
+
+    (come,), _ = joining(tmp_path, {**changes, "127.0.0.2": other}, like=like)
+    assert come.note.startswith(
+        "127.0.0.2 has other hardware than the run began with (CPU with avx1024; device: H100 → H200), which may"
+    )
