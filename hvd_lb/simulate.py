@@ -112,7 +112,7 @@ def rehearse(
     images = min(recipe.per_gpu_batch, _PROBED_IMAGES)
     guess = _probe(trainer, images) * recipe.per_gpu_batch / images
     if time.monotonic() + guess > deadline:
-        return Rehearsal(0, guess, 0, guess * recipe.gpus, [], _peak_memory(device), images)
+        return Rehearsal(0, guess, 0, guess * recipe.gpus, [], peak_memory(str(device)), images)
     steps: list[float] = []
     chosen = 0  # steps before it was known how many workers are best computed together
     losses: list[float] = []
@@ -140,7 +140,7 @@ def rehearse(
         steps=len(steps),
         step_seconds=statistics.median(steps[chosen or 1 :] or steps) if steps else typical * recipe.gpus,
         losses=losses,
-        peak_memory=_peak_memory(device),
+        peak_memory=peak_memory(str(device)),
         together=trainer.group_size.size,
         noise=trainer.noise_scale.estimate() if trainer.noise_scale else None,
     )
@@ -223,9 +223,3 @@ def _probe(trainer: Trainer, images: int) -> float:
         loss.item()
         seconds = time.perf_counter() - began
     return seconds
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_memory()

@@ -222,12 +222,7 @@ class Bucket:
     @torch.no_grad()
     def own_norm(self) -> Tensor:
         """The squared norm of what the backwards of this process have added since the last step; all have one."""
-        return _squared_norm([_dense(gradient(slot.parameter)) for slot in self.slots])
-
-    @torch.no_grad()
-    def sum_norm(self) -> Tensor:
-        """The squared norm of what is in the bucket; between its tensors there may be anything."""
-        return _squared_norm([slot.view for slot in self.slots])
+        return squared_norm([_dense(gradient(slot.parameter)) for slot in self.slots])
 
     def await_all(self) -> None:
         """The next backward begins."""
@@ -395,7 +390,7 @@ class FixedPointBucket(Bucket):
         self._terms.clear()
 
     def own_norm(self) -> Tensor:
-        return _squared_norm(list(self._terms.values()))
+        return squared_norm(list(self._terms.values()))
 
     def own_digest(self) -> Tensor:
         """`integer_digest` of the terms of this backward, which has filled the bucket."""
@@ -460,8 +455,9 @@ class FixedPointBucket(Bucket):
 
 
 @torch.no_grad()
-def _squared_norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors)).float().square().sum()
+def squared_norm(tensors: list[Tensor]) -> Tensor:
+    """Of all tensors, which are of one dtype, together; float64."""
+    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
 
 
 def plan_buckets(parameters: Iterable[Tensor], bucket_bytes: int) -> list[list[Tensor]]:

@@ -39,6 +39,7 @@ from hvd_lb.optim.buckets import (
     Slot,
     half,
     plan_buckets,
+    squared_norm,
 )
 from hvd_lb.optim.state_dict import broadcast_optimizer, broadcast_tensors
 from hvd_lb.optim.watched import Lookout, gradient
@@ -334,7 +335,10 @@ class DistributedOptimizer(Optimizer):
         if self._phase not in (Phase.REDUCED, Phase.NORMALISED):
             raise RuntimeError("the norm of the sum is known after synchronize() and before step()")
         divided = (self._divisor or 1) if self._phase is Phase.NORMALISED else 1
-        return torch.stack([bucket.sum_norm() for bucket in self._buckets]).sum() * float(divided) ** 2
+        views: dict[torch.dtype, list[Tensor]] = {}
+        for bucket in self._buckets:
+            views.setdefault(bucket.flat.dtype, []).extend([slot.view for slot in bucket.slots])
+        return torch.stack([squared_norm(of) for of in views.values()]).sum() * float(divided) ** 2
 
     @torch.no_grad()
     def mean_gradients(self) -> dict[str, Tensor]:

@@ -30,7 +30,10 @@ _HEARTBEAT_SECONDS = 0.5
 _BOARD_SECONDS = 60.0
 # What records hold besides their kind and step: numbers, null where they are not finite.
 _NUMBERS = {
-    "train": ("epoch", "lr", "loss", "images_per_second", "data_wait"),
+    "train": (
+        *("epoch", "lr", "loss", "images_per_second", "data_wait"),
+        *("gradient_norm", "peak_memory_gb"),
+    ),
     "eval": (
         *("epoch", "top1_error", "top5_error", "loss", "images"),
         *("ema_top1_error", "ema_top5_error", "ema_loss"),

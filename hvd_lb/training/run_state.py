@@ -54,6 +54,8 @@ class RunState:
         # A sum for each virtual worker, 0 for those of other processes: what is added up does not depend on p.
         self.losses = torch.zeros(gpus, dtype=torch.float64, device=device)
         self.loss_images = 0
+        # Of the last step, where it is to be told and has not been: the mean over its images, before clipping.
+        self.gradient_norm: Tensor | None = None
         self.best_error = math.inf
         self.last_evaluation: Evaluation | None = None
         self.evaluation_due = False
@@ -150,6 +152,11 @@ class RunState:
         self.loss_images = 0
         return loss, sums[len(self.losses) :].view_as(beside).to(beside)
 
+    def take_gradient_norm(self) -> float | None:
+        """That of the last step, once; None where nobody has noted it."""
+        norm, self.gradient_norm = self.gradient_norm, None
+        return None if norm is None else norm.item()
+
     def note_best(self) -> bool:
         """Whether the last evaluation has fewer errors than all that were asked about before."""
         if self.last_evaluation is None:
@@ -195,6 +202,7 @@ class RunState:
             optimizer=skeleton,
             scaler=self.scaler.state_dict(),
             loss_images=self.loss_images,
+            gradient_norm=None if self.gradient_norm is None else self.gradient_norm.item(),
             **self.evaluated(),
             bad_images=self.bad_images.in_epoch,
             left_out=sorted(self.left_out),
@@ -271,6 +279,8 @@ class RunState:
         elif self.whole or own.start == 0:
             self.losses[0] = loss_sum
         self.loss_images = state.loss_images
+        norm = state.gradient_norm
+        self.gradient_norm = None if norm is None else torch.tensor(norm, dtype=torch.float64)
         self.bad_images.in_epoch = state.bad_images
         self.evaluation_due, self.left_out = state.evaluation_due, set(state.left_out)
         self.best_error = math.inf if state.best_error is None else state.best_error

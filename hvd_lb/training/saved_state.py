@@ -46,6 +46,7 @@ class SavedState:
     )  #: what the last bits depend on: `rounding_environment`
     loss_sum: float | None = None  #: of format 1: all LOSSES in one
     evaluation_due: bool = False  #: that of this step is still to come: a checkpoint is written before it
+    gradient_norm: float | None = None  #: of the last step, where other processes still have to tell it
     left_out: list[int] = field(default_factory=list)  #: steps not taken, by --on-nan rollback
     bad_images: int = 0  #: in this epoch so far; absent from checkpoints before --on-bad-image
     batch_norm_exponents: list[int] | None = None  #: of the next sum; in reproducible runs with batch norm

@@ -32,6 +32,7 @@ from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.exact.reproducible import fast_kernels, rounding_environment
 from hvd_lb.machine.graphs import GraphRecorder, Recorder, Recording, Recordings, Trial
+from hvd_lb.machine.process import peak_memory
 from hvd_lb.optim.average import WeightAverage
 from hvd_lb.optim.buckets import Arriving, Riders
 from hvd_lb.optim.distributed import DistributedOptimizer
@@ -83,7 +84,9 @@ class Observer(Protocol):
         """An evaluation's errors in per cent."""
 
     def ranks(self, record: dict[str, Any]) -> None:
-        """Seconds that each rank spent since the last record of training, by what it did, as lists; not with one."""
+        """Seconds that each rank spent since the last record of training, by what it did, and the most memory that it
+        has held, as lists; not with one.
+        """
 
     def checkpoint(self, record: dict[str, Any]) -> None:
         """A checkpoint was taken, and for how many seconds that kept the training waiting."""
@@ -482,9 +485,14 @@ class Trainer:
         step = self.step - (self.run_plan.offset if "epoch" in every else 0)
         return self.step == self.end or (period > 0 and step % period == 0)
 
+    def _logged(self, done: int) -> bool:
+        """Whether there is a record of training after so many steps."""
+        within = (done - self.run_plan.offset) % self.plan.steps_per_epoch
+        return within % self._log_every == 0 or done == self.end
+
     def _finish_step(self, clock: StepClock | None, save_now: bool = False) -> None:
         """What is due after a step; without a clock its time is not known."""
-        recipe, done = self.recipe, self.step == self.end
+        recipe = self.recipe
         evaluate, save = self._due(recipe.eval_every), self._due(recipe.checkpoint_every)
         digest = recipe.digest_every != "never" and self._due(recipe.digest_every)
         evaluate |= clock is None and self.state.evaluation_due
@@ -492,8 +500,7 @@ class Trainer:
             save_now |= self._hear()
         if self.step <= self.watched_until:
             self._check(self.state.gather())
-        within = (self.step - self.run_plan.offset) % self.plan.steps_per_epoch
-        if within % self._log_every == 0 or done:
+        if self._logged(self.step):
             self._log(clock)
         with clock.paused() if clock else nullcontext(), self.stages.between_steps():
             self.after_step(evaluate, save or save_now, digest)
@@ -592,11 +599,16 @@ class Trainer:
         return self._hear(self.lag)
 
     def _note_norms(self, own: torch.Tensor | None, own_images: int, images: int) -> None:
-        if self.noise_scale is None or own is None:
+        """Those that somebody will ask for, before the gradient is clipped; they stay on their device until then."""
+        logged = self._logged(self.step + 1)
+        if own is None and not logged:
             return
         total, scaler = self.state.optimizer.sum_norm(), self.state.scaler
         scale = scaler.scale(torch.ones((), device=self.device)) ** 2 if scaler.is_enabled() else 1.0
-        self.noise_scale.add(own / scale, own_images, total / scale, images)
+        if self.noise_scale and own is not None:
+            self.noise_scale.add(own / scale, own_images, total / scale, images)
+        if logged:
+            self.state.gradient_norm = (total / scale).sqrt() / images
 
     def _tell_group_size(self) -> None:
         """Once it has been found, or there was a reason not to look for one."""
@@ -809,9 +821,12 @@ class Trainer:
 
     def _log(self, clock: StepClock | None) -> None:
         images = self.state.loss_images
-        spent = torch.zeros(self.world.size, 3, dtype=torch.float64)
-        spent[self.world.rank] = torch.tensor(self.stages.take())
-        loss, spent = self.state.take_loss_and_sum(spent) if images else (None, spent)
+        # Of each rank: seconds by stage, and memory, which travel with the losses.
+        told = torch.zeros(self.world.size, 4, dtype=torch.float64)
+        memory = peak_memory(str(self.device)) / 1e9
+        told[self.world.rank] = torch.tensor([*self.stages.take(), memory], dtype=torch.float64)
+        loss, told = self.state.take_loss_and_sum(told) if images else (None, told)
+        norm = self.state.take_gradient_norm()
         seconds, waited = clock.lap() if clock else (math.nan, math.nan)
         if loss is None:  # its steps were left out
             return
@@ -821,6 +836,8 @@ class Trainer:
             "loss": loss,
             "images_per_second": images / seconds,
             "data_wait": waited / seconds,
+            "gradient_norm": norm,
+            "peak_memory_gb": told[:, 3].max().item(),
         }
         if self.world.rank == 0:
             self.observer.train(record)
@@ -828,8 +845,8 @@ class Trainer:
                 figures = {"noise_scale": noise.value, "low": noise.low, "high": noise.high}
                 self.observer.noise({**self._position(), **figures})
             if self.world.size > 1:
-                by_stage = dict(zip(("data", "compute", "network"), spent.t().tolist(), strict=True))
-                self.observer.ranks({**self._position(), **by_stage})
+                names = "data", "compute", "network", "peak_memory_gb"
+                self.observer.ranks({**self._position(), **dict(zip(names, told.t().tolist(), strict=True))})
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
         if self.state.scaler.is_enabled() and self.state.scaler.get_scale() < _SMALLEST_SCALE:

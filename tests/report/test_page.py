@@ -29,6 +29,8 @@ def make_run(path: Path, **fields: Any) -> RunDirectory:
             "lr": 0.1,
             "loss": 2.0,
             "images_per_second": 100.0,
+            # Older versions told neither.
+            **({"gradient_norm": 3.0 + step, "peak_memory_gb": 1.5} if step >= 10 else {}),
         }
         for step in (*range(8), *range(5, 20))
     ]
@@ -86,7 +88,9 @@ def test_events_are_told_in_their_order(tmp_path: Path) -> None:
 def test_the_page_of_one_run(tmp_path: Path) -> None:
     page = runs_page([make_run(tmp_path / "a").path])
     charts = data_of(page)
-    assert list(charts) == ["error", "loss", "rate", "noise", "speed"]
+    assert list(charts) == ["error", "loss", "rate", "norm", "noise", "speed", "memory"]
+    assert charts["norm"]["series"][0]["y"] == [3.0 + step for step in range(10, 20)]
+    assert charts["memory"]["y_label"] == "GB"
     assert charts["error"]["series"][0]["name"] == "top-1"
     assert (charts["error"]["series"][0]["x"], charts["error"]["series"][0]["y"]) == ([2.0], [12.345])
     assert charts["noise"]["series"][0]["high"] == [4000.0]

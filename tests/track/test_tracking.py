@@ -121,6 +121,10 @@ def test_numbers_have_units() -> None:
         "slower": 1.5,
     }
     assert numbers_of(ranks) == {"ranks/median_seconds": 2.0, "ranks/slowest_of_median": 1.5}
+    training = {"kind": "train", "step": 9, "lr": 0.1, "gradient_norm": 3.0, "peak_memory_gb": 1.5}
+    assert numbers_of(training) == {
+        "train/learning_rate": 0.1, "train/gradient_norm": 3.0, "train/peak_memory_gb": 1.5,
+    }  # fmt: skip
     assert numbers_of({"kind": "digest", "step": 9, "weights": 3}) == {}
 
 

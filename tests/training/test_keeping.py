@@ -489,4 +489,4 @@ def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
 
 def speeds(trainer: Trainer) -> dict[str, float]:
     (record,) = records(trainer).training
-    return {name: record[name] for name in ("images_per_second", "data_wait")}
+    return {name: record[name] for name in ("images_per_second", "data_wait", "peak_memory_gb")}

@@ -152,9 +152,12 @@ def _charts(runs: Sequence[_Run]) -> list[Chart]:
     loss = Chart("loss", "Loss", "epoch", "loss")
     rate = Chart("rate", "Learning rate", "epoch", "learning rate")
     speeds = Chart("speed", "Throughput", "epoch", "images/s")
+    norm = Chart("norm", "Gradient norm, before clipping", "epoch", "norm of the mean gradient")
+    memory = Chart("memory", "Most memory that a rank has held", "epoch", "GB")
     waits = Chart("wait", "Share of the time waiting for data", "epoch", "waiting (%)")
     slow = Chart("slow", "Slowest rank, times the median", "epoch", "times the median")
     noise = Chart("noise", "Gradient noise scale, its 95 % interval", "epoch", "images", cut_bands=True)
+    charts = [error, loss, rate, norm, noise, speeds, waits, slow, memory]
     for run in runs:
         error.series += [
             run.curve("eval", "top1_error", "top-1"),
@@ -171,9 +174,11 @@ def _charts(runs: Sequence[_Run]) -> list[Chart]:
         rate.series.append(run.curve("train", "lr"))
         speeds.series.append(run.curve("train", "images_per_second"))
         waits.series.append(run.curve("train", "data_wait", scale=100))
+        norm.series.append(run.curve("train", "gradient_norm"))
+        memory.series.append(run.curve("train", "peak_memory_gb"))
         slow.series.append(run.curve("ranks", "slower"))
         noise.series.append(run.noise_scale)
-        for chart in (error, loss, rate, speeds, waits, slow, noise):
+        for chart in charts:
             chart.marks += [
                 Mark(
                     run.after(event.step),
@@ -185,7 +190,6 @@ def _charts(runs: Sequence[_Run]) -> list[Chart]:
                 for event in run.events
                 if event.step is not None
             ]
-    charts = [error, loss, rate, noise, speeds, waits, slow]
     if len(runs) == 1:  # whose name is the title
         for series in (series for chart in charts for series in chart.series):
             series.name = series.name.removeprefix(runs[0].name).removeprefix(" · ") or "this run"
