@@ -11,18 +11,26 @@ from hvd_lb.optim.groups import parameter_groups
 from hvd_lb.optim.lamb import LAMB
 from hvd_lb.optim.lars import LARS
 from hvd_lb.optim.sgd import SGD
+from hvd_lb.optim.state_dict import group_sizes
 from hvd_lb.recipe import Recipe
 
 _PLAIN = ("fp16", "fp64")
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module, learning_rate: float) -> Optimizer:
-    """On the parameters of `model`, as the recipe says; `learning_rate` is that of the first step."""
-    decayed, normalising = parameter_groups(model, recipe.weight_decay)
+def make_optimizer(recipe: Recipe, model: nn.Module, learning_rate: float, saved: Any = None) -> Optimizer:
+    """On the parameters of `model`, as the recipe says; `learning_rate` is that of the first step.
+
+    `saved` is the skeleton of the state that it is to load, if any.
+    """
+    vectors = recipe.optimizer != "sgd"
+    groups = parameter_groups(model, recipe.weight_decay, vectors=vectors)
+    if vectors and saved and group_sizes(saved) != [len(group["params"]) for group in groups]:
+        groups = parameter_groups(model, recipe.weight_decay)  # a run of an older version goes on as it began
+    _, plain = groups
     if recipe.optimizer == "lamb":
-        normalising["trust"] = False  # as below
+        plain["trust"] = False  # as below
         betas = recipe.momentum, recipe.beta2
-        return LAMB([decayed, normalising], learning_rate, betas, recipe.epsilon)
+        return LAMB(groups, learning_rate, betas, recipe.epsilon)
     options: dict[str, Any] = {
         "lr": learning_rate,
         "momentum": recipe.momentum,
@@ -30,10 +38,10 @@ def make_optimizer(recipe: Recipe, model: nn.Module, learning_rate: float) -> Op
         "form": recipe.momentum_form,
         "momentum_correction": recipe.momentum_correction,
     }
-    if recipe.optimizer == "lars":  # batch norm's few numbers are left alone, as in MLPerf
-        normalising["trust_coefficient"] = 0.0
-        return LARS([decayed, normalising], trust_coefficient=recipe.trust_coefficient, **options)
+    if recipe.optimizer == "lars":  # biases and norms are left alone, as in MLPerf
+        plain["trust_coefficient"] = 0.0
+        return LARS(groups, trust_coefficient=recipe.trust_coefficient, **options)
     # The plain form where bits are promised, where numbers are compared with the paper's formula (fp64), and beside the
     # loss scaler (fp16), which goes over all gradients by itself.
     fused = recipe.momentum_correction and not recipe.reproducible and recipe.precision not in _PLAIN
-    return SGD([decayed, normalising], **options, fused=fused)
+    return SGD(groups, **options, fused=fused)

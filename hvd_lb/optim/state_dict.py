@@ -55,6 +55,11 @@ def restore_state(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     return {key: restore_state(tensors, item) for key, item in content}
 
 
+def group_sizes(skeleton: Any) -> list[int]:
+    """The number of parameters in each group of an optimizer, of whose state dict this is the skeleton."""
+    return [len(dict(group["dict"])["params"]) for group in dict(skeleton["dict"])["param_groups"]]
+
+
 def broadcast_tensors(world: World, tensors: Mapping[str, Tensor], name: str) -> None:
     """Overwrites tensors of any dtype and memory format with rank 0's: one broadcast of bytes per device.
 

@@ -264,8 +264,9 @@ class Trainer:
         several = world.size > 1
         self.trial = Trial(device) if self.recorder and several and recipe.cuda_graphs == "auto" else None
         self.launches = False  # the present microbatch's kernels one by one, whatever is recorded
+        begins = carried or checkpoint
         optimizer = DistributedOptimizer(
-            make_optimizer(recipe, self.model, self.schedule(0)),
+            make_optimizer(recipe, self.model, self.schedule(0), begins and begins.saved.optimizer),
             self.model,
             world=world,
             schedule=self.schedule,

@@ -80,6 +80,29 @@ def test_of_every_architecture_batch_norm_alone_is_undecayed(name: str, undecaye
         assert "LayerNorm" in {owner[id(p)] for p in decayed["params"]}
 
 
+@pytest.mark.parametrize("optimizer", ["lars", "lamb"])
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "swin_t", "convnext_tiny"])
+def test_lars_and_lamb_leave_every_vector_alone(name: str, optimizer: str) -> None:
+    """Biases, norms, and what torchvision keeps as (C, 1, 1) or (1, 1, C): neither decay nor a trust ratio."""
+    with torch.device("meta"):
+        model = build_model(name, 3, seed=0)
+    made = make_optimizer(Recipe(model=name, optimizer=optimizer, weight_decay=0.01), model, 0.1)
+    trusted, plain = made.param_groups
+    assert (trusted["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
+    key = {"lars": "trust_coefficient", "lamb": "trust"}[optimizer]
+    assert trusted[key]
+    assert not plain[key]
+    names = {id(p): full for full, p in model.named_parameters()}
+    assert all(p.squeeze().ndim > 1 for p in trusted["params"])
+    vectors = {names[id(p)] for p in plain["params"]}
+    assert len(vectors) + len(trusted["params"]) == len(names)
+    assert {
+        full for full in names.values() if full.endswith(("bias", "layer_scale", "class_token"))
+    } <= vectors
+    norms = (nn.BatchNorm2d, nn.LayerNorm)
+    assert {f"{full}.weight" for full, m in model.named_modules() if isinstance(m, norms)} <= vectors
+
+
 def test_without_gradients_a_step_shrinks_what_decays_and_nothing_else() -> None:
     """By η λ of itself: the recipe's numbers arrive in the optimizer."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.LayerNorm(4), nn.PReLU())
