@@ -1,10 +1,13 @@
 """Recipes: presets, YAML in and out, and one line for each mistake."""
 
+import itertools
 import math
+import re
 from pathlib import Path
 
 import pytest
 
+import hvd_lb
 from hvd_lb.errors import UserError
 from hvd_lb.recipe import (
     FREE_FIELDS,
@@ -25,6 +28,20 @@ def test_presets_are_valid_and_survive_yaml(name: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     assert make_recipe(load_values(str(file)), "file") == recipe
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_presets_first_lines_tell_source_accuracy_and_time(name: str) -> None:
+    """Those that were published have figures; what there is none of is said."""
+    lines = (Path(hvd_lb.__file__).with_name("recipes") / f"{name}.yaml").read_text().splitlines()
+    head = " ".join(line[2:] for line in itertools.takewhile(lambda line: line.startswith("# "), lines))
+    parts = dict(re.findall(r"(Source|Accuracy|Time)(?:, [a-z ]+)?: (.*?)(?= (?:Accuracy|Time)\b|$)", head))
+    assert re.search(r"https://(arxiv\.org/abs/\d{4}\.\d{5}|\S+)", parts["Source"])
+    assert re.search(r"[\d.]+ % top-1|depends on the data", parts["Accuracy"])
+    assert re.search(r"\d (s|hours|hour|minutes) on|none was|epochs", parts["Time"])
+    if name.startswith("goyal"):
+        assert "1706.02677" in parts["Source"]
+        assert "P100" in parts["Time"]
 
 
 @pytest.mark.parametrize("model", ["resnet50", "resnet101"])
