@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from real_runs import SMALL, assert_agrees, processes_of
+from real_runs import SMALL, assert_agrees, processes_of, until
 
 from hvd_lb.data.dataset import open_dataset
 from hvd_lb.replay.again import Again
@@ -171,6 +172,26 @@ def with_faults(folder: Path, monkeypatch: pytest.MonkeyPatch, faults: Sequence[
     paths = [str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("FAULTS", json.dumps(list(faults)))
+
+
+def script_in(folder: Path, hosts: str) -> tuple[Path, Path]:
+    """A program that prints these hosts, and the file that it reads them from."""
+    script, names = folder / "script", folder / "names"
+    script.write_text(f"#!/bin/sh\nexec cat {names}\n")
+    script.chmod(0o755)
+    names.write_text(hosts)
+    return script, names
+
+
+def at(
+    gate: Path, process: subprocess.Popen[str], run: Path, do: Callable[[], object], said: Sequence[str]
+) -> None:
+    """When a rank has come to this gate: do that, and open it when the head has said all of these words."""
+    log = run / "logs" / "launcher.log"
+    until(lambda: Path(f"{gate}.there").exists() or process.poll() is not None)
+    do()
+    until(lambda: all(words in log.read_text() for words in said) or process.poll() is not None)
+    gate.touch()
 
 
 def ranks_of(run: Path) -> dict[int, int]:

@@ -20,7 +20,9 @@ from elastic_runs import (
     Fault,
     assert_it_comes_again,
     assert_the_same,
+    at,
     events,
+    script_in,
     with_faults,
 )
 from hosts import Host, lab
@@ -284,6 +286,30 @@ def test_hosts_that_a_script_names_join_and_leave(
     assert "h3 is there: 1 starting there" in out
     assert out.count(f"h3 has other hardware than the run began with (CPU without {feature})") == 1
     assert "h2 is to go: its processes leave after the present step" in out
+
+
+@pytest.mark.long
+@horovod_and_torch
+def test_a_run_on_one_host_grows_to_three_and_is_alone_again(
+    hosts: list[Host], tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """They find the first one by the name by which the script names it."""
+    run, grow, shrink = (tmp_path / name for name in ("run", "grow", "shrink"))
+    script, names = script_in(tmp_path, "h1:1\n")
+    faults: list[Fault] = [(0, "step", 4, str(grow)), (0, "step", 8, str(shrink))]
+    where = ("--host-discovery", script, "--engine", engine)
+    ready = [f"on h{number} is ready to join" for number in (2, 3)]
+    gone = [f"h{number} is to go" for number in (2, 3)]
+    with running(hosts[0], tmp_path, monkeypatch, faults, where=where) as process:
+        at(grow, process, run, lambda: names.write_text("h1:1\nh2:1\nh3:1\n"), ready)
+        at(shrink, process, run, lambda: names.write_text("h1:1\n"), gone)
+        out = finished(process, run)
+    assert_the_same(undisturbed, run)
+    first, *others = events(run)
+    assert (first["before"], first["processes"], first["joined"]) == (1, 3, 2)
+    assert others[-1]["processes"] == 1
+    assert not [change for change in events(run) if change["lost"] or change["repeated"]]
+    assert "warning:" not in out
 
 
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
