@@ -15,7 +15,6 @@ import pytest
 import torch
 from real_runs import SMALL, assert_agrees, processes_of, until
 
-from hvd_lb.data.dataset import open_dataset
 from hvd_lb.replay.again import Again
 from hvd_lb.replay.recorded import RecordedRun, open_run
 from hvd_lb.replay.verify import checkpoint_digests
@@ -27,6 +26,7 @@ STEPS = 12
 RECIPE = (
     *("train", *SMALL, "--reproducible", "--gpus", 4, "--per-gpu-batch", 24, "--steps", STEPS),
     *("--log-every", 1, "--checkpoint-every", "4steps", "--eval-every", "6steps", "--digest-every", "5steps"),
+    "--log-samples",
 )
 # Where k follows the processes, two virtual workers each.
 RESCALED = (
@@ -215,7 +215,7 @@ def events(run: Path, kind: str = "generation") -> list[dict[str, Any]]:
 
 
 def assert_the_same(undisturbed: Path, run: Path) -> None:
-    """Weights, velocities and all else that is saved, bitwise; records of each step and evaluation, once."""
+    """Weights, velocities and all else that is saved, bitwise; records and images of each step and evaluation, once."""
     for name in ("last", "best"):
         one, other = (of / "checkpoints" / name for of in (undisturbed, run))
         assert other.resolve().name == one.resolve().name
@@ -231,12 +231,14 @@ def assert_the_same(undisturbed: Path, run: Path) -> None:
         )
         assert other == one
     assert_agrees(run)
+    assert_each_once(run)
 
 
 def assert_each_once(run: Path, steps: int = STEPS) -> None:
     """Each virtual worker of each step had its images once, by one process, and no other image."""
-    recipe = open_run(run).recipe
-    plan = recipe.sample_plan(len(open_dataset("digits").train))
+    recorded = open_run(run)
+    recipe = recorded.recipe
+    plan = recipe.sample_plan(len(recorded.open_data(None, None).train))
     samples = samples_of(run)
     assert sorted(samples) == list(range(steps))
     for step, given in samples.items():
