@@ -30,8 +30,8 @@ def says(script: Path, text: str) -> None:
 
 
 def hangs(script: Path) -> None:
-    """In a process that it has started, which names it."""
-    script.write_text(f"#!/bin/sh\ntail -f {script}\necho h1\n")
+    """In a process that it has started, which names it, and notices no reader that is gone."""
+    script.write_text(f"#!/bin/sh\n{sys.executable} -c 'import time; time.sleep(600)' {script}\necho h1\n")
 
 
 def all_ready(hosts: Sequence[Host], new: Set[str], *_: object) -> Examined:
