@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -193,8 +194,10 @@ def _train(
     if cluster and options.launch.host_discovery:
         script = options.launch.host_discovery.expanduser().absolute()
         known = {host.name: host.slots or 1 for host in launch_plan.hosts}
-        like = placement if recipe.reproducible else None
-        discovery = Discovery(script, known, partial(newcomers, replace(request, device=here), ask, like))
+        over, like = threading.Event(), placement if recipe.reproducible else None
+        ask = asking_over_ssh(options.launch, over)
+        examine_new = partial(newcomers, replace(request, device=here), ask, like)
+        discovery = Discovery(script, known, examine_new, over)
     refuse_of_horovod(context, launch_plan.engine, launch_plan.why_engine)
     if several:
         refuse_unsummed(launch_plan.engine, recipe.compress)

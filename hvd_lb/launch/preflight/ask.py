@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,42 +16,52 @@ from hvd_lb.launch.options import LaunchOptions
 #: What Python says where there is no hvd-lb, or one of another version.
 NOT_INSTALLED = re.compile("No module named|Error while finding module specification")
 SSH_FAILED = 255  # ssh's own exit code, not that of the command
+_LOOK_SECONDS = 0.2
 
 #: Asks hosts by name; gives what each answered (the output of the probe), or why it did not.
 Ask = Callable[[list[str], str], Mapping[str, str | UserError]]
 
 
+def written_by(
+    process: subprocess.Popen[str], said: str | None, seconds: float, over: Callable[[], bool]
+) -> tuple[str, str] | None:
+    """What it writes when it is `said` that, until it ends; None where that takes longer, or it is `over` meanwhile."""
+    late = time.monotonic() + seconds
+    while not over() and time.monotonic() < late:
+        try:
+            return process.communicate(said, _LOOK_SECONDS)
+        except subprocess.TimeoutExpired:
+            said = None
+    return None
+
+
 def ask_all(
-    commands: dict[str, list[str]], question: str, seconds: float
+    commands: dict[str, list[str]], question: str, seconds: float, over: threading.Event | None = None
 ) -> dict[str, subprocess.CompletedProcess[str] | None]:
     """Run one command per host, all at once, with the question on stdin; None for one that did not end in time.
 
-    Who is interrupted leaves none behind.
+    None is left behind, and waited for, when it is `over`, or who asks is interrupted.
     """
-    asked: list[subprocess.Popen[str]] = []
-    interrupted = threading.Event()
+    interrupted, over = threading.Event(), over or threading.Event()
 
     def ask(host: str) -> subprocess.CompletedProcess[str] | None:
         pipe = subprocess.PIPE
         with subprocess.Popen(
             commands[host], stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace"
         ) as process:
-            asked.append(process)
             try:
-                out, err = process.communicate(question, 0 if interrupted.is_set() else seconds)
-            except subprocess.TimeoutExpired:
-                return None
+                written = written_by(
+                    process, question, seconds, lambda: interrupted.is_set() or over.is_set()
+                )
             finally:
                 process.kill()
-            return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+            return written and subprocess.CompletedProcess(process.args, process.returncode, *written)
 
     with ThreadPoolExecutor(max_workers=min(64, len(commands))) as pool:
         try:
             return dict(zip(commands, pool.map(ask, commands), strict=True))
         except BaseException:
             interrupted.set()
-            for process in asked:
-                process.kill()
             raise
 
 

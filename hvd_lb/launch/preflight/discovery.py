@@ -11,7 +11,6 @@ import queue
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -21,10 +20,10 @@ from pathlib import Path
 from hvd_lb.errors import UserError
 from hvd_lb.launch.agent.process import dies_with_parent
 from hvd_lb.launch.hosts import Host, hosts_in
+from hvd_lb.launch.preflight.ask import written_by
 
 _EVERY_SECONDS = 5.0
 _PATIENCE_SECONDS = 30.0
-_LOOK_SECONDS = 0.2
 _END_SECONDS = 2.0  # for a script that is under way when the run ends
 
 
@@ -82,12 +81,9 @@ def _run(script: Path, over: threading.Event) -> tuple[int, str, str]:
         start_new_session=True,
         preexec_fn=dies_with_parent(),
     ) as process:
-        late = time.monotonic() + _PATIENCE_SECONDS
         try:
-            while not over.is_set() and time.monotonic() < late:
-                with suppress(subprocess.TimeoutExpired):
-                    out, errors = process.communicate(timeout=_LOOK_SECONDS)
-                    return process.returncode, out, errors
+            if written := written_by(process, None, _PATIENCE_SECONDS, over.is_set):
+                return process.returncode, *written
             raise TimeoutError
         except BaseException:
             with suppress(ProcessLookupError):
@@ -99,15 +95,17 @@ class Discovery:
     """A thread that asks the script while it is entered; `news` is what is to be done, or told to a person.
 
     `known` are hosts that the job has, and how many processes are on them. Hosts are examined by another thread: one
-    that does not answer keeps other new ones waiting, but none that is to go.
+    that does not answer keeps other new ones waiting, but none that is to go. `over` is set when it is left.
     """
 
-    def __init__(self, script: Path, known: Mapping[str, int], examine: Examine):
+    def __init__(
+        self, script: Path, known: Mapping[str, int], examine: Examine, over: threading.Event | None = None
+    ):
         self._script, self._examine = script, examine
         self._present = dict(known)
         self._told: dict[str, str] = {}  # what was said last of a host, and of the script itself
         self._news: queue.SimpleQueue[Come | Gone | str] = queue.SimpleQueue()
-        self._over = threading.Event()
+        self._over = over or threading.Event()
         self._thread = threading.Thread(target=self._ask, name="host discovery", daemon=True)
         self._examination: Future[Examined] | None = None  # under way
 

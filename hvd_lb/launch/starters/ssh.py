@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -72,8 +73,8 @@ def reach_over_ssh(options: LaunchOptions) -> Reach:
     return partial(on_host, ssh_command(options))
 
 
-def asking_over_ssh(options: LaunchOptions) -> Ask:
-    """Asks over ssh, or without when a host is this machine."""
+def asking_over_ssh(options: LaunchOptions, over: threading.Event | None = None) -> Ask:
+    """Asks over ssh, or without when a host is this machine, until it is `over`."""
 
     def ask(hosts: list[str], question: str) -> dict[str, str | UserError]:
         ssh = ssh_command(options)
@@ -83,7 +84,7 @@ def asking_over_ssh(options: LaunchOptions) -> Ask:
             for host in hosts
         }
         answers: dict[str, str | UserError] = {}
-        for host, completed in ask_all(commands, question, _ANSWER_SECONDS).items():
+        for host, completed in ask_all(commands, question, _ANSWER_SECONDS, over).items():
             ended_well = completed is not None and completed.returncode == 0
             answers[host] = (
                 completed.stdout

@@ -179,3 +179,23 @@ def test_answers_that_are_no_text_are_answers() -> None:
     said = ask_all({"h1": ["printf", r"\377 hello"]}, "", 30)["h1"]
     assert said is not None
     assert said.stdout == "\ufffd hello"
+
+
+def test_the_end_of_a_run_waits_for_no_host(script: Path) -> None:
+    """In a process of its own: what it waits for at its end counts, too."""
+    says(script, "h1:1\nh2:1\n")
+    program = """
+import pathlib, sys, threading
+from hvd_lb.launch.preflight import discovery
+from hvd_lb.launch.preflight.ask import ask_all
+discovery._EVERY_SECONDS = 0.1
+over, asked = threading.Event(), threading.Event()
+
+def examine(*_):
+    asked.set()
+    ask_all({"h2": ["sleep", "600"]}, "", 600, over)
+
+with discovery.Discovery(pathlib.Path(sys.argv[1]), {"h1": 1}, examine, over):
+    asked.wait()
+"""
+    subprocess.run([sys.executable, "-c", program, str(script)], check=True, timeout=120)
