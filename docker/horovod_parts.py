@@ -20,7 +20,7 @@ from pathlib import Path
 HOROVOD = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 PATCH = Path(__file__).with_name("horovod.patch")
-PATCH_PARTS = 8
+PATCH_PARTS = 9
 BUILD_TOOLS = (
     "cmake>=4,<5",
     "setuptools>=77",

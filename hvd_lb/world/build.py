@@ -38,6 +38,11 @@ def begins_at_once() -> bool:
     return _patch_parts() >= 7
 
 
+def tells_of_cut_messages() -> bool:
+    """Whether who waits for the rest of a message has an error when the connection ends (part 9)."""
+    return _patch_parts() >= 9
+
+
 def _patch_parts() -> int:
     return int(built_with().get("patch_parts", 0))
 

@@ -18,7 +18,8 @@ from hvd_lb.errors import ExchangeError
 # Between two looks at a reduction: nothing at first, when most are done; then this share of what was waited, up to a
 # bound in seconds. So waiting is prolonged by little, and takes some hundredths of a core.
 _AT_ONCE, _SHARE, _LONGEST = 50e-6, 1 / 16, 1e-3
-# An error of a cut connection comes at once; now and then Gloo loses one, and would wait for its timeout.
+# An error of a cut connection comes at once. Gloo has none for a message that is under way, and waits for its timeout,
+# but in the Horovod of docker/build-horovod.sh.
 _LOST_SECONDS = 0.5
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
 

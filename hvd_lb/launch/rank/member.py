@@ -35,8 +35,8 @@ from hvd_lb.world import World
 from hvd_lb.world.engine import Engine
 
 _SAME_SECONDS = 1.0
-# For an engine to be left, which takes some hundredths: Gloo now and then loses the error of a cut connection. To abort
-# NCCL may take longer, and so does a new process with a GPU.
+# For an engine to be left, which takes some hundredths: Gloo has no error for a message under way (`world.lines`).
+# To abort NCCL may take longer, and so does a new process with a GPU.
 _STUCK_SECONDS = {"cpu": 3.0, "cuda": 10.0}
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
