@@ -63,6 +63,10 @@ _OF_A_START = ("processes", "hosts")
 # Seconds before a start that could not be made is tried again, twice as long each time.
 _PAUSE, _LONGEST_PAUSE = 10.0, 60.0
 _NOT_TRIED = "--elastic on GPUs has not been tried: no such run has lost a process yet"
+_ALONE = (
+    "--elastic, but never more than one process here, so nobody else has the state when that is lost: others join by "
+    "--host-discovery, as many as --gpus and --max-processes allow"
+)
 _OF_THE_EXCHANGE = {"engine", "allreduce", "elastic", "min_processes", "elastic_policy", *_OF_HOROVOD}
 
 
@@ -145,6 +149,7 @@ def _train(
             options.launch.network_interface,
             target.more,
             environment(options.launch, os.environ),
+            grows=options.launch.host_discovery is not None,
         )
         cluster = examine(console, target, request, ask, some_will_do=again)
     else:
@@ -177,10 +182,12 @@ def _train(
             here, gpus=gpus, processes=processes, threads=threads, group=group, more=target.more
         )
     placement = replace(placement, pin=options.launch.pin)
-    if placement.processes == 1 and not again:
+    several = placement.processes > 1 or options.launch.elastic  # others may join
+    if not several and not again:
         refuse_options(
             context, _OF_THE_EXCHANGE, "is about the exchange between processes, and this run has one"
         )
+    if placement.processes == 1 and not again and not options.launch.host_discovery:
         refuse_unaudited(recipe)
     refuse_graphs(recipe, placement.device)
     launch_plan = plan_launch(target, cluster, placement, options.launch, container)
@@ -192,7 +199,7 @@ def _train(
         examine_new = partial(newcomers, replace(request, device=here), ask, like)
         discovery = Discovery(script, known, examine_new, over)
     refuse_of_horovod(context, launch_plan.engine, launch_plan.why_engine)
-    if placement.processes > 1:
+    if several:
         refuse_unsummed(launch_plan.engine, recipe.compress)
     elastic = options.launch.min_processes if options.launch.elastic else None
     if elastic is not None:
@@ -240,13 +247,16 @@ def _train(
         rows.append(("hosts", f"{in_words(launch_plan.hosts)} ({target.how}), by {launch_plan.starter}"))
     if launch_plan.engine == "horovod" and needs_mpi(launch_plan.environment):
         rows.append(("controller", f"MPI, which --allreduce {options.launch.allreduce} needs"))
-    elif launch_plan.engine == "horovod" and cluster and placement.processes > 1:
+    elif launch_plan.engine == "horovod" and cluster and several:
         rows.append(("controller", "Gloo, as nothing here needs MPI"))
+    warnings = [_NOT_TRIED] if elastic is not None and placement.device == "cuda" else []
+    if elastic is not None and placement.processes == 1 and (most == 1 or not discovery):
+        warnings.append(_ALONE)
 
     def ready() -> None:
         print_rows(console, [row for row in rows if row[0] in _OF_A_START] if again else rows)
-        if elastic is not None and placement.device == "cuda":
-            console.print(Text.assemble(("warning:", "yellow"), f" {_NOT_TRIED}"), soft_wrap=True)
+        for warning in warnings:
+            console.print(Text.assemble(("warning:", "yellow"), f" {warning}"), soft_wrap=True)
         if leave and not again:
             leave(run_directory(options.output, resolved.recipe).path)
 
@@ -382,7 +392,8 @@ def plan_launch(
     variables = environment(options, os.environ)
     mpirun = cluster.mpirun if cluster else shutil.which("mpirun") is not None
     several_hosts = cluster is not None and len(cluster.hosts) > 1
-    engine, why = choose_engine(options.engine, None) if placement.processes > 1 else ("horovod", "")
+    several = placement.processes > 1 or options.elastic
+    engine, why = choose_engine(options.engine, None) if several else ("horovod", "")
     variables |= allreduce_environment(
         options.allreduce, placement.device, several_hosts=several_hosts, mpirun=mpirun, engine=engine
     )
@@ -393,5 +404,5 @@ def plan_launch(
     elif cluster:
         plan = over_ssh(cluster, placement.processes, options, variables)
     else:
-        plan = local(placement.processes, variables)
+        plan = local(placement.processes, variables, elastic=options.elastic)
     return replace(plan, engine=engine, why_engine=why)

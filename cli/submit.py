@@ -100,7 +100,10 @@ def refuse_unused(context: click.Context, target: Target, options: SubmitOptions
         if name in given and "elastic" not in given:
             raise UserError(f"{given[name]} is for runs that hosts join and leave: give --elastic as well")
     if "max_processes" in given and "host_discovery" not in given:
-        raise UserError("--max-processes is for hosts that --host-discovery finds: give --processes")
+        raise UserError(
+            "--max-processes is for hosts that --host-discovery finds: give --processes, or a script that prints "
+            "localhost:1, and later localhost:4"
+        )
     in_containers = options.image is not None or "container_image" in given
     if "host_discovery" in given and in_containers:
         raise UserError(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from real_runs import SMALL, assert_agrees, processes_of
+from real_runs import SMALL, assert_agrees, processes_of, until
 
-from hvd_lb.data.dataset import open_dataset
 from hvd_lb.replay.again import Again
 from hvd_lb.replay.recorded import RecordedRun, open_run
 from hvd_lb.replay.verify import checkpoint_digests
@@ -26,6 +26,7 @@ STEPS = 12
 RECIPE = (
     *("train", *SMALL, "--reproducible", "--gpus", 4, "--per-gpu-batch", 24, "--steps", STEPS),
     *("--log-every", 1, "--checkpoint-every", "4steps", "--eval-every", "6steps", "--digest-every", "5steps"),
+    "--log-samples",
 )
 # Where k follows the processes, two virtual workers each.
 RESCALED = (
@@ -173,6 +174,26 @@ def with_faults(folder: Path, monkeypatch: pytest.MonkeyPatch, faults: Sequence[
     monkeypatch.setenv("FAULTS", json.dumps(list(faults)))
 
 
+def script_in(folder: Path, hosts: str) -> tuple[Path, Path]:
+    """A program that prints these hosts, and the file that it reads them from."""
+    script, names = folder / "script", folder / "names"
+    script.write_text(f"#!/bin/sh\nexec cat {names}\n")
+    script.chmod(0o755)
+    names.write_text(hosts)
+    return script, names
+
+
+def at(
+    gate: Path, process: subprocess.Popen[str], run: Path, do: Callable[[], object], said: Sequence[str]
+) -> None:
+    """When a rank has come to this gate: do that, and open it when the head has said all of these words."""
+    log = run / "logs" / "launcher.log"
+    until(lambda: Path(f"{gate}.there").exists() or process.poll() is not None)
+    do()
+    until(lambda: all(words in log.read_text() for words in said) or process.poll() is not None)
+    gate.touch()
+
+
 def ranks_of(run: Path) -> dict[int, int]:
     """Living ranks by their number in the job, with their process IDs."""
     found = {}
@@ -194,7 +215,7 @@ def events(run: Path, kind: str = "generation") -> list[dict[str, Any]]:
 
 
 def assert_the_same(undisturbed: Path, run: Path) -> None:
-    """Weights, velocities and all else that is saved, bitwise; records of each step and evaluation, once."""
+    """Weights, velocities and all else that is saved, bitwise; records and images of each step and evaluation, once."""
     for name in ("last", "best"):
         one, other = (of / "checkpoints" / name for of in (undisturbed, run))
         assert other.resolve().name == one.resolve().name
@@ -210,12 +231,14 @@ def assert_the_same(undisturbed: Path, run: Path) -> None:
         )
         assert other == one
     assert_agrees(run)
+    assert_each_once(run)
 
 
 def assert_each_once(run: Path, steps: int = STEPS) -> None:
     """Each virtual worker of each step had its images once, by one process, and no other image."""
-    recipe = open_run(run).recipe
-    plan = recipe.sample_plan(len(open_dataset("digits").train))
+    recorded = open_run(run)
+    recipe = recorded.recipe
+    plan = recipe.sample_plan(len(recorded.open_data(None, None).train))
     samples = samples_of(run)
     assert sorted(samples) == list(range(steps))
     for step, given in samples.items():

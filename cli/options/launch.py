@@ -124,7 +124,7 @@ _OPTIONS = (
         type=click.Path(path_type=Path),
         metavar="SCRIPT",
         help="With --elastic, in place of --hosts: a program that prints `host:slots` lines, asked every 5 s. New "
-        "hosts join after a step, those that it names no more leave after one.",
+        "hosts and slots join after a step, those that it names no more leave after one. `localhost:4`: this machine.",
     ),
     _option(
         "--max-processes",

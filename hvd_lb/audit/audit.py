@@ -10,6 +10,7 @@ not audited.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,7 @@ from torch import Tensor
 from hvd_lb.audit.draw import Draw, draw
 from hvd_lb.audit.votes import judge
 from hvd_lb.world import World
+from hvd_lb.world.gather import gather_bytes
 
 
 class Disagreement(ArithmeticError):
@@ -32,13 +34,17 @@ class Undecided(RuntimeError):
 
 @dataclass(frozen=True)
 class Tried:
-    """What came of it: who was wrong, which virtual workers, and who computes them from now on in this step."""
+    """What came of it: who was wrong, which virtual workers, and who computes them from now on in this step.
+
+    `gpus` are those of the `liars`, in words; empty on CPUs.
+    """
 
     workers: list[int]
     owner: int
     auditor: int
     third: int | None
     liars: list[int]
+    gpus: list[str]
     moved_to: int | None
 
 
@@ -46,7 +52,8 @@ class Audit:
     """The audits of a run on this process, which are collective: all take the same decisions.
 
     `compute` gives the digests of some virtual workers of a step by computing them here, int64 and of one length, and
-    changes nothing. `images(step)` is the number of images of a step.
+    changes nothing. `images(step)` is the number of images of a step. `name` and `gpu()` tell people which process this
+    is: `rank 5 on h2`, and `GPU 1 (0000:17:00.0)`, or nothing.
     """
 
     def __init__(
@@ -58,7 +65,10 @@ class Audit:
         world: World,
         images: Callable[[int], int],
         compute: Callable[[int, Sequence[int]], Tensor],
+        name: str = "",
+        gpu: Callable[[], str] = lambda: "",
     ):
+        self._name, self._gpu = name or f"rank {world.rank}", gpu
         self._rate, self._seed, self._workers, self._group = rate, seed, workers, group
         self._world, self._images, self._compute = world, images, compute
         self._drawn = lru_cache(maxsize=256)(
@@ -124,16 +134,20 @@ class Audit:
         step, drawn, first = self._disputed
         self._disputed = None
         third = self._third(drawn)
+        told = json.dumps([self._name, self._gpu()]).encode()
+        who = [json.loads(one) for one in gather_bytes(self._world, told, "hvd_lb.audit.who")]
         asked = [rank for rank in (drawn.owner, drawn.auditor, third) if rank is not None]
         mine = self._compute(step, drawn.workers) if self._world.rank in asked else None
         now = dict(zip(asked, map(_key, self._exchange(mine, asked)), strict=True))
         judged = judge([(drawn.owner, _key(first[0])), (drawn.auditor, _key(first[1])), *now.items()])
         if judged.truth is None:
-            raise Undecided(self._why_undecided(step, drawn, third))
+            names = [f"{name} ({gpu})" if gpu else name for name, gpu in (who[rank] for rank in asked)]
+            raise Undecided(_why_undecided(step, drawn, names))
         moved_to = _moved_to(drawn, [rank for rank in asked if now[rank] == judged.truth])
         if moved_to is not None:
             self._moved[step] = drawn.workers, moved_to
-        return Tried(drawn.workers, drawn.owner, drawn.auditor, third, judged.liars, moved_to)
+        found = [gpu for _, gpu in (who[rank] for rank in judged.liars) if gpu]
+        return Tried(drawn.workers, drawn.owner, drawn.auditor, third, judged.liars, found, moved_to)
 
     def _third(self, drawn: Draw) -> int | None:
         """A process on a third host, or on another one than the owner's; None where there are only two processes."""
@@ -141,18 +155,6 @@ class Audit:
         left = [rank for rank in range(self._world.size) if rank not in parties]
         used = {self._hosts[rank] for rank in parties}
         return min(left, key=lambda rank: (self._hosts[rank] in used, rank), default=None)
-
-    def _why_undecided(self, step: int, drawn: Draw, third: int | None) -> str:
-        what = f"virtual worker {drawn.workers[0]} in step {step}"
-        if third is None:
-            return (
-                f"ranks 0 and 1 compute {what} differently, again and again, and there is no third to tell which of "
-                "them is wrong: try each with hvd-lb doctor --selftest, and go on with three processes or without one"
-            )
-        return (
-            f"ranks {drawn.owner}, {drawn.auditor} and {third} compute {what} in three ways, so nobody can tell which "
-            "is right: try each host with hvd-lb doctor --selftest"
-        )
 
     def _exchange(self, mine: Tensor | None, parties: list[int]) -> list[Tensor]:
         """What each of these processes has found, by their order; collective."""
@@ -163,6 +165,20 @@ class Audit:
         if mine is not None:
             said[parties.index(self._world.rank)] = mine
         return list(self._world.allreduce(said, "hvd_lb.audit"))
+
+
+def _why_undecided(step: int, drawn: Draw, names: Sequence[str]) -> str:
+    """`names` of the two or three that have computed it."""
+    what = f"virtual worker {drawn.workers[0]} in step {step}"
+    if len(names) == 2:
+        return (
+            f"{names[0]} and {names[1]} compute {what} differently, again and again, and no third can tell which "
+            "of them is wrong: try each with hvd-lb doctor --selftest, and go on with three processes or without one"
+        )
+    return (
+        f"{names[0]}, {names[1]} and {names[2]} compute {what} in three ways, so nobody can tell which is right: try "
+        "each host with hvd-lb doctor --selftest"
+    )
 
 
 def _moved_to(drawn: Draw, right: list[int]) -> int | None:

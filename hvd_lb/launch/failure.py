@@ -31,6 +31,7 @@ _NEVER_STARTED = re.compile(r"srun: error: task (?P<rank>\d+) launch failed: (?P
 _NODE_FAILURE = re.compile(r"srun: error: Node failure on (?P<host>[^\s,]+)")
 # What Gloo says when a rank has not come to the rendezvous in time: the key is its number.
 _WAITED = re.compile(r"Wait timeout after (?P<seconds>\d+) seconds for key\(s\): (?P<rank>\d+)")
+_GOES_ON = "the same command goes on from the newest checkpoint, and --restarts has it do so by itself"
 _SAID_SIGNALS = {"Killed": 9, "Terminated": 15, "Aborted": 6, "Segmentation fault": 11}
 
 
@@ -142,7 +143,7 @@ def _of_elastic(
             return _from_error_file(found[0], launcher_log.parent, hosts)
         if gave_up := entry.get("gave_up"):
             last = f"; {_said(errors[-1])}" if errors else ""
-            return RankFailure(f"{gave_up}{last}", None, "", launcher_log)
+            return RankFailure(f"{gave_up}{last}; {_GOES_ON}", None, "", launcher_log)
     return None
 
 

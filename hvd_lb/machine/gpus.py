@@ -39,6 +39,13 @@ def gpus(environment: Mapping[str, str]) -> list[dict[str, Any]]:
     return [_describe(pynvml, handles[index]) for index in order]
 
 
+def gpu_in_words(index: int, environment: Mapping[str, str]) -> str:
+    """`GPU 1 (0000:17:00.0)`: of those that a process with this environment sees, and where it is on its host."""
+    there = gpus(environment)
+    where = there[index]["bus"] or there[index]["uuid"] if index < len(there) else ""
+    return f"GPU {index} ({where})" if where else f"GPU {index}"
+
+
 def _describe(nvml: Any, handle: Any) -> dict[str, Any]:
     def ask(question: Any, unknown: Any) -> Any:
         try:

@@ -75,7 +75,10 @@ def audit_in_words(record: dict[str, Any]) -> str:
     again = "the step is taken again"
     liars, hosts = record.get("liars") or [], record.get("hosts") or []
     places = [f" on {host}" for host in hosts] or [""] * len(liars)
-    who = " and ".join(f"rank {rank}{place}" for rank, place in zip(liars, places, strict=False))
+    gpus = [f", {gpu}," for gpu in record.get("gpus") or []] or [""] * len(liars)
+    who = " and ".join(
+        f"rank {rank}{place}{gpu}" for rank, place, gpu in zip(liars, places, gpus, strict=False)
+    )
     if record.get("taken_out"):
         again += f" without {'it' if len(liars) == 1 else 'them'}"
     elif (moved := record.get("moved_to")) is not None:

@@ -7,6 +7,7 @@ here or on other hardware, is the same run.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections import deque
@@ -31,6 +32,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.exact.reproducible import fast_kernels, rounding_environment
+from hvd_lb.machine.gpus import gpu_in_words
 from hvd_lb.machine.graphs import GraphRecorder, Recorder, Recording, Recordings, Trial
 from hvd_lb.machine.process import peak_memory
 from hvd_lb.optim.average import WeightAverage
@@ -181,7 +183,8 @@ class Trainer:
     `regrouping`, where processes want to join or to leave. `carried` is what one has handed over; `unfinished`: what
     follows its last step (records, a checkpoint, an evaluation) is to be done. `scales` are those of a run whose k
     has changed; the last one is that of all steps to come. `per_process`: k follows the number of processes, and each
-    has so many virtual workers. `terms`: exact sums are formed as those of so many virtual workers.
+    has so many virtual workers. `terms`: exact sums are formed as those of so many virtual workers. `name` tells people
+    which process this is.
     """
 
     def __init__(
@@ -204,6 +207,7 @@ class Trainer:
         scales: Sequence[Scale] = (),
         per_process: int | None = None,
         terms: int | None = None,
+        name: str = "",
     ):
         self.samples = samples
         self.membership, self.unfinished, self.regrouping, self.repeats = membership, unfinished, False, False
@@ -308,6 +312,8 @@ class Trainer:
             world,
             lambda step: self.run_plan.at(step).images,
             self._compute_again,
+            name,
+            partial(gpu_in_words, device.index or 0, os.environ) if device.type == "cuda" else str,
         )
         self._loaders: dict[int, Loaders] = {}  # by the size of images
         self.evaluator = Evaluator.of(recipe, dataset.val, device, threads, self.state.bad_images)

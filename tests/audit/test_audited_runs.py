@@ -14,7 +14,7 @@ from PIL import Image
 from together import together
 from torch import Tensor
 
-from hvd_lb.audit.audit import Undecided
+from hvd_lb.audit.audit import Audit, Disagreement, Tried, Undecided
 from hvd_lb.data.images import ArrayImages, Dataset
 from hvd_lb.errors import UserError
 from hvd_lb.recipe import Recipe, make_recipe
@@ -173,8 +173,39 @@ def test_of_two_the_one_that_changes_its_mind_was_wrong(right: tuple[list[Tensor
 
 
 def test_two_that_stay_with_their_results_end_the_run() -> None:
-    with pytest.raises(Undecided, match="ranks 0 and 1 compute virtual worker . in step 0 differently"):
+    with pytest.raises(Undecided, match="rank . and rank . compute virtual worker . in step 0 differently"):
         together(2, lambda world: train(world, {1: lambda computed: True}))
+
+
+def settled(processes: int, liars: int) -> list[Tried]:
+    """A step in which so many of those that compute the same are wrong, each in its own way."""
+
+    def audited(world: World) -> Tried:
+        def compute(step: int, workers: Sequence[int]) -> Tensor:
+            return torch.tensor([(1 + world.rank) * (world.rank in wrong)])
+
+        name, gpu = f"rank {5 + world.rank} on h{world.rank}", f"GPU 0 (0000:0{world.rank}:00.0)"
+        audit = Audit(1.0, 3, 6, 1, world, lambda step: 24, compute, name, lambda: gpu)
+        drawn = audit.of(0)
+        assert drawn
+        wrong = [drawn.owner, *({*range(processes)} - {drawn.owner})][:liars]
+        if world.rank in (drawn.owner, drawn.auditor):
+            audit.note(0, compute(0, drawn.workers))
+        with pytest.raises(Disagreement):
+            audit.compare(0)
+        return audit.settle()
+
+    return together(processes, audited)
+
+
+def test_who_is_wrong_is_told_with_its_host_and_gpu() -> None:
+    for tried in settled(3, 1):
+        assert tried.gpus == [f"GPU 0 (0000:0{tried.owner}:00.0)"]
+    for processes in (2, 3):
+        with pytest.raises(Undecided) as undecided:
+            settled(processes, processes)
+        for rank in range(processes):
+            assert f"rank {5 + rank} on h{rank} (GPU 0 (0000:0{rank}:00.0))" in str(undecided.value)
 
 
 class Files(ArrayImages):

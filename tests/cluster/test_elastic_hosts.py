@@ -20,7 +20,9 @@ from elastic_runs import (
     Fault,
     assert_it_comes_again,
     assert_the_same,
+    at,
     events,
+    script_in,
     with_faults,
 )
 from hosts import Host, lab
@@ -286,12 +288,35 @@ def test_hosts_that_a_script_names_join_and_leave(
     assert "h2 is to go: its processes leave after the present step" in out
 
 
+@pytest.mark.long
+@horovod_and_torch
+def test_a_run_on_one_host_grows_to_three_and_is_alone_again(
+    hosts: list[Host], tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """They find the first one by the name by which the script names it."""
+    run, grow, shrink = (tmp_path / name for name in ("run", "grow", "shrink"))
+    script, names = script_in(tmp_path, "h1:1\n")
+    faults: list[Fault] = [(0, "step", 4, str(grow)), (0, "step", 8, str(shrink))]
+    where = ("--host-discovery", script, "--engine", engine)
+    ready = [f"on h{number} is ready to join" for number in (2, 3)]
+    gone = [f"h{number} is to go" for number in (2, 3)]
+    with running(hosts[0], tmp_path, monkeypatch, faults, where=where) as process:
+        at(grow, process, run, lambda: names.write_text("h1:1\nh2:1\nh3:1\n"), ready)
+        at(shrink, process, run, lambda: names.write_text("h1:1\n"), gone)
+        out = finished(process, run)
+    assert_the_same(undisturbed, run)
+    first, *others = events(run)
+    assert (first["before"], first["processes"], first["joined"]) == (1, 3, 2)
+    assert others[-1]["processes"] == 1
+    assert not [change for change in events(run) if change["lost"] or change["repeated"]]
+    assert "warning:" not in out
+
+
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
 def test_each_host_has_a_cache_of_its_own(
     hosts: list[Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: str
 ) -> None:
     """One that joins fills its cache, and one whose agent was lost does so again."""
-    script, names = tmp_path / "script", tmp_path / "names"
     noise = np.random.default_rng(0)
     for number in range(24):
         place = tmp_path / "data" / ("train", "val")[number % 2] / ("ant", "bee")[number % 3 % 2]
@@ -302,25 +327,18 @@ def test_each_host_has_a_cache_of_its_own(
         *("train", "--data", tmp_path / "data", "--device", "cpu", "--model", "resnet8", "--image-size", 16),
         *("--threads", 1, "--gpus", 4, "--per-gpu-batch", 2, "--steps", STEPS, "--reproducible"),
         *("--log-every", 1, "--eval-every", "6steps", "--checkpoint-every", "6steps", "--loader", loader),
+        "--log-samples",
     )
     plain = [HVD_LB, *recipe, "--processes", 1, "--output", tmp_path / "plain"]
     subprocess.run(list(map(str, plain)), check=True, stdout=subprocess.DEVNULL)
-    script.write_text(f"#!/bin/sh\nexec cat {names}\n")
-    script.chmod(0o755)
-    names.write_text("h1:1\nh2:1\n")
-    faults: list[Fault] = [(0, "step", step, str(tmp_path / f"go{step}")) for step in (4, 8)]
+    script, names = script_in(tmp_path, "h1:1\nh2:1\n")
+    run, come, back = (tmp_path / name for name in ("run", "come", "back"))
+    faults: list[Fault] = [(0, "step", 4, str(come)), (0, "step", 8, str(back))]
     where = ("--host-discovery", script, "--max-processes", 4, "--cache", "memory")
-    run = tmp_path / "run"
-    log = run / "logs" / "launcher.log"
+    first, others = ([f"rank {member} on h3 is ready to join" for member in of] for of in ((2, 3), (4, 5)))
     with running(hosts[0], tmp_path, monkeypatch, faults, where=where, recipe=recipe) as process:
-        until(lambda: (tmp_path / "go4.there").exists() or process.poll() is not None)
-        names.write_text("h1:1\nh2:1\nh3:2\n")
-        until(lambda: "rank 3 on h3 is ready to join" in log.read_text() or process.poll() is not None)
-        (tmp_path / "go4").touch()
-        until(lambda: (tmp_path / "go8.there").exists() or process.poll() is not None)
-        hosts[2].run(["kill", "-KILL", agent_of(hosts[2], run)])
-        until(lambda: "rank 5 on h3 is ready to join" in log.read_text() or process.poll() is not None)
-        (tmp_path / "go8").touch()
+        at(come, process, run, lambda: names.write_text("h1:1\nh2:1\nh3:2\n"), first)
+        at(back, process, run, lambda: hosts[2].run(["kill", "-KILL", agent_of(hosts[2], run)]), others)
         finished(process, run)
     assert_the_same(tmp_path / "plain", run)
     assert events(run)[-1]["processes"] == 4

@@ -185,7 +185,8 @@ def test_an_elastic_job_tells_why_it_could_not_go_on_not_what_it_has_overcome(lo
     ]
     (logs / "endings.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in endings))
     why = "all processes that had the state of the run were lost; ValueError: odd"
-    assert str(failure(logs)) == f"{why} (full log: {logs}/launcher.log)"
+    what_to_do = "the same command goes on from the newest checkpoint, and --restarts has it do so by itself"
+    assert str(failure(logs)) == f"{why}; {what_to_do} (full log: {logs}/launcher.log)"
     tell(logs, 5, "UserError", "put it right", 2.0)
     endings[-1] = {"wrong": 5}
     (logs / "endings.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in endings))

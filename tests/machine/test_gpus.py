@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hvd_lb.machine.gpus import gpus, in_order
+from hvd_lb.machine.gpus import gpu_in_words, gpus, in_order
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,8 @@ def test_they_are_told_in_the_order_of_the_ranks_that_take_them(monkeypatch: pyt
         ("H101", "0000:1a:00.0", True),
         ("H100", "0000:0a:00.0", False),
     ]
+    assert gpu_in_words(0, {"CUDA_VISIBLE_DEVICES": "1,0"}) == "GPU 0 (0000:1a:00.0)"
+    assert gpu_in_words(2, {}) == "GPU 2"
 
 
 def test_what_a_driver_does_not_tell_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +80,4 @@ def test_of_mig_instances_a_process_sees_one(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "pynvml", driver())
     (instance,) = gpus({"CUDA_VISIBLE_DEVICES": "MIG-1,MIG-2"})
     assert instance["mig"]
+    assert gpu_in_words(0, {"CUDA_VISIBLE_DEVICES": "MIG-1"}) == "GPU 0 (MIG-1)"

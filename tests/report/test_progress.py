@@ -12,6 +12,7 @@ from rich.console import Console
 
 from hvd_lb.report.progress import RunView, open_display, together_line
 from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.report.text import audit_in_words
 from hvd_lb_cli.output.terminal import plain_console
 
 RECORDS = [
@@ -151,3 +152,19 @@ def test_what_cannot_be_read_just_now_is_left_out(
 )
 def test_how_many_are_computed_together(record: dict[str, Any], expected: str) -> None:
     assert together_line({"kind": "together", "step": 8, **record}) == expected
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({}, "rank 1 and rank 2 computed"),
+        ({"hosts": ["h1", "h2"]}, "rank 1 on h1 and rank 2 on h2 computed"),
+        (
+            {"hosts": ["h1", "h2"], "gpus": ["GPU 1 (0000:1a:00.0)", "GPU 0"]},
+            "rank 1 on h1, GPU 1 (0000:1a:00.0), and rank 2 on h2, GPU 0, computed",
+        ),
+    ],
+)
+def test_who_was_wrong_and_where(known: dict[str, list[str]], expected: str) -> None:
+    said = audit_in_words({"liars": [1, 2], "workers": [3], **known})
+    assert said == f"{expected} virtual worker 3 wrongly (--audit); the step is taken again"

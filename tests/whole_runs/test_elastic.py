@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from elastic_runs import RECIPE, Fault, assert_the_same, events, ranks_of, with_faults
+from elastic_runs import RECIPE, Fault, assert_the_same, at, events, ranks_of, script_in, with_faults
 from real_runs import SMALL, Start, finish, processes_of, until
 
 from hvd_lb.errors import UserError
@@ -164,6 +164,58 @@ def test_others_take_the_places_of_the_lost(
     last = events(run)[-1]
     assert (last["processes"], last["joined"]) == (processes, min(len(faults), processes - 1))
     assert f"fewer than --min-processes {processes}: waiting for those that are starting" in out
+
+
+@horovod_and_torch
+def test_one_process_becomes_three_and_one_again(
+    start: Start, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Of this machine, by a script; it begins without an engine, and hands over its state by that."""
+    run, grow, shrink = (tmp_path / name for name in ("run", "grow", "shrink"))
+    script, names = script_in(tmp_path, "localhost:1\n")
+    with_faults(tmp_path, monkeypatch, [(0, "step", 3, str(grow)), (0, "step", 6, str(shrink))])
+    options = ("--elastic", "--host-discovery", script, "--max-processes", 3, "--engine", engine)
+    process = start(*RECIPE, *options, "--output", run)
+    ready = [f"rank {member} on localhost is ready to join" for member in (1, 2)]
+    at(grow, process, run, lambda: names.write_text("localhost:3\n"), ready)
+    at(shrink, process, run, lambda: names.write_text("localhost:1\n"), ["localhost takes 1 now, before 3"])
+    finish(process)
+    assert not processes_of(run)
+    assert_the_same(undisturbed, run)
+    first, *others = events(run)
+    assert (first["before"], first["processes"], first["joined"]) == (1, 3, 2)
+    assert others[-1]["processes"] == 1
+    assert sorted(left for change in others for left in change["left"]) == [
+        f"rank {member} on localhost" for member in (1, 2)
+    ]
+    assert not [change for change in events(run) if change["lost"] or change["repeated"]]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("where", [(), ("--hosts", "localhost:1")])
+def test_one_process_that_nobody_can_join_is_told_so(
+    start: Start, tmp_path: Path, undisturbed: Path, where: Sequence[object]
+) -> None:
+    out, _ = finish(start(*RECIPE, "--elastic", "--processes", 1, *where, "--output", tmp_path / "run"))
+    assert "warning: --elastic, but never more than one process here" in out
+    assert_the_same(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.long
+def test_one_process_is_audited_when_others_have_joined(
+    start: Start, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, grow = tmp_path / "run", tmp_path / "grow"
+    script, names = script_in(tmp_path, "localhost:1\n")
+    with_faults(tmp_path, monkeypatch, [(0, "step", 3, str(grow)), (1, "step", 6, "lie")])
+    options = ("--elastic", "--host-discovery", script, "--audit", 1, "--engine", "torch")
+    process = start(*RECIPE, *options, "--output", run)
+    ready = [f"rank {member} on localhost is ready to join" for member in (1, 2)]
+    at(grow, process, run, lambda: names.write_text("localhost:3\n"), ready)
+    out, _ = finish(process)
+    assert ", and nobody to audit it (--audit)" in out
+    assert [audit["liars"] for audit in events(run, "audit")] == [[1]]
+    assert_the_same(undisturbed, run)
 
 
 @pytest.mark.long
@@ -385,7 +437,8 @@ def test_who_waits_for_a_lost_one_within_nccl_is_freed(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--processes", 1, "--elastic"), "--elastic is about the exchange between processes"),
+        (("--elastic", "--max-processes", 3), "--max-processes is for hosts that --host-discovery finds"),
+        (("--processes", 1, "--elastic", "--min-processes", 2), "--min-processes 2 of 1 process"),
         (("--processes", 2, "--min-processes", 2), "--min-processes is for runs that go on"),
         (("--processes", 2, "--elastic", "--min-processes", 3), "--min-processes 3 of 2 processes"),
         (

@@ -41,7 +41,7 @@ def test_each_position_is_applied_once_whoever_is_lost(
         pytest.importorskip("horovod")
     with_faults(tmp_path, monkeypatch, faults)
     run = tmp_path / "run"
-    options = ("--elastic", "--min-processes", 2, "--log-samples", "--engine", engine)
+    options = ("--elastic", "--min-processes", 2, "--engine", engine)
     finish(start(*RECIPE, "--processes", processes, *options, "--output", run))
     assert len([lost for change in events(run) for lost in change["lost"]]) >= 1
     assert_each_once(run, STEPS)
@@ -54,7 +54,7 @@ def test_a_run_that_is_started_again_counts_what_was_taken_last(
 ) -> None:
     with_faults(tmp_path, monkeypatch, [(0, "step", 6, "SIGKILL")])
     run = tmp_path / "run"
-    recipe = (*RECIPE, "--processes", 2, "--log-samples", "--engine", "torch", "--output", run)
+    recipe = (*RECIPE, "--processes", 2, "--engine", "torch", "--output", run)
     finish(start(*recipe), 1)
     monkeypatch.setenv("FAULTS", "[]")
     out, _ = finish(start(*recipe))

@@ -10,7 +10,7 @@ import asyncio
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -90,6 +90,7 @@ class Members:
         self._place = {rank: rank - there.start for there in places.values() for rank in there}
         self._failed: dict[str, Failed] = {}
         self._leaving: set[int] = set()
+        self._asked: set[int] = set()  # to leave
         self._wrong: set[int] = set()  # members that have computed wrongly
         self._barred: set[tuple[str, int]] = set()  # their places, by host, which stay empty
         self._since = 0.0  # when the present generation was found to be over, or newcomers were there
@@ -156,7 +157,7 @@ class Members:
         elif status == 0 and member in self._leaving:
             why = " (computed wrongly)" if member in self._wrong else ""
             generations.leave(member, f"rank {member} on {host.name}{why}")
-            if host.going and host.wanted.is_set() and (host.name, self._place[member]) not in self._barred:
+            if host.going and self._is_wanted(host, member):
                 host.vacant.append(self._place[member])
             self._fill()
         elif status == 0:
@@ -166,7 +167,7 @@ class Members:
         else:
             how = f"exit code {status}" if status > 0 else f"ended by {signal_name(-status)}"
             generations.lose(member, f"rank {member} on {host.name} ({how})")
-            wanted = host.wanted.is_set() and (host.name, self._place[member]) not in self._barred
+            wanted = self._is_wanted(host, member)
             if host.going and wanted:
                 host.vacant.append(self._place[member])
             elif had_joined and host.connection and wanted and not generations.finished:
@@ -206,7 +207,7 @@ class Members:
         host.vacant += self._failed.pop(host.name, Failed()).places
         for rank in ranks:
             self._head.waited_for.discard(rank)
-            if host.wanted.is_set() and (host.name, self._place[rank]) not in self._barred:
+            if self._is_wanted(host, rank):
                 host.vacant.append(self._place[rank])
             of_all = f"{numbered(ranks)} on {host.name} ({why})"
             self._generations.lose(rank, of_all if rank == ranks[0] else "")
@@ -239,12 +240,22 @@ class Members:
         self._seen.add(host.name)
 
     def add(self, host: Host, slots: int) -> None:
-        """It may have so many processes from now on."""
+        """It may have so many processes from now on; those in further places leave after the present step."""
         before = self._slots.get(host.name, 0) if host.wanted.is_set() else 0
         host.going = host.going and host.wanted.is_set()  # whoever names it again knows that it stays
-        self._slots[host.name] = max(slots, before)
+        self._slots[host.name] = slots
+        if not (host.away or host.going):
+            self._generations.coming.discard(host.name)
+        host.vacant += self._failed.pop(host.name, Failed()).places
+        host.vacant[:] = [place for place in host.vacant if place < slots]
         host.vacant += [place for place in range(before, slots) if (host.name, place) not in self._barred]
         host.wanted.set()
+        if slots < before and not host.going:
+            beyond = [rank for rank in sorted(host.ranks) if self._place[rank] >= slots]
+            self._head.note(
+                f"{host.name} takes {slots:,} now, before {before:,}: others leave after the present step"
+            )
+            self._ask_to_leave(beyond)
         if host.connection:
             self._fill()
 
@@ -280,16 +291,28 @@ class Members:
         self._head.note(f"{host.name} has notice to end: its processes leave after the present step")
         self._send_away(host, told=told)
 
+    def _is_wanted(self, host: Host, member: int) -> bool:
+        """Whether another one may take its place there."""
+        place = self._place[member]
+        return (
+            host.wanted.is_set() and place < self._slots[host.name] and (host.name, place) not in self._barred
+        )
+
     def _send_away(self, host: Host, *, told: bool = False) -> None:
-        """Its processes are to leave after the present step; those that have not joined end at once."""
+        """As `_ask_to_leave`, all of its processes, and its agent."""
         if not host.ranks and host.connection:
             host.connection.send("end")
-        for rank in sorted(host.ranks):
+        self._ask_to_leave(sorted(host.ranks), told=told)
+
+    def _ask_to_leave(self, ranks: Sequence[int], *, told: bool = False) -> None:
+        """These are to leave after the present step; those that have not joined end at once."""
+        for rank in ranks:
             joined = rank in self._generations.members
-            if not (joined and told):  # asked twice it would end at once
+            if rank not in self._asked and not (joined and told):  # asked twice it would end at once
                 self._head.tell_agents(
                     "signal", signal=signal.SIGTERM if joined else signal.SIGKILL, rank=rank
                 )
+            self._asked.add(rank)
         self._go_on()
 
     def _fill(self) -> int:

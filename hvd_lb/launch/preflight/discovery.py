@@ -29,7 +29,7 @@ _END_SECONDS = 2.0  # for a script that is under way when the run ends
 
 @dataclass(frozen=True)
 class Come:
-    """Processes may be started on this host."""
+    """So many processes may be on this host."""
 
     name: str
     slots: int
@@ -144,6 +144,10 @@ class Discovery:
             self._news.put(Gone(name))
             del self._present[name]
         self._told = {name: told for name, told in self._told.items() if name in {"", *names}}
+        for host in hosts:
+            if host.slots and host.slots < self._present.get(host.name, 0):
+                self._news.put(Come(host.name, host.slots, ""))
+                self._present[host.name] = host.slots
         new = {host.name for host in hosts if (host.slots or 1) > self._present.get(host.name, 0)}
         if new and not self._examination:
             self._examination = _begun(self._examine, hosts, new, dict(self._present))

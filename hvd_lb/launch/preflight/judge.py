@@ -41,6 +41,7 @@ class Request:
         default_factory=dict
     )  #: that the ranks will have, beside their hosts' own
     running: Mapping[str, int] = field(default_factory=dict)  #: processes that this run has on a host already
+    grows: bool = False  #: other hosts may join those that are asked
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def preflight(hosts: Sequence[Host], request: Request, ask: Ask) -> PreflightRep
             {
                 "hosts": names,
                 "interface": request.interface,
+                "grows": request.grows,
                 "data": os.fspath(request.data) if request.data else None,
                 "marker": os.fspath(marker),
                 "environment": {
@@ -136,7 +138,8 @@ def preflight(hosts: Sequence[Host], request: Request, ask: Ask) -> PreflightRep
     if any(finding.state != "ok" for found in findings.values() for finding in found):
         return PreflightReport(findings, None)
     ready = {name: answer for name, answer in answers.items() if isinstance(answer, dict)}
-    own = probe.interface(request.interface, [name for name in names if not is_this_machine(name)])
+    here_too = {name for name in names if is_this_machine(name)}
+    own = probe.interface(request.interface, probe.peers(names, here_too, grows=request.grows))
     if (network := _judge_network(own, silent)).state != "ok":
         return PreflightReport({"this machine": [network]}, None)
     return PreflightReport(

@@ -14,6 +14,7 @@ import platform
 import shutil
 import socket
 import sys
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -27,16 +28,18 @@ from hvd_lb.machine.gpus import SHOWN_BY, gpus
 ANSWER = "hvd-lb-probe "
 #: Variables of a run by which a host has to be asked; the ranks will have them.
 ASKED_BY = (*SHOWN_BY, nccl.NAME)
+# By these no other host knows this one.
+_OWN_NAMES = ("localhost", "127.0.0.1")
 _PACKAGES = ("hvd-lb", "torch", "torchvision", "nvidia-dali-cuda130", "horovod", "numpy")
 
 
 def answer(name: str, request: dict[str, Any]) -> dict[str, Any]:
-    """`request`: hosts (all their names), interface (a name or None), data (a folder or None), marker (a file),
-    environment (those of the run's variables that are in ASKED_BY).
+    """`request`: hosts (all their names), interface (a name or None), grows (whether others may join them), data (a
+    folder or None), marker (a file), environment (those of the run's variables that are in ASKED_BY).
     """
     environment = {**os.environ, **request["environment"]}
-    peers = [host for host in request["hosts"] if host != name]
-    towards_peers = interface(request["interface"], peers, nccl.socket_interfaces(environment))
+    towards = peers(request["hosts"], {name}, grows=request["grows"])
+    towards_peers = interface(request["interface"], towards, nccl.socket_interfaces(environment))
     return {
         "name": name,
         "hostname": socket.gethostname(),
@@ -112,6 +115,12 @@ def _addresses() -> dict[str, str]:
         for entry in entries
         if entry.family == socket.AF_INET
     }
+
+
+def peers(hosts: Sequence[str], own: Set[str], *, grows: bool) -> list[str]:
+    """Whom a machine that has these names has to reach; where others may join it later, by how they will reach it."""
+    others = [host for host in hosts if host not in own]
+    return others or [host for host in hosts if grows and host not in _OWN_NAMES]
 
 
 def interface(wanted: str | None, peers: list[str], for_nccl: str | None = None) -> dict[str, Any]:

@@ -27,7 +27,15 @@ from hvd_lb.launch.agent.generations import NO_STATE
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.rank.member import Carried, Member
 from hvd_lb.launch.rank.names import MEMBER, OF_OTHERS, PIXELS
-from hvd_lb.launch.rank.training import data_of, device_of, note_stop, observer_of, samples_of, trainer_of
+from hvd_lb.launch.rank.training import (
+    data_of,
+    device_of,
+    name_of,
+    note_stop,
+    observer_of,
+    samples_of,
+    trainer_of,
+)
 from hvd_lb.launch.stopping import StopRequests
 from hvd_lb.plan.run_plan import RunPlan, Scale
 from hvd_lb.report.metrics import RunObserver, SilentObserver, last_records
@@ -161,6 +169,7 @@ class _Generation:
         self.observer: RunObserver | SilentObserver = observer_of(
             job, world, hosts, dataset, checkpoint, told_from, self._plan.plan.workers
         )
+        self._name = name_of(member.number, world.rank, hosts)
         self.leaves = (
             False  #: with this generation, as the others know; who is asked later goes on until they do
         )
@@ -222,6 +231,7 @@ class _Generation:
             samples=self._samples,
             scales=self._plan.scales,
             per_process=job.per_process,
+            name=self._name,
             **more,
         )
         trainer.told |= carried.told

@@ -21,7 +21,15 @@ from hvd_lb.launch.hang.watch import watched
 from hvd_lb.launch.job import Job
 from hvd_lb.launch.options import HANG_TIMEOUT
 from hvd_lb.launch.rank.elastic import take_part
-from hvd_lb.launch.rank.training import data_of, device_of, note_stop, observer_of, samples_of, trainer_of
+from hvd_lb.launch.rank.training import (
+    data_of,
+    device_of,
+    name_of,
+    note_stop,
+    observer_of,
+    samples_of,
+    trainer_of,
+)
 from hvd_lb.launch.stopping import StopRequests
 from hvd_lb.report.run_directory import RunDirectory, write_json
 from hvd_lb.training.checkpoint import open_checkpoint
@@ -49,6 +57,7 @@ def train(job: Job, world: World, stop_requested: StopRequests, cores: int, stag
             stop_requested=stop_requested,
             stages=stages,
             samples=samples_of(job, world.rank),
+            name=name_of(world.rank, world.rank, job.hosts),
         )
         trainer.fit()
         stages.enter(Stage.ENDING)

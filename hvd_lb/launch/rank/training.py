@@ -109,6 +109,11 @@ def trainer_of(
     )
 
 
+def name_of(number: int, rank: int, hosts: Sequence[tuple[str, int]]) -> str:
+    """Process `number` of a job, which has this rank on these hosts, for people: `rank 5 on h2`."""
+    return f"rank {number} on {host_of_rank([Host(*host) for host in hosts], rank)}"
+
+
 def samples_of(job: Job, number: int, generation: int = 0) -> SampleLog | None:
     """Where this process writes which images it gives to each step, if that is asked for."""
     return SampleLog(RunDirectory(job.output).logs, number, generation) if job.log_samples else None

@@ -1,4 +1,4 @@
-"""Processes on this machine alone: a head and an agent for several, a plain process for one."""
+"""Processes on this machine alone: a head and an agent for several or an elastic job, a plain process for one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hvd_lb.launch.preflight.probe import unknown_to_itself
 _HERE = "localhost"
 
 
-def local(processes: int, environment: Mapping[str, str]) -> LaunchPlan:
+def local(processes: int, environment: Mapping[str, str], *, elastic: bool = False) -> LaunchPlan:
     """So many processes here. UserError when several are asked for that would not find each other."""
-    if processes == 1:
+    if processes == 1 and not elastic:
         return LaunchPlan("local", [Host(_HERE, 1)], rank_command, environment=environment)
-    if nameless := unknown_to_itself():
+    if processes > 1 and (nameless := unknown_to_itself()):
         raise UserError(f"several processes cannot find each other on this machine: {nameless}")
     hosts = [Host(_HERE, processes)]
     mpi = needs_mpi(environment)

@@ -261,3 +261,29 @@ def test_when_all_that_have_the_state_stand_still_the_job_ends_after_five_times_
     clock.now += 2
     members.look()
     assert head.signalled == [(0, signal.SIGKILL), (1, signal.SIGKILL)]
+
+
+def test_one_that_is_to_have_fewer_keeps_its_first_places(head: Head, members: Members) -> None:
+    """Who leaves is asked once, and nobody takes its place."""
+    host = head.hosts["h2"]
+    members._most = 9
+    members.add(host, 4)
+    assert sent(host) == ["start"] * 3  # members 2, 3 and 4
+    for member in (2, 3):
+        members.word(member, "awaits", {"generation": -1, "step": -1, "unfinished": False})
+    for member, step in ((0, 5), (1, 5)):
+        members.word(member, "awaits", {"generation": 0, "step": step, "unfinished": False})
+    members.add(host, 3)
+    assert head.signalled == [(4, signal.SIGKILL)]  # it has not joined
+    members.add(host, 1)
+    assert head.signalled[1:] == [(2, signal.SIGTERM), (3, signal.SIGTERM)]
+    head.end(members, 2)
+    host.ranks.discard(4)
+    members.ended(host, 4, -signal.SIGKILL)
+    host.ranks.discard(3)
+    members.ended(host, 3, 1)  # crashed on its way
+    assert (host.vacant, sent(host)) == ([], ["start"] * 3)
+    members.release(host)
+    assert head.signalled[3:] == [(1, signal.SIGTERM)]
+    members.add(host, 2)
+    assert len(host.vacant) + sent(host).count("start") == 3 + 2

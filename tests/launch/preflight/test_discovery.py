@@ -120,7 +120,16 @@ def test_hosts_come_and_go_and_problems_are_told_once(script: Path) -> None:
     says(script, "h3:1\nh2:4\nh1:1\n")
     discovery.look()
     assert discovery.news() == [Come("h2", 4, "eth0")]  # more places than before
-    assert asked == [["h2", "h3"], ["h3"], ["h3"], ["h1"], ["h2"]]
+    says(script, "h3\nh2\nh1\n")
+    discovery.look()
+    assert discovery.news() == []  # not said how many: as it was
+    says(script, "h3:1\nh2:1\nh1:1\n")
+    discovery.look()
+    assert discovery.news() == [Come("h2", 1, "")]  # fewer, of which nothing has to be known
+    says(script, "h3:1\nh2:3\nh1:1\n")
+    discovery.look()
+    assert discovery.news() == [Come("h2", 3, "eth0")]
+    assert asked == [["h2", "h3"], ["h3"], ["h3"], ["h1"], ["h2"], ["h2"]]
 
 
 def test_one_that_does_not_answer_keeps_nobody_from_leaving(

@@ -15,6 +15,7 @@ def test_a_host_answers_in_json_and_writes_beside_the_marker(tmp_path: Path) -> 
     request = {
         "hosts": ["me"],
         "interface": None,
+        "grows": False,
         "data": str(tmp_path),
         "marker": str(marker),
         "environment": {},
@@ -51,6 +52,14 @@ def test_the_interface_that_reaches_others() -> None:
 
 def test_another_host_that_is_a_loopback_address_here_is_found() -> None:
     assert "loopback" in probe.interface(None, ["127.0.1.1"])["unreached"]["127.0.1.1"]
+
+
+def test_whom_a_machine_has_to_reach() -> None:
+    """One on its own nobody, but by its name whoever may join it later; by `localhost` no other machine can."""
+    for grows in (False, True):
+        assert probe.peers(["h1", "h2", "h3"], {"h2"}, grows=grows) == ["h1", "h3"]
+        assert probe.peers(["localhost"], {"localhost"}, grows=grows) == []
+        assert probe.peers(["h1"], {"h1"}, grows=grows) == ["h1"] * grows
 
 
 @pytest.mark.parametrize("address", ["127.0.1.1", "::1"])

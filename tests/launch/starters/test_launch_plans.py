@@ -53,9 +53,10 @@ def test_one_process_here_is_a_plain_one() -> None:
     assert (launch.hosts, launch.interfaces, launch.environment) == ([Host("localhost", 1)], {}, {"A": "b"})
 
 
-def test_several_here_talk_over_the_loopback() -> None:
+@pytest.mark.parametrize(("processes", "elastic"), [(3, False), (1, True)])
+def test_several_here_talk_over_the_loopback(processes: int, elastic: bool) -> None:
     pytest.importorskip("horovod")
-    launch = local(3, {})
+    launch = local(processes, {}, elastic=elastic)
     assert launch.command(JOB) == [*HEAD, "127.0.0.1", "each"]
     assert launch.agents
     assert launch.interfaces == {"localhost": "lo"}
