@@ -158,13 +158,13 @@ class Discovery:
             examination, self._examination = self._examination, None
             ready, problems = examination.result()
             for come in ready:
-                if come.name in names:
+                if come.name in new:  # still
                     if come.note:
                         self._news.put(come.note)
                     self._news.put(come)
                     self._told.pop(come.name, None)
                     self._present[come.name] = come.slots
-            for name in names & problems.keys():
+            for name in new & problems.keys():
                 self._tell(name, f"{name} cannot join: {problems[name]}")
 
     def _tell(self, about: str, text: str) -> None:
