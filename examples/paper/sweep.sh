@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's experiments in small (docs/results.md): takes all runs, or goes on with what is left of them.
 #     examples/paper/sweep.sh [FOLDER] [options of `hvd-lb sweep run`, such as --jobs 2]
-# 80 runs of about two minutes of one core each. Everything may be interrupted at any time.
+# 80 runs of about a minute and a half of one core each. Everything may be interrupted at any time.
 set -euo pipefail
 
 folder=${1:-sweeps/paper}
