@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ class Pictures:
         for annotation in told["annotations"]:
             if not annotation["iscrowd"]:
                 objects[annotation["image_id"]].append(annotation)
-        self.classes = len(told["categories"])
+        #: Of the categories in the file, by the network's label less 1: COCO's own have gaps.
+        self.categories = sorted(category["id"] for category in told["categories"])
         self.side = max(max(image["width"], image["height"]) for image in told["images"])
         self.ids = [image["id"] for image in told["images"]]
         self._pixels = [_pixels(folder / image["file_name"]) for image in told["images"]]
-        self._targets = [_target(objects[image["id"]], image) for image in told["images"]]
+        labels = {category: label for label, category in enumerate(self.categories, start=1)}
+        self._targets = [_target(objects[image["id"]], image, labels) for image in told["images"]]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,23 +57,29 @@ def _pixels(file: Path) -> Tensor:
     return torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)
 
 
-def _target(objects: list[dict[str, Any]], image: dict[str, Any]) -> Target:
+def _target(objects: list[dict[str, Any]], image: dict[str, Any], labels: dict[int, int]) -> Target:
     height, width = image["height"], image["width"]
     boxes = torch.tensor([one["bbox"] for one in objects], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    masks = [mask_of(one["segmentation"]) for one in objects]
+    masks = [mask_of(one["segmentation"], height, width) for one in objects]
     return {
         "boxes": boxes,
-        "labels": torch.tensor([one["category_id"] for one in objects], dtype=torch.int64),
+        "labels": torch.tensor([labels[one["category_id"]] for one in objects], dtype=torch.int64),
         "masks": torch.from_numpy(np.array(masks, np.uint8).reshape(-1, height, width)),
     }
 
 
-def mask_of(segmentation: dict[str, Any]) -> np.ndarray:
-    """Of uncompressed RLE: bool (height, width)."""
-    counts = segmentation["counts"]
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(segmentation["size"], order="F")
+def mask_of(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Of polygons, as most of COCO's objects are told, or of run lengths, compressed or not: bool (height, width)."""
+    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
+        counts = segmentation["counts"]
+        values = np.arange(len(counts)) % 2 == 1
+        return np.repeat(values, counts).reshape(height, width, order="F")
+    from pycocotools import mask as coco_mask
+
+    if isinstance(segmentation, list):
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    return coco_mask.decode(segmentation).astype(bool)
 
 
 def flipped(picture: Tensor, target: Target) -> tuple[Tensor, Target]:
@@ -81,8 +90,8 @@ def flipped(picture: Tensor, target: Target) -> tuple[Tensor, Target]:
     return picture.flip(-1), {**target, "boxes": boxes, "masks": target["masks"].flip(-1)}
 
 
-def found_in(image_id: int, output: Target) -> list[dict[str, Any]]:
-    """What torchvision's detector says of a picture, as COCO's results."""
+def found_in(image_id: int, output: Target, categories: Sequence[int]) -> list[dict[str, Any]]:
+    """What torchvision's detector says of a picture, as COCO's results; its labels count in `categories`, from 1 on."""
     from pycocotools import mask as coco_mask
 
     boxes = output["boxes"].clone()
@@ -94,7 +103,7 @@ def found_in(image_id: int, output: Target) -> list[dict[str, Any]]:
         found.append(
             {
                 "image_id": image_id,
-                "category_id": int(label),
+                "category_id": categories[int(label) - 1],
                 "bbox": box.tolist(),
                 "score": float(score),
                 "segmentation": {**rle, "counts": rle["counts"].decode()},

@@ -41,7 +41,7 @@ def main() -> None:
     pictures = Pictures(options.data, "train")
     plan = SamplePlan(len(pictures), options.workers, PER_WORKER, options.seed)
     torch.manual_seed(options.seed)
-    model = mask_rcnn(options.backbone, pictures.classes, pictures.side).train()
+    model = mask_rcnn(options.backbone, len(pictures.categories), pictures.side).train()
     schedule = lb.Schedule(
         options.learning_rate,
         global_batch=PER_WORKER * plan.workers,
@@ -95,7 +95,7 @@ def evaluate(model: MaskRCNN, pictures: Pictures) -> dict[str, float]:
     with torch.no_grad():
         for index, image_id in enumerate(pictures.ids):
             (output,) = model([pictures[index][0]])
-            found += found_in(image_id, output)
+            found += found_in(image_id, output, pictures.categories)
     return average_precision(pictures.annotations, found)
 
 

@@ -65,7 +65,7 @@ def test_annotations_tell_what_is_seen(modules: Any, pictures: Path) -> None:
     crowds = 0
     for image in told["images"]:
         of = [one for one in told["annotations"] if one["image_id"] == image["id"]]
-        masks = [modules[0].mask_of(one["segmentation"]) for one in of]
+        masks = [modules[0].mask_of(one["segmentation"], image["height"], image["width"]) for one in of]
         assert np.max(np.sum(masks, 0)) <= 1  # who lies above hides who lies below
         for one, mask in zip(of, masks, strict=True):
             rows, columns = np.nonzero(mask)
@@ -100,14 +100,47 @@ def test_who_finds_everything_has_an_ap_of_1(modules: Any, pictures: Path) -> No
         target = val[index][1]
         scores = torch.linspace(1, 0.5, len(target["labels"]))
         output = {**target, "scores": scores, "masks": target["masks"][:, None].float()}
-        right += coco.found_in(image_id, output)
+        right += coco.found_in(image_id, output, val.categories)
         # Half of a box away, no box or mask is found.
         away = {**output, "boxes": output["boxes"] + 20, "masks": output["masks"].roll(20, dims=3)}
-        moved += coco.found_in(image_id, away)
+        moved += coco.found_in(image_id, away, val.categories)
     figures = coco.average_precision(val.annotations, right)
     assert figures == pytest.approx(dict.fromkeys(("box_ap", "box_ap50", "mask_ap", "mask_ap50"), 100.0))
     assert max(coco.average_precision(val.annotations, moved).values()) < 10
     assert set(coco.average_precision(val.annotations, []).values()) == {0.0}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in pycocotools
+def test_coco_s_own_files_are_read(modules: Any, tmp_path: Path) -> None:
+    """Polygons, of which an object may have several; compressed run lengths; categories whose numbers have gaps."""
+    coco_mask = pytest.importorskip("pycocotools.mask")
+    blob = np.random.default_rng(0).random((40, 60)) < 0.3
+    compressed = coco_mask.encode(np.asfortranarray(blob.astype(np.uint8)))
+    rectangles = [[10, 20, 30, 20, 30, 35, 10, 35], [40, 5, 50, 5, 50, 10, 40, 10]]  # x and y of each corner
+    segmentations = [rectangles, {**compressed, "counts": compressed["counts"].decode()}]
+    annotations = [
+        {"id": i + 1, "image_id": 7, "iscrowd": 0, "category_id": category, "bbox": [10, 5, 40, 30], "area": 350,
+         "segmentation": segmentation}
+        for i, (category, segmentation) in enumerate(zip((90, 3), segmentations, strict=True))
+    ]  # fmt: skip
+    told = {
+        "images": [{"id": 7, "file_name": "7.png", "width": 60, "height": 40}],
+        "categories": [{"id": 3, "name": "car"}, {"id": 90, "name": "toothbrush"}],
+        "annotations": annotations,
+    }
+    (tmp_path / "val.json").write_text(json.dumps(told))
+    Image.new("RGB", (60, 40)).save(tmp_path / "7.png")
+    val = modules[0].Pictures(tmp_path, "val")
+    _, target = val[0]
+    expected = np.zeros((40, 60), np.uint8)
+    expected[20:35, 10:30] = expected[5:10, 40:50] = 1
+    assert target["masks"].numpy().tolist() == [expected.tolist(), blob.astype(int).tolist()]
+    assert target["labels"].tolist() == [2, 1]
+    # The network's labels become COCO's again.
+    output = {**target, "scores": torch.ones(2), "masks": target["masks"][:, None].float()}
+    found = modules[0].found_in(7, output, val.categories)
+    assert [one["category_id"] for one in found] == [90, 3]
+    assert min(modules[0].average_precision(val.annotations, found).values()) == pytest.approx(100.0)
 
 
 @pytest.fixture(scope="module")
