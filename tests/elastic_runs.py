@@ -51,6 +51,7 @@ SITE = """
         "save": ("training.trainer", "Trainer", "_save"),
         "evaluation": ("training.evaluation", "Evaluator", "__call__"),
         "end": ("launch.rank.elastic", "", "note_stop"),
+        "digest": ("report.metrics", "RunObserver", "_write_digests"),
         "join": ("launch.rank.member", "Member", "join"),
         "state": ("launch.rank.member", "Carried", "from_bytes"),
         "data": ("launch.rank.elastic", "", "data_of"),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 _HEARTBEAT_SECONDS = 0.5
+_CATCH_UP_SECONDS = 5.0
 # After an error of TensorBoard's writer, which then has to be made anew.
 _BOARD_SECONDS = 60.0
 # What records hold besides their kind and step: numbers, null where they are not finite.
@@ -149,7 +150,8 @@ class RunObserver:
         self._board_type = _board_type()
         self._thread = ThreadPoolExecutor(1, "hvd-lb metrics")
         self._failure: Exception | None = None
-        self._last = self._later(self._begin)
+        self._last = self._record = self._later(self._begin)
+        self._behind = False
 
     def train(self, record: dict[str, Any]) -> None:
         self._later(self._write, "train", record)
@@ -227,6 +229,12 @@ class RunObserver:
         """Waits until what was said is written, or could not be; any thread may ask."""
         self._last.result()
 
+    def catch_up(self) -> None:
+        """`flush` of records, but not for long, and for a file system that hangs only once until it has gone on."""
+        with suppress(TimeoutError):
+            self._record.result(0 if self._behind else _CATCH_UP_SECONDS)
+        self._behind = not self._record.done()
+
     def close(self) -> None:
         """`flush`, and the end."""
         self._thread.submit(self._do, self._end)
@@ -239,6 +247,8 @@ class RunObserver:
         if self._failure:
             raise self._failure
         self._last = self._thread.submit(self._do, work, *arguments)
+        if work != self._write_heartbeat:
+            self._record = self._last
         return self._last
 
     # In the thread
@@ -391,6 +401,9 @@ class SilentObserver:
     def flush(self) -> None:
         pass
 
+    def catch_up(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -440,7 +453,7 @@ class Epochs:
 
 
 def last_records(path: Path) -> list[dict[str, Any]]:
-    """The newest ones, however large the file is: enough of them for an evaluation among them, or 16 MB."""
+    """The newest that count, however large the file is: enough of them for an evaluation among them, or 16 MB."""
     records: list[dict[str, Any]] = []
     for size in (1 << 18, 1 << 24):
         try:
@@ -450,7 +463,7 @@ def last_records(path: Path) -> list[dict[str, Any]]:
                 text = stream.read(size)
         except OSError:
             break
-        records = parse_records(text)[0]
+        records = _that_count(parse_records(text)[0])
         if end <= size or any(record.get("kind") == "eval" for record in records):
             break
     return records

@@ -131,6 +131,12 @@ class Observer(Protocol):
         A run that goes on from the checkpoint does not tell it again.
         """
 
+    def catch_up(self) -> None:
+        """The same before the sums of a step are there, in an elastic job, but for a limited time.
+
+        So all that this process may leave untold, if it is lost, was told after the last step that others have done.
+        """
+
 
 class Samples(Protocol):
     """What hears which images a step is made of."""
@@ -577,6 +583,8 @@ class Trainer:
         if self.samples:
             given = {worker: planned.image_ids(worker).tolist() for worker in losses}
             self.samples.given(self.step, given)
+        if self.membership:
+            self.observer.catch_up()
         self.state.exchange_losses(losses)
         self._synchronize(global_images)
         if self.trial:
@@ -995,6 +1003,7 @@ class Trainer:
         whole = self.recipe.reproducible
         if whole:  # else to form the statistics' sums would round them
             self.state.statistics.publish()
+        self.told["digest"] = self._position()
         if self.world.rank == 0:
             so_far = sorted(step for step in self.state.left_out if step < self.step)
             left_out = {"left_out": so_far} if so_far else {}

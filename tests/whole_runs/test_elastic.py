@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -132,6 +133,24 @@ def test_killed_processes_change_no_bit(
     assert sum(change["repeated"] for change in changes) <= len(changes) <= len(faults)
     assert [change["processes"] for change in changes if change["lost"]][-1] >= left[-1]
     assert len(events(run, "recovered")) <= len(changes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_digest_that_was_not_written_is_made_again(
+    disturbed: Callable[..., tuple[Path, str]], undisturbed: Path, tmp_path: Path, number: int
+) -> None:
+    """Rank 0 is killed before it writes the digest of step 5, 10 or 12, when the others might have gone on long ago."""
+    gate = tmp_path / "gate"
+
+    def meanwhile(run: Path) -> None:
+        until(lambda: gate.with_name("gate.there").exists())
+        time.sleep(0.5)
+        gate.touch()
+
+    faults: list[Fault] = [(0, "digest", number, "SIGKILL"), (0, "digest", number, str(gate))]
+    run, _ = disturbed(3, "--engine", "torch", faults=faults, meanwhile=meanwhile)
+    assert_the_same(undisturbed, run)
 
 
 @horovod_and_torch

@@ -203,8 +203,7 @@ class _Generation:
         for change in scale_records(self._plan, self._job.recipe):
             if told_from <= change["step"] < self._carried.step:
                 self.observer.rescale(change)
-        records = last_records(RunDirectory(self._job.output).metrics)
-        written = {(record.get("kind"), record["step"]) for record in records}
+        written = _written(self._job)
         for kind, tell, told_again in (
             ("train", self.observer.train, told_from),
             ("eval", self.observer.evaluation, told_from - redone),
@@ -263,6 +262,11 @@ class _Generation:
         return {"epoch": self._plan.at(step).epoch, "step": step}
 
 
+def _written(job: Job) -> set[tuple[str | None, int]]:
+    """Kinds and steps of the last records."""
+    return {(record.get("kind"), record["step"]) for record in last_records(RunDirectory(job.output).metrics)}
+
+
 def _scales(carried: Carried, checkpoint: Checkpoint | None) -> tuple[Scale, ...]:
     """Those of the state that a process has."""
     if carried.snapshot:
@@ -280,7 +284,7 @@ def _end(job: Job, plan: RunPlan) -> int:
 
 def _taken_over(job: Job, carried: Carried, dataset: Dataset) -> Carried:
     """The state that this process, as rank 0 of a generation, gives to all: what the one before has not written is
-    written again.
+    written again, the digest of the last step with all that follows it.
 
     The best checkpoint is the one on disk, and the last one of a run is whole before it ends.
     """
@@ -296,4 +300,7 @@ def _taken_over(job: Job, carried: Carried, dataset: Dataset) -> Carried:
     if snapshot.step == _end(job, _run_plan(job, dataset, snapshot.saved.scales)):
         newest, _ = store.newest_intact()
         unfinished |= newest is None or newest.step < snapshot.step or newest.saved.evaluation_due
+    digest = "digest", snapshot.step - 1
+    if carried.told.get("digest", {}).get("step") == digest[1]:
+        unfinished |= digest not in _written(job)
     return replace(carried, snapshot=replace(snapshot, state=state), unfinished=unfinished)
