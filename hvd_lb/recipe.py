@@ -672,6 +672,8 @@ class Recipe(BaseModel):
 
 
 _ROUNDING_FIELDS = {"threads", "channels_last", "compile"}
+#: What in float mode rounds otherwise, and may be other values when a run goes on.
+FLOAT_FIELDS = {*_ROUNDING_FIELDS, "together"}
 FREE_FIELDS = {
     name
     for name, field in Recipe.model_fields.items()

@@ -94,7 +94,7 @@ def replay(
         check_folder(output.expanduser())
     checkpoint, damaged = recorded.start_before(first)
     on = choose_device(device)
-    expected = expectation(recorded, checkpoint, on)
+    expected = expectation(recorded, checkpoint, on, last + 1)
     dataset = recorded.open_data(data, val)
     begun = checkpoint.step if checkpoint else 0
     with steps_progress(console, begun, last + 1) as progress:

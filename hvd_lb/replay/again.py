@@ -22,6 +22,7 @@ from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.exact.reproducible import rounding_differences, rounding_environment
 from hvd_lb.machine.cpu import usable_cores
 from hvd_lb.machine.placement import loader_threads
+from hvd_lb.recipe import FLOAT_FIELDS, differing_fields
 from hvd_lb.replay.recorded import RecordedRun
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.report.text import count
@@ -105,29 +106,33 @@ class Expectation:
     half: bool = False
 
 
-def expectation(run: RecordedRun, checkpoint: Checkpoint | None, device: str) -> Expectation:
-    """Of steps of `run` taken again on this machine's `device`, from `checkpoint` or the start."""
+def expectation(run: RecordedRun, checkpoint: Checkpoint | None, device: str, end: int) -> Expectation:
+    """Of steps of `run` up to `end` taken again on this machine's `device`, from `checkpoint` or the start."""
     if run.recipe.compress != "none" and run.processes != 1:
         return Expectation(
             False,
             f"its processes exchanged gradients in {run.recipe.compress}, and one process exchanges, and rounds, none",
             half=True,
         )
-    recorded = checkpoint or run.start_before(run.steps)[0]
-    if recorded and (
-        changes := rounding_differences(recorded.saved.environment, rounding_environment(device))
-    ):
-        return Expectation(
-            False, f"it was made with other software or hardware than is here ({'; '.join(changes)})"
-        )
-    recipe = run.recipe
+    recipe, here = run.recipe, rounding_environment(device)
+    made = run.environments(checkpoint.step if checkpoint else 0, end)
+    known = [of["rounding"] for of in made] if made is not None else _kept(run, checkpoint, end)
+    if known is None:
+        return Expectation(False, "with which software and hardware all of it was made was not recorded")
+    if changes := [change for of in known for change in rounding_differences(of, here)]:
+        changed = "; ".join(dict.fromkeys(changes))
+        return Expectation(False, f"it was made with other software or hardware than is here ({changed})")
     if recipe.reproducible:
         return Expectation(True)
-    if run.processes != 1:
-        where = "another number of" if run.processes is None else f"{run.processes}"
+    processes = max((of["processes"] for of in made), default=1) if made is not None else run.processes
+    if processes != 1:
+        where = "another number of" if processes is None else f"{processes}"
         return Expectation(
             False, f"it is a run in float mode on {where} processes: on one its sums round otherwise"
         )
+    fields = recipe.model_dump(mode="json", include=FLOAT_FIELDS)
+    if changes := [change for of in made or () for change in differing_fields(of["recipe"], fields)]:
+        return Expectation(False, f"it is a run in float mode that went on otherwise ({'; '.join(changes)})")
     if recipe.gpus > 1 and recipe.together == "auto":
         return Expectation(
             False,
@@ -136,6 +141,14 @@ def expectation(run: RecordedRun, checkpoint: Checkpoint | None, device: str) ->
     if recipe.threads is None:
         return Expectation(False, "it is a run in float mode whose number of threads depends on the machine")
     return Expectation(True)
+
+
+def _kept(run: RecordedRun, checkpoint: Checkpoint | None, end: int) -> list[dict[str, Any]] | None:
+    """Of an older version's run: what the checkpoints at both ends of the steps tell; None where there are none."""
+    after = next((saved for step, saved in sorted(run.saved.items()) if step >= end), None)
+    if after is None:
+        return None
+    return [*([checkpoint.saved.environment] if checkpoint else ()), after.environment]
 
 
 @dataclass

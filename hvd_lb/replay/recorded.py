@@ -39,6 +39,7 @@ _PARTS: dict[str, dict[str, Any]] = {
     "train": {"lr": _NUMBER, "loss": _NUMBER},
     "eval": {"top1_error": _NUMBER},
     "digest": {"weights": str, "velocities": str},
+    "environment": {"processes": int, "recipe": dict, "rounding": dict},
 }
 
 
@@ -110,6 +111,21 @@ class RecordedRun:
         except (OSError, ValueError, LookupError, TypeError):
             return None
         return said if isinstance(said, int) else None
+
+    def environments(self, start: int, end: int) -> list[dict[str, Any]] | None:
+        """What rounding depended on in steps `start` to `end` − 1; None where it was not recorded of all of them."""
+        known: list[tuple[int, dict[str, Any]]] = []
+        for record in self.records:
+            new = record.get("kind") == "environment"
+            if new or (
+                known and "to" in record
+            ):  # who goes back takes the steps from there on again, as it is now
+                first = record["step"] if new else min(record["to"], known[-1][0])
+                known = [*(of for of in known if of[0] < first), (first, record if new else known[-1][1])]
+        ends = [*(first for first, _ in known[1:]), math.inf]
+        if not known or known[0][0] > start:
+            return None
+        return [of for (first, of), last in zip(known, ends, strict=True) if first < end and last > start]
 
     def of_kind(self, kind: str) -> dict[int, dict[str, Any]]:
         """Records by step."""

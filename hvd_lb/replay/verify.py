@@ -222,7 +222,7 @@ def execute(
 ) -> Executed:
     """Takes a stretch again, evaluations included, and judges it."""
     checkpoint = open_checkpoint(run.checkpoints[stretch.start]) if stretch.start else None
-    expected = expectation(run, checkpoint, device.type)
+    expected = expectation(run, checkpoint, device.type, stretch.end)
     again = Again(run, dataset, device, checkpoint, evaluations=True, on_microbatch=on_microbatch)
     again.take(stretch.end)
     compared = again.compared

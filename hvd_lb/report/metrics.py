@@ -56,7 +56,7 @@ _WHOLE_NUMBERS = {
 # Steps from `to` on are told of again after these; and what stays when others are told again.
 _FROM_THERE = ("rollback", "generation")
 # Whichever steps are told again, these stay.
-_EVENTS = (*_FROM_THERE, "recovered", "audit", "begin")
+_EVENTS = (*_FROM_THERE, "recovered", "audit", "begin", "environment")
 # What comes after a step, and may have to be done when processes were lost meanwhile.
 _AFTER_STEPS = ("digest", "checkpoint", "eval", "seal")
 
@@ -129,7 +129,8 @@ class RunObserver:
 
     So a file system that is slow, or hangs, keeps no step waiting. What cannot be written, as on a full disk, is told
     once, in this rank's log and as a record. `ranks` says what is told of other ranks' times. With `begin`, a record,
-    begins the chain of a new run (`hvd_lb.exact.chain`).
+    begins the chain of a new run (`hvd_lb.exact.chain`). `environment`, what rounding depends on from `first_step` on,
+    is told where it is another than before.
     """
 
     def __init__(
@@ -138,8 +139,10 @@ class RunObserver:
         first_step: int,
         ranks: RankTimes | None = None,
         begin: dict[str, Any] | None = None,
+        environment: dict[str, Any] | None = None,
     ):
         self._run, self._ranks = run, ranks
+        self._environment = environment
         self.numbers: Sequence[int] | None = None  #: of each rank in an elastic job, by which it is named
         self._chain, self._first_record = Chain(), begin
         self._lines, self._bad_images = JsonLines(run.metrics), JsonLines(run.bad_images)
@@ -242,7 +245,7 @@ class RunObserver:
         if self._failure:
             raise self._failure
 
-    def _later(self, work: Callable[..., None], *arguments: Any) -> Future[None]:
+    def _later(self, work: Callable[..., object], *arguments: Any) -> Future[None]:
         """Has the thread do this after all before; an error there that is none of the file system's is raised here."""
         if self._failure:
             raise self._failure
@@ -253,7 +256,7 @@ class RunObserver:
 
     # In the thread
 
-    def _do(self, work: Callable[..., None], *arguments: Any) -> None:
+    def _do(self, work: Callable[..., object], *arguments: Any) -> None:
         try:
             work(*arguments)
         except Exception as error:
@@ -262,14 +265,20 @@ class RunObserver:
     def _begin(self) -> None:
         with self._told_of(self._run.tensorboard):
             self._open_board()
-        self._take_up_chain()
+        first, records = self._step, self._take_up_chain()
         if self._first_record and not self._chain.begun:
             self._write("begin", self._first_record)
+        known = [record for record in records if record.get("kind") == "environment"]
+        if self._environment and (not known or not self._environment.items() <= known[-1].items()):
+            self._write("environment", {"step": first, **self._environment})
 
-    def _take_up_chain(self) -> None:
+    def _take_up_chain(self) -> list[dict[str, Any]]:
         """The chain goes on after the records that count now."""
+        records: list[dict[str, Any]] = []
         with self._told_of(self._run.metrics):
-            self._chain = Chain(self._lines.records())
+            records = self._lines.records()
+            self._chain = Chain(records)
+        return records
 
     def _write_digests(
         self, record: dict[str, Any], model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]

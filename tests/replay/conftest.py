@@ -34,6 +34,12 @@ def make(output: Path, *more: object) -> Path:
     return output
 
 
+@pytest.fixture(name="make")
+def making() -> Callable[..., Path]:
+    """make(output, *options): a run like the recorded one."""
+    return make
+
+
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty steps, an epoch and a bit, of two virtual workers in the reproducible mode."""

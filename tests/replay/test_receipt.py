@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from metrics_lines import lines, rewrite, sealed_anew
 
 from hvd_lb.replay.again import expectation
-from hvd_lb.replay.recorded import open_run
+from hvd_lb.replay.recorded import RecordedRun, open_run
 from hvd_lb.replay.verify import Stretch, choose, stretches
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
 
@@ -145,12 +146,23 @@ def test_a_changed_recipe(hvd_lb: Run, recorded: Path, copied: Copied) -> None:
 
 
 @pytest.mark.long
-def test_it_cannot_be_told_on_other_hardware(hvd_lb: Run, recorded: Path, copied: Copied) -> None:
-    """A loss that is a little off: with the same libraries it would be wrong, here it may be theirs."""
+@pytest.mark.parametrize("older", [False, True])
+def test_it_cannot_be_told_on_other_hardware(
+    hvd_lb: Run, recorded: Path, copied: Copied, older: bool
+) -> None:
+    """A loss that is a little off: with the same libraries it would be wrong, here it may be theirs.
+
+    An older version told of them in checkpoints alone: of the steps to 8 that after them counts.
+    """
     run = copied(recorded)
-    for step in (8, 16, 22, 24, 30):
+    for step in (8, 16, 22, 24, 30) if older else ():
         environment = open_checkpoint(run / f"checkpoints/step-{step:08d}").saved.environment
         resave(run, step, environment={**environment, "torch": "1.0"})
+    records = lines(run)
+    for record in records:
+        if record["kind"] == "environment":
+            record["rounding"]["torch"] = "1.0"
+    rewrite(run, [record for record in records if not older or record["kind"] != "environment"])
     assert hvd_lb("verify", run, *ALL).status == 0  # the same bits are proof enough
     forge(run, 11, lambda loss: 1.01 * loss)
     said = hvd_lb("verify", run, *ALL)
@@ -172,7 +184,7 @@ def test_sums_in_half_precision_are_not_taken_for_wrong(recorded: Path) -> None:
     for processes, half in ((1, False), (2, True)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(run), "processes", processes)
-            found = expectation(compressed, None, "cpu")
+            found = expectation(compressed, None, "cpu", 30)
         assert found.half == half
         assert ("gradients in fp16" in found.why) == half
 
@@ -238,3 +250,63 @@ def test_what_cannot_be_written_or_read_is_no_verdict(
         said = hvd_lb(*command)
         assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
         assert "metrics.jsonl cannot be read" in said.err
+
+
+def test_a_run_that_goes_on_elsewhere(
+    hvd_lb: Run, make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first eight steps were taken here, others by other kernels, and no checkpoint tells of the last ones."""
+    run = tmp_path / "run"
+    make(run, "--reproducible", "--steps", 8)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    make(run, "--reproducible", "--steps", 14)
+    moved = [record for record in lines(run) if record["kind"] == "environment"]
+    assert [record["step"] for record in moved] == [0, 8]
+    assert {record["rounding"]["cpu_capability"] for record in moved} >= {"DEFAULT"}
+    shutil.rmtree(run / "checkpoints/step-00000014")
+    (run / "summary.json").unlink()
+    said = hvd_lb("verify", run, *ALL)
+    assert said.status == 0, said
+    first, second = (line for line in said.out.splitlines() if line.startswith("steps "))
+    assert first.startswith("steps 0 to 7: as recorded, to the bit")
+    assert second.startswith("steps 8 to 13: as recorded, to rounding (")
+    assert "other software or hardware than is here (cpu_capability: DEFAULT → " in second
+    recorded = open_run(run)
+    for start, end, places in ((0, 8, [0]), (8, 14, [1]), (7, 9, [0, 1]), (0, 14, [0, 1])):
+        assert recorded.environments(start, end) == [moved[place] for place in places]
+
+
+def test_what_rounding_depended_on(recorded: Path) -> None:
+    """Where a run goes back, it takes the steps from there on as it is now; what was before the first is not known."""
+    run = open_run(recorded)
+
+    def told(*records: tuple[str, int]) -> RecordedRun:
+        kinds = (
+            {"kind": kind, "step": at, ("to" if kind != "environment" else "of"): at} for kind, at in records
+        )
+        return replace(run, records=list(kinds))
+
+    assert told(("environment", 5)).environments(4, 9) is None
+    assert told().environments(0, 9) is None
+    there = told(("environment", 0), ("environment", 8), ("rollback", 4), ("environment", 12))
+    for start, end, known in ((0, 4, [0]), (0, 5, [0, 8]), (4, 12, [8]), (5, 13, [8, 12]), (12, 99, [12])):
+        assert [of["of"] for of in there.environments(start, end) or ()] == known
+    again = told(("environment", 0), ("environment", 8), ("environment", 4))
+    assert [of["of"] for of in again.environments(0, 99) or ()] == [0, 4]
+
+
+def test_float_mode_that_went_on_otherwise(in_float_mode: Path) -> None:
+    """What the last start was given, environment.json and recipe.yaml tell; earlier steps may have had others."""
+    run = open_run(in_float_mode)
+    assert expectation(run, None, "cpu", 30).bits
+    (first,) = run.environments(0, 30) or ()
+    for changes, why in (
+        ({"processes": 2}, "float mode on 2 processes"),
+        ({"recipe": {**first["recipe"], "together": 1}}, "went on otherwise (together: 1 → 2)"),
+    ):
+        earlier = [{**first, **changes}, {**first, "step": 8}]
+        others = [record for record in run.records if record["kind"] != "environment"]
+        moved = replace(run, records=[*earlier, *others])
+        assert why in expectation(moved, None, "cpu", 30).why
+        assert expectation(moved, open_checkpoint(run.checkpoints[8]), "cpu", 30).bits

@@ -173,13 +173,21 @@ def test_float_mode_says_what_can_be_told(
     recipe = (run / "recipe.yaml").read_text()
     assert "together: 2" in recipe
     (run / "recipe.yaml").write_text(recipe.replace("together: 2", "together: 1"))
-    (run / "environment.json").write_text(json.dumps({"processes": 2}))
+    records = lines(run)
+    for record in records:
+        if record["kind"] == "environment":
+            record |= {"processes": 2, "recipe": {**record["recipe"], "together": 1}}
+    rewrite(run, records)
     other = shown(hvd_lb, run, "--step", 14)
     assert not other["bits_expected"]
     assert other["compared"]["largest_relative_difference"] < 1e-3
     assert other["compared"]["same_digests"] == 0
     assert other["verdict"].startswith("to rounding: losses ")
     assert "in float mode on 2 processes" in other["verdict"]
+    # An older version told the processes of its last start alone.
+    rewrite(run, [record for record in records if record["kind"] != "environment"])
+    (run / "environment.json").write_text(json.dumps({"processes": 3}))
+    assert "in float mode on 3 processes" in shown(hvd_lb, run, "--step", 14)["verdict"]
 
 
 @pytest.mark.long

@@ -10,10 +10,12 @@ import torch
 from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.images import Dataset
 from hvd_lb.errors import UserError
+from hvd_lb.exact.reproducible import rounding_environment
 from hvd_lb.launch.hosts import Host, host_of_rank
 from hvd_lb.launch.job import Job
 from hvd_lb.machine.placement import loader_threads
 from hvd_lb.plan.hosting import hosted
+from hvd_lb.recipe import FLOAT_FIELDS
 from hvd_lb.replay.beginning import beginning
 from hvd_lb.report.metrics import RunObserver, SilentObserver
 from hvd_lb.report.ranks import RankTimes
@@ -79,7 +81,12 @@ def observer_of(
     plan = recipe.sample_plan(len(dataset.train), dataset.train.labels)
     chained = recipe.digest_every != "never"
     begin = beginning(recipe, plan, job.data_fingerprint, checkpoint) if chained else None
-    return RunObserver(RunDirectory(job.output), first_step, times, begin)
+    environment = {
+        "processes": world.size,
+        "recipe": recipe.model_dump(mode="json", include=FLOAT_FIELDS),
+        "rounding": rounding_environment(job.device),
+    }
+    return RunObserver(RunDirectory(job.output), first_step, times, begin, environment)
 
 
 def trainer_of(
