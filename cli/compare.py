@@ -18,6 +18,7 @@ from hvd_lb_cli.output.files import status_1_is_a_verdict
 from hvd_lb_cli.output.progress import long_progress
 from hvd_lb_cli.output.show import print_rows
 from hvd_lb_cli.output.terminal import plain_console
+from hvd_lb_cli.replay.options import replay_options
 
 if TYPE_CHECKING:
     from hvd_lb.report.compare import Comparison, MetricDifference, MetricsComparison
@@ -54,6 +55,7 @@ _RUN = click.Path(path_type=Path)
     show_default=True,
     help="With --replay: at most so many steps of each.",
 )
+@replay_options
 @click.pass_context
 @status_1_is_a_verdict()
 def compare(
@@ -64,6 +66,9 @@ def compare(
     tensors: int,
     again: bool,
     most_steps: int,
+    device: str,
+    data: str | None,
+    val: str | None,
 ) -> int:
     """Compare two run directories, or two checkpoints; exit code 0 when they are bitwise identical, 1 when not.
 
@@ -77,7 +82,11 @@ def compare(
     hvd-lb compare runs/a/checkpoints/best runs/b/checkpoints/last
     """
     if not again:
-        refuse_options(context, {"most_steps"}, "is for steps that are taken again: add --replay")
+        refuse_options(
+            context,
+            {"most_steps", "device", "data", "val"},
+            "is for steps that are taken again: add --replay",
+        )
     from hvd_lb.report.compare import compare_runs  # needs torch
 
     console = plain_console()
@@ -87,41 +96,60 @@ def compare(
     if comparison.checkpoint:
         _print_tensors(console, comparison.checkpoint.differing, tensors)
     if again:
-        _tell_parting(console, run_a, run_b, most_steps)
+        _tell_parting(console, (run_a, run_b), comparison, most_steps, device, (data, val))
     click.echo("bitwise identical" if comparison.identical else _verdict(comparison))
     return 0 if comparison.identical else 1
 
 
-def _tell_parting(console: Console, run_a: Path, run_b: Path, most_steps: int) -> None:
+def _tell_parting(
+    console: Console,
+    runs: tuple[Path, Path],
+    comparison: Comparison,
+    most_steps: int,
+    device: str,
+    data: tuple[str | None, str | None],
+) -> None:
     import torch
 
     from hvd_lb.machine.placement import choose_device
     from hvd_lb.replay.parting import find_parting
     from hvd_lb.replay.recorded import open_run
 
-    device = torch.device(choose_device("auto"))
+    differing = [of.step for metrics in comparison.metrics for of in metrics.differing]
+    recorded = min(differing, default=0 if comparison.mathematics else None)
     with long_progress(console) as progress:
         parting = find_parting(
-            open_run(run_a),
-            open_run(run_b),
-            device,
+            open_run(runs[0]),
+            open_run(runs[1]),
+            torch.device(choose_device(device)),
             most_steps,
+            recorded,
+            data,
             lambda step, first, end: progress("steps of both", step + 1 - first, end - first),
         )
+    if parting.end == parting.start:
+        alike = (
+            f"after {count(parting.start, 'step')} both have the same checkpoint"
+            if parting.start
+            else "there are none"
+        )
+        print_rows(console, [("taken again", f"no step: {alike}, and no record of a step before differs")])
+        return
     steps = f"steps {parting.start} to {parting.end - 1}"
     if parting.step is None:
-        rows = [("taken again", f"{steps}: both recipes give the same bits here")]
+        found = f"{steps}: both recipes give the same bits here"
+        if recorded is not None and recorded >= parting.end:
+            found += f"; the first different record is of step {recorded}: see --most-steps"
     else:
-        count_of = count(len(parting.tensors), "tensor")
-        rows = [
-            (
-                "taken again",
-                f"they part in step {parting.step}: first in {parting.tensors[0]}, of {count_of} that differ",
-            )
-        ]
-    for name, unlike in zip("AB", parting.unlike, strict=True):
-        if unlike:
-            rows.append((f"{name} by itself", f"is not what its recipe gives here: {unlike}"))
+        tensors = count(len(parting.tensors), "tensor")
+        found = f"they part in step {parting.step}: first in {parting.tensors[0]}, of {tensors} that differ"
+    rows = [("taken again", found)]
+    for name, compared, expected in zip("AB", parting.compared, parting.expected, strict=True):
+        if compared.first and expected.bits:
+            rows.append((f"{name} by itself", f"is not what its recipe gives here: {compared.first}"))
+        elif compared.first:
+            how = "to rounding" if compared.to_rounding else f"but for {compared.largest:.2g} of a loss"
+            rows.append((f"{name} by itself", f"is as recorded {how}; bits are not expected: {expected.why}"))
     print_rows(console, rows)
 
 

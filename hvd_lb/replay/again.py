@@ -168,10 +168,10 @@ class Again(SilentObserver):
 
     def __post_init__(self) -> None:
         recipe, train = self.run.recipe, self.dataset.train
-        threads = recipe.threads or usable_cores()
-        torch.set_num_threads(threads)
+        self._threads = recipe.threads or usable_cores()
+        torch.set_num_threads(self._threads)
         self._reading = loader_threads(
-            recipe.loader_threads, threads, usable_cores(), reproducible=recipe.reproducible
+            recipe.loader_threads, self._threads, usable_cores(), reproducible=recipe.reproducible
         )
         #: Of all steps of the run, those after further changes of k included.
         self.run_plan = recipe.run_plan(len(train), train.labels, self.run.scales(self.begun_at))
@@ -216,6 +216,7 @@ class Again(SilentObserver):
         if until > end:
             recorded = f"{self.run.path} has a record of step {until - 1}"
             raise UserError(f"{recorded}, and its recipe has {count(end, 'step')}")
+        torch.set_num_threads(self._threads)  # of this process, in which there may be another run
         while self.step < until:
             if self.step in self._changes and self.trainer.run_plan.scales[-1].step < self.step:
                 self.trainer = self._trainer(self.step, carried=self.trainer.hand_over())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from hvd_lb.exact.digest import tensor_digest
-from hvd_lb.replay.again import Again, Difference
+from hvd_lb.replay.again import Again, Compared, Expectation, expectation
 from hvd_lb.replay.recorded import RecordedRun
 from hvd_lb.replay.verify import checkpoint_digests
 from hvd_lb.training.checkpoint import Checkpoint, DamagedCheckpoint, open_checkpoint
@@ -18,14 +18,15 @@ from hvd_lb.training.checkpoint import Checkpoint, DamagedCheckpoint, open_check
 class Parting:
     """Both were taken from `start` steps done to `end`; after step `step` `tensors` differ, None: none ever did.
 
-    `unlike` has for each run the first record that is not what its own steps gave here, if there is one.
+    `compared` and `expected` are of each with its own records. Where `end` is `start` nothing was taken.
     """
 
     start: int
     end: int
     step: int | None
     tensors: list[str]
-    unlike: tuple[Difference | None, Difference | None]
+    compared: tuple[Compared, Compared]
+    expected: tuple[Expectation, Expectation]
 
 
 def find_parting(
@@ -33,30 +34,42 @@ def find_parting(
     b: RecordedRun,
     device: torch.device,
     most_steps: int,
+    recorded: int | None = None,
+    data: tuple[str | None, str | None] = (None, None),
     on_step: Callable[[int, int, int], None] = lambda step, first, end: None,
 ) -> Parting:
     """Takes steps of both until a weight or velocity differs, one of them ends, or `most_steps` are taken.
 
-    `on_step` hears of each. UserError where one of them cannot be taken from there.
+    `recorded` is the first step of which they have recorded different things, None: of none. `data`: where training and
+    validation images of both lie now. `on_step` hears of each step. UserError where one cannot be taken from there.
     """
-    start, checkpoints = _start(a, b)
-    both = [
-        Again(run, run.open_data(None, None), device, checkpoint)
-        for run, checkpoint in zip((a, b), checkpoints, strict=True)
-    ]
+    start, checkpoints = _start(a, b, recorded)
     end = min(start + most_steps, a.steps, b.steps)
-    for step in range(start, end):
+    runs = list(zip((a, b), checkpoints, strict=True))
+    both = (
+        [Again(run, run.open_data(*data), device, checkpoint, evaluations=True) for run, checkpoint in runs]
+        if end > start
+        else []
+    )
+    tensors, step = list[str](), start
+    while step < end and not tensors:
         for again in both:
             again.take(step + 1)
         on_step(step, start, end)
-        if tensors := _differing(*both):
-            return Parting(start, step + 1, step, tensors, (both[0].compared.first, both[1].compared.first))
-    return Parting(start, end, None, [], (both[0].compared.first, both[1].compared.first))
+        step += 1
+        tensors = _differing(*both)
+    one, other = (again.compared for again in both) if both else (Compared(), Compared())
+    first, second = (expectation(run, checkpoint, device.type, step) for run, checkpoint in runs)
+    return Parting(start, step, step - 1 if tensors else None, tensors, (one, other), (first, second))
 
 
-def _start(a: RecordedRun, b: RecordedRun) -> tuple[int, tuple[Checkpoint, Checkpoint] | tuple[None, None]]:
-    """The newest checkpoint that both have alike, or the seed."""
+def _start(
+    a: RecordedRun, b: RecordedRun, recorded: int | None
+) -> tuple[int, tuple[Checkpoint, Checkpoint] | tuple[None, None]]:
+    """The newest checkpoint that both have alike, not after step `recorded`, or the seed."""
     for step in sorted(a.checkpoints.keys() & b.checkpoints.keys(), reverse=True):
+        if recorded is not None and step > recorded:
+            continue
         try:
             found = open_checkpoint(a.checkpoints[step]), open_checkpoint(b.checkpoints[step])
         except DamagedCheckpoint:
