@@ -127,7 +127,7 @@ def test_killed_processes_change_no_bit(
     assert_the_same(undisturbed, run)
     changes = events(run)
     lost = [lost for change in changes for lost in change["lost"]]
-    ends = {how: "exit code 1" if how == "error" else f"ended by {how}" for *_, how in faults}
+    ends = {how: f"ended by {how}" if how == "SIGKILL" else "exit code 1" for *_, how in faults}
     assert sorted(lost) == sorted(f"rank {number} on localhost ({ends[how]})" for number, *_, how in faults)
     assert all(line in out for line in lost)
     assert sum(change["repeated"] for change in changes) <= len(changes) <= len(faults)
