@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_runs import SMALL, Start, finish, processes_of, records, trained_steps, until
+from real_runs import SMALL, Start, assert_agrees, finish, processes_of, records, trained_steps, until
 
 from hvd_lb.training.checkpoint import open_checkpoint
 
@@ -143,3 +143,4 @@ def test_a_disk_that_is_full_for_a_while_loses_no_record(start: Start, small_dis
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(400))
     assert any(line["kind"] == "warning" for line in lines)
     assert reason(run) == "stopped at --steps"
+    assert_agrees(run)
