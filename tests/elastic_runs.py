@@ -223,7 +223,7 @@ def assert_the_same(undisturbed: Path, run: Path) -> None:
         for file in ("model.safetensors", "optimizer.safetensors", "state.json"):
             assert (other / file).read_bytes() == (one / file).read_bytes(), (name, file)
     for kind, names in (
-        ("train", ("step", "loss", "lr")),
+        ("train", ("step", "loss", "lr", "gradient_norm")),
         ("eval", ("step", "top1_error", "loss", "images")),
         ("digest", ("step", "weights", "velocities", "statistics", "chain")),
     ):
