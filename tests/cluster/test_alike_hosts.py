@@ -55,7 +55,7 @@ def test_one_without_vector_instructions_is_named(hosts: list[Host], tmp_path: P
     assert sentence == "a reproducible run on these hosts would not be reproducible"
 
 
-@pytest.mark.parametrize("reproducible", [True, False])
+@pytest.mark.parametrize("reproducible", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_reproducible_run_tells_which_hosts_have_another_cpu(
     hosts: list[Host], tmp_path: Path, reproducible: bool
 ) -> None:
