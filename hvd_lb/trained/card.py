@@ -61,8 +61,8 @@ def _what(trained: Trained) -> str:
 
 
 def _results(trained: Trained) -> str:
-    found = trained.checkpoint.saved.evaluation if trained.checkpoint else None
-    if not found or (trained.checkpoint and trained.checkpoint.saved.evaluation_due):
+    found = trained.checkpoint.evaluation if trained.checkpoint else None
+    if not found:
         return "No evaluation of these weights is known: `hvd-lb evaluate` makes one."
     if trained.averaged:
         found = {**found, **{name: found[f"ema_{name}"] for name in ("top1_error", "top5_error", "loss")}}

@@ -62,6 +62,11 @@ class Checkpoint:
         """The state's fields, with defaults for what an older checkpoint lacks."""
         return SavedState.from_json(self.state)
 
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """That of these very weights; None where there was none, or where it was is not known."""
+        return self.saved.evaluation if self.saved.evaluated_at == self.step else None
+
     def model(self) -> dict[str, Tensor]:
         """Tensors of the model's state dict, on the CPU."""
         return load_file(self.path / "model.safetensors")

@@ -58,6 +58,7 @@ class RunState:
         self.gradient_norm: Tensor | None = None
         self.best_error = math.inf
         self.last_evaluation: Evaluation | None = None
+        self.evaluated_at: int | None = None  # steps done at that one
         self.evaluation_due = False
         # Steps whose minibatch is left out (--on-nan rollback).
         self.left_out: set[int] = set()
@@ -172,6 +173,7 @@ class RunState:
         return {
             "best_error": self.best_error if math.isfinite(self.best_error) else None,
             "evaluation": self.last_evaluation.figures() if self.last_evaluation else None,
+            "evaluated_at": self.evaluated_at,
             "evaluation_due": self.evaluation_due,
         }
 
@@ -285,6 +287,7 @@ class RunState:
         self.evaluation_due, self.left_out = state.evaluation_due, set(state.left_out)
         self.best_error = math.inf if state.best_error is None else state.best_error
         self.last_evaluation = Evaluation(**state.evaluation) if state.evaluation else None
+        self.evaluated_at = state.evaluated_at
 
     def all_losses(self) -> Tensor:
         """Loss of every virtual worker since the last record; collective. Adding zeros is exact."""

@@ -40,11 +40,12 @@ class SavedState:
     scaler: dict[str, Any]  #: of the loss; empty but in fp16
     loss_images: int  #: images that LOSSES are over
     best_error: float | None  #: smallest top-1 error of a saved evaluation, in per cent
-    evaluation: dict[str, Any] | None  #: the last one
+    evaluation: dict[str, Any] | None  #: the last one, perhaps of earlier weights
     environment: dict[str, Any] = field(
         default_factory=dict
     )  #: what the last bits depend on: `rounding_environment`
     loss_sum: float | None = None  #: of format 1: all LOSSES in one
+    evaluated_at: int | None = None  #: steps done at that one; not known of older versions
     evaluation_due: bool = False  #: that of this step is still to come: a checkpoint is written before it
     gradient_norm: float | None = None  #: of the last step, where other processes still have to tell it
     left_out: list[int] = field(default_factory=list)  #: steps not taken, by --on-nan rollback

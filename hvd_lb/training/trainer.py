@@ -980,7 +980,8 @@ class Trainer:
             return
         finally:
             self.model.train()
-        self.state.last_evaluation, self.state.evaluation_due = evaluation, False
+        self.state.last_evaluation, self.state.evaluated_at = evaluation, self.step
+        self.state.evaluation_due = False
         self.told["eval"] = {**self._position(), **evaluation.figures()}
         if self.world.rank == 0:
             self.observer.evaluation(self.told["eval"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ from torch import nn
 from hvd_lb.data.dataset import open_dataset
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import SilentObserver
+from hvd_lb.trained.card import Loading, model_card
 from hvd_lb.trained.weights import metadata_of, open_trained
 from hvd_lb.training.checkpoint import CheckpointStore
 from hvd_lb.training.models import build_model
@@ -31,8 +33,8 @@ CPU = torch.device("cpu")
 CLASSES = [f"{number}" for number in range(10)]
 
 
-def train(folder: Path, **changes: Any) -> Path:
-    """A run directory with what the commands read; five steps on digits."""
+def train(folder: Path, stop_after: int = 100, **changes: Any) -> Path:
+    """A run directory with what the commands read; five steps on digits, or fewer by a signal, or what is left."""
     fields = {
         "data": "digits", "model": "resnet8", "image_size": 8, "eval_crop": 1.0, "gpus": 2, "per_gpu_batch": 32,
         "epochs": 1, "steps": 5, "warmup": "none", "num_classes": 10, "threads": 1, "together": 1,
@@ -40,7 +42,18 @@ def train(folder: Path, **changes: Any) -> Path:
     }  # fmt: skip
     recipe, data = Recipe(**{**fields, **changes}), open_dataset("digits")
     store = CheckpointStore(folder / "checkpoints", 3, metadata_of(recipe, data.train.classes))
-    Trainer(recipe, data, Solo(), device=CPU, threads=1, observer=SilentObserver(), store=store).fit()
+    trainer = Trainer(
+        recipe,
+        data,
+        Solo(),
+        device=CPU,
+        threads=1,
+        observer=SilentObserver(),
+        store=store,
+        checkpoint=store.newest_intact()[0],
+        stop_requested=lambda: 15 if trainer.step == stop_after - 1 else 0,
+    )
+    trainer.fit()
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     (folder / "environment.json").write_text(
         '{"processes": 1, "threads_per_process": 1, "versions": {"torch": "2"}}'
@@ -88,6 +101,31 @@ def test_evaluate_counts_what_training_counted(
     assert f"top-1 error: {expected['top1_error']:.2f} %\n" in table
     of_training = json.loads(hvd_lb("evaluate", weights, *more, "--json", "--split", "train").out)
     assert of_training["images"] == 1438
+
+
+def errors_in_card(path: Path, averaged: bool = False) -> str | None:
+    card = model_card(open_trained(path, averaged=averaged), Loading("torch", "logits = network(x)"))
+    found = re.search(r"^\| ([0-9.]+) % \|", card, re.MULTILINE)
+    assert bool(found) != ("No evaluation of these weights is known" in card)
+    return found[1] if found else None
+
+
+def test_a_card_has_the_errors_of_its_own_weights(tmp_path: Path) -> None:
+    run = train(tmp_path / "run", stop_after=5, eval_every="3steps", ema=0.9, steps=8)
+    stopped, best = (open_trained(run / "checkpoints" / name).checkpoint for name in ("last", "best"))
+    assert stopped
+    assert best
+    assert (stopped.step, stopped.saved.evaluated_at, stopped.evaluation) == (5, 3, None)
+    assert stopped.saved.evaluation
+    assert errors_in_card(run) is errors_in_card(run, averaged=True) is None
+    for averaged, name in ((False, "top1_error"), (True, "ema_top1_error")):
+        assert best.evaluation
+        assert errors_in_card(best.path, averaged) == f"{best.evaluation[name]:.2f}"
+    train(tmp_path / "run", eval_every="3steps", ema=0.9, steps=8)
+    ended = open_trained(run).checkpoint
+    assert ended
+    assert ended.evaluation
+    assert errors_in_card(run) == f"{ended.evaluation['top1_error']:.2f}"
 
 
 def digits(count: int) -> tuple[np.ndarray, list[int]]:

@@ -472,14 +472,16 @@ def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
     loss = float(expected.state.losses.sum())
 
     def as_it_was(state: dict[str, Any]) -> None:
-        for name in ("environment", "evaluation_due", "left_out", "bad_images"):
+        for name in ("environment", "evaluated_at", "evaluation_due", "left_out", "bad_images"):
             del state[name]
         state["loss_sum"] = loss
         for name in ("reproducible", "recompute_bn", "val_fraction", "flip"):
             del state["recipe"][name]
 
     rewritten((tmp_path / "run" / "last").resolve(), as_it_was, format_number=1)
-    found = make_trainer(longer, checkpoint=open_checkpoint(tmp_path / "run" / "last"))
+    old = open_checkpoint(tmp_path / "run" / "last")
+    assert (old.evaluation, old.saved.evaluation is not None) == (None, True)  # of which weights is not told
+    found = make_trainer(longer, checkpoint=old)
     assert found.step == 2
     assert float(found.state.losses.sum()) == loss
     for trainer in (expected, found):
