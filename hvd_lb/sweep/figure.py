@@ -13,8 +13,10 @@ import warnings
 from collections.abc import Sequence
 from operator import itemgetter
 
+import numpy as np
+
 from hvd_lb.report.metrics import read_metrics
-from hvd_lb.report.page.chart import Chart, Series
+from hvd_lb.report.page.chart import Chart, Mark, Series
 from hvd_lb.report.summary import ended_after
 from hvd_lb.report.text import printable
 from hvd_lb.sweep.plan import Setting, Sweep
@@ -28,8 +30,9 @@ _WIDE = 3.0  # errors that are so many times others hide these on a linear axis
 def minibatch_chart(
     sweep: Sweep, found: Sequence[Result], baseline: Result | None = None
 ) -> tuple[Chart, str]:
-    """Error against minibatch with bars of two standard deviations, one line for settings that differ in `gpus` alone;
-    and in a sentence up to which minibatch the error stays within the noise of the baseline, by default the smallest.
+    """Error against minibatch with bars of two standard deviations, one line for settings that differ in `gpus` alone,
+    broken where all runs diverged; and in a sentence up to which minibatch the error stays within the noise of the
+    baseline, by default the smallest.
     """
     known = [result for result in found if result.mean is not None]
     chart = Chart(
@@ -43,27 +46,38 @@ def minibatch_chart(
         return chart, "No run has come to its end yet."
     baseline = baseline or min(known, key=lambda result: result.minibatch)
     lines: dict[str, list[Result]] = {}
-    for result in known:
+    for result in found:
         others = Setting(tuple(item for item in result.setting.chosen if item[0] != "gpus"))
         lines.setdefault(others.name if others.chosen else _AS_IT_IS, []).append(result)
     sentences = []
     for name, of in lines.items():
         of = sorted(of, key=lambda result: result.minibatch)
-        spread = [2 * (result.std or 0.0) for result in of]
-        means = [result.mean or 0.0 for result in of]
+        ended = [result for result in of if result.mean is not None or result.diverged]
+        if not ended:
+            continue
+        bars = [(result.mean, 2 * (result.std or 0.0)) for result in ended]
         chart.series.append(
             Series(
                 name,
-                [float(result.minibatch) for result in of],
-                means,
-                low=[mean - two for mean, two in zip(means, spread, strict=True)],
-                high=[mean + two for mean, two in zip(means, spread, strict=True)],
+                [float(result.minibatch) for result in ended],
+                [mean for mean, _ in bars],
+                low=[None if mean is None else mean - two for mean, two in bars],
+                high=[None if mean is None else mean + two for mean, two in bars],
                 bars=True,
             )
         )
         of_line = f" with {name}" if len(lines) > 1 else ""
-        if largest := within_noise([*of, *([] if baseline in of else [baseline])], baseline):
-            sentences.append(f"{largest.minibatch:,} images{of_line}")
+        chart.marks += [
+            Mark(
+                float(result.minibatch),
+                f"{result.diverged} of {result.planned} runs diverged{of_line}",
+                len(chart.series) - 1,
+            )
+            for result in ended
+            if result.diverged
+        ]
+        largest = within_noise(of, baseline)
+        sentences.append(f"{largest.minibatch:,} images{of_line}" if largest else f"none{of_line}")
     if baseline.std is None:
         return (
             chart,
@@ -129,12 +143,11 @@ def as_png(charts: Sequence[Chart], caption: str) -> bytes:
             for number, series in enumerate(chart.series):
                 colour = f"C{number}"
                 if series.bars and series.low and series.high:
-                    below = [(y or 0.0) - low for y, low in zip(series.y, series.low, strict=True)]
-                    above = [high - (y or 0.0) for y, high in zip(series.y, series.high, strict=True)]
+                    y, low, high = (np.array(of, float) for of in (series.y, series.low, series.high))
                     axes.errorbar(
                         series.x,
-                        series.y,
-                        yerr=(below, above),
+                        y,
+                        yerr=(y - low, high - y),
                         capsize=3,
                         marker="o",
                         color=colour,
@@ -146,6 +159,15 @@ def as_png(charts: Sequence[Chart], caption: str) -> bytes:
                         axes.fill_between(
                             series.x, series.low, series.high, color=colour, alpha=0.2, linewidth=0
                         )
+            for number, mark in enumerate(chart.marks):  # along the upper edge, each line's in a row of its own
+                axes.plot(
+                    mark.x,
+                    0.97 - 0.05 * (mark.colour or 0),
+                    "x",
+                    color=f"C{mark.colour or 0}",
+                    label="" if number else "some or all runs diverged",
+                    transform=axes.get_xaxis_transform(),
+                )
             if chart.log_x and chart.series:
                 ticks = sorted({x for series in chart.series for x in series.x})
                 axes.set_xscale("log", base=2)
@@ -161,7 +183,7 @@ def as_png(charts: Sequence[Chart], caption: str) -> bytes:
             axes.set_xlabel(chart.x_label)
             axes.set_ylabel(chart.y_label)
             axes.grid(alpha=0.3)
-            if len(chart.series) > 1 or any(series.name != _AS_IT_IS for series in chart.series):
+            if len(chart.series) > 1 or chart.marks or any(series.name != _AS_IT_IS for series in chart.series):
                 axes.legend()
         figure.suptitle(printable(caption), fontsize=9, wrap=True)
         png = io.BytesIO()

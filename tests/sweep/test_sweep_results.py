@@ -14,7 +14,7 @@ from PIL import Image
 
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.run_directory import RunDirectory
-from hvd_lb.sweep.figure import minibatch_chart
+from hvd_lb.sweep.figure import as_png, minibatch_chart
 from hvd_lb.sweep.plan import Grid, Sweep
 from hvd_lb.sweep.results import error_of, results, unfinished
 
@@ -136,11 +136,11 @@ def test_status(hvd_lb: Callable[..., Any], sweep: Sweep) -> None:
 def test_figure_1(hvd_lb: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> None:
     chart, sentence = minibatch_chart(sweep, results(sweep))
     (line,) = chart.series
-    assert (line.x, line.y) == ([64, 128, 512], [11.0, 11.25, 30.0])
+    assert (line.x, line.y) == ([64, 128, 256, 512], [11.0, 11.25, None, 30.0])
     assert line.low
     assert line.high
     assert (line.low[0], line.high[1]) == pytest.approx((11 - 2 * 2**0.5, 11.25 + 2 * 0.125**0.5))
-    # 256 diverged: what comes after it is not reached.
+    assert [(mark.x, mark.text) for mark in chart.marks] == [(256, "1 of 2 runs diverged")]
     assert sentence.endswith("(11.00 + 2 × 1.41 %): 128 images.")
     png = tmp_path / "figure.png"
     said = hvd_lb("sweep", "figure", sweep.folder, "--output", png)
@@ -153,7 +153,31 @@ def test_figure_1(hvd_lb: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> N
     page = tmp_path / "figure.html"
     assert hvd_lb("sweep", "figure", sweep.folder, "--output", page).status == 0
     (data,) = re.findall(r'id="data">(.*?)</script>', page.read_text(), re.S)
-    assert json.loads(data)[0]["series"][0]["y"] == [11.0, 11.25, 30.0]
+    (drawn,) = json.loads(data)
+    assert drawn["series"][0]["y"] == [11.0, 11.25, None, 30.0]
+    assert drawn["series"][0]["low"][2] is drawn["series"][0]["high"][2] is None
+
+
+@pytest.mark.parametrize(
+    ("state", "reached"), [("ended", "512 images"), ("diverged", "128 images"), ("not begun", "128 images")]
+)
+def test_what_comes_after_a_setting_that_diverged_or_is_not_known_is_not_reached(
+    sweep: Sweep, state: str, reached: str
+) -> None:
+    """512 images are as good as the baseline; that 256 are not in between ends what is within its noise."""
+    found = results(sweep)
+    found[2] = replace(
+        found[2], errors=[11.0] if state == "ended" else [], diverged=2 if state == "diverged" else 0
+    )
+    found[3] = replace(found[3], errors=[11.0, 11.5])
+    chart, sentence = minibatch_chart(sweep, found)
+    assert sentence.endswith(f"%): {reached}.")
+    assert chart.series[0].x == [64, 128, *([] if state == "not begun" else [256]), 512]
+    assert len(chart.marks) == (state == "diverged")
+    assert len(as_png([chart], sentence)) > 1000
+    # Where the baseline's own seeds diverge now and then nothing is within its noise.
+    found[0] = replace(found[0], diverged=1)
+    assert minibatch_chart(sweep, found)[1].endswith("%): none.")
 
 
 def test_figure_2(hvd_lb: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> None:

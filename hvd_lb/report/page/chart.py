@@ -18,8 +18,8 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float | None]
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
+    low: Sequence[float | None] | None = None
+    high: Sequence[float | None] | None = None
     bars: bool = False
     dashed: bool = False
     colour: int | None = None  #: a number of the palette, where several series belong together

@@ -170,6 +170,7 @@
       }
       if (series.low && series.bars) {
         x.forEach((at, i) => {
+          if (!whole[i]) return;
           const [top, bottom] = [py(series.high[i]), py(series.low[i])];
           const path = `M${at - 4},${top}h8m-4,0V${bottom}m-4,0h8`;
           make("path", { d: path, style: `fill:none;stroke:${series.paint};stroke-width:1.5` }, plot);
@@ -210,7 +211,7 @@
         const row = element("tr", table), sign = element("td", row, "■ " + series.name);
         sign.style.color = series.paint;
         let text = number(series.y[nearest]);
-        if (series.low) text += ` (${number(series.low[nearest])} … ${number(series.high[nearest])})`;
+        if (series.low && series.y[nearest] !== null) text += ` (${number(series.low[nearest])} … ${number(series.high[nearest])})`;
         element("td", row, text, "number");
       }
       for (const mark of this.spec.marks) if (Math.abs(this.to(mark.x) - at) < near) element("p", this.tip, mark.text);
