@@ -24,6 +24,7 @@ Mode = Literal["simulate", "train"]
 # What all points have in common: seeds are counted by themselves, and data would be another experiment.
 _COMMON = {"data", "val", "val_fraction", "num_classes"}
 _MOST_POINTS = 100_000
+_AS_IT_IS = "as it is"  # the setting in which nothing is varied
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Setting:
     @property
     def name(self) -> str:
         """As a person reads it, and as `Sweep.setting` finds it."""
-        return ", ".join(f"{name}={text_of(value)}" for name, value in self.values.items()) or "as it is"
+        return ", ".join(f"{name}={text_of(value)}" for name, value in self.values.items()) or _AS_IT_IS
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,16 @@ class Sweep:
 
     def setting(self, text: str) -> Setting:
         """The setting that is written so: "gpus=8, warmup=none"; fields that are left out are those of the recipe."""
-        wanted = dict(part.strip().partition("=")[::2] for part in text.split(",") if "=" in part)
-        for name in wanted:
+        wanted: dict[str, str] = {}
+        for part in text.split(",") if text.strip() != _AS_IT_IS else ():
+            name, equals, value = map(str.strip, part.partition("="))
+            if not equals:
+                raise UserError(f"{text!r}: expected FIELD=VALUE for {part.strip()!r}, such as gpus=8")
             if name not in self.fields():
                 raise UserError(f"{text!r}: {name} is not varied here{nearest(name, self.fields())}")
+            if name in wanted:
+                raise UserError(f"{text!r}: {name} is given twice; expected one value of each field")
+            wanted[name] = value
         of_recipe = {name: text_of(self._base_value(name)) for name in self.fields()}
         written = {
             setting: {name: text_of(self.value(setting, name)) for name in self.fields()}

@@ -56,14 +56,23 @@ def test_values_that_differ_in_their_last_digit_are_runs_of_their_own() -> None:
 
 def test_a_setting_is_found_by_what_is_written() -> None:
     of = sweep(Grid({"gpus": (2, 4)}, 1), Grid({"gpus": (4,), "warmup": ("none",)}, 1))
+    with_base = of.with_grid(Grid({}, 1))  # the recipe is a setting, which nothing but its name stands for
+    assert with_base.setting("as it is").name == "as it is"
     assert of.setting("gpus=4").name == "gpus=4"  # the recipe's warmup
     assert of.setting("warmup=none").name == of.setting("gpus=4,warmup=none").name == "gpus=4, warmup=none"
     for wrong, said in (
         ("gpus=5", "no setting is so"),
         ("gpu=4", "gpu is not varied here; did you mean 'gpus'"),
+        ("2", "expected FIELD=VALUE for '2', such as gpus=8"),
+        ("gpus 2", "expected FIELD=VALUE for 'gpus 2'"),
+        ("gpus=4, none", "expected FIELD=VALUE for 'none'"),
+        ("nonsense", "expected FIELD=VALUE"),
+        ("", "expected FIELD=VALUE"),
+        ("gpus=2,gpus=4", "gpus is given twice"),
     ):
-        with pytest.raises(UserError, match=said):
-            of.setting(wrong)
+        for base in (of, with_base):
+            with pytest.raises(UserError, match=said):
+                base.setting(wrong)
 
 
 def test_it_is_kept_and_grows(tmp_path: Path) -> None:
