@@ -149,8 +149,7 @@ def resolve(
             min(2, resolved.per_gpu_batch),
         )
     schedule = resolved.lr_schedule(plan.steps_per_epoch)
-    classes = resolved.num_classes or len(dataset.train.classes)
-    head = tuple(new_head(resolved, classes)) if resolved.init_from else ()
+    head = tuple(new_head(resolved, dataset.train.classes)) if resolved.init_from else ()
     return Resolved(resolved, dataset, preset, why, plan, schedule, chosen, head)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import rich_click as click
 from rich.text import Text
 
-from hvd_lb.errors import UserError
 from hvd_lb.report.text import count, figure, printable
 from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.progress import long_progress
@@ -73,8 +72,6 @@ def evaluate(
     with console.status(Text(f"evaluating {count(len(images), 'image')}")):
         found = evaluate_weights(trained, images, what, device=use.device, threads=use.loader_threads)
     figures = found.figures
-    if not figures.images:
-        raise UserError(f"{what}: no image could be decoded")
     if as_json:
         told = {"weights": str(trained.file), "data": what, **asdict(figures), "left_out": len(found.bad)}
         click.echo(json.dumps(told))

@@ -76,7 +76,10 @@ def open_images(
     if not is_named(data) and val is None and val_fraction is None:
         indexes, _ = index_splits(data, on_progress=on_progress)
         if "val" not in indexes:
-            return f"all of {data}", _as_trained(IndexedImages(indexes["train"]), trained)
+            images = IndexedImages(indexes["train"])
+            if not len(images):
+                raise UserError(f"{data}: holds no images; expected a folder of images for each class")
+            return f"all of {data}", _as_trained(images, trained)
     dataset = open_dataset(
         data,
         val=val,

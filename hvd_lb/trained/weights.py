@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -24,11 +23,15 @@ from hvd_lb.recipe import Recipe, load_values, make_recipe, merged_recipe
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.report.text import printable
 from hvd_lb.training import pointers
-from hvd_lb.training.checkpoint import Checkpoint, open_checkpoint
-from hvd_lb.training.models import build_model
+from hvd_lb.training.checkpoint import (
+    METADATA,
+    Checkpoint,
+    classes_of,
+    open_checkpoint,
+    weights_metadata,
+)
+from hvd_lb.training.models import build_model, last_weight
 
-# One entry: safetensors writes several in another order each time, and the files of equal weights are equal.
-_KEY = "hvd_lb"
 # A header that readers of safetensors take has at most 100 MB.
 _MOST_METADATA = 20_000_000
 
@@ -39,7 +42,7 @@ def metadata_of(recipe: Recipe, classes: Sequence[str]) -> dict[str, str]:
     told: dict[str, Any] = {"recipe": {**recipe.mathematics(), "channels_last": recipe.channels_last}}
     named = {**told, "classes": list(classes)} if classes else told
     text = json.dumps(named)
-    return {_KEY: text if len(text) <= _MOST_METADATA else json.dumps(told)}
+    return {METADATA: text if len(text) <= _MOST_METADATA else json.dumps(told)}
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,18 @@ class Trained:
         """The model's state dict, on the CPU."""
         return load_file(self.file)
 
-    @property
+    @cached_property
     def outputs(self) -> int:
-        """Of the network; by its last layer where the recipe leaves it to the data."""
-        return self.recipe.num_classes or len(self.classes or ()) or list(self.tensors.values())[-1].shape[0]
+        """Of the network; by its last layer where the recipe leaves it to the data. UserError where it lacks that."""
+        if known := self.recipe.num_classes or len(self.classes or ()):
+            return known
+        head = last_weight(self.recipe.model)
+        if head not in self.tensors:
+            raise UserError(
+                f"{printable(str(self.file))} does not hold the weights of {self.recipe.model} (it has no {head}): name "
+                "the recipe they were trained by with --recipe"
+            )
+        return len(self.tensors[head])
 
     @property
     def averaged(self) -> bool:
@@ -134,11 +145,11 @@ def open_trained(path: Path, recipe: str | None = None, *, averaged: bool = Fals
     if run:  # which has the free fields too
         stored = make_recipe(load_values(str(run.recipe)), str(run.recipe))
         own = stored if stored.mathematics() == own.mathematics() else own
-    return Trained(file, _given(recipe) or own, _classes(_metadata(file)), checkpoint, run)
+    return Trained(file, _given(recipe) or own, classes_of(weights_metadata(file)), checkpoint, run)
 
 
 def _of_file(file: Path, recipe: str | None) -> Trained:
-    metadata = _metadata(file)
+    metadata = weights_metadata(file)
     of = _given(recipe)
     if of is None:
         if "recipe" not in metadata:
@@ -147,7 +158,7 @@ def _of_file(file: Path, recipe: str | None) -> Trained:
                 "image_size and num_classes"
             )
         of = make_recipe(metadata["recipe"], str(file))
-    return Trained(file, of, _classes(metadata))
+    return Trained(file, of, classes_of(metadata))
 
 
 def _given(recipe: str | None) -> Recipe | None:
@@ -157,25 +168,3 @@ def _given(recipe: str | None) -> Recipe | None:
 def _run_of(checkpoint: Path) -> RunDirectory | None:
     run = RunDirectory(checkpoint.parent.parent)
     return run if checkpoint.parent == run.checkpoints and run.recipe.is_file() else None
-
-
-def _metadata(file: Path) -> dict[str, Any]:
-    """What `metadata_of` told of it; empty for files of others. UserError for what is no safetensors file."""
-    try:
-        with safe_open(file, "pt") as opened:
-            told = json.loads((opened.metadata() or {}).get(_KEY, "{}"))
-    except SafetensorError as error:
-        raise UserError(f"{printable(str(file))} is no safetensors file ({error})") from None
-    except ValueError:
-        told = None
-    if not (
-        isinstance(told, dict)
-        and isinstance(told.get("classes", []), list)
-        and isinstance(told.get("recipe", {}), dict)
-    ):
-        raise UserError(f"{printable(str(file))} has damaged metadata: restore it")
-    return told
-
-
-def _classes(metadata: dict[str, Any]) -> list[str] | None:
-    return [str(name) for name in metadata["classes"]] if "classes" in metadata else None

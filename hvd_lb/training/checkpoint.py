@@ -24,13 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from hvd_lb.errors import UserError
 from hvd_lb.training import pointers
 from hvd_lb.training.saved_state import AVERAGED, FORMAT, FORMATS, SavedState, counted_error
+
+# One entry: safetensors writes several in another order each time, and the files of equal weights are equal.
+METADATA = "hvd_lb"
 
 _STATE = "state.json"
 _TENSORS = ("model", "optimizer")
@@ -420,6 +423,32 @@ def weights_file(path: Path) -> Path:
         if not pointers.followed(path).is_dir():
             raise UserError(f"{path.parents[1]} has no checkpoint yet: nothing is trained in it")
     return open_checkpoint(path).path / "model.safetensors"
+
+
+def weights_metadata(file: Path) -> dict[str, Any]:
+    """What a model.safetensors says of itself (`hvd_lb.trained.weights.metadata_of`); empty for files of others.
+
+    UserError for what is no safetensors file.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            told = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
+    except SafetensorError as error:
+        raise UserError(f"{file} is no safetensors file ({error})") from None
+    except ValueError:
+        told = None
+    if not (
+        isinstance(told, dict)
+        and isinstance(told.get("classes", []), list)
+        and isinstance(told.get("recipe", {}), dict)
+    ):
+        raise UserError(f"{file} has damaged metadata: restore it")
+    return told
+
+
+def classes_of(metadata: Mapping[str, Any]) -> list[str] | None:
+    """Names of classes in the order of the outputs; None where nothing names them."""
+    return [str(name) for name in metadata["classes"]] if "classes" in metadata else None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -21,6 +21,7 @@ from hvd_lb.data.decoding.stand_in import sizes
 from hvd_lb.data.images import Images
 from hvd_lb.data.loading.contract import Preprocessing
 from hvd_lb.data.loading.open import Loaders
+from hvd_lb.errors import UserError
 from hvd_lb.plan.augment import CentreWindows, Microbatch, Origin, Windows
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.recipe import Recipe
@@ -162,6 +163,8 @@ class Evaluator:
         left_out = self.bad_images.settle()
         self.bad_images.check(left_out, len(self.loaders.images), "validation")
         top1, top5, count, loss_sum = figures.sum(0).tolist()
+        if not count:
+            raise UserError("none of the images to evaluate on could be decoded: hvd-lb data verify names them")
         return Evaluation(100 * (1 - top1 / count), 100 * (1 - top5 / count), loss_sum / count, int(count))
 
     def _heed(self, asked: Handle | None) -> None:

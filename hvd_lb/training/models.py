@@ -6,20 +6,21 @@ Any classification model of torchvision, and the small residual networks for ima
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MethodType
 
 import torch
 import torchvision
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from hvd_lb.errors import UserError, nearest
 from hvd_lb.recipe import Recipe
-from hvd_lb.training.checkpoint import weights_file
+from hvd_lb.training.checkpoint import classes_of, weights_file, weights_metadata
 
 # Depth of each: 3 stages of (depth − 2) / 6 blocks.
 SMALL_RESNETS = {f"resnet{depth}": (depth - 2) // 6 for depth in (8, 14, 20, 32, 44, 56, 110)}
@@ -135,36 +136,59 @@ def last_layer(model: nn.Module) -> str:
     return layers[-1]
 
 
-def take_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> list[str]:
+def last_weight(name: str) -> str:
+    """Of a network by name, the tensor that has a row for each output."""
+    return f"{last_layer(_without_memory(name, 1))}.weight"
+
+
+def take_weights(
+    model: nn.Module, tensors: Mapping[str, Tensor], source: str, *, other_classes: bool = False
+) -> list[str]:
     """Gives `model` the tensors of a network of the same kind; those of the last layer keep their values where the
-    other network tells other classes apart. Their names; UserError where it is no such network.
+    other network tells `other_classes` apart, or so many. Their names; UserError where it is no such network.
     """
     own = model.state_dict()
     head = f"{last_layer(model)}."
+    of_head = [name for name in own if name.startswith(head)]
     other = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
     wrong = sorted(own.keys() ^ tensors.keys()) + [
-        name for name in other if not name.startswith(head) or tensors[name].shape[1:] != own[name].shape[1:]
+        name for name in other if name not in of_head or tensors[name].shape[1:] != own[name].shape[1:]
     ]
     if wrong:
         raise UserError(
             f"--init-from {source}: holds the weights of another network ({wrong[0]} and "
             f"{len(wrong) - 1} more differ): give the --model that they are of"
         )
-    model.load_state_dict({name: own[name] if name in other else tensors[name] for name in own})
-    return other
+    new = of_head if other or other_classes else []
+    model.load_state_dict({name: own[name] if name in new else tensors[name] for name in own})
+    return new
 
 
-def new_head(recipe: Recipe, classes: int) -> list[str]:
-    """What `take_weights` would leave as it is of the weights that a recipe begins with; reads shapes only."""
+def begin_with(model: nn.Module, path: str, classes: Sequence[str]) -> None:
+    """`take_weights` of a run, a checkpoint or a file, for a training on these classes."""
+    file = weights_file(Path(path))
+    take_weights(model, load_file(file), path, other_classes=_names_others(file, classes))
+
+
+def new_head(recipe: Recipe, classes: Sequence[str]) -> list[str]:
+    """What `begin_with` would leave as it is of the weights that a recipe begins with; reads shapes only."""
     assert recipe.init_from
     file = weights_file(Path(recipe.init_from))
-    try:
-        with safe_open(file, "pt") as opened:
-            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"--init-from {file}: is no safetensors file ({error})") from None
+    other_classes = _names_others(file, classes)
+    with safe_open(file, "pt") as opened:
+        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    return take_weights(_without_memory(recipe.model, classes), tensors, str(file))
+    model = _without_memory(recipe.model, recipe.num_classes or len(classes))
+    return take_weights(model, tensors, str(file), other_classes=other_classes)
+
+
+def _names_others(file: Path, classes: Sequence[str]) -> bool:
+    """Whether the outputs of the network in `file` are, by its own word, other classes, or these in another order."""
+    try:
+        known = classes_of(weights_metadata(file))
+    except UserError as error:
+        raise UserError(f"--init-from {error}") from None
+    return known is not None and known != list(classes)
 
 
 def freeze_backbone(model: nn.Module) -> None:

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from hvd_lb import arithmetic
 from hvd_lb.audit.audit import Audit, Disagreement
@@ -57,11 +56,10 @@ from hvd_lb.training.checkpoint import (
     Snapshot,
     copied,
     open_checkpoint,
-    weights_file,
 )
 from hvd_lb.training.clock import StepClock, Timer
 from hvd_lb.training.evaluation import Evaluation, Evaluator, Stopped, open_loaders
-from hvd_lb.training.models import build_model, freeze_backbone, sum_loss, take_weights
+from hvd_lb.training.models import begin_with, build_model, freeze_backbone, sum_loss
 from hvd_lb.training.recomputation import Recomputation
 from hvd_lb.training.run_state import RunState
 from hvd_lb.training.saved_state import Rescaled
@@ -257,7 +255,7 @@ class Trainer:
             bn_momentum=recipe.bn_momentum,
         ).to(device, self.dtype)
         if recipe.init_from and not checkpoint:
-            take_weights(self.model, load_file(weights_file(Path(recipe.init_from))), recipe.init_from)
+            begin_with(self.model, recipe.init_from, dataset.train.classes)
         if recipe.freeze == "backbone":
             freeze_backbone(self.model)
         self.model.to(memory_format=self.memory_format)

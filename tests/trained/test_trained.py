@@ -175,6 +175,32 @@ def test_evaluate_finds_classes_by_their_names(hvd_lb: Callable[..., Any], run: 
     assert "eleven" in refused.err
 
 
+def test_nothing_to_evaluate_on(hvd_lb: Callable[..., Any], run: Path, tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        (tmp_path / name).mkdir()
+    said = hvd_lb("evaluate", run, "--data", tmp_path)
+    assert (said.status, said.out) == (2, "")
+    assert f"{tmp_path}: holds no images" in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_weights_that_do_not_say_how_many_classes_they_tell_apart(
+    hvd_lb: Callable[..., Any], run: Path, tmp_path: Path
+) -> None:
+    """The last layer does, which need not be the last tensor of a file."""
+    file, recipe = tmp_path / "theirs.safetensors", tmp_path / "recipe.yaml"
+    save_file(load_file(run / "checkpoints" / "last" / "model.safetensors"), file)
+    recipe.write_text("model: resnet8\nimage_size: 8\neval_crop: 1.0\n")
+    words = ("--data", "digits", "--recipe", recipe, "--json")
+    found = json.loads(hvd_lb("evaluate", file, *words).out)
+    expected = json.loads(hvd_lb("evaluate", run, "--json").out)
+    assert found["top1_error"] == expected["top1_error"]
+    save_file({"conv1.weight": torch.zeros(4, 3, 1, 1)}, file)
+    said = hvd_lb("evaluate", file, *words)
+    assert (said.status, said.out) == (2, "")
+    assert "does not hold the weights of resnet8 (it has no fc.weight)" in said.err
+
+
 def test_predictions_are_those_of_torch(hvd_lb: Callable[..., Any], run: Path, folder: Path) -> None:
     files = sorted(folder.rglob("*.png"))
     said = hvd_lb("predict", run, folder, "--top", 3)

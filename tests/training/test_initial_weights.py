@@ -14,8 +14,9 @@ from test_trainer import largest_difference, make_trainer, run_steps, small_reci
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from hvd_lb.trained.weights import metadata_of
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
-from hvd_lb.training.models import build_model
+from hvd_lb.training.models import build_model, new_head
 from hvd_lb.training.trainer import Trainer
 
 
@@ -47,6 +48,24 @@ def test_all_of_them_or_all_but_a_new_head(tmp_path: Path) -> None:
         else:
             assert torch.equal(tensor, begun)
             assert torch.equal(tensor.to(trained[name].dtype), trained[name])
+
+
+@pytest.mark.parametrize("named", ["the same", "in another order", "others", "not at all"])
+def test_the_head_is_new_where_as_many_classes_are_others(tmp_path: Path, named: str) -> None:
+    """By the names that the file has beside its weights, of which the head has as many as the run needs."""
+    recipe, file = small_recipe(), weights(tmp_path / "bare.safetensors")
+    fresh = make_trainer(recipe)
+    own = fresh.dataset.train.classes
+    names = {"the same": own, "in another order": own[::-1], "others": list("vwxyz"), "not at all": ()}
+    trained = load_file(file)
+    save_file(trained, tmp_path / "named.safetensors", metadata_of(recipe, names[named]))
+    begun = make_trainer(small_recipe(init_from=str(tmp_path / "named.safetensors"))).model.state_dict()
+    kept = named in ("the same", "not at all")
+    expected = trained if kept else fresh.model.state_dict()
+    assert all(torch.equal(begun[name], expected[name].to(begun[name])) for name in ("fc.weight", "fc.bias"))
+    assert torch.equal(begun["stem.0.weight"], trained["stem.0.weight"].to(begun["stem.0.weight"]))
+    told = new_head(small_recipe(init_from=str(tmp_path / "named.safetensors")), own)
+    assert told == ([] if kept else ["fc.weight", "fc.bias"])
 
 
 def test_a_checkpoint_comes_first(tmp_path: Path) -> None:

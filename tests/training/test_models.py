@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from hvd_lb.errors import UserError
-from hvd_lb.training.models import build_model, check_input, model_names, parameter_count
+from hvd_lb.training.models import (
+    _without_memory,
+    build_model,
+    check_input,
+    last_weight,
+    model_names,
+    parameter_count,
+)
 
 
 @pytest.mark.slow
@@ -73,3 +80,9 @@ def test_input_a_network_cannot_take(name: str, size: int, images: int, reason: 
 @pytest.mark.parametrize(("name", "size", "images"), [("resnet8", 8, 1), ("regnet_y_400mf", 32, 2)])
 def test_input_a_network_can_take(name: str, size: int, images: int) -> None:
     check_input(name, 10, size, images)
+
+
+@pytest.mark.slow
+def test_the_last_layer_has_a_row_for_each_output() -> None:
+    for name in model_names():
+        assert len(_without_memory(name, 7).state_dict()[last_weight(name)]) == 7, name
