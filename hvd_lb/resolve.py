@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,9 +85,6 @@ def resolve(
     `fallback_data` is used where neither options nor recipe name data (`simulate`: synthetic); without it
     $HVD_LB_DATA or /data is. UserError for what cannot work.
     """
-    # Here and below: needs torch, which --help does not.
-    from hvd_lb.training.models import check_input, new_head
-
     given = check_options(options, recipe)
     chosen = frozenset({**given, **options})
     spec = data_spec(options, given, fallback_data)
@@ -114,43 +111,63 @@ def resolve(
         {"val": absolute_spec(val)} if val is not None else {}
     )
     weights = options.get("class_weights", given.get("class_weights"))
-    if isinstance(weights, str) and weights != "balanced":
-        places["class_weights"] = read_class_weights(Path(weights).expanduser(), dataset.train.classes)
-    elif isinstance(weights, list | tuple) and len(weights) != len(dataset.train.classes):
-        raise UserError(
-            f"class_weights has {len(weights)} numbers, but {dataset.name} has {len(dataset.train.classes)} classes: "
-            "expected one for each, in their order"
-        )
+    if isinstance(weights, str):
+        places["class_weights"] = numbers_of_classes(weights, dataset.train.classes)
     if begins := options.get("init_from", given.get("init_from")):
         places["init_from"] = str(Path(begins).expanduser().absolute())
     resolved = _merged(given, preset, {**options, **places}, here)
-    if (resolved.num_classes or 0) < len(dataset.train.classes):
+    plan, schedule = check_with_data(resolved, dataset)
+    head = begins_anew(resolved, dataset) if resolved.init_from else ()
+    return Resolved(resolved, dataset, preset, why, plan, schedule, chosen, head)
+
+
+def check_with_data(recipe: Recipe, dataset: Dataset) -> tuple[SamplePlan, Schedule]:
+    """What an epoch has, and the learning rate of each step; UserError where these data cannot be trained on so."""
+    # Here: needs torch, which --help does not.
+    from hvd_lb.training.models import check_input, check_model_name
+
+    classes = dataset.train.classes
+    if (recipe.num_classes or len(classes)) < len(classes):
         raise UserError(
-            f"--num-classes {resolved.num_classes}, but {dataset.name} has {len(dataset.train.classes)} classes: "
+            f"--num-classes {recipe.num_classes}, but {dataset.name} has {len(classes)} classes: "
             "expected at least as many"
         )
-    if len(dataset.train.classes) == 1:
+    if len(classes) == 1:
         raise UserError(
-            f"{dataset.name} has one class only ({dataset.train.classes[0]}), so there is nothing to tell apart: "
+            f"{dataset.name} has one class only ({classes[0]}), so there is nothing to tell apart: "
             "expected at least two"
         )
-    if resolved.on_bad_image == "fail":
-        for split in (dataset.train, dataset.val):
-            refuse_large(split, resolved.max_pixels)
-    check_cache(resolved.cache, dataset)
-    plan = resolved.sample_plan(len(dataset.train), dataset.train.labels)
-    _check_recompute_bn(resolved, plan)
-    for size in resolved.all_sizes:
-        check_input(
-            resolved.model,
-            resolved.num_classes or len(dataset.train.classes),
-            size,
-            # One image alone in a short last step can be trained on (`allow_single_values`), but not always one.
-            min(2, resolved.per_gpu_batch),
+    weights = recipe.class_weights
+    if isinstance(weights, str):
+        numbers_of_classes(weights, classes)
+    elif weights is not None and len(weights) != len(classes):
+        raise UserError(
+            f"class_weights has {len(weights)} numbers, but {dataset.name} has {len(classes)} classes: "
+            "expected one for each, in their order"
         )
-    schedule = resolved.lr_schedule(plan.steps_per_epoch)
-    head = tuple(new_head(resolved, dataset.train.classes)) if resolved.init_from else ()
-    return Resolved(resolved, dataset, preset, why, plan, schedule, chosen, head)
+    if recipe.on_bad_image == "fail":
+        for split in (dataset.train, dataset.val):
+            refuse_large(split, recipe.max_pixels)
+    check_cache(recipe.cache, dataset)
+    plan = recipe.sample_plan(len(dataset.train), dataset.train.labels)
+    check_model_name(recipe.model)
+    _check_recompute_bn(recipe, plan)
+    for size in recipe.all_sizes:
+        # One image alone in a short last step can be trained on (`allow_single_values`), but not always one.
+        check_input(recipe.model, recipe.num_classes or len(classes), size, min(2, recipe.per_gpu_batch))
+    return plan, recipe.lr_schedule(plan.steps_per_epoch)
+
+
+def begins_anew(recipe: Recipe, dataset: Dataset) -> tuple[str, ...]:
+    """The tensors that do not come from `init_from`; UserError where that is not of this network. Reads the file."""
+    from hvd_lb.training.models import new_head  # as above
+
+    return tuple(new_head(recipe, dataset.train.classes))
+
+
+def numbers_of_classes(given: str, classes: Sequence[str]) -> str | tuple[float, ...]:
+    """What --class-weights stands for: balanced, or the numbers in a file."""
+    return given if given == "balanced" else read_class_weights(Path(given).expanduser(), classes)
 
 
 def read_class_weights(path: Path, classes: Sequence[str]) -> tuple[float, ...]:
@@ -213,7 +230,13 @@ def _merged(
 ) -> Recipe:
     """What recipe and options make together; UserError for an option that would change nothing."""
     recipe = merged_recipe({"this machine": here or {}, source: given, OPTIONS: options})
-    for name in options:
+    refuse_unread(recipe, options)
+    return recipe
+
+
+def refuse_unread(recipe: Recipe, names: Iterable[str]) -> None:
+    """UserError for the first of these fields that would change nothing."""
+    for name in names:
         other, values = _READ_WITH.get(name, ("", ()))
         if other and getattr(recipe, other) not in values:
             option = other.replace("_", "-")
@@ -221,7 +244,6 @@ def _merged(
                 f"--{name.replace('_', '-')} has no effect with {option} {getattr(recipe, other)}: leave it out, or "
                 f"give --{option} {' or '.join(values)}"
             )
-    return recipe
 
 
 def choose_preset(spec: str, dataset: Dataset) -> tuple[str, str]:

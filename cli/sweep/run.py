@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +115,22 @@ def run(
     else:
         grid = _grid(context.command, vary, seeds)
         check_size(grid)
-        base, images = _base(options, recipe, console)
+        base, dataset = _base(options, recipe, console)
         folder = folder.expanduser() if folder else _default_folder(base)
         sweep = grown(folder, base, "train" if train else "simulate").with_grid(grid)
-        _check(sweep, images)
-    points, left = sweep.points(), unfinished(sweep)
+        _check(sweep, dataset)
+    _check_places(sweep, device, processes)
+    points = sweep.points()
+    left = unfinished(points)
     console.print(
         f"{folder}: {count(len(sweep.settings()), 'setting')}, {count(len(points), 'run')}: "
         f"{len(points) - len(left)} ended, {len(left)} to go",
         soft_wrap=True,
     )
     if dry_run:
+        names = {point.name for point in left}
         for point in points:
-            console.print(f"{'to go' if point in left else 'ended'}  {point.name}", soft_wrap=True)
+            console.print(f"{'to go' if point.name in names else 'ended'}  {point.name}", soft_wrap=True)
         return 0
     if not left:
         return 0
@@ -164,13 +169,13 @@ def run(
     return 1 if failed else 0
 
 
-def _base(options: dict[str, Any], recipe: str | None, console: Any) -> tuple[Any, int]:
-    """The recipe that is varied, and the number of training images."""
+def _base(options: dict[str, Any], recipe: str | None, console: Any) -> tuple[Any, Any]:
+    """The recipe that is varied, and its data."""
     from hvd_lb.resolve import resolve
 
     with index_progress(console) as on_progress:
         resolved = resolve(options, recipe=recipe, default_gpus=1, on_progress=on_progress)
-    return resolved.recipe, len(resolved.dataset.train)
+    return resolved.recipe, resolved.dataset
 
 
 def _default_folder(base: Any) -> Path:
@@ -179,19 +184,44 @@ def _default_folder(base: Any) -> Path:
     return Path("sweeps") / default_output(base).name
 
 
-def _check(sweep: Any, images: int) -> None:
+def _check(sweep: Any, dataset: Any) -> None:
     """What cannot work is told before anything starts; UserError with the setting."""
-    from hvd_lb.training.models import check_input
+    from hvd_lb.resolve import begins_anew, check_with_data, refuse_unread
 
+    read = set()
     for setting in sweep.settings():
-        recipe = sweep.points_of(setting)[0].recipe
-        try:
-            recipe.lr_schedule(recipe.sample_plan(images).steps_per_epoch)
-            classes, microbatch = recipe.num_classes or 1, min(2, recipe.per_gpu_batch)
-            for size in recipe.all_sizes:
-                check_input(recipe.model, classes, size, microbatch)
-        except UserError as error:
-            raise UserError(f"{setting.name}: {error}") from None
+        recipe = sweep.recipe(setting)
+        with _naming(setting):
+            refuse_unread(recipe, setting.values)
+            check_with_data(recipe, dataset)
+            if recipe.init_from and (begins := (recipe.init_from, recipe.model)) not in read:
+                begins_anew(recipe, dataset)
+                read.add(begins)
+
+
+def _check_places(sweep: Any, device: str, processes: int | None) -> None:
+    """UserError, with the setting, where this machine cannot take its runs so."""
+    from hvd_lb.machine.placement import choose_device, choose_placement
+
+    where = choose_device(device)
+    for setting in sweep.settings():
+        recipe = sweep.recipe(setting)
+        with _naming(setting):
+            choose_placement(
+                where,
+                gpus=recipe.gpus,
+                processes=processes if sweep.mode == "train" else 1,
+                threads=recipe.threads,
+                group=recipe.fixed_group,
+            )
+
+
+@contextmanager
+def _naming(setting: Any) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{setting.name}: {error}") from None
 
 
 def _threads(jobs: int, processes: int) -> int:
@@ -235,17 +265,26 @@ def _values(command: click.Command, text: str) -> tuple[str, tuple[Any, ...]]:
 
 
 def _value(option: click.Parameter, part: str, text: str) -> Any:
-    from hvd_lb.recipe import OPTIONS, check_fields
+    from hvd_lb.recipe import OPTIONS, Recipe, check_fields
+    from hvd_lb.sweep.plan import NONE
 
+    field = str(option.name)
     value: Any
+    unset = Recipe.model_fields[field].default
+    if not part:
+        raise UserError(f"--vary {text}: expected a value between two commas")
+    if part == NONE and unset in (None, ()):
+        return unset
     if option.type is click.BOOL or getattr(option, "is_flag", False):
         if part.lower() not in (*_TRUE, *_FALSE):
             raise UserError(f"--vary {text}: {part!r} is neither true nor false")
         value = part.lower() in _TRUE
+    elif field == "init_from" or (field == "class_weights" and part != "balanced"):
+        value = str(Path(part).expanduser().absolute())
     else:
         try:
             value = option.type.convert(part, option, None)
         except click.BadParameter as error:
             raise UserError(f"--vary {text}: {error.message}") from None
-    check_fields({str(option.name): value}, OPTIONS)
+    check_fields({field: value}, OPTIONS)
     return value

@@ -159,7 +159,9 @@ def as_png(charts: Sequence[Chart], caption: str) -> bytes:
                         axes.fill_between(
                             series.x, series.low, series.high, color=colour, alpha=0.2, linewidth=0
                         )
-            for number, mark in enumerate(chart.marks):  # along the upper edge, each line's in a row of its own
+            for number, mark in enumerate(
+                chart.marks
+            ):  # along the upper edge, each line's in a row of its own
                 axes.plot(
                     mark.x,
                     0.97 - 0.05 * (mark.colour or 0),
@@ -183,7 +185,11 @@ def as_png(charts: Sequence[Chart], caption: str) -> bytes:
             axes.set_xlabel(chart.x_label)
             axes.set_ylabel(chart.y_label)
             axes.grid(alpha=0.3)
-            if len(chart.series) > 1 or chart.marks or any(series.name != _AS_IT_IS for series in chart.series):
+            if (
+                len(chart.series) > 1
+                or chart.marks
+                or any(series.name != _AS_IT_IS for series in chart.series)
+            ):
                 axes.legend()
         figure.suptitle(printable(caption), fontsize=9, wrap=True)
         png = io.BytesIO()

@@ -5,6 +5,7 @@ A sweep grows: further grids over the same recipe add their points to those that
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -24,6 +25,7 @@ Mode = Literal["simulate", "train"]
 # What all points have in common: seeds are counted by themselves, and data would be another experiment.
 _COMMON = {"data", "val", "val_fraction", "num_classes"}
 _MOST_POINTS = 100_000
+NONE = "none"  # the value of a field that is not set
 _AS_IT_IS = "as it is"  # the setting in which nothing is varied
 
 
@@ -61,7 +63,7 @@ class Point:
 
     @cached_property
     def name(self) -> str:
-        words = [f"{name}={text_of(value)}" for name, value in self.setting.values.items()]
+        words = [f"{name}={_in_name(value)}" for name, value in self.setting.values.items()]
         return re.sub(r"[^A-Za-z0-9=.,_+-]+", "-", ",".join([*words, f"seed={self.recipe.seed}"]))
 
     @property
@@ -87,29 +89,38 @@ class Sweep:
     mode: Mode
     grids: tuple[Grid, ...] = field(default=())
 
-    def settings(self) -> dict[Setting, int]:
-        """All, in their order, without repetition, and the number of seeds of each."""
-        found: dict[str, tuple[Setting, int]] = {}
+    @cached_property
+    def _known(self) -> dict[Setting, tuple[Recipe, int]]:
+        """All settings, in their order, without repetition: the recipe of the first seed, and the number of seeds."""
+        found: dict[str, tuple[Setting, Recipe, int]] = {}
         for grid in self.grids:
             for values in itertools.product(*grid.vary.values()):
                 setting = Setting(tuple(zip(grid.vary, values, strict=True)))
-                same = self._recipe(setting, self.base.seed).digest()
-                first, seeds = found.get(same, (setting, 0))
-                found[same] = first, max(seeds, grid.seeds)
-        return dict(found.values())
+                recipe = self._recipe(setting, self.base.seed)
+                setting, recipe, seeds = found.get(same := recipe.digest(), (setting, recipe, 0))
+                found[same] = setting, recipe, max(seeds, grid.seeds)
+        return {setting: (recipe, seeds) for setting, recipe, seeds in found.values()}
+
+    def settings(self) -> dict[Setting, int]:
+        """All, and the number of seeds of each."""
+        return {setting: seeds for setting, (_, seeds) in self._known.items()}
+
+    def recipe(self, setting: Setting) -> Recipe:
+        """Of its first seed."""
+        return self._known[setting][0]
 
     def points(self) -> list[Point]:
         """All runs: of the first seed all settings, then of the next, so that every setting is seen early."""
         settings = self.settings()
         return [
-            self._point(setting, self.base.seed + number)
+            self._point(setting, number)
             for number in range(max(settings.values(), default=0))
             for setting, seeds in settings.items()
             if number < seeds
         ]
 
     def points_of(self, setting: Setting) -> list[Point]:
-        return [self._point(setting, self.base.seed + number) for number in range(self.settings()[setting])]
+        return [self._point(setting, number) for number in range(self._known[setting][1])]
 
     def fields(self) -> list[str]:
         """Those that are varied, in their order."""
@@ -154,8 +165,10 @@ class Sweep:
     def with_grid(self, grid: Grid) -> Sweep:
         return self if grid in self.grids else replace(self, grids=(*self.grids, grid))
 
-    def _point(self, setting: Setting, seed: int) -> Point:
-        return Point(setting, self._recipe(setting, seed), self.folder)
+    def _point(self, setting: Setting, number: int) -> Point:
+        of_first = self.recipe(setting)
+        recipe = self._recipe(setting, of_first.seed + number) if number else of_first
+        return Point(setting, recipe, self.folder)
 
     def _recipe(self, setting: Setting, seed: int) -> Recipe:
         of_base = self.base.model_dump(mode="json")
@@ -230,9 +243,9 @@ def check_vary(name: str) -> str:
         raise UserError("--vary seed: give --seeds N, which repeats every point with N seeds")
     if known in _COMMON:
         raise UserError(f"--vary {name}: a sweep is over one data set; give each a sweep of its own")
-    if known in FREE_FIELDS:
+    if known in FREE_FIELDS - {"init_from"}:  # which counts at the start alone
         raise UserError(
-            f"--vary {name}: does not change what is learnt, so there would be nothing to compare"
+            f"--vary {name}: may change while a run goes on, so runs that differ in it alone are the same run"
         )
     return known
 
@@ -249,12 +262,22 @@ def _file(folder: Path) -> Path:
     return folder / "sweep.json"
 
 
+def _in_name(value: Any) -> str:
+    """Of a run: of a path its last part, and a digest, as others may end so, too."""
+    text = text_of(value)
+    if not text.startswith("/"):
+        return text
+    return f"{Path(text).name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
 def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
 def text_of(value: Any) -> str:
     """A field's value as it is written in names and tables."""
+    if value is None or value == ():
+        return NONE
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):

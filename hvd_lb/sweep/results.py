@@ -7,7 +7,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,9 +74,9 @@ def has_diverged(point: Point) -> bool:
     )
 
 
-def unfinished(sweep: Sweep) -> list[Point]:
-    """The points that have neither come to their end nor diverged."""
-    return [point for point in sweep.points() if not (ended_after(point.run) or has_diverged(point))]
+def unfinished(points: Iterable[Point]) -> list[Point]:
+    """Those that have neither come to their end nor diverged."""
+    return [point for point in points if not (ended_after(point.run) or has_diverged(point))]
 
 
 def results(sweep: Sweep, epochs: int = LAST_EPOCHS, only: Collection[str] | None = None) -> list[Result]:

@@ -5,12 +5,15 @@ Each export is a folder with the network, `classes.txt` and a model card (`hvd_l
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,8 +72,16 @@ def export(trained: Trained, form: Format, folder: Path) -> Exported:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         made = Path(temporary) / "made"
         made.mkdir()
-        loading, again = _WRITERS[form](trained, model, made)
-        difference, largest = _compare(trained, model, again)
+        try:
+            loading, again = _WRITERS[form](trained, model, made)
+            difference, largest = _compare(trained, model, again)
+        except OSError:
+            raise
+        except Exception as error:  # whatever an exporter cannot take: nothing of it is ours to know
+            raise UserError(
+                f"--format {form} cannot take {trained.recipe.model}: {_first_line(error)}: nothing was written; give "
+                "another --format"
+            ) from error
         names = trained.classes or [str(label) for label in range(trained.outputs)]
         replace_text(made / "classes.txt", "".join(f"{printable(name)}\n" for name in names))
         replace_text(made / "README.md", model_card(trained, loading))
@@ -80,7 +91,7 @@ def export(trained: Trained, form: Format, folder: Path) -> Exported:
 
 
 def _compare(trained: Trained, model: nn.Module, again: Network) -> tuple[float, float]:
-    """Largest difference of a logit, and the largest logit; RuntimeError where they are another network's."""
+    """Largest difference of a logit, and the largest logit; ValueError where they are another network's."""
     size, random = trained.recipe.evaluation_size, torch.Generator().manual_seed(0)
     difference = largest = 0.0
     with torch.no_grad():
@@ -90,9 +101,7 @@ def _compare(trained: Trained, model: nn.Module, again: Network) -> tuple[float,
             difference = max(difference, float((mine - theirs).abs().max()))
             largest = max(largest, float(mine.abs().max()))
     if not difference <= _CLOSE * max(1.0, largest):
-        raise RuntimeError(
-            f"the exported network gives other logits, by up to {difference:.3g} of {largest:.3g}: nothing was written"
-        )
+        raise ValueError(f"read back it gives other logits, by up to {difference:.3g} of {largest:.3g}")
     return difference, largest
 
 
@@ -155,9 +164,26 @@ def _onnx(trained: Trained, model: nn.Module, folder: Path) -> tuple[Loading, Ne
     return Loading("ONNX Runtime", code), again
 
 
-def _quiet() -> warnings.catch_warnings:
-    """The exporters warn of their own affairs."""
-    return warnings.catch_warnings(action="ignore")
+def _first_line(error: Exception) -> str:
+    """Exporters tell pages, the reason first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return printable(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)[:300]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters warn of their own affairs, and log and print pages of what they cannot take."""
+    before = logging.root.manager.disable
+    logging.disable()
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            redirect_stderr(StringIO()),
+            redirect_stdout(StringIO()),
+        ):
+            yield
+    finally:
+        logging.disable(before)
 
 
 _WRITERS: dict[Format, Callable[[Trained, nn.Module, Path], tuple[Loading, Network]]] = {

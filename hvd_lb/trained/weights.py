@@ -30,7 +30,7 @@ from hvd_lb.training.checkpoint import (
     open_checkpoint,
     weights_metadata,
 )
-from hvd_lb.training.models import build_model, last_weight
+from hvd_lb.training.models import build_model, input_problem, last_weight
 
 # A header that readers of safetensors take has at most 100 MB.
 _MOST_METADATA = 20_000_000
@@ -71,8 +71,8 @@ class Trained:
         head = last_weight(self.recipe.model)
         if head not in self.tensors:
             raise UserError(
-                f"{printable(str(self.file))} does not hold the weights of {self.recipe.model} (it has no {head}): name "
-                "the recipe they were trained by with --recipe"
+                f"{printable(str(self.file))} does not hold the weights of {self.recipe.model} (it has no {head}): "
+                "name the recipe they were trained by with --recipe"
             )
         return len(self.tensors[head])
 
@@ -85,7 +85,7 @@ class Trained:
         return self.classes[label] if self.classes and label < len(self.classes) else str(label)
 
     def network(self, device: torch.device) -> nn.Module:
-        """In evaluation mode. UserError where these are not the recipe's weights."""
+        """In evaluation mode. UserError where these are not the recipe's weights, or its images are none for them."""
         model = build_model(self.recipe.model, self.outputs, seed=0, zero_gamma=self.recipe.zero_gamma)
         try:
             model.load_state_dict(self.tensors)
@@ -95,6 +95,12 @@ class Trained:
                 f"{printable(str(self.file))} does not hold the weights of {self.recipe.model} with {self.outputs} "
                 f"outputs ({' '.join(first.split())[:200]}): name the recipe they were trained by with --recipe"
             ) from None
+        size = self.recipe.evaluation_size
+        if self.checkpoint is None and (problem := input_problem(self.recipe.model, self.outputs, size, 2)):
+            raise UserError(
+                f"{self.recipe.model} cannot take images of {size}×{size} pixels ({problem}): give the image_size that "
+                "the weights were trained with in --recipe"
+            )
         model.to(device, arithmetic.dtype(self.recipe))
         return model.to(memory_format=arithmetic.memory_format(self.recipe)).eval()
 

@@ -164,7 +164,9 @@ class Evaluator:
         self.bad_images.check(left_out, len(self.loaders.images), "validation")
         top1, top5, count, loss_sum = figures.sum(0).tolist()
         if not count:
-            raise UserError("none of the images to evaluate on could be decoded: hvd-lb data verify names them")
+            raise UserError(
+                "none of the images to evaluate on could be decoded: hvd-lb data verify names them"
+            )
         return Evaluation(100 * (1 - top1 / count), 100 * (1 - top5 / count), loss_sum / count, int(count))
 
     def _heed(self, asked: Handle | None) -> None:

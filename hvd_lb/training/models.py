@@ -7,7 +7,7 @@ Any classification model of torchvision, and the small residual networks for ima
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MethodType
 
@@ -77,6 +77,7 @@ def parameter_count(name: str, num_classes: int) -> int:
     return sum(parameter.numel() for parameter in _without_memory(name, num_classes).parameters())
 
 
+@cache
 def has_batch_norm(name: str) -> bool:
     """Whether a network keeps running statistics of batch norm."""
     return bool(batch_norms(_without_memory(name, 1)))
@@ -91,6 +92,7 @@ def check_input(name: str, num_classes: int, image_size: int, images: int) -> No
         )
 
 
+@cache
 def input_problem(name: str, num_classes: int, image_size: int, images: int) -> str:
     """Why the network cannot train on such a microbatch; empty when it can."""
     model = _without_memory(name, num_classes).train()

@@ -1,14 +1,18 @@
 """Which runs a sweep is made of, and what is refused before any of them starts."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from hvd_lb.errors import UserError
 from hvd_lb.recipe import Recipe
+from hvd_lb.sweep import plan
 from hvd_lb.sweep.plan import Grid, Sweep, grown, open_sweep, text_of
+from hvd_lb.training.models import build_model
 
 BASE = Recipe(data="digits", model="resnet8", image_size=8, per_gpu_batch=8, epochs=3, warmup_epochs=1)
 
@@ -109,7 +113,17 @@ def test_it_is_kept_and_grows(tmp_path: Path) -> None:
         (["--vary", "gpus=8", "--vary", "gpus=16"], "gpus was given before"),
         (["--vary", "seed=1,2"], "give --seeds N"),
         (["--vary", "data=digits"], "give each a sweep of its own"),
-        (["--vary", "threads=1,2"], "does not change what is learnt"),
+        (["--vary", "threads=1,2"], "may change while a run goes on, so runs that differ in it alone are the same run"),
+        (["--vary", "gpus=2,,4"], "expected a value between two commas"),
+        (["--vary", "gpus=2,none"], "'none' is not a valid integer"),
+        (["--vary", "nesterov=true,false", "--optimizer", "lamb"], "--nesterov has no effect with optimizer lamb"),
+        (["--vary", "warmup=gradual,none", "--vary", "warmup_epochs=1,2"],
+         "warmup=none, warmup_epochs=1: --warmup-epochs has no effect with warmup none"),
+        (["--vary", "recompute_bn=none,100000"], "recompute_bn=100000: --recompute-bn 100000, but the data set has 1438"),
+        (["--vary", "class_weights=none,balanced,no/file"], "no/file: cannot be read"),
+        (["--vary", "init_from=none,no/weights"], "no/weights is not there"),
+        (["--vary", "gpus=2,8", "--train", "--processes", "4", "--device", "cpu"],
+         "gpus=2: --processes 4 for 2 virtual workers: expected 1 to 2"),
         (["--vary", "warmup=gradual,slow"], "'slow' is not one of gradual, constant, none"),
         (["--vary", "nesterov=true,maybe"], "'maybe' is neither true nor false"),
         (["--vary", "gpus=2,4096"], "gpus=4096: "),
@@ -157,6 +171,76 @@ def test_a_dry_run_names_the_runs_and_run_may_be_left_out(
     other = hvd_lb("sweep", "run", tmp_path / "full", *words)
     assert (other.status, other.out) == (2, "")
     assert "holds something that is no sweep" in other.err
+
+
+def test_fields_that_are_not_set_and_paths(
+    hvd_lb: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`none` is a value like others; files are read beforehand, and told by where they are from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        weights = build_model("resnet8", 10, seed=ord(folder)).state_dict()
+        save_file(weights, tmp_path / folder / "w.safetensors")
+        (tmp_path / folder / "classes.txt").write_text("".join(f"{name} 1\n" for name in range(10)))
+    grids = (
+        "ema=none,0.99",
+        "init_from=none,a/w.safetensors,b/w.safetensors",
+        "class_weights=none,balanced,a/classes.txt",
+        "progressive_size=none;4",
+    )
+    words = [word for grid in grids for word in ("--vary", grid)]
+    said = hvd_lb(*("sweep", "run", "s", "--data", "digits", "--model", "resnet8"), *words, "--dry-run")
+    assert (said.status, said.err) == (0, "")
+    names = [line.split()[-1] for line in said.out.splitlines()[1:]]
+    assert len(set(names)) == 2 * 3 * 3 * 2
+    assert names[0] == "ema=none,init_from=none,class_weights=none,progressive_size=none,seed=0"
+    assert re.fullmatch(
+        r"ema=0\.99,init_from=w\.safetensors-[0-9a-f]{8},class_weights=classes\.txt-[0-9a-f]{8},progressive_size=4,"
+        "seed=0",
+        names[-1],
+    )
+
+    base = BASE.model_copy(update={"ema": 0.9, "num_classes": 10})
+    of = Sweep(
+        tmp_path / "kept", base, "simulate", (Grid({"ema": (None, 0.5), "progressive_size": ((), (4,))}, 1),)
+    )
+    of.folder.mkdir()
+    of.save()
+    again = open_sweep(of.folder)
+    assert again == of
+    assert [(point.recipe.ema, point.recipe.progressive_size) for point in again.points()] == [
+        (None, ()),
+        (None, (4,)),
+        (0.5, ()),
+        (0.5, (4,)),
+    ]
+    assert again.setting("ema=none, progressive_size=4").values == {"ema": None, "progressive_size": (4,)}
+
+
+def test_a_recipe_is_made_once_for_each_run(
+    hvd_lb: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not for each setting whenever one is asked about: a sweep may have thousands."""
+    made, make = [], plan.make_recipe
+    monkeypatch.setattr(plan, "make_recipe", lambda *given: made.append(given) or make(*given))
+    words = ("--vary", "gpus=2,4", "--vary", "flip=" + ",".join(f"0.{i}" for i in range(10, 40)))
+    folder = tmp_path / "s"
+    said = hvd_lb("sweep", "run", folder, "--data", "digits", *words, "--seeds", 3, "--dry-run")
+    assert "60 settings, 180 runs" in said.out
+    assert len(made) == 180
+    grids = (Grid({"gpus": (2, 4), "flip": tuple(i / 100 for i in range(30))}, 3),)
+    of = Sweep(folder, BASE, "simulate", grids)
+    folder.mkdir()
+    of.save()
+    for command in (
+        ("table",),
+        ("status",),
+        ("figure", "--output", tmp_path / "a.png", "--curves", "gpus=2, flip=0.1"),
+    ):
+        made.clear()
+        hvd_lb("sweep", command[0], folder, *command[1:])
+        assert len(made) <= 181, command
 
 
 @pytest.mark.parametrize("command", ["status", "table", "figure"])

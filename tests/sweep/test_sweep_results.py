@@ -68,7 +68,7 @@ def test_errors_are_counted_as_in_the_paper(sweep: Sweep) -> None:
     assert [one.learning_rate for one in found] == pytest.approx([0.025, 0.05, 0.1, 0.2])
     assert error_of(sweep.points()[0], epochs=1) == 10.0
     assert error_of(sweep.points()[0], epochs=4) == 10.0
-    assert [point.name for point in unfinished(sweep)] == ["gpus=8,seed=1", "gpus=16,seed=1"]
+    assert [point.name for point in unfinished(sweep.points())] == ["gpus=8,seed=1", "gpus=16,seed=1"]
 
 
 def test_tables(hvd_lb: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> None:

@@ -75,3 +75,20 @@ def test_a_run_that_diverges_is_a_result(start: Start, tmp_path: Path) -> None:
     assert {board.name for board in boards.iterdir()} == {point.name for point in open_sweep(folder).points()}
     out, _ = finish(start("sweep", folder))
     assert out.endswith("2 settings, 2 runs: 2 ended, 0 to go\n")
+
+
+@pytest.mark.long
+def test_by_train_on_several_processes(start: Start, tmp_path: Path) -> None:
+    """The runs are those that are simulated, to the bit, averaged weights on and off among them."""
+    words = (*WORDS[:-2], "--together", 1, "--reproducible", "--gpus", 2, "--vary", "ema=none,0.99")
+    found = []
+    for folder, more in ((tmp_path / "train", ("--train", "--processes", 2)), (tmp_path / "simulate", ())):
+        finish(start("sweep", "run", folder, *words, *more))
+        points = open_sweep(folder).points()
+        assert [point.name for point in points] == ["ema=none,seed=0", "ema=0.99,seed=0"]
+        environments = [json.loads(point.run.environment.read_text()) for point in points]
+        assert [of["processes"] for of in environments] == [2 if more else 1] * 2
+        ends = [[one for one in records(point.run.path) if one["kind"] == "eval"][-1] for point in points]
+        assert ["ema_top1_error" in of for of in ends] == [False, True]
+        found.append([{name: value for name, value in of.items() if name != "chain"} for of in ends])
+    assert found[0] == found[1]
