@@ -119,7 +119,7 @@ def test_it_is_kept_and_grows(tmp_path: Path) -> None:
         (["--vary", "nesterov=true,false", "--optimizer", "lamb"], "--nesterov has no effect with optimizer lamb"),
         (["--vary", "warmup=gradual,none", "--vary", "warmup_epochs=1,2"],
          "warmup=none, warmup_epochs=1: --warmup-epochs has no effect with warmup none"),
-        (["--vary", "recompute_bn=none,100000"], "recompute_bn=100000: --recompute-bn 100000, but the data set has 1438"),
+        (["--vary", "recompute_bn=none,9999"], "recompute_bn=9999: --recompute-bn 9999, but the data set has 1438"),
         (["--vary", "class_weights=none,balanced,no/file"], "no/file: cannot be read"),
         (["--vary", "init_from=none,no/weights"], "no/weights is not there"),
         (["--vary", "gpus=2,8", "--train", "--processes", "4", "--device", "cpu"],
@@ -152,6 +152,8 @@ def test_a_dry_run_names_the_runs_and_run_may_be_left_out(
     words = (
         "--data",
         "digits",
+        "--schedule",
+        "step",
         "--vary",
         "gpus=2,4",
         "--vary=drop-epochs=30,60;45",

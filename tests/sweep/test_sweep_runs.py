@@ -80,7 +80,8 @@ def test_a_run_that_diverges_is_a_result(start: Start, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_by_train_on_several_processes(start: Start, tmp_path: Path) -> None:
     """The runs are those that are simulated, to the bit, averaged weights on and off among them."""
-    words = (*WORDS[:-2], "--together", 1, "--reproducible", "--gpus", 2, "--vary", "ema=none,0.99")
+    words = (*WORDS[:-2], "--together", 1, "--reproducible", "--gpus", 2, "--steps", 4)
+    words = (*words, "--vary", "ema=none,0.99")
     found = []
     for folder, more in ((tmp_path / "train", ("--train", "--processes", 2)), (tmp_path / "simulate", ())):
         finish(start("sweep", "run", folder, *words, *more))
