@@ -223,15 +223,23 @@ def _cluster(name: str, price: float | None) -> ClusterProfile:
 def _memory(recipe: Recipe) -> str:
     from hvd_lb.training.models import parameter_count
 
-    parameters = parameter_count(recipe.model, recipe.num_classes or 1)
-    size = 3 * parameters * (8 if recipe.precision == "fp64" else 4)
-    integers = ""
+    classes, number = recipe.num_classes or 1, 8 if recipe.precision == "fp64" else 4
+    all_of_them = parameter_count(recipe.model, classes)
+    learning = parameter_count(recipe.model, classes, recipe.freeze)
+    bytes_of = {"weights": number * all_of_them, "gradients": number * learning}
     if recipe.reproducible:
-        size += 8 * parameters
-        integers = ", their sums in fixed point"
+        bytes_of["their sums in fixed point"] = 8 * learning
+    if recipe.ema:
+        bytes_of["averaged weights"] = number * all_of_them
+    if recipe.optimizer == "lamb":
+        bytes_of["LAMB's two averages"] = 2 * number * learning
+    else:
+        bytes_of["momentum"] = number * learning
+    *names, last = bytes_of
+    some = f", of which {learning / 1e6:.2f} M learn" if learning < all_of_them else ""
     return (
-        f"{size / 1e6:,.0f} MB for weights, gradients{integers} and momentum of {parameters / 1e6:.2f} M parameters, "
-        f"and the activations of one batch; the same for any --gpus"
+        f"{sum(bytes_of.values()) / 1e6:,.0f} MB for {', '.join(names)} and {last} of {all_of_them / 1e6:.2f} M "
+        f"parameters{some}, and the activations of one batch; the same for any --gpus"
     )
 
 

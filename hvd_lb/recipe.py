@@ -111,10 +111,16 @@ def _check_every_or_minutes(text: str) -> str:
     return text
 
 
-def _check_class_weights(value: str | tuple[float, ...] | None) -> str | tuple[float, ...] | None:
-    if isinstance(value, tuple) and not (value and min(value) >= 0 and max(value) > 0):
-        raise ValueError("expected weights of at least 0, not all of them 0")
-    return value
+def _check_class_weights(value: Any) -> Any:
+    """Before pydantic looks at it, which says of what is neither text nor numbers only that it is no text."""
+    weights = tuple(value) if isinstance(value, list) else value
+    if isinstance(weights, tuple):
+        numbers = all(isinstance(of, int | float) and 0 <= of < math.inf for of in weights)
+        if not (numbers and any(weights)):
+            raise ValueError("expected weights of at least 0, not all of them 0")
+    elif not (weights is None or isinstance(weights, str)):
+        raise ValueError("expected balanced, a file or a list of numbers")
+    return weights
 
 
 def _listed(length: int | None = None) -> BeforeValidator:
@@ -160,11 +166,7 @@ Sizes = Annotated[
     tuple[int, ...], _listed(), _each(1, 8192, increasing=True, what="increasing whole numbers")
 ]
 # A file's become numbers, in the order of the classes, when a run is resolved.
-ClassWeights = Annotated[
-    str | tuple[float, ...] | None,
-    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
-    AfterValidator(_check_class_weights),
-]
+ClassWeights = Annotated[str | tuple[float, ...] | None, BeforeValidator(_check_class_weights)]
 Epochs = Annotated[
     tuple[float, ...],
     _listed(),

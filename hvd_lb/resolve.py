@@ -181,13 +181,18 @@ def read_class_weights(path: Path, classes: Sequence[str]) -> tuple[float, ...]:
             f"--class-weights {path}: cannot be read ({why}): expected balanced or a file"
         ) from None
     for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
-        parts = line.rsplit(maxsplit=1)
+        if not line:
+            continue
         try:
-            found |= {parts[0]: float(parts[1])} if line else {}
-        except (IndexError, ValueError):
+            name, weight = line.rsplit(maxsplit=1)
+            own = float(weight)
+        except ValueError:
             raise UserError(
                 f"--class-weights {path}, line {number}: expected NAME WEIGHT, found {line!r}"
             ) from None
+        if name in found:
+            raise UserError(f"--class-weights {path}, line {number}: {name!r} has a line before this one")
+        found[name] = own
     wrong = sorted(found.keys() ^ set(classes))
     if wrong:
         what = "is no class of the data" if wrong[0] in found else "has no line"

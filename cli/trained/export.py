@@ -24,7 +24,12 @@ from hvd_lb_cli.trained.argument import AVERAGED, WEIGHTS
     required=True,
     help="Weights for torchvision's network, a program for torch.export.load, or an ONNX file.",
 )
-@click.option("--output", type=Target(), help="Folder to write [default: exported/FORMAT in the run]")
+@click.option(
+    "--output",
+    type=Target(),
+    help="Folder to write [default: in the run exported/FORMAT, of another checkpoint or with --ema "
+    "exported/FORMAT-best, -ema]",
+)
 @click.option("--recipe", metavar="NAME|FILE", help="The recipe of weights that do not bring one along.")
 @AVERAGED
 def export(weights: Path, form: str, output: Path | None, recipe: str | None, ema: bool) -> None:
@@ -42,7 +47,10 @@ def export(weights: Path, form: str, output: Path | None, recipe: str | None, em
     if output is None:
         if trained.run is None:
             raise UserError(f"{printable(str(weights))} is in no run directory: give --output FOLDER")
-        output = trained.run.path / "exported" / form
+        # Each network of a run has a folder of its own.
+        named = weights.expanduser().absolute()
+        which = [] if named.resolve() == trained.run.path.resolve() else [named.name]
+        output = trained.run.path / "exported" / "-".join([form, *which, *(["ema"] if ema else [])])
     (chosen,) = (name for name in FORMATS if name == form)
     with plain_console(stderr=True).status(Text(f"exporting {trained.recipe.model}")):
         done = export_weights(trained, chosen, output.expanduser())

@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from hvd_lb.errors import UserError
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.shuffle import Permutation
 
@@ -21,8 +22,10 @@ def class_weights(
     its scale, and the sum over a step is still divided by its images.
 
     "balanced": inverse to how often a class is drawn, and 0 where it never is; else these numbers, scaled. Outputs
-    beyond the classes have 0.
+    beyond the classes have 0. UserError for another word.
     """
+    if isinstance(given, str) and given != "balanced":
+        raise UserError(f"class_weights {given!r}: expected balanced, or a number for each class")
     weights = 1.0 / np.maximum(drawn, 1) * (drawn > 0) if isinstance(given, str) else np.array(given)
     weights = weights * (drawn.sum() / (weights @ drawn))
     return np.pad(weights, (0, (outputs or len(weights)) - len(weights)))

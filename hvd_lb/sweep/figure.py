@@ -20,7 +20,7 @@ from hvd_lb.report.page.chart import Chart, Mark, Series
 from hvd_lb.report.summary import ended_after
 from hvd_lb.report.text import printable
 from hvd_lb.sweep.plan import Setting, Sweep
-from hvd_lb.sweep.results import Result, within_noise
+from hvd_lb.sweep.results import Result, whose_error, within_noise
 from hvd_lb.training.saved_state import counted_error
 
 _AS_IT_IS = "the recipe as it is"  # but for its minibatch
@@ -39,7 +39,7 @@ def minibatch_chart(
         "minibatch",
         "Error against minibatch",
         "minibatch (images)",
-        "top-1 error, validation (%)",
+        f"top-1 error{whose_error(sweep)}, validation (%)",
         log_x=True,
     )
     if not known:
@@ -95,7 +95,7 @@ def curve_charts(sweep: Sweep, settings: Sequence[Setting]) -> list[Chart]:
 
     Of the runs that have ended, where there are any: means over other seeds in each epoch would be no curve.
     """
-    error = Chart("error", "Validation error", "epoch", "top-1 error, validation (%)")
+    error = Chart("error", "Validation error", "epoch", f"top-1 error{whose_error(sweep)}, validation (%)")
     loss = Chart("loss", "Training loss", "epoch", "loss")
     for setting in settings:
         begun = [point for point in sweep.points_of(setting) if point.run.metrics.exists()]

@@ -153,12 +153,20 @@ def _shown(sweep: Sweep, found: Sequence[Result]) -> list[str]:
     return [name for name, of in values.items() if len(of) > 1] or sweep.fields()
 
 
+def whose_error(sweep: Sweep) -> str:
+    """Words for the weights whose errors are counted; none where they are just those of the runs."""
+    averaged = [bool(sweep.value(setting, "ema")) for setting in sweep.settings()]
+    return (
+        " of averaged weights" + ("" if all(averaged) else " where a run has them") if any(averaged) else ""
+    )
+
+
 def how(sweep: Sweep, epochs: int = LAST_EPOCHS) -> str:
     """How the errors are counted, in a sentence."""
     of = min(epochs, sweep.base.epochs)
     which = f"the median of the last {of} epochs" if of > 1 else "that of the last epoch"
     return (
-        f"Top-1 validation error in per cent: of each run {which}, mean ± standard deviation over the seeds that did "
+        f"Top-1 validation error{whose_error(sweep)} in per cent: of each run {which}, mean ± standard deviation over the seeds that did "
         "not diverge."
     )
 

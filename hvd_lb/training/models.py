@@ -32,6 +32,10 @@ _ARGUMENTS: dict[str, dict[str, bool]] = {
 }
 
 
+# Of the same, what their files hold besides.
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+
+
 def model_arguments(name: str) -> dict[str, bool]:
     """What torchvision's builder of this network is told besides the number of classes."""
     return dict(_ARGUMENTS.get(name, {}))
@@ -72,9 +76,12 @@ def build_model(
     return model
 
 
-def parameter_count(name: str, num_classes: int) -> int:
-    """Trainable numbers of a network, found without making them."""
-    return sum(parameter.numel() for parameter in _without_memory(name, num_classes).parameters())
+def parameter_count(name: str, num_classes: int, freeze: str = "none") -> int:
+    """Trainable numbers of a network, found without making them; those that learn."""
+    model = _without_memory(name, num_classes)
+    if freeze == "backbone":
+        freeze_backbone(model)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 @cache
@@ -149,7 +156,7 @@ def take_weights(
     """Gives `model` the tensors of a network of the same kind; those of the last layer keep their values where the
     other network tells `other_classes` apart, or so many. Their names; UserError where it is no such network.
     """
-    own = model.state_dict()
+    own, tensors = model.state_dict(), without_auxiliary(model, tensors)
     head = f"{last_layer(model)}."
     of_head = [name for name in own if name.startswith(head)]
     other = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
@@ -164,6 +171,12 @@ def take_weights(
     new = of_head if other or other_classes else []
     model.load_state_dict({name: own[name] if name in new else tensors[name] for name in own})
     return new
+
+
+def without_auxiliary(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a file for `model`: torchvision's have heads that the training of these networks there used."""
+    own = model.state_dict()
+    return {name: of for name, of in tensors.items() if name in own or not name.startswith(_AUXILIARY)}
 
 
 def begin_with(model: nn.Module, path: str, classes: Sequence[str]) -> None:

@@ -51,7 +51,9 @@ def test_what_a_run_will_do_is_said(hvd_lb: Callable[..., Any], tmp_path: Path) 
         ([*NAMES[:-1], "9"], "line 10: expected NAME WEIGHT, found '9'"),
         ([*NAMES[:-1], "9 -1"], "expected weights of at least 0, not all of them 0"),
         ([f"{number} 0" for number in range(10)], "expected weights of at least 0, not all of them 0"),
-        ([*NAMES[:-1], "9 nan"], "expected"),
+        ([*NAMES[:-1], "9 nan"], "expected weights of at least 0, not all of them 0"),
+        ([*NAMES[:-1], "9 inf"], "expected weights of at least 0, not all of them 0"),
+        ([*NAMES, "9 2"], "line 11: '9' has a line before this one"),
     ],
 )
 def test_weights_that_are_none(

@@ -130,6 +130,13 @@ def test_balanced_weights_are_those_of_the_usual_formula() -> None:
     assert class_weights((1.0, 7.0, 2.0, 2.0), drawn) == pytest.approx(np.array([1, 7, 2, 2]) * 100 / 190)
 
 
+def test_no_other_word_is_taken_for_balanced() -> None:
+    with pytest.raises(
+        UserError, match="class_weights 'weights.txt': expected balanced, or a number for each class"
+    ):
+        class_weights("weights.txt", np.array([1, 2]))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_weighted_loss_over_all_images_is_torchs_mean(smoothing: float) -> None:
     torch.manual_seed(0)

@@ -121,6 +121,28 @@ def test_runs_are_laid_over_each_other_and_differ_in(tmp_path: Path) -> None:
     assert names == ["a · training", "a · validation", "b · training", "b · validation"]
 
 
+def test_errors_of_averaged_weights_are_told_and_judge_the_run(tmp_path: Path) -> None:
+    """As in summary.json; raw weights and averaged ones are told apart, also where a run beside has none."""
+    run, plain = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    earlier, later = (
+        {"top1_error": 40.0, "ema_top1_error": 33.25, "ema_top5_error": 3.5},
+        {"top1_error": 31.0, "ema_top1_error": 35.75, "ema_top5_error": 4.5},
+    )
+    common = {"kind": "eval", "epoch": 1, "top5_error": 5.0, "loss": 0.5, "images": 359}
+    lines = [{**common, "step": 9, **earlier}, {**common, "step": 19, **later}]
+    run.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    alone = runs_page([run.path])
+    assert "<td>31.00 %, 35.75 % of averaged weights</td>" in alone
+    assert "<td>5.00 %, 4.50 % of averaged weights</td>" in alone
+    assert "<th>best top-1 error</th><td>33.25 % of averaged weights</td>" in alone
+    assert "top-1 error, averaged weights (%)" in alone
+    for row in ("40.00 5.00 33.25 3.50", "31.00 5.00 35.75 4.50"):
+        assert "".join(f"<td class=number>{cell}</td>" for cell in row.split()) in alone
+    both = runs_page([run.path, plain.path])
+    assert "".join(f"<td class=number>{cell}</td>" for cell in ("12.35", "1.00", "", "")) in both
+    assert "averaged" not in runs_page([plain.path])
+
+
 def test_a_long_line_keeps_its_peaks() -> None:
     values = [float(i % 7) for i in range(100_000)]
     values[54_321], values[77_777] = 1000.0, -1000.0

@@ -16,7 +16,7 @@ from hvd_lb.recipe import Recipe
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.sweep.figure import as_png, minibatch_chart
 from hvd_lb.sweep.plan import Grid, Sweep
-from hvd_lb.sweep.results import error_of, results, unfinished
+from hvd_lb.sweep.results import error_of, how, results, unfinished
 
 BASE = Recipe(data="digits", model="resnet8", image_size=8, per_gpu_batch=32, epochs=6, warmup_epochs=1)
 
@@ -120,6 +120,25 @@ def test_settings_in_order_and_those_that_differ_in_a_field(
     for words in (["table"], ["figure", "--output", page]):
         wrong = hvd_lb("sweep", *words[:1], sweep.folder, *words[1:], "--vary", "momentum")
         assert (wrong.status, wrong.err) == (2, "hvd-lb: error: --vary momentum is not varied here\n")
+
+
+@pytest.mark.parametrize(
+    ("ema", "said"),
+    [
+        ((None,), "Top-1 validation error in per cent"),
+        ((None, 0.9), "Top-1 validation error of averaged weights where a run has them in per cent"),
+        ((0.9,), "Top-1 validation error of averaged weights in per cent"),
+    ],
+)
+def test_whose_errors_are_counted_is_said(tmp_path: Path, ema: tuple[float | None, ...], said: str) -> None:
+    of = Sweep(tmp_path / "s", BASE, "simulate", (Grid({"ema": ema}, 1),))
+    assert how(of).startswith(f"{said}: ")
+    write(of.points()[0].run, [10.0])
+    chart, _ = minibatch_chart(of, results(of))
+    assert (
+        chart.y_label
+        == f"top-1{said.removeprefix('Top-1 validation').removesuffix(' in per cent')}, validation (%)"
+    )
 
 
 def test_status(hvd_lb: Callable[..., Any], sweep: Sweep) -> None:

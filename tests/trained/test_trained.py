@@ -25,7 +25,7 @@ from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.trained.card import Loading, model_card
 from hvd_lb.trained.weights import metadata_of, open_trained
 from hvd_lb.training.checkpoint import CheckpointStore
-from hvd_lb.training.models import build_model
+from hvd_lb.training.models import SmallResNet, build_model
 from hvd_lb.training.trainer import Trainer
 from hvd_lb.world.solo import Solo
 
@@ -282,6 +282,68 @@ def test_an_export_brings_the_network_along(
         "torch 2",
     ):
         assert text in card, text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("fault", ["depends on its data", "other logits"])
+def test_a_network_that_cannot_be_exported(
+    hvd_lb: Callable[..., Any],
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    fault: str,
+) -> None:
+    """The exporter's pages become a line, and what was there before stays."""
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "classes.txt").write_text("before")
+    plain = SmallResNet.forward
+
+    def forward(self: SmallResNet, images: torch.Tensor) -> torch.Tensor:
+        if fault == "other logits":
+            return plain(self, images) * (2.0 if torch.compiler.is_exporting() else 1.0)
+        return plain(self, images if images.sum() > 0 else -images)
+
+    monkeypatch.setattr(SmallResNet, "forward", forward)
+    said = hvd_lb("export", run, "--format", form, "--output", tmp_path / "e")
+    assert (said.status, said.out) == (2, "")
+    assert f"--format {form} cannot take resnet8: " in said.err
+    assert said.err.count("\n") == 1
+    assert len(said.err) < 600
+    assert [path.name for path in tmp_path.rglob("*")] == ["e", "classes.txt"]
+
+
+def test_an_image_size_that_the_network_cannot_take(hvd_lb: Callable[..., Any], tmp_path: Path) -> None:
+    """Of a file of others, whose recipe is what a user says: an error in a line, before anything is computed."""
+    file, recipe = tmp_path / "theirs.safetensors", tmp_path / "recipe.yaml"
+    save_file(torchvision.models.squeezenet1_1(num_classes=10).state_dict(), file)
+    recipe.write_text("model: squeezenet1_1\nimage_size: 8\n")
+    for words in (
+        ("evaluate", file, "--data", "digits"),
+        ("export", file, "--format", "torch-export", "--output", tmp_path / "e"),
+    ):
+        said = hvd_lb(*words, "--recipe", recipe)
+        assert (said.status, said.out) == (2, "")
+        assert "squeezenet1_1 cannot take images of 8×8 pixels" in said.err
+        assert said.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_each_network_of_a_run_is_exported_into_a_folder_of_its_own(
+    hvd_lb: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = train(tmp_path / "run", ema=0.9)
+    for weights, more, folder in (
+        (run, (), "torch-export"),
+        (run, ("--ema",), "torch-export-ema"),
+        (run / "checkpoints" / "best", (), "torch-export-best"),
+        (run / "checkpoints" / "step-00000005", ("--ema",), "torch-export-step-00000005-ema"),
+    ):
+        said = hvd_lb("export", weights, "--format", "torch-export", *more)
+        assert said.status == 0, said.err
+        assert f"{run / 'exported' / folder}: README.md, classes.txt, model.pt2" in said.out
+    assert len(list((run / "exported").iterdir())) == 4
 
 
 @pytest.mark.long

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
-from test_trainer import largest_difference, make_trainer, run_steps, small_recipe
+from test_trainer import CPU, largest_difference, make_trainer, run_steps, small_recipe
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from hvd_lb.trained.weights import metadata_of
+from hvd_lb.trained.weights import metadata_of, open_trained
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
-from hvd_lb.training.models import build_model, new_head
+from hvd_lb.training.models import build_model, new_head, take_weights
 from hvd_lb.training.trainer import Trainer
 
 
@@ -138,3 +139,18 @@ def test_what_is_new_is_said_before_the_run(hvd_lb: Callable[..., Any], tmp_path
         assert (refused.status, refused.out) == (2, ""), name
         assert wrong in refused.err
         assert refused.err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_files_of_torchvision_with_heads_that_training_there_used(tmp_path: Path, name: str) -> None:
+    theirs = torchvision.models.get_model(name, weights=None, init_weights=False, num_classes=7).eval()
+    save_file(theirs.state_dict(), tmp_path / "theirs.safetensors")
+    own = build_model(name, 7, seed=0)
+    assert take_weights(own, load_file(tmp_path / "theirs.safetensors"), "theirs") == []
+    (tmp_path / "recipe.yaml").write_text(f"model: {name}\nimage_size: 96\n")
+    used = open_trained(tmp_path / "theirs.safetensors", str(tmp_path / "recipe.yaml")).network(CPU)
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        for network in (own.eval(), used):
+            assert torch.equal(network(images), theirs(images))

@@ -21,6 +21,7 @@ from hvd_lb.report.page.events import Event, events
 from hvd_lb.report.page.page import folded, page, rows, table
 from hvd_lb.report.run_directory import RunDirectory, replace_text
 from hvd_lb.report.text import duration, figure, printable, speed
+from hvd_lb.training.saved_state import counted_error
 
 # Evaluations in the table of a page; all are in the curves.
 _MOST_LINES = 200
@@ -218,7 +219,7 @@ _FIGURES = (
 def _figures_of(run: _Run) -> list[str]:
     summary, evaluations = run.summary, run.of("eval")
     last = evaluations[-1] if evaluations else {}
-    known = [record["top1_error"] for record in evaluations if record.get("top1_error") is not None]
+    best = {error: of for of in evaluations if (error := counted_error(of)) is not None}
     trained = run.of("train")
     steps = summary.get("steps") or (trained[-1]["step"] + 1 if trained else 0)
     total = (
@@ -231,12 +232,24 @@ def _figures_of(run: _Run) -> list[str]:
     return [
         str(summary.get("exit_reason") or "not yet"),
         f"{steps:,}" + (f" of {total:,}" if total else ""),
-        f"{figure(last.get('top1_error'), '.2f')} %" if last else "–",
-        f"{figure(last.get('top5_error'), '.2f')} %" if last else "–",
-        f"{min(known):.2f} %" if known else "–",
+        _error(last, "top1_error"),
+        _error(last, "top5_error"),
+        f"{min(best):.2f} %{' of averaged weights' if 'ema_top1_error' in best[min(best)] else ''}"
+        if best
+        else "–",
         f"{speed(rate)} (median)" if rate else "–",
         duration(summary["wall_seconds"]) if summary.get("wall_seconds") else "–",
     ]
+
+
+def _error(record: dict[str, Any], name: str) -> str:
+    """Of an evaluation, if there was any: of the weights, and of their average where it has one."""
+    if not record:
+        return "–"
+    averaged = (
+        f", {figure(record[f'ema_{name}'], '.2f')} % of averaged weights" if f"ema_{name}" in record else ""
+    )
+    return f"{figure(record.get(name), '.2f')} %{averaged}"
 
 
 def _differences(runs: Sequence[_Run]) -> str:
@@ -288,17 +301,23 @@ def _events(runs: Sequence[_Run]) -> str:
 
 
 def _evaluations(runs: Sequence[_Run]) -> str:
+    averaged = any("ema_top1_error" in record for run in runs for record in run.of("eval"))
+
     def cells(record: dict[str, Any]) -> list[str]:
+        of_average = ("ema_top1_error", "ema_top5_error") if averaged else ()
         return [
             str(record.get("epoch")),
             f"{record['step']:,}",
             figure(record.get("top1_error"), ".2f"),
             figure(record.get("top5_error"), ".2f"),
+            *(figure(record[name], ".2f") if name in record else "" for name in of_average),
             figure(record.get("loss"), ".4f"),
             figure(record.get("images"), ","),
         ]
 
-    heads = ["epoch", "step", "top-1 error (%)", "top-5 error (%)", "loss", "images"]
+    errors = ["top-1 error (%)", "top-5 error (%)"]
+    errors += [f"{error.removesuffix(' (%)')}, averaged weights (%)" for error in errors] if averaged else []
+    heads = ["epoch", "step", *errors, "loss", "images"]
     several = len(runs) > 1
     lines = [[*([run.name] if several else []), *cells(record)] for run in runs for record in run.of("eval")]
     if not lines:
