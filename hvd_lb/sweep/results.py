@@ -166,8 +166,8 @@ def how(sweep: Sweep, epochs: int = LAST_EPOCHS) -> str:
     of = min(epochs, sweep.base.epochs)
     which = f"the median of the last {of} epochs" if of > 1 else "that of the last epoch"
     return (
-        f"Top-1 validation error{whose_error(sweep)} in per cent: of each run {which}, mean ± standard deviation over the seeds that did "
-        "not diverge."
+        f"Top-1 validation error{whose_error(sweep)} in per cent: of each run {which}, mean ± standard deviation over "
+        "the seeds that did not diverge."
     )
 
 
