@@ -250,8 +250,8 @@ class Members:
         host.vacant[:] = [place for place in host.vacant if place < slots]
         host.vacant += [place for place in range(before, slots) if (host.name, place) not in self._barred]
         host.wanted.set()
-        if slots < before and not host.going:
-            beyond = [rank for rank in sorted(host.ranks) if self._place[rank] >= slots]
+        beyond = [rank for rank in sorted(host.ranks) if self._place[rank] >= slots]
+        if slots < before and beyond and not host.going:
             self._head.note(
                 f"{host.name} takes {slots:,} now, before {before:,}: others leave after the present step"
             )
