@@ -82,7 +82,7 @@ def test_input_a_network_can_take(name: str, size: int, images: int) -> None:
     check_input(name, 10, size, images)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_last_layer_has_a_row_for_each_output() -> None:
     for name in model_names():
         assert len(_without_memory(name, 7).state_dict()[last_weight(name)]) == 7, name
