@@ -65,10 +65,13 @@ keep_memory()
 step = lambda: torch.zeros(16, 2**20).add_(1).sum()  # 64 MB, more than malloc's largest threshold
 for _ in range(4):
     step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults_of_eight_steps():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+# Now and then something small takes a piece of the block, and the next step needs another block, once.
+print(min(faults_of_eight_steps() for _ in range(4)))
 """
 
 
