@@ -254,7 +254,8 @@ class Trainer:
             zero_gamma=recipe.zero_gamma,
             bn_momentum=recipe.bn_momentum,
         ).to(device, self.dtype)
-        if recipe.init_from and not checkpoint:
+        begins = carried or checkpoint
+        if recipe.init_from and not begins:
             begin_with(self.model, recipe.init_from, dataset.train.classes)
         if recipe.freeze == "backbone":
             freeze_backbone(self.model)
@@ -272,7 +273,6 @@ class Trainer:
         several = world.size > 1
         self.trial = Trial(device) if self.recorder and several and recipe.cuda_graphs == "auto" else None
         self.launches = False  # the present microbatch's kernels one by one, whatever is recorded
-        begins = carried or checkpoint
         optimizer = DistributedOptimizer(
             make_optimizer(recipe, self.model, self.schedule(0), begins and begins.saved.optimizer),
             self.model,

@@ -81,6 +81,19 @@ def test_a_checkpoint_comes_first(tmp_path: Path) -> None:
     assert begun.step == 0
 
 
+def test_a_state_that_is_handed_over_needs_the_file_no_more(tmp_path: Path) -> None:
+    """As in an elastic run, which makes a trainer after each change of its processes."""
+    file = weights(tmp_path / "model.safetensors")
+    recipe = small_recipe(init_from=str(file))
+    trainer = make_trainer(recipe)
+    run_steps(trainer, 2)
+    carried = trainer.hand_over()
+    file.unlink()
+    again = make_trainer(recipe, carried=carried)
+    assert again.step == 2
+    assert largest_difference(trainer.model, again.model) == 0
+
+
 def plain_head(trainer: Trainer, steps: int) -> nn.Module:
     """A linear layer on features that never change, by plain PyTorch."""
     recipe, plan = trainer.recipe, trainer.plan

@@ -5,6 +5,7 @@ Where a process dies is said exactly: by what it is about to do, in which step.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -405,6 +406,21 @@ def test_a_run_that_cannot_go_on_ends_in_one_line_and_goes_on_from_its_last_stat
     out, _ = finish(start(*RECIPE, "--processes", 2, "--elastic", "--output", run))
     assert f"going on from step {saved}" in out
     assert_the_same(undisturbed, run)
+
+
+def test_others_join_when_the_checkpoint_that_the_job_began_with_is_gone(
+    start: Start, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes room for the one of step 8; who comes in step 9 has the state of the others."""
+    run = tmp_path / "run"
+    options = ("--keep-checkpoints", 1, "--min-processes", 2)
+    finish(begin(start, tmp_path, monkeypatch, 2, *options, faults=[(0, "step", 5, "UserError")]), 1)
+    monkeypatch.setenv("FAULTS", json.dumps([(1, "step", 9, "SIGKILL")]))
+    out, _ = finish(start(*RECIPE, "--processes", 2, "--elastic", *options, "--output", run))
+    assert "going on from step 4" in out
+    assert "before it had joined" not in out
+    assert_the_same(undisturbed, run)
+    assert events(run)[-1]["joined"] == 1
 
 
 @pytest.mark.long

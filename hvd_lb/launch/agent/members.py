@@ -357,9 +357,8 @@ class Members:
     def _look_whether_all_hang(self, now: float) -> None:
         """Nobody is there then to say that he waits for others: the job ends, and can be started again."""
         members = self._generations.members
-        heard = [
-            self._heard_at.get(member, math.inf) for member in members
-        ]  # at first they load their libraries
+        # Who has said nothing yet loads its libraries.
+        heard = [self._heard_at.get(member, math.inf) for member in members]
         if now - max([self._since, *heard]) > _ALL_HANG * max(self._hang, _LOADING_SECONDS):
             for member in members:
                 self._kill(member, now)

@@ -49,10 +49,10 @@ from hvd_lb.world.stages import Stage, Stages
 def take_part(job: Job, number: int, cores: int, stop_requested: StopRequests, stages: Stages) -> None:
     """Be member `number` until the end of the run, or until this process is asked to leave."""
     member = Member(number, RunDirectory(job.output).job)  # who is asked to leave from here on
-    checkpoint = open_checkpoint(job.checkpoint) if job.checkpoint else None
-    begins_at = checkpoint.step if checkpoint else 0
     newcomer = MEMBER in os.environ
-    carried = member.inherited() or Carried(NO_STATE if newcomer else begins_at)
+    # Who comes later has the state of others: the checkpoint that the job began with may have made room for new ones.
+    checkpoint = open_checkpoint(job.checkpoint) if job.checkpoint and not newcomer else None
+    carried = member.inherited() or Carried(NO_STATE if newcomer else _begins_at(checkpoint))
     device = device_of(job, member.local_rank)
     more = {
         **{"device": device, "cores": cores, "checkpoint": checkpoint},
@@ -60,12 +60,12 @@ def take_part(job: Job, number: int, cores: int, stop_requested: StopRequests, s
     }
     recipe = job.recipe
     dataset = shared(data_of(job), recipe.cache, recipe.loader, job.device, int(os.environ.get(PIXELS, -1)))
-    found = carried if newcomer else _train(job, member, None, carried, dataset, begins_at, more)
+    found = carried if newcomer else _train(job, member, None, carried, dataset, more)
     while found and (begun := member.next(found)):
         if device.type == "cuda":  # the last trainer is garbage, and the next one needs its room
             gc.collect()
             torch.cuda.empty_cache()
-        found = _train(job, member, begun, found, dataset, begins_at, more)
+        found = _train(job, member, begun, found, dataset, more)
 
 
 def _train(
@@ -74,7 +74,6 @@ def _train(
     begun: dict[str, Any] | None,
     carried: Carried,
     dataset: Dataset,
-    begins_at: int,
     more: dict[str, Any],
 ) -> Carried | None:
     """One generation, with what the head says of it (None: the first one), from what this process has carried to it.
@@ -94,7 +93,10 @@ def _train(
             )
         if begun:
             own = _taken_over(job, carried, dataset).to_bytes() if world.rank == 0 else b""
-            carried = Carried.from_bytes(world.broadcast_bytes(own, "hvd_lb.state"), begins_at)
+            state = world.broadcast_bytes(own, "hvd_lb.state")
+            if not state and job.checkpoint and not more["checkpoint"]:  # nobody has taken a step since
+                more["checkpoint"] = open_checkpoint(job.checkpoint)
+            carried = Carried.from_bytes(state, _begins_at(more["checkpoint"]))
         present = _Generation(job, member, world, begun, carried, dataset, more["checkpoint"])
         with ExitStack() as stack:
             stack.callback(present.close)
@@ -125,6 +127,10 @@ def _train(
         say("leaving")
         return None
     return carried
+
+
+def _begins_at(checkpoint: Checkpoint | None) -> int:
+    return checkpoint.step if checkpoint else 0
 
 
 def told_again(step: int, unfinished: bool, untold: bool) -> tuple[int, bool]:
