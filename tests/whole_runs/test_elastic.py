@@ -408,14 +408,17 @@ def test_a_run_that_cannot_go_on_ends_in_one_line_and_goes_on_from_its_last_stat
     assert_the_same(undisturbed, run)
 
 
-def test_others_join_when_the_checkpoint_that_the_job_began_with_is_gone(
-    start: Start, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "fault", [(1, "step", 9, "SIGKILL"), pytest.param((0, "join", 1, "SIGKILL"), marks=pytest.mark.long)]
+)
+def test_others_join_a_job_that_began_with_a_checkpoint_which_is_gone_later(
+    start: Start, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
-    """It makes room for the one of step 8; who comes in step 9 has the state of the others."""
+    """It makes room for that of step 8: who comes in step 9 has the state of others. Before any step it is read."""
     run = tmp_path / "run"
     options = ("--keep-checkpoints", 1, "--min-processes", 2)
     finish(begin(start, tmp_path, monkeypatch, 2, *options, faults=[(0, "step", 5, "UserError")]), 1)
-    monkeypatch.setenv("FAULTS", json.dumps([(1, "step", 9, "SIGKILL")]))
+    monkeypatch.setenv("FAULTS", json.dumps([fault]))
     out, _ = finish(start(*RECIPE, "--processes", 2, "--elastic", *options, "--output", run))
     assert "going on from step 4" in out
     assert "before it had joined" not in out
