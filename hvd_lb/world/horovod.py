@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_lb.errors import UserError
+from hvd_lb.errors import ExchangeError, UserError
 from hvd_lb.world.build import HOW_TO_BUILD, import_horovod
 from hvd_lb.world.gather import broadcast_bytes
 from hvd_lb.world.launched import launched
@@ -28,7 +28,9 @@ class HorovodHandle:
         if not self._done:
             self._lines.wait_for(lambda: bool(self._hvd.poll(self._handle)))
             self._done = True
-            self._hvd.synchronize(self._handle)  # raises what went wrong
+            # It raises what went wrong, but has nothing of a handle that `abandon` has cleared meanwhile.
+            if self._hvd.synchronize(self._handle) is None:
+                raise ExchangeError("the connections were cut")
         return self._tensor
 
 

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -13,20 +14,38 @@ from hvd_lb.world import abandon, cut, init
 
 engine, seconds = sys.argv[1], float(sys.argv[2])
 world = init(engine, may_be_cut=True)
-numbers = torch.ones(100_000_000)  # 400 MB in one message: some tenths of a second
+root = float(world.rank == 0)
+numbers = torch.full((100_000_000,), root)  # 400 MB in one message: some tenths of a second
+leaves, left = threading.Event(), threading.Event()
+wait_for = world._lines.wait_for
+
+
+def wait_and_see_late(done: Callable[[], bool]) -> None:
+    """What ended as the world was left is looked at when nothing of it is there any more."""
+    wait_for(done)
+    if leaves.is_set():
+        left.wait()
 
 
 def broadcast() -> None:
     with suppress(ExchangeError, RuntimeError):
-        world.broadcast(numbers, "numbers")
-        print("WHOLE", flush=True)
+        while True:
+            world.broadcast(numbers, "numbers")
+            if not bool((numbers == 1).all()):
+                print("BROKEN", flush=True)
+            numbers.fill_(root)
 
 
+world._lines.wait_for = wait_and_see_late
 world.barrier()
-threading.Thread(target=broadcast, daemon=True).start()
+thread = threading.Thread(target=broadcast)
+thread.start()
 time.sleep(seconds)
+leaves.set()
 began = time.monotonic()
 cut()
 abandon()
 print(f"LEFT {time.monotonic() - began:.3f}", flush=True)
+left.set()
+thread.join()
 os._exit(0)  # horovodrun's own end waits for the others
