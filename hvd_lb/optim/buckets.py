@@ -10,6 +10,7 @@ own, at once, so that nothing depends on the order of microbatches and processes
 """
 
 import enum
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ HALF = (torch.float16, torch.bfloat16)
 _SPARSE = "DistributedOptimizer was given a sparse gradient; make the embedding with sparse=False"
 # An exchange of fewer bytes takes hardly less time.
 _SMALL_BUCKET = 2**20
+# A bucket holds at most this part of all gradients: by benchmarks/buckets.py.
+_PART = 8
 DTYPES = (torch.float32, torch.float64, *HALF)
 
 
@@ -464,22 +467,23 @@ def plan_buckets(parameters: Iterable[Tensor], bucket_bytes: int) -> list[list[T
     """Splits parameters, given in the order of the forward pass, into the buckets' lists.
 
     Backward produces gradients roughly in reverse, so reversed neighbours share a bucket and the first bucket fills
-    first. A bucket holds one (dtype of the sums, device) and at most `bucket_bytes`, or a single larger parameter. The
-    first one is small, so that the exchange begins early, and each one at most half of what is left, so that little is
-    left to be exchanged when backward ends.
+    first. A bucket holds one (dtype of the sums, device) and at most `bucket_bytes` and an eighth of all, or a single
+    larger parameter. The first one is small, so that the exchange begins early, and each one at most half of what is
+    left, so that little is left to be exchanged when backward ends.
     """
     parameters = list(parameters)
-    left: dict[tuple[torch.dtype, torch.device], int] = {}
+    total: Counter[tuple[torch.dtype, torch.device]] = Counter()
     for parameter in parameters:
-        key = gathering_dtype(parameter), parameter.device
-        left[key] = left.get(key, 0) + _bytes(parameter)
+        total[gathering_dtype(parameter), parameter.device] += _bytes(parameter)
+    left = total.copy()
     buckets: list[list[Tensor]] = []
     filling: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], int]] = {}
     for parameter in reversed(parameters):
         key = gathering_dtype(parameter), parameter.device
         bucket, room = filling.get(key, ([], 0))
         if not bucket or _bytes(parameter) > room:
-            bucket, room = [], min(bucket_bytes, max(_SMALL_BUCKET, left[key] // 2 if key in filling else 0))
+            part = min(total[key] // _PART, left[key] // 2) if key in filling else 0
+            bucket, room = [], min(bucket_bytes, max(_SMALL_BUCKET, part))
             buckets.append(bucket)
         bucket.append(parameter)
         filling[key] = bucket, room - _bytes(parameter)
