@@ -197,9 +197,12 @@ class Recordings:
 
     def __init__(self) -> None:
         self._made: dict[Hashable, Recording | None] = {}
+        self._left_out: set[Hashable] = set()
 
     def of(self, key: Hashable, record: Callable[[], Recording]) -> Recording | None:
-        """None when it is asked for the first time, as what comes once is not worth it."""
+        """None when it is asked for the first time, as what comes once is not worth it, and of what is left out."""
+        if key in self._left_out:
+            return None
         known = key in self._made
         found = self._made.pop(key, None)
         if known and (found is None or not found.in_place):
@@ -208,3 +211,12 @@ class Recordings:
         while len(self._made) > _MOST:
             del self._made[next(iter(self._made))]
         return found
+
+    def leave_out(self, key: Hashable) -> None:
+        self._left_out.add(key)
+
+    def keep(self, wanted: Callable[[Any], bool]) -> None:
+        """Only those, if there are any: memory that all recordings share must not be without one."""
+        kept = {key: made for key, made in self._made.items() if wanted(key)}
+        if any(kept.values()):
+            self._made = kept

@@ -26,9 +26,10 @@ from hvd_lb.machine.limits import available_memory
 
 # A batch of so many images keeps any device busy: groups that are found by trying are not larger.
 MOST_IMAGES = 256
-# Of each size: the first forward of a new shape is slow, of the others the fastest counts.
-_RUNS = 3
-# A larger group has to be faster by so much; one that is slower by as much ends the search.
+# Of each size: in the first runs of a new shape kernels are chosen, and graphs recorded; of the others, which are so
+# many or take so many seconds together, the fastest counts.
+_FIRST_RUNS, _RUNS, _SECONDS = 2, 8, 0.2
+# A larger group has to be faster by so much.
 _GAIN = 0.03
 # What backward keeps is most of the memory that a forward takes, not all.
 _MORE_MEMORY = 1.5
@@ -176,6 +177,9 @@ class GroupSize:
 
     That is the number `given`; or the fastest of several that are tried in the first steps, as far as there is `room`
     for the bytes that backward keeps. `speeds` then has the images per second of each. `why` says why no group is made.
+
+    On a CPU sizes take turns, so that what else a machine does meanwhile meets all of them. On a GPU, which is ours
+    alone and where each size may record graphs of its own, they come one after the other.
     """
 
     def __init__(
@@ -195,32 +199,63 @@ class GroupSize:
         self._first, self._images, self._device, self._room = workers.start, images, device, room
         halves = {-(-count // (1 << times)) for times in range(count.bit_length())}
         larger = sorted(size for size in halves if 1 < size <= MOST_IMAGES / images)
-        self._to_try = [1, *larger] if larger and given is None else []
-        self._tried: dict[int, float] = {}
-        self._seconds: list[float] = []
+        # The seconds of each run, by the size that is tried.
+        self._runs: dict[int, list[float]] = (
+            {size: [] for size in [1, *larger]} if larger and not given else {}
+        )
         self._kept = 0  # bytes of one worker
+
+    @property
+    def searching(self) -> bool:
+        return bool(self._runs)
 
     @property
     def most(self) -> int:
         """The largest that may come."""
-        return max([self.size, *self._to_try])
+        return max([self.size, *self._runs])
 
     def groups(self, workers: Sequence[int]) -> Iterator[list[int]]:
         """The `workers` of a step (a short one has not all) in groups, each of the size that is the right one then.
 
-        A group begins at a multiple of its size, counted from the process's first worker.
+        A group begins at a multiple of its size, counted from the process's first worker, once that is settled.
         """
         rest = list(workers)
         while rest:
-            place = (rest[0] - self._first) // self.size
-            group = [worker for worker in rest if (worker - self._first) // self.size == place]
+            if self.searching:
+                self._choose(len(rest))
+                group = rest[: self.size]
+            else:
+                place = (rest[0] - self._first) // self.size
+                group = [worker for worker in rest if (worker - self._first) // self.size == place]
             yield group
             del rest[: len(group)]
+
+    def _choose(self, most: int) -> None:
+        """Which size of at most so many workers is tried next: of those that are not known the one with the fewest
+        runs, or the smallest.
+        """
+        sizes = [size for size in self._runs if size <= most]
+        unknown = [size for size in sizes if not self._known(size)]
+        in_turns = self._device.type == "cpu"
+        self.size = min(
+            unknown, key=lambda size: (in_turns and len(self._runs[size]), size), default=max(sizes)
+        )
+        if self.size > 1 and not self._runs[self.size] and not self._fits(self.size):
+            self.drop(self.size)
+            self._choose(most)
+
+    def _known(self, size: int) -> bool:
+        counted = self._runs[size][_FIRST_RUNS:]
+        return len(counted) >= _RUNS and sum(counted) >= _SECONDS
+
+    def drop(self, least: int) -> None:
+        """There is no room for groups of so many workers or more, of several."""
+        self._runs = {size: runs for size, runs in self._runs.items() if size < max(least, 2)}
 
     @contextmanager
     def timed(self, images: int) -> Iterator[None]:
         """Around forward and backward of a group with so many images."""
-        if not self._to_try or images != self.size * self._images:
+        if not self.searching or images != self.size * self._images:
             yield
             return
         self._wait()
@@ -228,26 +263,22 @@ class GroupSize:
         with self._kept_noted() if not self._kept else nullcontext():
             yield
         self._wait()
-        self._note(images, time.perf_counter() - began)
+        if self.size in self._runs:
+            self._runs[self.size].append(time.perf_counter() - began)
+            if all(map(self._known, self._runs)):
+                self._settle()
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _note(self, images: int, seconds: float) -> None:
-        self._seconds.append(seconds)
-        if len(self._seconds) < _RUNS:
-            return
-        size = self._to_try.pop(0)
-        self._tried[size] = images / min(self._seconds[1:])
-        self._seconds.clear()
-        fast = max(self._tried.values()) * (1 - _GAIN)
-        if self._to_try and self._tried[size] >= fast and self._fits(self._to_try[0]):
-            self.size = self._to_try[0]
-        else:
-            self._to_try.clear()
-            self.size = min(size for size, speed in self._tried.items() if speed >= fast)
-            self.speeds = self._tried
+    def _settle(self) -> None:
+        self.speeds = {
+            size: size * self._images / min(runs[_FIRST_RUNS:]) for size, runs in self._runs.items()
+        }
+        fast = max(self.speeds.values()) * (1 - _GAIN)
+        self.size = min(size for size, speed in self.speeds.items() if speed >= fast)
+        self._runs = {}
 
     def _fits(self, size: int) -> bool:
         return size * self._kept * _MORE_MEMORY <= self._room()

@@ -27,7 +27,7 @@ from hvd_lb.data.decoding.stand_in import StandIn, sizes
 from hvd_lb.data.images import Dataset, refuse_other_images
 from hvd_lb.data.loading.contract import Batch, Loader
 from hvd_lb.data.loading.open import InTurn, Loaders
-from hvd_lb.errors import UserError
+from hvd_lb.errors import HostError, UserError
 from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.exact.reproducible import fast_kernels, rounding_environment
@@ -557,9 +557,10 @@ class Trainer:
             parts = [next(batches) for _ in group]
             self.stages.enter(Stage.COMPUTE)
             last = group[-1] == workers[-1]
-            if last and self.trial:
+            if last and self.trial and not self.group_size.searching:
                 self.launches = not self.trial.replays
-                self.trial.begin()
+                if len(workers) == len(self.workers):  # the same group each time
+                    self.trial.begin()
             with self.group_size.timed(sum(len(labels) for _, labels in parts)):
                 each = self.losses(group, parts)
                 audited = self.audit.owns(self.step, group)
@@ -626,9 +627,12 @@ class Trainer:
     def _tell_group_size(self) -> None:
         """Once it has been found, or there was a reason not to look for one."""
         size = self.group_size
-        if self.world.rank or self.told_group_size or not (size.speeds or size.why):
+        if self.told_group_size or not (size.speeds or size.why):
             return
         self.told_group_size = True
+        self.recordings.keep(lambda key: key[0] == size.size)
+        if self.world.rank:
+            return
         found = {str(size): speed for size, speed in size.speeds.items()}
         record = {"together": size.size, "images_per_second": found, "why": size.why}
         self.observer.together({**self._position(), **record})
@@ -762,8 +766,21 @@ class Trainer:
             images = self._images_like(parts).zero_()
             return Recording(self.model, images, self.recorder, self.autocast, self.state.statistics)
 
+        key = len(sizes), parts[0].shape
         try:
-            return self.recordings.of((len(sizes), parts[0].shape), record)
+            return self.recordings.of(key, record)
+        except torch.OutOfMemoryError as error:
+            if choice == "on" and not self.group_size.searching:
+                raise HostError(
+                    f"--cuda-graphs on: there is no memory to record {len(sizes)} × {sizes[0]} images of "
+                    f"{self.recipe.model}: leave the option out"
+                ) from error
+            self.recordings.leave_out(key)
+            self.group_size.drop(len(sizes))
+            message = f"no memory for a CUDA graph of {len(sizes)} × {sizes[0]} images: they do without"
+            self.observer.warning({**self._position(self.step), "message": message})
+            self.state.statistics.forget_forward()
+            return None
         except RuntimeError as error:
             why = " ".join(str(error).split())
             if choice == "on":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hvd_lb.errors import UserError
+from hvd_lb.errors import HostError, UserError
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.machine.graphs import GraphRecorder, Recorder, Trial
 from hvd_lb.training.models import SmallResNet, build_model
@@ -152,6 +152,46 @@ def test_what_cannot_be_recorded_is_told_and_trained_without(monkeypatch: pytest
     trainer.recorder = counting_recorder(CPU)
     with pytest.raises(UserError, match="--cuda-graphs on: resnet8 cannot be recorded"):
         run_steps(trainer, 2)
+
+
+class Full(Counting):
+    """There is no memory for the first recording."""
+
+    def __call__(self, work: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], Callable[[], None]]:
+        if not self.replays:
+            self.replays.append(0)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().__call__(work)
+
+
+def test_a_shape_without_memory_is_launched_and_others_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers together at first, then apart."""
+    trainer = make_trainer(small_recipe(together=2))
+    trainer.recorder = recorder = Full(OnTheCPU())
+    run_steps(trainer, 3)
+    trainer.group_size.size = 1
+    run_steps(trainer, 3)
+    assert largest_difference(trainer.model, trained(CPU, 6, None, together=1).model) < 1e-10
+    assert recorder.replays[0] == 0
+    assert recorder.replays[1] > 0
+    (warning,) = trainer.observer.warnings  # type: ignore[attr-defined]
+    assert warning == "no memory for a CUDA graph of 2 × 8 images: they do without"
+    trainer = make_trainer(small_recipe())
+    trainer.recipe = trainer.recipe.model_copy(update={"cuda_graphs": "on"})
+    trainer.recorder = Full(OnTheCPU())
+    with pytest.raises(HostError, match="--cuda-graphs on: there is no memory to record"):
+        run_steps(trainer, 2)
+
+
+def test_recordings_of_other_groups_go_when_a_size_is_found() -> None:
+    trainer = trained(CPU, 3, counting_recorder(CPU), together=2)
+    kept = dict(trainer.recordings._made)
+    assert [size for size, _ in kept] == [2]
+    trainer.recordings.keep(lambda key: key[0] == 1)
+    assert trainer.recordings._made == kept  # there is none of it yet
+    trainer.recordings._made[1, torch.Size()] = None
+    trainer.recordings.keep(lambda key: key[0] == 2)
+    assert trainer.recordings._made == kept
 
 
 def test_backward_after_the_next_forward_is_refused() -> None:

@@ -240,18 +240,27 @@ def test_where_a_run_does_not_look_for_a_size_by_itself() -> None:
 # How many
 
 
-def tried(workers: int, seconds: dict[int, float], room: float = 1e12, images: int = 8) -> GroupSize:
-    """Of which a group of so many takes so long."""
+def tried(
+    workers: int,
+    seconds: dict[int, float],
+    room: float = 1e12,
+    images: int = 8,
+    burst: range = range(0),
+    steps: int = 60,
+) -> GroupSize:
+    """Of which a group of so many takes so long, and ten times that in a burst of other work, counted in groups."""
     size = GroupSize(range(5, 5 + workers), None, images=images, device=CPU, room=lambda: room)
     now = [0.0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "perf_counter", lambda: now[0])
-        for _ in range(40):
+        turn = 0
+        for _ in range(steps):
             for group in size.groups(range(5, 5 + workers)):
                 with size.timed(images * len(group)):
                     x = torch.ones(250, requires_grad=True)
                     (x.exp() * 2).sum().backward()  # keeps 1,000 bytes
-                    now[0] += seconds[len(group)]
+                    now[0] += seconds.get(len(group), 9.0) * (10 if turn in burst else 1)
+                turn += 1
     assert size.speeds
     return size
 
@@ -261,8 +270,31 @@ def test_the_fastest_size_is_found() -> None:
     assert found.size == 4
     assert found.speeds == pytest.approx({1: 8, 2: 16 / 1.5, 4: 32 / 2.8, 8: 64 / 6})
     assert tried(8, {1: 1.0, 2: 2.0, 4: 3.9, 8: 7.8}).size == 1  # what is no faster is not worth its memory
-    assert list(tried(8, {1: 1.0, 2: 2.2}).speeds) == [1, 2]  # it gets worse
+    assert tried(8, {1: 1.0, 2: 2.2, 4: 3.0, 8: 5.0}).size == 8  # it gets worse at first
     assert tried(5, {1: 1.0, 2: 1.8, 3: 2.4, 5: 3.0}).size == 5
+
+
+@pytest.mark.parametrize("first", range(0, 30, 3))
+def test_a_burst_of_other_work_meets_all_sizes(first: int) -> None:
+    times = {1: 1.0, 2: 1.3, 4: 1.8, 8: 2.5}
+    assert tried(8, times, burst=range(first, first + 12)).size == 8
+
+
+def test_steps_of_many_workers_try_all_within_a_few() -> None:
+    assert tried(64, {1: 1.0, 2: 1.3, 4: 1.8, 8: 2.5}, images=32, steps=3).size == 8
+
+
+def test_short_times_are_taken_more_often() -> None:
+    size = GroupSize(range(2), None, images=8, device=CPU)
+    now, runs = [0.0], 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: now[0])
+        while size.searching:
+            for group in size.groups(range(2)):
+                with size.timed(8 * len(group)):
+                    now[0] += 0.001 * len(group)
+                runs += 1
+    assert runs > 100
 
 
 def test_no_size_is_tried_that_has_no_room() -> None:
@@ -278,11 +310,12 @@ def test_one_worker_has_nothing_to_be_found() -> None:
     assert GroupSize(range(4), 8, images=200, device=CPU).most == 4
 
 
-def test_a_run_finds_it_and_tells_once() -> None:
-    trainer = make_trainer(small_recipe(learning_rate=0.1, together="auto"))
-    apart = make_trainer(small_recipe(learning_rate=0.1, together=1))
+def test_a_run_finds_it_and_tells_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvd_lb.training.together._SECONDS", 0.0)
+    trainer = make_trainer(small_recipe(learning_rate=0.1, together="auto", epochs=8))
+    apart = make_trainer(small_recipe(learning_rate=0.1, together=1, epochs=8))
     for of in (trainer, apart):
-        run_steps(of, 12)
+        run_steps(of, 30)
     (record,) = trainer.observer.groups  # type: ignore[attr-defined]
     assert record["together"] == trainer.group_size.size
     assert not record["why"]
