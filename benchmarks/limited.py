@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 
 def run_limited(command: Sequence[str], seconds: float) -> tuple[str, str, str]:
@@ -32,3 +34,33 @@ def run_limited(command: Sequence[str], seconds: float) -> tuple[str, str, str]:
         out.seek(0)
         errors.seek(0)
         return out.read(), errors.read(), failure
+
+
+def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """A type for argparse: some of these names, with commas between them."""
+
+    def names(text: str) -> list[str]:
+        given = text.split(",")
+        if unknown := [name for name in given if name not in known]:
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(map(repr, unknown))}: expected some of {', '.join(known)}, with commas"
+            )
+        return given
+
+    return names
+
+
+def minutes(text: str) -> float:
+    """A type for argparse."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected more than 0")
+    return value
+
+
+def file_to_write(text: str) -> Path:
+    """A type for argparse: what is measured must not be lost at the end."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: expected a file in a folder that is there")
+    return path

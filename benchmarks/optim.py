@@ -5,23 +5,20 @@ interleaved steps and their ratios; then the same for the update of SGD alone ag
 """
 
 import os
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from turns import Step, interleaved
 
 import hvd_lb as lb
 from hvd_lb.training.models import build_model
 
-STEPS = 20
+TURNS, WARM_UP = 20, 3
 CASES = {"resnet20": (32, 32), "resnet18": (8, 64)}  # images of a process, pixels
-Step = Callable[[], object]
 
 
 def torch_sgd(model: nn.Module) -> torch.optim.SGD:
@@ -35,19 +32,6 @@ def step_with(model: nn.Module, opt: torch.optim.Optimizer, x: Tensor, y: Tensor
         opt.step()
 
     return step
-
-
-def interleaved(contestants: dict[str, Step]) -> dict[str, float]:
-    """Median milliseconds of each, taken in turns so that a busy machine slows all alike; three turns warm up."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(STEPS + 3):
-        for name, run in contestants.items():
-            lb.current().barrier()
-            start = time.perf_counter()
-            run()
-            if turn >= 3:
-                times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def report(title: str, medians: dict[str, float]) -> None:
@@ -71,7 +55,7 @@ def whole_steps() -> None:
             "horovod": step_with(theirs, horovod, x, y),
             "torch alone": step_with(alone, torch_sgd(alone), x, y),
         }
-        report(f"step of {name}, {images} × {pixels}×{pixels}", interleaved(contestants))
+        report(f"step of {name}, {images} × {pixels}×{pixels}", interleaved(contestants, TURNS, WARM_UP))
 
 
 def updates() -> None:
@@ -85,7 +69,7 @@ def updates() -> None:
                 runs[label] = torch_sgd(model).step
             else:
                 runs[label] = lb.SGD(lb.parameter_groups(model), form=int(label.split()[-1])).step
-        report(f"update of {name}", interleaved(runs))
+        report(f"update of {name}", interleaved(runs, TURNS, WARM_UP))
 
 
 def main() -> None:

@@ -1,27 +1,30 @@
 """What exactness costs: the reproducible mode against the float mode, and the float mode against a bare loop.
 
-`python benchmarks/reproducible.py` times whole steps of the trainer on the CPU, with batches that lie ready in memory:
-first two Horovod processes, one thread each, that share the virtual workers, in both modes; then one process with
-eight virtual workers against forward, backward and torch's SGD over the same microbatches. All sides take turns in one
-run. It prints medians and their ratios; and how long a checkpoint keeps training waiting.
+`python benchmarks/reproducible.py [--seconds S]` times whole steps of the trainer on the CPU, with batches that lie
+ready in memory: first two Horovod processes, one thread each, that share the virtual workers, in both modes; then one
+process with eight virtual workers against forward, backward and torch's SGD over the same microbatches. All sides take
+turns in one run. It prints medians and their ratios; and how long a checkpoint keeps training waiting.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from turns import Step, interleaved
 
 import hvd_lb as lb
 from hvd_lb.data.images import ArrayImages, Dataset
@@ -34,7 +37,6 @@ from hvd_lb.training.trainer import Trainer
 TURNS, WARM_UP = 15, 2
 # Model, pixels, images of a virtual worker.
 CASES = (("resnet20", 32, 32), ("resnet18", 64, 8), ("resnet18", 224, 8))
-Step = Callable[[], object]
 
 
 def trainer(model: str, pixels: int, images: int, gpus: int, reproducible: bool) -> Trainer:
@@ -83,19 +85,6 @@ def bare_step(model: str, gpus: int, ready: list[tuple[Tensor, Tensor]]) -> Step
     return step
 
 
-def interleaved(sides: dict[str, Step]) -> dict[str, float]:
-    """Median milliseconds of each side; they take turns, so that a busy machine slows all alike."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(WARM_UP + TURNS):
-        for name, run in sides.items():
-            lb.current().barrier()
-            start = time.perf_counter()
-            run()
-            if turn >= WARM_UP:
-                times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def report(title: str, medians: dict[str, float]) -> None:
     if lb.current().rank == 0:
         ours, peer = medians
@@ -103,7 +92,7 @@ def report(title: str, medians: dict[str, float]) -> None:
         print(f"{title}: {figures}; {ours} takes {medians[ours] / medians[peer]:.3f} of {peer}", flush=True)
 
 
-def modes() -> None:
+def modes(seconds: float) -> None:
     """Two processes, one or two virtual workers each."""
     for model, pixels, images in CASES:
         ready = batches(images, pixels)
@@ -113,10 +102,10 @@ def modes() -> None:
                 for name, reproducible in (("reproducible", True), ("float", False))
             }
             title = f"{model}, {gpus} virtual workers × {images} images of {pixels}×{pixels}, 2 processes"
-            report(title, interleaved(sides))
+            report(title, interleaved(sides, TURNS, WARM_UP, seconds))
 
 
-def virtual_workers(gpus: int = 8) -> None:
+def virtual_workers(seconds: float, gpus: int = 8) -> None:
     for model, pixels, images in CASES:
         ready = batches(images, pixels)
         sides = {
@@ -125,7 +114,7 @@ def virtual_workers(gpus: int = 8) -> None:
         }
         report(
             f"{model}, {gpus} virtual workers × {images} images of {pixels}×{pixels}, 1 process",
-            interleaved(sides),
+            interleaved(sides, TURNS, WARM_UP, seconds),
         )
 
 
@@ -151,18 +140,21 @@ def checkpoints() -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of a case, about")
+    seconds = parser.parse_args().seconds
     torch.set_num_threads(1)
     if "HOROVOD_RANK" in os.environ:
         lb.init()
-        modes()
+        modes(seconds)
         lb.shutdown()
         return
     horovodrun = Path(sys.executable).with_name("horovodrun")
     command = [horovodrun, "--gloo", "-np", "2", "-H", "localhost:2", "--network-interface", "lo"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, sys.executable, __file__], env=environment, check=True)
+    subprocess.run([*command, sys.executable, *sys.argv], env=environment, check=True)
     lb.init()
-    virtual_workers()
+    virtual_workers(seconds)
     checkpoints()
     lb.shutdown()
 

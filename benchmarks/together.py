@@ -1,24 +1,23 @@
 """Virtual workers computed together against one by one, and against what no batch norm over slices could beat.
 
-`python benchmarks/together.py [row …]` times whole steps of the trainer on one process, with batches that lie ready in
-memory: g virtual workers of n images apart and together; and a bare loop of torch over one batch of g·n images, batch
-norm over all of them, which is another mathematics and the upper bound. The sides take turns in one run.
-It prints medians, and how many times as fast as apart the others are.
+`python benchmarks/together.py [--rows 0,1] [--seconds 60]` times whole steps of the trainer on one process, with
+batches that lie ready in memory: g virtual workers of n images apart and together; and a bare loop of torch over one
+batch of g·n images, batch norm over all of them, which is another mathematics and the upper bound. The sides take turns
+in one run. It prints medians, and how many times as fast as apart the others are.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import statistics
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from limited import names_of
 from torch import Tensor
+from turns import Step, interleaved
 
 import hvd_lb as lb
 from hvd_lb.data.images import ArrayImages, Dataset
@@ -26,10 +25,8 @@ from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.training.models import build_model
 from hvd_lb.training.trainer import Trainer
-from hvd_lb.world.solo import Solo
 
-TURNS, WARM_UP, SECONDS = 15, 2, 60.0
-Step = Callable[[], object]
+TURNS, WARM_UP = 15, 2
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,12 @@ def trained(row: Row, together: int, parts: list[tuple[Tensor, Tensor]], device:
         precision=row.precision, channels_last=row.channels_last, learning_rate=1e-4,
     )  # fmt: skip
     trainer = Trainer(
-        recipe, Dataset("nothing", few, few), Solo(), device=device, threads=1, observer=SilentObserver()
+        recipe,
+        Dataset("nothing", few, few),
+        lb.current(),
+        device=device,
+        threads=1,
+        observer=SilentObserver(),
     )
     trainer.model.train()
     endless = itertools.cycle(parts)
@@ -95,27 +97,15 @@ def bare(row: Row, parts: list[tuple[Tensor, Tensor]], device: torch.device) -> 
     return step
 
 
-def interleaved(sides: dict[str, Step], device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each side; they take turns, so that a busy machine slows all alike."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    began = time.perf_counter()
-    for turn in range(WARM_UP + TURNS):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn >= WARM_UP:
-                times[name].append(1000 * (time.perf_counter() - start))
-        if turn > WARM_UP and time.perf_counter() - began > SECONDS:
-            break
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    numbers = list(map(str, range(len(ROWS))))
+    parser.add_argument("--rows", type=names_of(numbers), default=numbers, help="numbers, with commas")
+    parser.add_argument("--seconds", type=float, default=60, help="of a row, about")
+    options = parser.parse_args()
+    lb.init()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for number in map(int, sys.argv[1:] or range(len(ROWS))):
-        row = ROWS[number]
+    for row in map(ROWS.__getitem__, map(int, options.rows)):
         torch.manual_seed(0)
         parts = [
             (
@@ -129,7 +119,7 @@ def main() -> None:
             "together": trained(row, row.workers, parts, device),
             "one batch": bare(row, parts, device),
         }
-        medians = interleaved(sides, device)
+        medians = interleaved(sides, TURNS, WARM_UP, options.seconds)
         figures = ", ".join(
             f"{name} {value:.1f} ms ({medians['apart'] / value:.2f}×)" for name, value in medians.items()
         )

@@ -228,8 +228,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
         return
     if given.cuda and given.torch != "present":
         parser.error("--cuda is for --torch present; of another torch it is known")
-    if not given.part_size >= 1:
-        parser.error(f"--part-size {given.part_size:g}: expected at least 1 MB")
+    if not 1 <= given.part_size < 1e6:
+        parser.error(f"--part-size {given.part_size:g}: expected 1 MB or more, and less than 1e6")
     make(given.folder, given.torch, given.cuda, round(given.part_size * 1e6))
 
 
