@@ -113,6 +113,8 @@ class DistributedOptimizer(Optimizer):
         Not with `reproducible_terms`; Horovod has no bf16.
     images: with `compress`, about how many images a step has on all processes, where losses are sums over images; by
         default losses are means over those of a process. It only keeps numbers in the range of fp16.
+    state: a state dict of this class, or of the wrapped optimizer, to go on from. That of rank 0 counts, for all
+        processes, with "steps" and "exponents"; the wrapped optimizer's `load_state_dict` would drop these two.
     riders: integers that travel in the gradients' exchange; after `synchronize` their sums are in `carried`. With
         gradients on a GPU, to wait for them is to wait for the exchange, which `synchronize` does not.
 
@@ -133,6 +135,7 @@ class DistributedOptimizer(Optimizer):
         riders: Riders | None = None,
         compress: Literal["none", "fp16", "bf16"] = "none",
         images: int | None = None,
+        state: dict[str, Any] | None = None,
     ) -> None:
         # Optimizer.__init__ is left out: groups, defaults, state and hooks are the wrapped optimizer's own,
         # and its step fires the hooks, once.
@@ -187,10 +190,12 @@ class DistributedOptimizer(Optimizer):
         self._adopt()
         if not any(p.is_cuda for p in self._known):
             keep_memory()
+        if state is not None and self.world.rank == 0:
+            self.load_state_dict(state)
         if self.world.size > 1:
             further = {name: p for p, name in self._names.items() if p not in self._known}
             broadcast_tensors(self.world, {**further, **self._buffers}, f"{self._name}.model")
-            broadcast_optimizer(self.world, optimizer, f"{self._name}.state")
+            broadcast_optimizer(self.world, self, f"{self._name}.state")
 
     # The gradients of a step
 

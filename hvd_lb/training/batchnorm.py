@@ -14,9 +14,10 @@ in fixed point at every step, and every process has the whole of r.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MethodType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +168,21 @@ class _Forward(Replaced):
         self._of_workers.clear()
 
 
+class _Load(Replaced):
+    """A layer's part of `load_state_dict`, which tells when it had the layer's statistics."""
+
+    name = "_load_from_state_dict"
+
+    def __init__(self, layer: _BatchNorm, loaded: Callable[[], None]):
+        super().__init__(layer)
+        self._loaded = loaded
+
+    def __call__(self, state_dict: Mapping[str, Any], prefix: str, *more: Any) -> None:
+        self.original(state_dict, prefix, *more)
+        if f"{prefix}running_mean" in state_dict:
+            self._loaded()
+
+
 def _mean(forwards: Sequence[list[Tensor]]) -> list[Tensor]:
     if len(forwards) == 1:
         return forwards[0]
@@ -178,6 +194,9 @@ class RunningStatistics:
     """Owns the running mean and variance of a model that trains under it; takes them over as they are now.
 
     `group` says whose images are in a forward; without it they are of one virtual worker.
+
+    Statistics that `load_state_dict` of the model, or of a part of it, puts into a layer are r from there on. Whoever
+    changes buffers in another way calls `adopt`. All processes do either alike.
 
     A layer takes part in a step with all of a process's microbatches or with none, alike on all processes; else
     `RuntimeError` names it. `TypeError` for SyncBatchNorm, which mixes virtual workers, and for lazy layers.
@@ -208,19 +227,28 @@ class RunningStatistics:
         # Of r, divided among the processes as r is; none unless `keep_average` was called.
         self._averages: list[Tensor] = []
         self._published_averages: list[Tensor] = []
+        for index, layer in enumerate(layers):
+            _Load(layer, partial(self._adopt, [index]))
         self.adopt()
 
     def _buffers(self) -> list[Tensor]:
         return [buffer for forward in self._forwards for buffer in forward.buffers()]
 
-    @torch.no_grad()
     def adopt(self) -> None:
         """Take the layers' buffers (equal on all processes: fresh, loaded or just published) as r."""
-        self._before = [int(layer.num_batches_tracked) for layer in self._layers]  # type: ignore[arg-type]
-        self._updates = [0] * len(self._layers)
-        if self._layers:
-            torch._foreach_copy_(self._published, self._buffers())
-        self._divide(self._buffers(), self._share)
+        self._adopt(list(range(len(self._layers))))
+
+    @torch.no_grad()
+    def _adopt(self, layers: list[int]) -> None:
+        """Those of these layers."""
+        for index in layers:
+            self._before[index] = int(self._layers[index].num_batches_tracked)  # type: ignore[arg-type]
+            self._updates[index] = 0
+            self._forwards[index].discard()
+        if layers:
+            buffers = [buffer for index in layers for buffer in self._forwards[index].buffers()]
+            torch._foreach_copy_(_of(layers, self._published), buffers)
+            self._divide(buffers, _of(layers, self._share))
 
     def _divide(self, whole: list[Tensor], shares: list[Tensor]) -> None:
         """Gives this process its share of what all processes have."""
@@ -304,6 +332,12 @@ class RunningStatistics:
 
         A process without microbatches in this step goes by the layers' mode, and by what it has seen of their use.
         """
+        forgotten = [name for name, forward in zip(self._names, self._forwards, strict=True) if forward.count]
+        if forgotten and not self._microbatches:
+            raise RuntimeError(
+                f"{forgotten[0]} went forward in training mode, and nothing was added in this step: call "
+                "after_forward() after the forward of each microbatch, or forget_forward() where there is none"
+            )
         for name, added in zip(self._names, self._added, strict=True):
             if 0 < added < self._microbatches:
                 raise RuntimeError(
@@ -321,7 +355,11 @@ class RunningStatistics:
 
     @torch.no_grad()
     def step(self, active_workers: int) -> None:
-        """One update, over the `active_workers` (k_t) virtual workers of all processes that had images."""
+        """One update, over the `active_workers` (k_t) virtual workers of all processes that had images.
+
+        `RuntimeError` where layers went forward in training mode and no `after_forward` followed in this step. A forward
+        that comes after the last one of the step counts for nothing.
+        """
         trained = self._trained()
         if trained:
             momenta = []

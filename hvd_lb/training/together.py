@@ -77,19 +77,21 @@ class Group:
 
 
 class Replaced:
-    """Stands for the `forward` of a module; copies and pickles of the module get the one that it had."""
+    """Stands for a method of a module; copies and pickles of the module get the one that it had."""
+
+    name = "forward"
 
     def __init__(self, module: nn.Module):
         self.module = module
-        before: Any = module.forward
+        before: Any = getattr(module, self.name)
         self.original: Any = before.original if isinstance(before, Replaced) else before
-        module.forward = self  # type: ignore[assignment]
+        setattr(module, self.name, self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.original, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self.module, "forward")  # of its class: there is no other one yet when this is read
+        return getattr, (self.module, self.name)  # of its class: there is no other one yet when this is read
 
 
 class _Drawing(Replaced):

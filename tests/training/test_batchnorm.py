@@ -4,6 +4,7 @@ The formula itself, for k workers, is tested in test_trainer.py; several process
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -255,3 +256,56 @@ def test_compiled() -> None:
         statistics.publish()
         results.append(model[1].running_mean)
     assert close(results[0], results[1])
+
+
+def test_to_add_no_forward_of_a_step_is_an_error(terms: int | None) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    statistics = running_statistics(model, Solo(), terms)
+    first, second = views(2)
+    model(first)
+    for update in (partial(statistics.step, 1), partial(statistics.replace, 1.0)):
+        with pytest.raises(RuntimeError, match=r"^1 went forward .* call after_forward\(\) after"):
+            update()
+    statistics.after_forward()
+    step(statistics)
+    model(second)
+    statistics.forget_forward()
+    step(statistics)  # a process without images: its layers are in use
+    statistics.publish()
+    assert close(model[1].running_mean, 0.9 * 0.1 * model[0](first).mean(0))
+
+
+@pytest.mark.parametrize("through", ["the model", "the layer", "a part", "assignment"])
+def test_statistics_that_are_loaded_are_gone_on_from(terms: int | None, through: str) -> None:
+    """Also when they equal what was published last, and other layers go on as they were."""
+    model = nn.Sequential(nn.Sequential(nn.BatchNorm1d(2)), nn.BatchNorm1d(2, momentum=None))
+    plain = copy.deepcopy(model)
+    statistics = running_statistics(model, Solo(), terms)
+
+    def train(x: Tensor, *models: nn.Module) -> None:
+        for one in models:
+            one(x)
+        statistics.after_forward()
+        step(statistics)
+
+    xs = views(4)
+    train(xs[0], model, plain)
+    statistics.publish()
+    kept = copy.deepcopy(plain.state_dict())
+    train(xs[1], model, plain)
+    for one in (model, plain):
+        if through == "the layer":
+            one[0][0].load_state_dict({key[4:]: kept[key] for key in kept if key.startswith("0.0")})
+        elif through == "a part":
+            one.load_state_dict({key: kept[key] for key in kept if key.startswith("1.")}, strict=False)
+        else:
+            one.load_state_dict(copy.deepcopy(kept), assign=through == "assignment")
+    train(xs[2], model, plain)
+    statistics.publish()
+    for name, value in plain.state_dict().items():
+        assert close(model.state_dict()[name].double(), value.double()), name
+    twin = copy.deepcopy(model)  # loads by itself
+    twin.load_state_dict(kept)
+    train(xs[3], model, plain)
+    statistics.publish()
+    assert close(model[1].running_mean, plain[1].running_mean)

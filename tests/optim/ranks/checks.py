@@ -173,6 +173,33 @@ def rank_0_overwrites_the_others_at_the_start(world: World) -> None:
         opt.step(images=4)
 
 
+@check_alone_too
+def the_state_of_rank_0_is_gone_on_from(world: World) -> None:
+    """With the position of its schedule and the exponents of its sums, though the others know of no state."""
+    for terms in (None, 3):
+        options = {"schedule": lambda step: 0.1 / (1 + step), "reproducible_terms": terms}
+        model = convnet().float()
+        opt = wrap(model, world, **options)
+
+        def train(model: nn.Module, opt: DistributedOptimizer, seed: int) -> None:
+            x, labels = batch(seed + world.rank)
+            opt.backward(loss_sum(model, (100 * x.float(), labels)))
+            opt.step(images=4)
+
+        for step in range(2):
+            train(model, opt, 10 * step)
+        root = world.rank == 0
+        later = copy.deepcopy(model) if root else convnet(seed=7).float()
+        later[1].load_state_dict(model[1].state_dict())
+        state = copy.deepcopy(opt.state_dict()) if root else None
+        resumed = wrap(later, world, state=state, **options)
+        assert resumed.steps == 2
+        assert resumed.state_dict().get("exponents") == opt.state_dict().get("exponents")
+        train(model, opt, 50)
+        train(later, resumed, 50)
+        assert difference(model, later) == 0, terms
+
+
 @check
 def parameters_without_gradient_on_some_or_all(world: World) -> None:
     class Branches(nn.Module):
