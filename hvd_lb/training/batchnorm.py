@@ -357,8 +357,8 @@ class RunningStatistics:
     def step(self, active_workers: int) -> None:
         """One update, over the `active_workers` (k_t) virtual workers of all processes that had images.
 
-        `RuntimeError` where layers went forward in training mode and no `after_forward` followed in this step. A forward
-        that comes after the last one of the step counts for nothing.
+        `RuntimeError` where layers went forward in training mode and no `after_forward` followed in this step. A
+        forward that comes after the last one of the step counts for nothing.
         """
         trained = self._trained()
         if trained:

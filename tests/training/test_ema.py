@@ -167,7 +167,7 @@ def test_commands_take_the_averaged_weights(hvd_lb: Callable[..., Any], tmp_path
         table = hvd_lb("evaluate", tmp_path / "run", *more).out
         assert f"loss: {record[name]:.4f}" in table
     assert hvd_lb("export", tmp_path / "run", "--ema", "--format", "torch-export").status == 0
-    card = (tmp_path / "run/exported/torch-export/README.md").read_text()
+    card = (tmp_path / "run/exported/torch-export-ema/README.md").read_text()
     assert "averaged weights" in card
     assert f"{record['ema_top1_error']:.2f} %" in card
     refused = hvd_lb("evaluate", tmp_path / "run/checkpoints/last/model.safetensors", "--ema")
