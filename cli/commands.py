@@ -21,6 +21,8 @@ from hvd_lb_cli.output.terminal import to_nowhere, tolerate_any_letter
 # slower. Read when torch is loaded, here and in the ranks.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
 _COMMANDS = {
     "train": "hvd_lb_cli.train:train",
     "simulate": "hvd_lb_cli.simulate:simulate",
@@ -69,8 +71,10 @@ def run(arguments: list[str]) -> int:
         return _flushed(128 + signal.SIGPIPE)
     except OSError as error:  # a full disk, a folder that went away
         given = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)  # it is the name itself
+        unnamed = "standard output, or a file that was being written" if error.errno in _FULL else ""
+        where = error.filename or unnamed  # an error of write(2) does not know what it is about
         return _failed(
-            f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""),
+            f"{error.strerror or error}" + (f": {where}" if where else ""),
             2 if given else 1,
         )
     except RuntimeError as error:

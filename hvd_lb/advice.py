@@ -65,5 +65,7 @@ def _instead(recipe: Recipe, most: int) -> str:
     """The largest number of virtual workers with the same n that stays within so many images."""
     gpus = most // recipe.per_gpu_batch
     if gpus >= 1:
-        return f"--gpus {gpus} makes it {gpus * recipe.per_gpu_batch:,}"
-    return f"--gpus 1 --per-gpu-batch {max(1, most)} makes it {max(1, most)}"
+        return f"--gpus {gpus} makes a minibatch of {gpus * recipe.per_gpu_batch:,} images"
+    return (
+        f"--gpus 1 --per-gpu-batch {max(1, most)} makes a minibatch of {max(1, most)} image{'s' * (most > 1)}"
+    )

@@ -16,15 +16,18 @@ def test_advice_names_another_minibatch() -> None:
     assert said(recipe(gpus=256)) == []
     (beyond,) = said(recipe(gpus=512))
     assert "16,384" in beyond
-    assert "--gpus 256 makes it 8,192" in beyond
+    assert "--gpus 256 makes a minibatch of 8,192 images" in beyond
     (noisy,) = said(recipe(gpus=256), noise=NoiseEstimate(900, 700, 1200))
-    assert "--gpus 37 makes it 1,184" in noisy
+    assert "--gpus 37 makes a minibatch of 1,184 images" in noisy
     assert said(recipe(gpus=256), noise=NoiseEstimate(900, 700, None)) == []
     assert said(recipe(gpus=64), noise=NoiseEstimate(900, 700, 1200)) == []
 
 
 def test_advice_on_few_steps_and_a_short_warmup() -> None:
     few = advice(recipe(gpus=16, warmup_epochs=2), "images", steps_per_epoch=8, images=4096)
-    assert any("8 steps make an epoch" in line and "--gpus 12 makes it 384" in line for line in few)
+    assert any(
+        "8 steps make an epoch" in line and "--gpus 12 makes a minibatch of 384 images" in line
+        for line in few
+    )
     assert any("the warmup has 16 steps" in line and "--warmup-epochs 4 gives 32" in line for line in few)
     assert advice(recipe(gpus=16, warmup="none"), "images", steps_per_epoch=100, images=51200) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import rich_click as click
 
 from hvd_lb.errors import UserError
-from hvd_lb.report.text import count
+from hvd_lb.report.text import count, printable
 from hvd_lb_cli.watch.argument import RUN
 
 
@@ -39,8 +39,8 @@ def report(runs: tuple[Path, ...], output: Path | None, title: str | None, watch
     hvd-lb report runs/fashion
     hvd-lb report runs/small runs/large --output compared.html
     """
-    from hvd_lb.report.page.runs import runs_page
-    from hvd_lb.report.run_directory import replace_text
+    from hvd_lb.report.page.runs import recipe_of, runs_page
+    from hvd_lb.report.run_directory import RunDirectory, replace_text
     from hvd_lb.watch.state import AT_WORK, look
 
     file = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
@@ -48,6 +48,9 @@ def report(runs: tuple[Path, ...], output: Path | None, title: str | None, watch
         raise UserError(f"--output {file}: expected a name that ends in .html")
     if not file.absolute().parent.is_dir():
         raise UserError(f"--output {file}: {file.parent} is no folder")
+    for recipe in (RunDirectory(run).recipe for run in runs):
+        if recipe.exists() and recipe_of(RunDirectory(recipe.parent)) is None:
+            click.echo(f"warning: {printable(str(recipe))} cannot be read: the page is without it", err=True)
     told = False
     while True:
         going_on = watch and any(state.state in (*AT_WORK, "queued") for state in look(list(runs)))

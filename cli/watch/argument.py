@@ -26,9 +26,10 @@ class _Run(click.Path):
 
         path = Path(os.fsdecode(super().convert(value, param, ctx))).expanduser()
         if not is_run(path):
+            found = "holds no run" if path.exists() else "does not exist"
+            waiting = _waiting_jobs() if ctx and ctx.info_name in ("status", "stop") else ""
             raise UserError(
-                f"{printable(str(path))} holds no run: expected a run directory, such as `hvd-lb status` lists"
-                f"{_waiting_jobs()}"
+                f"{printable(str(path))} {found}: expected a run directory, such as `hvd-lb status` lists{waiting}"
             )
         return path
 

@@ -48,7 +48,7 @@ def logs(run: Path, rank: str | None, follow: bool, lines: int, attempt: int | N
 
     Where several logs are shown, each line begins with whose it is.
 
-    \\b
+    \b
     hvd-lb logs runs/digits-resnet8-2x32-1a2b3c4d --follow
     hvd-lb logs RUN --rank 17 -n 200
     """

@@ -28,7 +28,7 @@ _WATCH_SECONDS = 2.0
 def status(run: Path | None, runs: Path | None, as_json: bool, watch: bool) -> int:
     """Tell how runs are: far along, finished, failed and why, or lost. From any machine that sees their folders.
 
-    \\b
+    \b
     hvd-lb status
     hvd-lb status runs/digits-resnet8-2x32-1a2b3c4d --watch
     hvd-lb status --runs /shared/runs --json

@@ -26,7 +26,7 @@ def stop(run: Path, at_once: bool, no_wait: bool) -> int:
     It is as Ctrl-C where the run was started, and --now as a second one, but from any machine that sees the run
     directory. A job that has not started yet is taken out of its queue. Exit code 0 when the run runs no more.
 
-    \\b
+    \b
     hvd-lb stop runs/digits-resnet8-2x32-1a2b3c4d
     hvd-lb stop runs/digits-resnet8-2x32-1a2b3c4d --now
     """

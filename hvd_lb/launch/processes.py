@@ -101,6 +101,7 @@ class RankProcesses:
 
     def ask_to_stop(self, number: int) -> None:
         """Ask for a checkpoint after the present step and an end; `number` is the signal that caused it."""
+        self._run.logs.mkdir(parents=True, exist_ok=True)  # somebody may have removed the folder
         replace_text(self._run.stop, str(number))
         self._say(ends=number)  # of an elastic job there may be nobody who looks for that file
 

@@ -35,6 +35,7 @@ from hvd_lb.machine.environment import describe_environment
 from hvd_lb.machine.placement import Placement
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.launching import Recorded, SignOfLife
+from hvd_lb.report.lock import DirectoryLock
 from hvd_lb.report.metrics import read_metrics, truncate_metrics
 from hvd_lb.report.progress import Display, RunView, open_display
 from hvd_lb.report.run_directory import RunDirectory, replace_bytes, replace_text, write_json
@@ -47,6 +48,7 @@ from hvd_lb.training.checkpoint import CheckpointStore
 from hvd_lb.training.saved_state import Rescaled
 
 _LOOK_SECONDS = 0.2
+_IDENTITY_SECONDS = 2.0
 _PATIENCE = 4  # times --hang-timeout more, where all processes of an elastic job hang
 
 
@@ -271,9 +273,7 @@ def run_job(
         tracking = Tracking(track, run, resolved.recipe, facts, resume_point.first_record)
         status = 1
         try:
-            status = _watch(
-                job, launch, run, resolved, resume_point, lock.descriptor, console, tracking, discovery
-            )
+            status = _watch(job, launch, run, resolved, resume_point, lock, console, tracking, discovery)
         finally:
             for note in tracking.close(status):
                 console.print(note, soft_wrap=True)
@@ -310,7 +310,7 @@ def _watch(
     run: RunDirectory,
     resolved: Resolved,
     resume_point: ResumePoint,
-    lock: int,
+    lock: DirectoryLock,
     console: Console,
     tracking: Tracking,
     discovery: Discovery | None,
@@ -325,19 +325,20 @@ def _watch(
     )
     began = time.monotonic()
     with _signals() as received:
-        processes = RankProcesses(job, launch, run, lock)
+        processes = RankProcesses(job, launch, run, lock.descriptor)
         try:
             with RunView(run, display, resume_point.first_record) as view, discovery or nullcontext():
-                asked, hung = False, None
+                asked, hung = _Asked(processes, display), None
+                identity = _Identity(run, lock)
                 hangs = HangReports(run, processes.members, float(job.environment.get(HANG_TIMEOUT, 0)))
                 while (status := processes.wait(_LOOK_SECONDS)) is None and len(received) < 2:
                     hangs.ranks = processes.members
                     if (hung := hangs.look()) and not _take_out(job, processes, hangs, hung, display):
                         break
                     _heed(read_wish(run.stop), received)
-                    if received and not asked:
-                        asked = _ask_to_stop(processes, received[0], display)
-                    for note in (*processes.notes(), *tracking.update()):
+                    if received:
+                        asked.to_stop(received[0])
+                    for note in (*identity.restored(), *processes.notes(), *tracking.update()):
                         display.note(note)
                     for news in discovery.news() if discovery else ():
                         if isinstance(news, str):
@@ -399,14 +400,57 @@ def _heed(wish: str, received: list[signal.Signals]) -> None:
             received.append(signal.Signals(int(wish)))
 
 
-def _ask_to_stop(processes: RankProcesses, number: signal.Signals, display: Display) -> bool:
-    """Whether the ranks can know now; where the disk is full it has to be tried again."""
-    try:
-        processes.ask_to_stop(number)
-    except OSError:
-        return False
-    display.note(f"{number.name}: finishing this step, then a checkpoint; again to end at once")
-    return True
+class _Asked:
+    """Whether the ranks know that they are to stop."""
+
+    def __init__(self, processes: RankProcesses, display: Display) -> None:
+        self._processes, self._display = processes, display
+        self._done, self._problem = False, ""
+
+    def to_stop(self, number: signal.Signals) -> None:
+        """Asks them, once; where the disk is full it has to be tried again."""
+        if self._done:
+            return
+        try:
+            self._processes.ask_to_stop(number)
+        except OSError as error:
+            if not self._problem:
+                self._problem = error.strerror or type(error).__name__
+                self._display.note(
+                    f"{number.name}: the processes cannot be told yet ({self._problem}); again to end at once"
+                )
+            return
+        self._done = True
+        self._display.note(f"{number.name}: finishing this step, then a checkpoint; again to end at once")
+
+
+class _Identity:
+    """What makes a folder a run, and this one's: it is made again where somebody has removed the folder meanwhile."""
+
+    def __init__(self, run: RunDirectory, lock: DirectoryLock) -> None:
+        self._run, self._lock = run, lock
+        self._texts = {path: path.read_text("utf-8") for path in (run.recipe, run.environment)}
+        self._looked = time.monotonic()
+
+    def restored(self) -> Iterator[str]:
+        """What there is to tell of it. UserError where another run is there now."""
+        if time.monotonic() - self._looked < _IDENTITY_SECONDS:
+            return
+        self._looked = time.monotonic()
+        try:
+            if self._run.recipe.exists():
+                return
+            self._run.logs.mkdir(parents=True, exist_ok=True)
+            if not self._lock.holds(self._run.path):
+                self._lock = self._run.lock()
+            for path, text in self._texts.items():
+                replace_text(path, text)
+        except OSError:  # the file system is away: later
+            return
+        yield (
+            f"{self._run.path} was removed while this run writes there. It is made again, but what was in it is gone; "
+            "the next checkpoint has all that is trained"
+        )
 
 
 def _finish(run: RunDirectory, resolved: Resolved, processes: int, seconds: float, console: Console) -> int:

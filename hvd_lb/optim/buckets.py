@@ -28,7 +28,7 @@ _SPARSE = "DistributedOptimizer was given a sparse gradient; make the embedding 
 # An exchange of fewer bytes takes hardly less time.
 _SMALL_BUCKET = 2**20
 # A bucket holds at most this part of all gradients: by benchmarks/buckets.py.
-_PART = 8
+_PART = 6
 DTYPES = (torch.float32, torch.float64, *HALF)
 
 
@@ -467,7 +467,7 @@ def plan_buckets(parameters: Iterable[Tensor], bucket_bytes: int) -> list[list[T
     """Splits parameters, given in the order of the forward pass, into the buckets' lists.
 
     Backward produces gradients roughly in reverse, so reversed neighbours share a bucket and the first bucket fills
-    first. A bucket holds one (dtype of the sums, device) and at most `bucket_bytes` and an eighth of all, or a single
+    first. A bucket holds one (dtype of the sums, device) and at most `bucket_bytes` and a sixth of all, or a single
     larger parameter. The first one is small, so that the exchange begins early, and each one at most half of what is
     left, so that little is left to be exchanged when backward ends.
     """

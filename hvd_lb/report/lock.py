@@ -51,6 +51,13 @@ class DirectoryLock:
             "start no second run there from another machine"
         )
 
+    def holds(self, folder: Path) -> bool:
+        """Whether what is there by that name is still what was locked."""
+        try:
+            return os.path.samestat(os.stat(folder / ".lock"), os.fstat(self.descriptor))
+        except FileNotFoundError:
+            return False
+
     def close(self) -> None:
         with suppress(OSError):
             if self._maker:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hvd_lb.report.metrics import Epochs, read_metrics
 from hvd_lb.report.run_directory import RunDirectory
-from hvd_lb.report.text import duration, evaluation_line, speed
+from hvd_lb.report.text import count, duration, evaluation_line, speed
 from hvd_lb.training.saved_state import counted_error
 
 FINISHED, STOPPED = "finished", "stopped at --steps"
@@ -73,7 +73,12 @@ def summarise(
     if rates:
         figures.append(("speed", f"{speed(statistics.median(rates))} (median)"))
     if bad:
-        figures.append(("bad images", f"another one stood in {len(bad):,} times: {run.bad_images.name}"))
+        left_out = sum(record.get("of") == "eval" for record in bad)
+        stood_in = [
+            *([f"another one stood in {count(len(bad) - left_out, 'time')}"] if len(bad) > left_out else []),
+            *([f"evaluations left one out {count(left_out, 'time')}"] if left_out else []),
+        ]
+        figures.append(("bad images", f"{', '.join(stood_in)}: {run.bad_images.name}"))
     if summary["chain"]:
         figures.append(("last link", f"{summary['chain']} (hvd-lb verify)"))
     figures.append(("wall time", duration(seconds)))

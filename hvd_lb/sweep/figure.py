@@ -77,7 +77,13 @@ def minibatch_chart(
             if result.diverged
         ]
         largest = within_noise(of, baseline)
-        sentences.append(f"{largest.minibatch:,} images{of_line}" if largest else f"none{of_line}")
+        missing = [
+            f"{len(result.errors)} of {result.planned} runs of {result.minibatch:,} images"
+            for result in of
+            if largest and result.minibatch <= largest.minibatch and len(result.errors) < result.planned
+        ]
+        so_far = f" (so far {', '.join(missing)})" if missing else ""
+        sentences.append(f"{largest.minibatch:,} images{of_line}{so_far}" if largest else f"none{of_line}")
     if baseline.std is None:
         return (
             chart,

@@ -131,7 +131,7 @@ def open_trained(path: Path, recipe: str | None = None, *, averaged: bool = Fals
             )
         return _of_file(path, recipe)
     in_run = path / "checkpoints"
-    if in_run.is_dir():
+    if in_run.is_dir() or RunDirectory(path).recipe.is_file():
         if not pointers.followed(in_run / "last").is_dir():
             raise UserError(f"{printable(str(path))} has no checkpoint yet: nothing is trained in it")
         path = in_run / "last"

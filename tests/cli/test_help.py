@@ -23,6 +23,7 @@ for words in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
         cli.main([*words, "--help"], prog_name="hvd-lb", standalone_mode=False)
     assert "Usage: hvd-lb" in out.getvalue(), words
+    assert "\\\\b" not in out.getvalue(), words  # what click reads as "these lines as they are", mistyped
     heavy = {"torch", "torchvision", "nvidia.dali", "horovod", "numpy"} & set(sys.modules)
     assert not heavy, (words, heavy)
 """

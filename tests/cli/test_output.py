@@ -135,6 +135,20 @@ def test_every_command_on_any_terminal(
     assert b"Traceback" not in process.stderr
 
 
+@pytest.mark.parametrize("words", [("recipes",), ("recipes", "goyal-resnet50"), ("--help",)], ids=" ".join)
+def test_a_full_disk_behind_standard_output_is_named(words: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "hvd_lb_cli.main", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (process.returncode, process.stderr) == (
+        1, b"hvd-lb: error: No space left on device: standard output, or a file that was being written\n",
+    )  # fmt: skip
+
+
 class Broken(io.StringIO):
     """A stream that nobody reads, or whose disk is full."""
 

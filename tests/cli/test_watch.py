@@ -70,15 +70,16 @@ def test_what_is_no_run_is_said_in_one_line(
     hvd_lb: HvdLb, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
-    for path in (tmp_path, tmp_path / "nowhere"):
+    for path, found in ((tmp_path, "holds no run"), (tmp_path / "nowhere", "does not exist")):
         said = hvd_lb(command, path)
         assert said.status == 2
         assert said.err == (
-            f"hvd-lb: error: {path} holds no run: expected a run directory, such as `hvd-lb status` lists\n"
+            f"hvd-lb: error: {path} {found}: expected a run directory, such as `hvd-lb status` lists\n"
         )
     (tmp_path / "kubectl").write_text("#!/bin/sh\n")
     (tmp_path / "kubectl").chmod(0o755)
-    assert "; jobs that wait in Kubernetes: `kubectl get mpijobs -A " in hvd_lb(command, tmp_path).err
+    waiting = "; jobs that wait in Kubernetes: `kubectl get mpijobs -A "
+    assert (waiting in hvd_lb(command, tmp_path).err) == (command != "logs")
 
 
 def test_logs_begin_with_the_errors(hvd_lb: HvdLb, run: RunDirectory) -> None:

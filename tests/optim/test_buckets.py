@@ -29,7 +29,7 @@ def test_plan(described: list[tuple[int, torch.dtype]]) -> None:
 def test_the_first_bucket_is_small_and_little_is_left_for_the_last() -> None:
     parameters = [torch.empty(2**18, device="meta") for _ in range(64)]  # of 1 MiB each
     sizes = [len(bucket) for bucket in plan_buckets(parameters, bucket_bytes=25 * 2**20)]
-    assert sizes == [1, 8, 8, 8, 8, 8, 8, 7, 4, 2, 1, 1]
+    assert sizes == [1, 10, 10, 10, 10, 10, 6, 3, 2, 1, 1]
     assert plan_buckets(parameters[:1], 10) == [parameters[:1]]
 
 

@@ -161,8 +161,13 @@ def test_the_command(hvd_lb: Callable[..., Any], tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     assert hvd_lb("report", "a", "b", "--watch").out == "2 runs: report.html\n"  # both have ended
     assert b.path.name in (tmp_path / "report.html").read_text()
+    a.recipe.write_text("gpus: [\n")
+    said = hvd_lb("report", a.path)
+    assert (said.status, said.out) == (0, f"1 run: {a.report}\n")
+    assert said.err == f"warning: {a.recipe} cannot be read: the page is without it\n"
     for words, wrong in (
         ((tmp_path,), "holds no run"),
+        ((tmp_path / "none",), "none does not exist: expected a run directory"),
         ((a.path, "--output", "a.pdf"), "expected a name that ends in .html"),
         ((a.path, "--output", "none/a.html"), "none is no folder"),
     ):

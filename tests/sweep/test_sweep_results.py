@@ -177,8 +177,20 @@ def test_figure_1(hvd_lb: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> N
     assert drawn["series"][0]["low"][2] is drawn["series"][0]["high"][2] is None
 
 
+def test_settings_of_which_runs_are_missing_are_told(sweep: Sweep) -> None:
+    (run,) = (point.run for point in sweep.points() if (point.recipe.gpus, point.recipe.seed) == (4, 1))
+    run.summary.unlink()
+    _, sentence = minibatch_chart(sweep, results(sweep))
+    assert sentence.endswith("128 images (so far 1 of 2 runs of 128 images).")
+
+
 @pytest.mark.parametrize(
-    ("state", "reached"), [("ended", "512 images"), ("diverged", "128 images"), ("not begun", "128 images")]
+    ("state", "reached"),
+    [
+        ("ended", "512 images (so far 1 of 2 runs of 256 images)"),
+        ("diverged", "128 images"),
+        ("not begun", "128 images"),
+    ],
 )
 def test_what_comes_after_a_setting_that_diverged_or_is_not_known_is_not_reached(
     sweep: Sweep, state: str, reached: str

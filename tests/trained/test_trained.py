@@ -379,12 +379,15 @@ def test_torchvision_takes_its_own_networks(hvd_lb: Callable[..., Any], tmp_path
 def test_what_holds_no_weights(hvd_lb: Callable[..., Any], tmp_path: Path, run: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"nothing of the kind")
     (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "failed").mkdir()
+    shutil.copy(run / "recipe.yaml", tmp_path / "failed")
     damaged = shutil.copytree(run / "checkpoints" / "step-00000005", tmp_path / "step-00000005")
     content = bytearray((damaged / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (damaged / "model.safetensors").write_bytes(content)
     for name, wrong in (
         ("a.safetensors", "is no safetensors file"), ("none", "is not there"), ("new", "has no checkpoint yet"),
+        ("failed", "has no checkpoint yet: nothing is trained in it"),
         (".", "is neither a run nor a checkpoint"),
         ("step-00000005", "step-00000005"),
     ):  # fmt: skip

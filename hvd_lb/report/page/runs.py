@@ -29,6 +29,15 @@ _MOST_LINES = 200
 _FEW_LINES = 20
 
 
+def recipe_of(directory: RunDirectory) -> dict[str, Any] | None:
+    """The fields of a run's recipe; None where they cannot be read."""
+    try:
+        content = yaml.safe_load(directory.recipe.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 @dataclass(frozen=True)
 class _Run:
     """What a run directory tells, read once; `name` is as short as the others allow."""
@@ -51,11 +60,7 @@ class _Run:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        try:
-            content = yaml.safe_load(self.directory.recipe.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            return {}
-        return content if isinstance(content, dict) else {}
+        return recipe_of(self.directory) or {}
 
     @cached_property
     def environment(self) -> dict[str, Any]:
