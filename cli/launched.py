@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import rich_click as click
 
-from hvd_lb.errors import UserError
+from hvd_lb.errors import UserError, renamed
 from hvd_lb.launch.agent.process import dies_with_parent
 from hvd_lb.launch.launch_plan import START_SECONDS, LaunchPlan, rank_command
 from hvd_lb.launch.options import HANG_TIMEOUT, START_TIMEOUT, environment
@@ -45,7 +45,8 @@ def train_launched(context: click.Context, options: TrainOptions, place: Place) 
         | options_of_systems(context.command),
         f"is about starting processes, and {place.launcher} has started {place.size}: leave it out",
     )
-    refuse_unconnected(options.launch.engine, place)
+    with renamed({"engine": "--engine"}):
+        refuse_unconnected(options.launch.engine, place)
     refuse_untracked(options.track)
     if options.processes not in (None, place.size):
         raise UserError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import rich_click as click
 
 from hvd_lb.track.target import track_targets
-from hvd_lb.world.launched import launched
+from hvd_lb.world.launched import launched, refuse_unclear
 from hvd_lb_cli.detached import detached
 from hvd_lb_cli.options.kubernetes import kubernetes_options
 from hvd_lb_cli.options.launch import launch_options
@@ -95,6 +95,7 @@ def train(
         from hvd_lb_cli.launched import train_launched
 
         return train_launched(context, train_options, place)
+    refuse_unclear(os.environ)
 
     def work(leave: Callable[[Path], None] | None = None) -> int:
         from hvd_lb_cli.dispatch import dispatch  # here: --help needs none of it

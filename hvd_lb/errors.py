@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import operator
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(ValueError):
@@ -22,3 +26,31 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """ "; did you mean …?" for a misspelt name, else nothing."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def one_of(name: str, value: Any, known: Collection[str]) -> None:
+    """UserError for a value that is not one of the `known` words."""
+    if value not in known:
+        raise UserError(f"{name} {value!r}: expected one of {', '.join(known)}{nearest(str(value), known)}")
+
+
+def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """The value as an int; UserError for what is no whole number, or not from `least` to `most`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least or (most is not None and number > most):
+        bounds = f"{least} or more" if most is None else f"{least} to {most}"
+        raise UserError(f"{name} {value!r}: expected a whole number, {bounds}")
+    return number
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """UserErrors in here say other words: a parameter of the library's is an option of a command's."""
+    try:
+        yield
+    except UserError as error:
+        words = re.sub(rf"\b({'|'.join(names)})\b", lambda found: names[found[0]], str(error))
+        raise type(error)(words) from error.__cause__

@@ -30,7 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from hvd_lb.data.options import MAX_PIXELS, MOST_PIXELS, CacheKind, LoaderKind, OnBadImage
-from hvd_lb.errors import UserError, nearest
+from hvd_lb.errors import UserError, nearest, renamed
 from hvd_lb.plan.samples import LastBatch, SamplePlan
 from hvd_lb.plan.sizes import ImageSizes
 from hvd_lb.recipe_file import dump_values, parse_values, read_text
@@ -81,6 +81,14 @@ LEFT_TO_THE_MACHINE = {"gpus", "num_classes"}
 _MOST = 2**31 - 1
 _MOST_THREADS = 4096
 _MOST_GPUS = 2**20
+# The options that give what schedule and plan have by other names.
+_OPTIONS_OF_SCHEDULE = {"warmup_epochs": "--warmup-epochs", "epochs": "--epochs"}
+_OPTIONS_OF_PLAN = {
+    "workers": "GPUs",
+    "worker": "GPU",
+    "last_batch": "--last-batch",
+    "repeats": "--repeated-augment",
+}
 _MOST_CLASSES = 10_000_000
 
 _EVERY = re.compile(r"(\d{1,9}) ?(steps?|epochs?)")
@@ -544,20 +552,21 @@ class Recipe(BaseModel):
         return self.together if self.reproducible and self.together != "auto" else 1
 
     def lr_schedule(self, steps_per_epoch: int) -> Schedule:
-        return Schedule(
-            learning_rate=self.learning_rate,
-            global_batch=self.global_batch,
-            steps_per_epoch=steps_per_epoch,
-            epochs=self.epochs,
-            rule=self.lr_rule,
-            shape=self.schedule,
-            warmup=self.warmup,
-            warmup_epochs=self.warmup_epochs,
-            drop_epochs=self.drop_epochs,
-            drop_factor=self.drop_factor,
-            power=self.power,
-            reference_batch=self.reference_batch,
-        )
+        with renamed(_OPTIONS_OF_SCHEDULE):
+            return Schedule(
+                learning_rate=self.learning_rate,
+                global_batch=self.global_batch,
+                steps_per_epoch=steps_per_epoch,
+                epochs=self.epochs,
+                rule=self.lr_rule,
+                shape=self.schedule,
+                warmup=self.warmup,
+                warmup_epochs=self.warmup_epochs,
+                drop_epochs=self.drop_epochs,
+                drop_factor=self.drop_factor,
+                power=self.power,
+                reference_batch=self.reference_batch,
+            )
 
     def sample_plan(self, images: int, labels: np.ndarray | None = None) -> SamplePlan:
         """The plan on a data set of so many training images; UserError when the minibatch is larger than that.
@@ -571,15 +580,16 @@ class Recipe(BaseModel):
         seed = generator_seed(self.seed, 2)
         balanced = Balanced(labels, seed) if self.sampling == "balanced" and labels is not None else None
         plan = PerWorkerPlan if self.shuffle == "per-worker" else SamplePlan
-        return plan(
-            images,
-            self.gpus,
-            self.per_gpu_batch,
-            seed,
-            self.last_batch,
-            self.repeated_augment,
-            balanced,
-        )
+        with renamed(_OPTIONS_OF_PLAN):
+            return plan(
+                images,
+                self.gpus,
+                self.per_gpu_batch,
+                seed,
+                self.last_batch,
+                self.repeated_augment,
+                balanced,
+            )
 
     def run_plan(
         self, images: int, labels: np.ndarray | None = None, scales: Sequence[Scale] = ()
@@ -587,7 +597,9 @@ class Recipe(BaseModel):
         """All steps of a run on so many images, with these `scales`; UserError as `sample_plan`."""
         from hvd_lb.plan.run_plan import RunPlan  # as above
 
-        return RunPlan(self.sample_plan(images, labels), self.epochs, scales)
+        plan = self.sample_plan(images, labels)
+        with renamed(_OPTIONS_OF_PLAN):
+            return RunPlan(plan, self.epochs, scales)
 
     def run_schedule(self, plan: RunPlan) -> Schedule | RescaledSchedule:
         """The learning rate of each step of it."""

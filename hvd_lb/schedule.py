@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from numbers import Real
+from typing import Any, Literal, get_args
 
-from hvd_lb.errors import UserError, nearest
+from hvd_lb.errors import UserError, one_of
 
 REFERENCE_BATCH = 256
 REFERENCE_EPOCHS = 90
@@ -26,18 +27,43 @@ Warmup = Literal["gradual", "constant", "none"]
 def scaled_learning_rate(
     learning_rate: float, global_batch: int, rule: Rule = "linear", reference_batch: int = REFERENCE_BATCH
 ) -> float:
-    """The rate of a minibatch of `global_batch` images, from that of `reference_batch` (paper equation 3, Table 2)."""
+    """The rate of a minibatch of `global_batch` images, from that of `reference_batch` (paper equation 3, Table 2).
+
+    The `rule` "linear" takes it times their ratio, "sqrt" times the root of that, "none" leaves it as it is.
+    `UserError`, a `ValueError`, for another rule and for numbers of images that are not above 0.
+    """
+    one_of("rule", rule, get_args(Rule))
+    _check_positive("global_batch", global_batch)
+    _check_positive("reference_batch", reference_batch)
     ratio = global_batch / reference_batch
     return learning_rate * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[rule]
+
+
+def _is_finite(number: Any) -> bool:
+    return isinstance(number, Real) and math.isfinite(number)
+
+
+def _check_positive(name: str, number: Any) -> None:
+    if not (_is_finite(number) and number > 0):
+        raise UserError(f"{name} {number!r}: expected a finite number above 0")
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Learning rate of each step; `Schedule(...)(step)`, steps counted from 0 over the whole run.
 
-    `learning_rate` is the reference, for `reference_batch` images. Warmup takes place only where the scaled learning
-    rate is above the reference (kn > 256, paper section 5.1). `drop_epochs` are epochs of a run of 90, scaled to
-    `epochs`.
+    learning_rate: the reference, for `reference_batch` images.
+    global_batch: images of a step on all processes, kn.
+    steps_per_epoch, epochs: of the whole run, warmup included.
+    rule: how the reference is scaled to the peak, as `scaled_learning_rate` does: "linear", "sqrt" or "none".
+    shape: what comes after warmup. "step" multiplies the rate by `drop_factor` at each of `drop_epochs`, which are
+        epochs of a run of 90, scaled to `epochs`; "cosine" falls to 0 at the end along half a cosine; "polynomial" is
+        peak · (1 − progress)^`power`.
+    warmup: over `warmup_epochs`, a fraction of epochs too: "gradual" rises from the reference to the peak by the same
+        increment at every step, "constant" stays at the reference (paper section 2.2). It takes place only where the
+        peak is above the reference (kn > 256, section 5.1). With "none" the first step is at the peak.
+
+    `UserError`, a `ValueError`, for what is no schedule.
     """
 
     learning_rate: float
@@ -56,26 +82,24 @@ class Schedule:
     def __post_init__(self) -> None:
         """UserError for what is no schedule; a recipe's fields were looked at before."""
         for name, kind in (("rule", Rule), ("shape", Shape), ("warmup", Warmup)):
-            value, known = getattr(self, name), get_args(kind)
-            if value not in known:
-                raise UserError(
-                    f"{name} {value!r}: expected one of {', '.join(known)}{nearest(str(value), known)}"
-                )
-        numbers = {"learning_rate": self.learning_rate, "drop_factor": self.drop_factor, "power": self.power}
-        counts = ("global_batch", "steps_per_epoch", "epochs", "reference_batch")
-        numbers |= {name: getattr(self, name) for name in counts}
-        for name, number in numbers.items():
-            if not 0 < number < math.inf:
-                raise UserError(f"{name} {number}: expected a finite number above 0")
-        if not 0 <= self.warmup_epochs < math.inf:
-            raise UserError(f"warmup_epochs {self.warmup_epochs}: expected a finite number, 0 or more")
-        drops = list(self.drop_epochs)
-        if drops != sorted(drops) or not all(0 <= epoch <= REFERENCE_EPOCHS for epoch in drops):
+            one_of(name, getattr(self, name), get_args(kind))
+        for name in ("learning_rate", "drop_factor", "power"):
+            _check_positive(name, getattr(self, name))
+        for name in ("global_batch", "steps_per_epoch", "epochs", "reference_batch"):
+            _check_positive(name, getattr(self, name))
+        if not (_is_finite(self.warmup_epochs) and self.warmup_epochs >= 0):
+            raise UserError(f"warmup_epochs {self.warmup_epochs!r}: expected a finite number, 0 or more")
+        drops: Any = self.drop_epochs
+        if (
+            not isinstance(drops, Sequence)
+            or not all(_is_finite(epoch) and 0 <= epoch <= REFERENCE_EPOCHS for epoch in drops)
+            or list(drops) != sorted(drops)
+        ):
             raise UserError(f"drop_epochs {drops}: expected increasing epochs of a run of {REFERENCE_EPOCHS}")
         if self.warmup_steps and self.warmup_steps >= self.total_steps:
             raise UserError(
-                f"a warmup of {self.warmup_epochs:g} epochs in a run of {self.epochs}: give --warmup-epochs less than "
-                f"{self.epochs}, or more --epochs"
+                f"the warmup is no shorter than the run: give warmup_epochs less than {self.epochs}, or epochs more "
+                f"than {self.warmup_epochs:g}"
             )
 
     @property

@@ -90,12 +90,30 @@ def test_no_warmup_up_to_256_images(gpus: int) -> None:
         ({"drop_epochs": (30, math.nan)}, "increasing epochs of a run of 90"),
         ({"drop_epochs": (100, 150)}, "increasing epochs of a run of 90"),
         ({"drop_epochs": (60, 30)}, "increasing epochs of a run of 90"),
+        ({"drop_epochs": 30}, "drop_epochs 30: expected increasing epochs"),
+        ({"drop_epochs": ("30", "60")}, "increasing epochs of a run of 90"),
+        ({"learning_rate": "0.1"}, "learning_rate '0.1': expected a finite number"),
+        ({"warmup_epochs": None}, "warmup_epochs None: expected a finite number"),
+        ({"rule": "Linear"}, "rule 'Linear': expected one of linear, sqrt, none; did you mean 'linear'"),
     ],
 )
 def test_what_is_no_schedule(changes: dict[str, object], told: str) -> None:
     values = {"learning_rate": 0.1, "global_batch": 256, "steps_per_epoch": 10, "epochs": 90, **changes}
     with pytest.raises(UserError, match=told):
         Schedule(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((0.1, 512, "Linear"), "rule 'Linear': expected one of linear, sqrt, none; did you mean 'linear'"),
+        ((0.1, 0), "global_batch 0: expected a finite number above 0"),
+        ((0.1, 512, "sqrt", -256), "reference_batch -256"),
+    ],
+)
+def test_what_is_not_scaled(arguments: tuple, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        scaled_learning_rate(*arguments)
 
 
 def test_constant_warmup_and_none() -> None:
@@ -133,7 +151,7 @@ def test_the_derivation_is_told() -> None:
 
 
 def test_warmup_longer_than_the_run_is_refused() -> None:
-    with pytest.raises(UserError, match="--warmup-epochs less than 5"):
+    with pytest.raises(UserError, match="give warmup_epochs less than 5, or epochs more than 5"):
         paper(256, epochs=5)
     paper(8, epochs=5)
 

@@ -8,7 +8,6 @@ division by B is done once, at the end.
 import enum
 import itertools
 import json
-import operator
 import sys
 import weakref
 import zlib
@@ -27,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hvd_lb.errors import one_of, whole
 from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import GROWTH_BITS, FixedPointOverflow
 from hvd_lb.machine.process import keep_memory
@@ -119,8 +119,9 @@ class DistributedOptimizer(Optimizer):
         gradients on a GPU, to wait for them is to wait for the exchange, which `synchronize` does not.
 
     Methods that only the wrapped optimizer has are called through. Raises `TypeError` when `optimizer` is no plain
-    torch optimizer, or names a parameter that is complex or has no shape yet (lazy modules), `RuntimeError` when the
-    processes disagree on the parameters, or made other optimizers than this one.
+    torch optimizer, or names a parameter that is complex or has no shape yet (lazy modules), or `schedule` is no
+    function, `UserError`, a `ValueError`, for another option that is none, `RuntimeError` when the processes disagree
+    on the parameters, or made other optimizers than this one.
     """
 
     def __init__(
@@ -141,10 +142,17 @@ class DistributedOptimizer(Optimizer):
         # and its step fires the hooks, once.
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, DistributedOptimizer):
             raise TypeError(f"expected a plain torch optimizer, got {type(optimizer).__name__}")
-        if compress not in ("none", "fp16", "bf16"):
-            raise ValueError(f"compress={compress!r}; expected none, fp16 or bf16")
-        if images is not None and images < 1:
-            raise ValueError(f"images={images}; a step has 1 or more")
+        if schedule is not None and not callable(schedule):
+            raise TypeError(
+                f"schedule is a {type(schedule).__name__}; expected a function from the step to a learning rate "
+                "(torch's schedulers are made with this optimizer, later)"
+            )
+        one_of("compress", compress, ("none", "fp16", "bf16"))
+        whole("bucket_bytes", bucket_bytes)
+        if reproducible_terms is not None:
+            whole("reproducible_terms", reproducible_terms, most=2**31)
+        if images is not None:
+            whole("images", images)
         if compress != "none" and reproducible_terms is not None:
             raise ValueError(f"compress={compress!r} with reproducible_terms: exact sums have no fewer bits")
         self.optimizer = optimizer
@@ -237,10 +245,10 @@ class DistributedOptimizer(Optimizer):
                 )
             return
         total: Handle | None = None
+        if global_images is not None:
+            whole("global_images", global_images, 0)
         if images is not None:
-            if images < 0:
-                raise ValueError(f"images={images}; a process has 0 images or more")
-            count = torch.tensor([operator.index(images)])
+            count = torch.tensor([whole("images", images, 0)])
             total = self.world.allreduce_async(count, f"{self._name}.images")
         if self._phase is not Phase.REDUCED:
             try:
@@ -252,7 +260,7 @@ class DistributedOptimizer(Optimizer):
         if total is not None:
             divisor = int(total.wait().item())
         else:
-            divisor = self.world.size if global_images is None else operator.index(global_images)
+            divisor = self.world.size if global_images is None else int(global_images)
         if divisor <= 0:
             raise ValueError(f"a step needs images, got {divisor} in all; zero_grad() gives it up")
         self._divisor, self._counted = divisor, counted
@@ -275,6 +283,10 @@ class DistributedOptimizer(Optimizer):
         returns, is the loss of all processes, divided like the gradients, so that all processes take the
         same decisions (LBFGS).
         """
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                f"step({closure!r}): expected a closure; images are counted by name, step(images=...)"
+            )
         if closure is None or self._phase is Phase.EXCHANGING:
             self.synchronize(images=images, global_images=global_images)
         if self._schedule is not None:

@@ -30,8 +30,8 @@ class PerWorkerPlan(SamplePlan):
         from hvd_lb.plan.counter import generator_seed
         from hvd_lb.plan.shuffle import Permutation
 
-        share = hosted(worker, self.workers, self.images)
         count = len(self.positions(step, worker))
+        share = hosted(worker, self.workers, self.images)
         if not count:
             return np.empty(0, np.int64), np.empty(0, np.int64)
         begin = step * self.per_worker

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
-from hvd_lb.errors import UserError
+from hvd_lb.errors import UserError, one_of, whole
 from hvd_lb.plan.hosting import hosted
 
 if TYPE_CHECKING:
@@ -29,7 +29,12 @@ _OCCURRENCE = 40
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """The plan of `images` images (N) for `workers` virtual workers (k) of `per_worker` images (n) a step."""
+    """The plan of `images` images (N) for `workers` virtual workers (k) of `per_worker` images (n) a step.
+
+    The rest of an epoch that fills no step is left out by the `last_batch` "drop", and a step of its own by "keep",
+    spread evenly. `UserError`, a `ValueError`, for values that make no plan, as a minibatch larger than the data set
+    where the rest is dropped.
+    """
 
     images: int
     workers: int
@@ -41,25 +46,33 @@ class SamplePlan:
     begin: int = 0  #: images of the epoch that are used before the first step (`hvd_lb.plan.run_plan`)
 
     def __post_init__(self) -> None:
-        if min(self.images, self.workers, self.per_worker) < 1:
-            raise ValueError(f"{self}: images, workers and per_worker must be at least 1")
+        for name, least in (
+            ("images", 1),
+            ("workers", 1),
+            ("per_worker", 1),
+            ("seed", 0),
+            ("repeats", 1),
+            ("begin", 0),
+        ):
+            whole(name, getattr(self, name), least)
+        one_of("last_batch", self.last_batch, get_args(LastBatch))
         if self.begin and self.repeats > 1:
             raise ValueError("repeated images are numbered by whole epochs of one plan")
         if self.repeats > self.global_batch:
             raise UserError(
-                f"--repeated-augment {self.repeats}, but a minibatch has {self.global_batch} images: "
+                f"repeats {self.repeats}, but a minibatch has {self.global_batch} images: "
                 "expected at most as many"
             )
         if self.last_batch == "drop" and self.global_batch > self.images:
             largest = self.images // self.per_worker
             fix = (
-                f"use at most {largest} GPUs at {self.per_worker} images each"
+                f"use at most {largest} workers at {self.per_worker} images each"
                 if largest
-                else f"use at most {self.images} images per GPU"
+                else f"use at most {self.images} images per worker"
             )
             raise UserError(
                 f"a minibatch of {self.workers} × {self.per_worker} = {self.global_batch} images, "
-                f"but the data set has {self.images}: {fix}, or --last-batch keep"
+                f"but the data set has {self.images}: {fix}, or last_batch keep"
             )
 
     @property
@@ -87,7 +100,10 @@ class SamplePlan:
         """Positions of virtual worker `worker` in an epoch's permutation: the `worker`-th n of the step's kn.
 
         A short last step is spread evenly: workers get counts that differ by at most one, some of them none.
+        `ValueError` for a step or worker that there is not.
         """
+        if not 0 <= worker < self.workers:
+            raise ValueError(f"worker {worker} of {self.workers}: expected 0 to {self.workers - 1}")
         start = self.begin + step * self.global_batch
         own = hosted(worker, self.workers, self.step_images(step))
         return range(start + own.start, start + own.stop)

@@ -9,10 +9,11 @@ int32, int64, fp16, fp32 and fp64, and of bf16 where the engine is torch.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, get_args
 
+from hvd_lb.errors import one_of
 from hvd_lb.world.engine import EngineName, choose_engine
-from hvd_lb.world.launched import launched
+from hvd_lb.world.launched import launched, refuse_unclear
 
 if TYPE_CHECKING:
     import torch
@@ -91,14 +92,17 @@ def init(
     A job is what horovodrun, mpirun, torchrun or srun has made of several processes, or RANK, WORLD_SIZE, MASTER_ADDR
     and MASTER_PORT tell of. `engine` is what exchanges tensors: Horovod, or torch.distributed; auto takes Horovod where
     it is installed and the launcher tells it how processes meet (horovodrun, mpirun), else torch. Raises `UserError`
-    where Horovod is asked for and cannot be had, and where the other processes do not come; `ExchangeError` where the
+    for another engine, where Horovod is asked for and cannot be had, where variables tell of several processes but not
+    which this one is, and where the other processes do not come; `ExchangeError` where the
     rendezvous says that they will not. Its connections `may_be_cut`: somebody may call `cut`. Processes that exchange
     tensors of a `device` are connected for that when this returns, as far as the engine can.
     """
     global _current
+    one_of("engine", engine, get_args(EngineName))
     if _current is None:
         place = launched(os.environ)
         if place is None:
+            refuse_unclear(os.environ)
             from hvd_lb.world.solo import Solo
 
             _current = Solo()

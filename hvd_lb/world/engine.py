@@ -38,7 +38,7 @@ def refuse_unconnected(asked: EngineName, place: Place) -> None:
     """UserError where Horovod is asked for among processes that it does not connect, whatever is installed."""
     if asked == "horovod" and not _connects(place):
         raise UserError(
-            f"--engine horovod, but {place.launcher} started the processes, which Horovod cannot connect: use --engine "
+            f"engine horovod, but {place.launcher} started the processes, which Horovod cannot connect: use engine "
             f"torch, or start them with horovodrun -np {place.size}"
         )
 

@@ -67,7 +67,7 @@ class HorovodWorld:
 
     def _start(self, tensor: Tensor, name: str, op: Any) -> HorovodHandle:
         if tensor.dtype == torch.bfloat16:
-            raise UserError("Horovod adds up no bf16: use --engine torch, or fp16")
+            raise UserError("Horovod adds up no bf16: use engine torch, or fp16")
         handle = self._hvd.allreduce_async_(tensor, name=name, op=op)
         return HorovodHandle(self._hvd, handle, tensor, self._lines)
 

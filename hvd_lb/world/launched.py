@@ -70,6 +70,21 @@ def launched_alone(environment: Mapping[str, str]) -> str | None:
     return None
 
 
+def refuse_unclear(environment: Mapping[str, str]) -> None:
+    """UserError where of a rank and a number of processes, both set, only one is a number, as in `RANK= WORLD_SIZE=2`.
+
+    For processes that none of the variables make one of several: each would be one alone.
+    """
+    for known in _LAUNCHERS:
+        rank, size = _number(environment, known.rank), _number(environment, known.size)
+        both = known.rank in environment and known.size in environment
+        if both and (rank is None) != (size is None) and size != 1:
+            raise UserError(
+                f"{known.rank}={environment[known.rank]!r} and {known.size}={environment[known.size]!r}: expected two "
+                "numbers, which of how many processes this is: set both, or unset them where another job has left them"
+            )
+
+
 def refuse_several(environment: Mapping[str, str], command: str) -> None:
     """UserError where a launcher has started several of a command that is one process."""
     if place := launched(environment):

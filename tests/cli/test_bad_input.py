@@ -43,7 +43,16 @@ DIGITS = ("train", "--data", "digits", "--device", "cpu")
         ((*DIGITS, "--recompute-bn", 2000), "the data set has 1438 training images"),
         ((*DIGITS, "--recompute-bn", 9, "--model", "squeezenet1_1", "--image-size", 32), "has no batch norm"),
         ((*DIGITS, "--recompute-bn", 0), "--recompute-bn 0"),
-        ((*DIGITS, "--gpus", 16, "--warmup-epochs", 99), "--warmup-epochs less than 30"),
+        (
+            (*DIGITS, "--gpus", 16, "--warmup-epochs", 99),
+            "--warmup-epochs less than 30, or --epochs more than 99",
+        ),
+        ((*DIGITS, "--gpus", 256, "--per-gpu-batch", 32), "44 GPUs at 32 images each, or --last-batch keep"),
+        ((*DIGITS, "--gpus", 1, "--per-gpu-batch", 2000), "images per GPU, or --last-batch keep"),
+        (
+            (*DIGITS, "--gpus", 2, "--per-gpu-batch", 4, "--repeated-augment", 9),
+            "--repeated-augment 9, but a",
+        ),
         ((*DIGITS, "--cuda-graphs", "on"), "--cuda-graphs on, but this run is on CPUs"),
         (("simulate", "--device", "cpu", "--cuda-graphs", "on"), "--cuda-graphs on, but this run is on CPUs"),
         ((*DIGITS, "--cuda-graphs", "on", "--compile"), "a compiled network launches its own way"),

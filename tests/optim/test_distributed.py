@@ -250,9 +250,13 @@ class TestMisuse:
 
     def test_compression(self) -> None:
         for options, message in (
-            ({"compress": "fp8"}, "expected none, fp16 or bf16"),
+            ({"compress": "fp8"}, "compress 'fp8': expected one of none, fp16, bf16"),
             ({"compress": "fp16", "reproducible_terms": 4}, "exact sums have no fewer bits"),
-            ({"compress": "fp16", "images": 0}, "images=0"),
+            ({"compress": "fp16", "images": 0}, "images 0: expected a whole number, 1 or more"),
+            ({"images": 2.5}, "images 2.5: expected a whole number"),
+            ({"bucket_bytes": -5}, "bucket_bytes -5: expected a whole number, 1 or more"),
+            ({"reproducible_terms": 2.5}, "reproducible_terms 2.5: expected a whole number"),
+            ({"reproducible_terms": 2**70}, "expected a whole number, 1 to 2147483648"),
         ):
             with pytest.raises(ValueError, match=message):
                 wrap(convnet(), **options)
@@ -262,8 +266,12 @@ class TestMisuse:
         opt = wrap(model)
         with pytest.raises(ValueError, match="not both"):
             opt.step(images=1, global_images=1)
-        with pytest.raises(ValueError, match="images=-1"):
-            opt.step(images=-1)
+        for wrong in (-1, 2.5, "4"):
+            for name in ("images", "global_images"):
+                with pytest.raises(ValueError, match=f"{name} {wrong!r}: expected a whole number, 0 or more"):
+                    opt.step(**{name: wrong})
+        with pytest.raises(TypeError, match=r"step\(8\): expected a closure; .* step\(images=...\)"):
+            opt.step(8)
         for zero in ({"images": 0}, {"global_images": 0}):
             with pytest.raises(ValueError, match="needs images"):
                 opt.step(**zero)
@@ -282,6 +290,11 @@ class TestMisuse:
         for wrong in (opt, convnet()):
             with pytest.raises(TypeError, match="plain torch optimizer"):
                 DistributedOptimizer(wrong, world=Solo())
+        for schedule in (0.1, lr_scheduler.ConstantLR(opt)):
+            with pytest.raises(
+                TypeError, match=f"schedule is a {type(schedule).__name__}; expected a function"
+            ):
+                wrap(convnet(), schedule=schedule)
         complex_ = nn.Parameter(torch.ones(2, dtype=torch.complex64))
         with pytest.raises(TypeError, match="complex64"):
             DistributedOptimizer(torch.optim.SGD([complex_], 0.1), world=Solo())

@@ -96,7 +96,7 @@ def test_half_of_the_workers_go_on_at_the_very_image() -> None:
     assert run.scales[-1] == Scale(3, 0, 60, 2)
     assert [run.at(step).begins for step in range(9)] == [0, 20, 40, 60, 70, 80, 90, 0, 10]
     assert run.end == 3 + 4 + 10
-    with pytest.raises(UserError, match="at most 20 GPUs"):
+    with pytest.raises(UserError, match="at most 20 workers"):
         run.rescaled(5, 30) and RunPlan(run.plan, 2, run.rescaled(5, 30))
 
 

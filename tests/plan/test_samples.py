@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from hvd_lb.errors import UserError
 from hvd_lb.plan.hosting import hosted
+from hvd_lb.plan.per_worker import PerWorkerPlan
 from hvd_lb.plan.samples import LastBatch, SamplePlan
 from hvd_lb.plan.shuffle import Permutation
 
@@ -116,8 +117,8 @@ def test_virtual_worker_j_takes_the_jth_n_of_a_step() -> None:
 @pytest.mark.parametrize(
     ("gpus", "per_gpu", "images", "told"),
     [
-        (256, 32, 1437, "at most 44 GPUs at 32 images each"),
-        (4, 2000, 1437, "at most 1437 images per GPU"),
+        (256, 32, 1437, "at most 44 workers at 32 images each, or last_batch keep"),
+        (4, 2000, 1437, "at most 1437 images per worker, or last_batch keep"),
     ],
 )
 def test_a_minibatch_larger_than_the_data_names_the_largest(
@@ -127,6 +128,28 @@ def test_a_minibatch_larger_than_the_data_names_the_largest(
         SamplePlan(images, gpus, per_gpu, 0)
     kept: LastBatch = "keep"
     assert SamplePlan(images, gpus, per_gpu, 0, kept).steps_per_epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"last_batch": "Keep"}, "last_batch 'Keep': expected one of drop, keep; did you mean 'keep'"),
+        ({"last_batch": None}, "last_batch None: expected one of drop, keep"),
+        ({"seed": None}, "seed None: expected a whole number, 0 or more"),
+        ({"images": 10.5}, "images 10.5: expected a whole number, 1 or more"),
+        ({"workers": 0}, "workers 0: expected a whole number, 1 or more"),
+    ],
+)
+def test_what_is_no_plan(changes: dict[str, object], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        SamplePlan(**{"images": 60, "workers": 4, "per_worker": 8, "seed": 0, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("plan", [SamplePlan, PerWorkerPlan])
+def test_a_worker_that_there_is_not(plan: type[SamplePlan]) -> None:
+    for worker in (-1, 4):
+        with pytest.raises(ValueError, match=f"worker {worker} of 4: expected 0 to 3"):
+            plan(60, 4, 8, 0).image_ids(0, 0, worker)
 
 
 def test_an_epoch_of_whole_steps_has_no_rest_to_keep() -> None:

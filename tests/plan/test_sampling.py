@@ -119,7 +119,7 @@ def test_balanced_and_repeated() -> None:
 
 
 def test_more_repeats_than_images_of_a_minibatch() -> None:
-    with pytest.raises(UserError, match="--repeated-augment 9, but a minibatch has 8 images"):
+    with pytest.raises(UserError, match="repeats 9, but a minibatch has 8 images"):
         SamplePlan(100, 2, 4, seed=1, repeats=9)
 
 

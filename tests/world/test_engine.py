@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from hvd_lb.errors import UserError
-from hvd_lb.world import engine
+from hvd_lb.world import engine, init
 from hvd_lb.world.engine import choose_engine, refuse_unsummed
 from hvd_lb.world.launched import Place
 
@@ -30,9 +32,19 @@ def test_horovod_is_the_default_wherever_it_can_connect_processes() -> None:
         assert choose_engine("auto", Place(launcher, 0, 2))[0] == "horovod"
     for launcher in ("torchrun", "srun", "RANK and WORLD_SIZE"):
         assert choose_engine("auto", Place(launcher, 0, 2)) == ("torch", f"started by {launcher}")
-        with pytest.raises(UserError, match=rf"{launcher} started .*horovodrun -np 2"):
+        with pytest.raises(
+            UserError, match=rf"^engine horovod, but {launcher} started .*use engine torch, or .*-np 2"
+        ):
             choose_engine("horovod", Place(launcher, 0, 2))
     assert choose_engine("torch", Place("horovodrun", 0, 2))[0] == "torch"
+
+
+def test_a_world_has_no_other_engine() -> None:
+    for wrong, near in (("Torch", "; did you mean 'torch'"), (None, "")):
+        with pytest.raises(
+            UserError, match=f"engine {wrong!r}: expected one of auto, horovod, torch{re.escape(near)}"
+        ):
+            init(wrong)  # type: ignore[arg-type]
 
 
 def test_bf16_is_refused_where_horovod_exchanges() -> None:

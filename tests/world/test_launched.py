@@ -3,7 +3,7 @@
 import pytest
 
 from hvd_lb.errors import UserError
-from hvd_lb.world.launched import Place, launched, launched_alone, refuse_several, without_job
+from hvd_lb.world.launched import Place, launched, launched_alone, refuse_several, refuse_unclear, without_job
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
 SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
@@ -62,6 +62,27 @@ def test_a_job_of_one_process_is_told_by_its_variables() -> None:
         "SLURM_PROCID=0 and SLURM_STEP_NUM_TASKS=1"
     )
     assert launched_alone({"RANK": "0"}) is launched_alone({}) is launched_alone(TORCHRUN) is None
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "", "WORLD_SIZE": "2"},
+        {"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "h1", "MASTER_PORT": "1"},
+        {"RANK": "0", "WORLD_SIZE": ""},
+        {"HOROVOD_RANK": "", "HOROVOD_SIZE": "2"},
+    ],
+)
+def test_a_job_that_does_not_say_which_process_this_is(environment: dict[str, str]) -> None:
+    assert launched(environment) is None
+    with pytest.raises(UserError, match=r"RANK='\w*' and \w+SIZE='\d?': expected two numbers"):
+        refuse_unclear(environment)
+
+
+def test_what_is_left_over_is_clear() -> None:
+    for environment in ({}, {"RANK": ""}, {"WORLD_SIZE": "8"}, {"PMI_RANK": "x", "PMI_SIZE": "many"}):
+        refuse_unclear(environment)
+    refuse_unclear({"RANK": "", "WORLD_SIZE": "1"})
 
 
 def test_a_command_of_one_process_refuses_to_be_several() -> None:
