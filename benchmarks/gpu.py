@@ -11,6 +11,7 @@ the same process, in turns. `--device cpu --small` runs all of it in small, to f
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import itertools
 import json
@@ -27,13 +28,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from limited import run_limited
+from limited import file_to_write, minutes, names_of, run_limited
 from loader import MEAN, STD, make_jpegs, microbatches
 from torch import Tensor
 
@@ -46,6 +48,7 @@ from hvd_lb.training.models import build_model
 from hvd_lb.training.trainer import Trainer
 
 Step = Callable[[], object]
+Make = Callable[[], Step]
 Row = Callable[["Bench"], Iterator[dict[str, Any]]]
 
 
@@ -87,10 +90,11 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def take_turns(self, sides: dict[str, Step]) -> dict[str, float]:
+    def take_turns(self, sides: dict[str, Step], warm_up: int | None = None) -> dict[str, float]:
         """Median milliseconds of a step of each side; one that fails is taken out of `sides`, and told."""
+        warm_up = self.warm_up if warm_up is None else warm_up
         times: dict[str, list[float]] = {name: [] for name in sides}
-        for turn in range(self.warm_up + self.turns):
+        for turn in range(warm_up + self.turns):
             for name, run in list(sides.items()):
                 self.wait()
                 began = time.perf_counter()
@@ -99,21 +103,43 @@ class Bench:
                         run()
                     self.wait()
                 except Exception as error:
-                    print(json.dumps({"side": name, "error": f"{type(error).__name__}: {error}"}), flush=True)
+                    tell_failure(name, error)
                     del sides[name], times[name]
                     continue
-                if turn >= self.warm_up:
+                if turn >= warm_up:
                     times[name].append(1000 * (time.perf_counter() - began) / self.steps)
         return {name: statistics.median(values) for name, values in times.items()}
 
-    def memory(self, run: Step) -> float:
-        """GiB at the peak of one step."""
-        if self.device.type != "cuda":
-            return 0.0
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        self.wait()
-        return torch.cuda.max_memory_allocated() / 2**30
+    def make_one_by_one(self, makers: dict[str, Make]) -> tuple[dict[str, Step], dict[str, float]]:
+        """The sides, after their first steps, and GiB that each had at most, from being made to the end of these.
+
+        Batches that lie ready are not in it. What others before it hold meanwhile does not change, and is taken off;
+        a graph's memory is counted while it is recorded, as a replayed one does not allocate.
+        """
+        on_gpu = self.device.type == "cuda"
+        sides, peaks = dict[str, Step](), dict[str, float]()
+        for name, make in makers.items():
+            gc.collect()
+            if on_gpu:
+                self.wait()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() if on_gpu else 0
+            try:
+                run = make()
+                for _ in range(self.warm_up * self.steps):
+                    run()
+                self.wait()
+            except Exception as error:
+                tell_failure(name, error)
+                continue
+            sides[name] = run
+            peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else 0.0
+        return sides, peaks
+
+
+def tell_failure(side: str, error: Exception) -> None:
+    print(json.dumps({"side": side, "error": f"{type(error).__name__}: {error}"}), flush=True)
 
 
 def whole_step(made: Trainer, ready: list[tuple[Tensor, Tensor]]) -> Step:
@@ -124,6 +150,12 @@ def whole_step(made: Trainer, ready: list[tuple[Tensor, Tensor]]) -> Step:
             made.train_step(endless)
 
     return step
+
+
+def our_step(
+    bench: Bench, ready: list[tuple[Tensor, Tensor]], workers: int, images: int, **changes: Any
+) -> Step:
+    return whole_step(bench.trainer(workers, images, **changes), ready)
 
 
 def autocast(bench: Bench, precision: str) -> Any:
@@ -157,6 +189,33 @@ def bare_step(
                 scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
+
+    return step
+
+
+def reference_step(bench: Bench, ready: list[tuple[Tensor, Tensor]], amp: bool) -> Step:
+    """What a step of torchvision's references/classification/train.py does by default, or with --amp: contiguous
+    memory, torch's own choice of arithmetic (TF32 in convolutions) and of SGD; loss and errors are read each time.
+    """
+    network = build_model(bench.model, 1000, seed=0).to(bench.device).train()
+    optimizer = torch.optim.SGD(network.parameters(), 1e-4, 0.9, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(bench.device.type, enabled=amp)
+    endless = itertools.cycle(ready)
+
+    def step() -> tuple[float, ...]:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+            torch.backends.cuda.matmul.allow_tf32 = False
+            x, y = next(endless)
+            with torch.autocast(bench.device.type, torch.float16, enabled=amp):
+                output = network(x)
+                loss = F.cross_entropy(output, y)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            with torch.inference_mode():
+                right = output.topk(5).indices == y[:, None]
+                return loss.item(), right[:, 0].float().mean().item(), right.any(1).float().mean().item()
 
     return step
 
@@ -307,25 +366,28 @@ def waits(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def steps(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Whole steps against the bare loop, in images a second."""
+    """Whole steps against the bare loop, in images a second; in two cases against torchvision's reference, too."""
     for precision, channels_last, images in (
         ("bf16", True, 32), ("bf16", True, bench.large), ("fp32", False, 32), ("fp16", True, bench.large),
         ("tf32", True, bench.large), ("tf32", False, 32),
     ):  # fmt: skip
         ready = bench.batches(images)
-        options = {"precision": precision, "channels_last": channels_last}
-        sides = {
-            "hvd-lb": whole_step(bench.trainer(1, images, **options), ready),
-            "without graphs": whole_step(bench.trainer(1, images, cuda_graphs="off", **options), ready),
-            "bare": bare_step(bench, ready, precision, channels_last, fused=True),
+        ours = partial(our_step, bench, ready, 1, images, precision=precision, channels_last=channels_last)
+        bare = partial(bare_step, bench, ready, precision, channels_last)
+        makers: dict[str, Make] = {
+            "hvd-lb": ours,
+            "without graphs": partial(ours, cuda_graphs="off"),
+            "bare": partial(bare, fused=True),
         }
         if precision == "bf16":
-            sides["reproducible"] = whole_step(bench.trainer(1, images, reproducible=True, **options), ready)
+            makers["reproducible"] = partial(ours, reproducible=True)
         if (precision, images) == ("bf16", 32):
-            sides["bare, foreach"] = bare_step(bench, ready, precision, channels_last, foreach=True)
+            makers["bare, foreach"] = partial(bare, foreach=True)
             if bench.device.type == "cuda":
-                sides["bare, CUDA graph"] = graphed_step(bench, ready)
-        yield figures(bench, sides, images, precision=precision, channels_last=channels_last, images=images)
+                makers["bare, CUDA graph"] = partial(graphed_step, bench, ready)
+        if precision == "fp16" or (precision, images) == ("tf32", 32):
+            makers["torchvision"] = partial(reference_step, bench, ready, amp=precision == "fp16")
+        yield figures(bench, makers, images, precision=precision, channels_last=channels_last, images=images)
 
 
 def virtual(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -335,45 +397,38 @@ def virtual(bench: Bench) -> Iterator[dict[str, Any]]:
     """
     workers, images = 8, 8 if bench.small else 32
     for precision in ("bf16", "fp32"):
-        ready = bench.batches(images, 8)
-        options = {"precision": precision, "channels_last": precision == "bf16"}
-        sides = {
-            "hvd-lb": whole_step(bench.trainer(workers, images, together=1, **options), ready),
-            "without graphs": whole_step(
-                bench.trainer(workers, images, together=1, cuda_graphs="off", **options), ready
-            ),
-            "together": whole_step(bench.trainer(workers, images, together=workers, **options), ready),
-            "bare": bare_step(bench, ready, precision, precision == "bf16", workers, fused=True),
-            "bare, one batch": bare_step(
-                bench, bench.batches(workers * images, 1), precision, precision == "bf16", fused=True
-            ),
-            "reproducible": whole_step(bench.trainer(workers, images, reproducible=True, **options), ready),
+        ready, whole = bench.batches(images, 8), bench.batches(workers * images, 1)
+        last = precision == "bf16"
+        ours = partial(our_step, bench, ready, workers, images, precision=precision, channels_last=last)
+        makers: dict[str, Make] = {
+            "hvd-lb": partial(ours, together=1),
+            "without graphs": partial(ours, together=1, cuda_graphs="off"),
+            "together": partial(ours, together=workers),
+            "bare": partial(bare_step, bench, ready, precision, last, workers, fused=True),
+            "bare, one batch": partial(bare_step, bench, whole, precision, last, fused=True),
+            "reproducible": partial(ours, reproducible=True),
         }
-        yield figures(bench, sides, workers * images, workers=workers, images=images, precision=precision)
+        yield figures(bench, makers, workers * images, workers=workers, images=images, precision=precision)
 
 
 def reproducible(bench: Bench) -> Iterator[dict[str, Any]]:
     """The reproducible mode against the float mode with one virtual worker."""
     for precision in ("bf16", "fp32"):
         for images in (32, bench.large):
-            ready = bench.batches(images)
-            options = {"precision": precision, "channels_last": precision == "bf16"}
-            sides = {
-                "reproducible": whole_step(bench.trainer(1, images, reproducible=True, **options), ready),
-                "float": whole_step(bench.trainer(1, images, **options), ready),
-            }
-            yield figures(bench, sides, images, images=images, precision=precision)
+            ready, last = bench.batches(images), precision == "bf16"
+            ours = partial(our_step, bench, ready, 1, images, precision=precision, channels_last=last)
+            makers: dict[str, Make] = {"reproducible": partial(ours, reproducible=True), "float": ours}
+            yield figures(bench, makers, images, images=images, precision=precision)
 
 
-def figures(bench: Bench, sides: dict[str, Step], step_images: int, **about: Any) -> dict[str, Any]:
-    took = bench.take_turns(sides)
+def figures(bench: Bench, makers: dict[str, Make], step_images: int, **about: Any) -> dict[str, Any]:
+    sides, peaks = bench.make_one_by_one(makers)
+    took = bench.take_turns(sides, warm_up=0)
     return {
         **about,
         "milliseconds": {name: round(value, 3) for name, value in took.items()},
         "images_per_second": {name: round(1000 * step_images / value, 1) for name, value in took.items()},
-        "peak_gib": {
-            name: round(bench.memory(run), 2) for name, run in sides.items() if name != "bare, CUDA graph"
-        },
+        "peak_gib": {name: round(peaks[name], 2) for name in took},
     }
 
 
@@ -416,9 +471,13 @@ def launches(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def update(bench: Bench) -> Iterator[dict[str, Any]]:
-    """The update alone: SGD of this project against torch's."""
+    """The update alone: SGD of this project against torch's.
+
+    Runs in fp32, tf32 and bf16 have the fused one, which divides by the images of a step as well, here by 1, as the
+    quotients are written back. The plain ones are for --reproducible, fp16 and fp64.
+    """
     sides: dict[str, Step] = {}
-    for label in ("form 10", "form 9", "torch foreach", "torch fused"):
+    for label in ("fused", "form 10", "form 9", "torch foreach", "torch fused"):
         model = build_model(bench.model, 1000, seed=0).to(bench.device)
         for p in model.parameters():
             p.grad = torch.randn_like(p)
@@ -427,6 +486,10 @@ def update(bench: Bench) -> Iterator[dict[str, Any]]:
             sides[label] = torch.optim.SGD(
                 lb.parameter_groups(model), 1e-4, 0.9, weight_decay=1e-4, nesterov=True, **options
             ).step
+        elif label == "fused":
+            ours: Any = lb.SGD(lb.parameter_groups(model), 1e-4, fused=True)
+            ours.grad_scale = torch.ones((), device=bench.device)
+            sides[label] = ours.step
         else:
             sides[label] = lb.SGD(lb.parameter_groups(model), 1e-4, form=int(label.split()[1])).step
     yield {"milliseconds": {name: round(value, 3) for name, value in bench.take_turns(sides).items()}}
@@ -589,15 +652,15 @@ def decoder(bench: Bench) -> Iterator[dict[str, Any]]:
 def simulated(bench: Bench) -> Iterator[dict[str, Any]]:
     """256 virtual workers of 32 images on one GPU: a step of 8,192 images, as `simulate --gpus 256` takes it."""
     workers, images, group = (8, 8, 4) if bench.small else (256, 32, 8)
-    ready = bench.batches(images, 8)
-    sides = {
-        name: whole_step(
-            bench.trainer(workers, images, precision="bf16", channels_last=True, together=together), ready
-        )
-        for name, together in (("apart", 1), (f"together {group}", group))
+    ours = partial(
+        our_step, bench, bench.batches(images, 8), workers, images, precision="bf16", channels_last=True
+    )
+    makers: dict[str, Make] = {
+        "apart": partial(ours, together=1),
+        f"together {group}": partial(ours, together=group),
     }
     bench.warm_up, bench.turns, bench.steps = 1, 1, 1
-    yield figures(bench, sides, workers * images, workers=workers, images=images)
+    yield figures(bench, makers, workers * images, workers=workers, images=images)
 
 
 def processes(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -817,6 +880,10 @@ ROWS: dict[str, Row] = {
 LONGER = {"selftest": 120.0, "tests": 150.0}  #: seconds for these, at least
 
 
+NO_GPU = "none: "
+WITHOUT_GPU = ("doctor", "selftest")  #: rows that say why
+
+
 def machine(device: str) -> dict[str, Any]:
     import torchvision
 
@@ -826,7 +893,10 @@ def machine(device: str) -> dict[str, Any]:
         "python": sys.version.split()[0],
     }
     if device == "cuda":
-        about |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
+        try:
+            about |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
+        except (RuntimeError, AssertionError) as error:  # no driver, no GPU; a torch for the CPU
+            about["gpu"] = f"{NO_GPU}{str(error).partition(chr(10))[0]}"
     return about | {"date": time.strftime("%Y-%m-%d"), "cores": len(os.sched_getaffinity(0))}
 
 
@@ -834,10 +904,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="tiny networks, to try the script out")
-    parser.add_argument("--rows", default=",".join(ROWS), help="names, separated by commas")
-    parser.add_argument("--output", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--rows", type=names_of(ROWS), default=list(ROWS), help="names, with commas")
+    parser.add_argument("--output", type=file_to_write, default=Path("gpu.json"))
     parser.add_argument("--seconds", type=float, default=75, help="limit for a row")
-    parser.add_argument("--minutes", type=float, default=8, help="limit for all of them")
+    parser.add_argument("--minutes", type=minutes, default=8, help="limit for all of them")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -856,7 +926,8 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine(options.device)}
     print(json.dumps(results["machine"]), flush=True)
     end = time.monotonic() + 60 * options.minutes
-    for name in options.rows.split(","):
+    lacking = results["machine"].get("gpu", "").startswith(NO_GPU)
+    for name in WITHOUT_GPU if lacking else options.rows:
         command = [sys.executable, __file__, "--device", options.device, "--one", name]
         command += ["--small"] if options.small else []
         began = time.monotonic()
@@ -865,6 +936,11 @@ def main() -> None:
         options.output.write_text(json.dumps(results, indent=1))
         lines = map(json.dumps, results[name])
         print(f"== {name} ({time.monotonic() - began:.0f} s)", *lines, sep="\n", flush=True)
+    if lacking:
+        sys.exit(
+            f"torch finds no GPU, so only {' and '.join(WITHOUT_GPU)} were run, see {options.output}; "
+            "--device cpu --small rehearses the other rows"
+        )
 
 
 def run_row(command: list[str], seconds: float) -> list[dict[str, Any]]:
