@@ -117,9 +117,14 @@ class Slot:
         strides = torch.empty_like(parameter, device="meta").stride()
         # .data gives the view a version counter of its own instead of one shared by the whole bucket
         self.view = flat.as_strided(parameter.shape, strides, offset).data
+        # Where the view is, and what the parameter was: whoever moves a model gives its gradients new memory, too.
+        self.address = self.view.data_ptr()
+        self._dtype, self._device = parameter.dtype, parameter.get_device()
+        self._shape, self._strides = parameter.shape, parameter.stride()
         self.rounded = self.view.dtype != parameter.dtype
         self.grad = torch.empty_like(self.view, dtype=parameter.dtype) if self.rounded else self.view
         self.present = False
+        self.opened = False  # autograd is about to add to it
         self.gathered = False  # a backward of this step has added to it
         self.spent = False
         # What `p.grad` was when it was seen last, and its version: by these it is known whether it was changed since.
@@ -127,9 +132,18 @@ class Slot:
         self.version = 0
 
     def fits(self) -> bool:
-        """False once the parameter has another device, dtype or shape (model.cuda(), model.half())."""
+        """False once the parameter or its gradient was moved, by model.cuda(), model.half(), channels_last and others.
+
+        There and back is moved, too: the view is then in memory of its own, and not in the bucket any more.
+        """
         p = self.parameter
-        return p.dtype == self.grad.dtype and p.device == self.grad.device and p.shape == self.grad.shape
+        return (
+            p.dtype is self._dtype
+            and self.view.data_ptr() == self.address
+            and p.stride() == self._strides
+            and p.shape == self._shape
+            and p.get_device() == self._device
+        )
 
     def held(self) -> Held:
         """What `p.grad` holds now."""
@@ -208,6 +222,9 @@ class Bucket:
         self.started = False  # its exchange is under way
         self._versions: list[int] = []  # of the gradients, when it began
         self.awaited = dict.fromkeys(self.slots)  # those to which the present backward has not added
+
+    def fits(self) -> bool:
+        return not [slot for slot in self.slots if not slot.fits()]
 
     def before_accumulation(self, slot: Slot) -> None:
         """Before autograd adds to the gradient of one of its parameters, where there is something already."""
@@ -303,6 +320,11 @@ class Bucket:
         """Whether all of its parameters have a gradient."""
         return not [slot for slot in self.slots if not slot.present]
 
+    @property
+    def adding(self) -> bool:
+        """Whether it holds sums that are not in `p.grad`."""
+        return False
+
     def _set_riders(self, riders: Sequence[int]) -> None:
         if riders:
             self.riders.copy_(torch.tensor(riders, dtype=self.riders.dtype), non_blocking=True)
@@ -338,6 +360,8 @@ class Bucket:
     def divide(self, divisor: int) -> None:
         """Divides the sums, with whatever was done to `p.grad` since they arrived."""
         if divisor != 1:
+            if [slot for slot in self.slots if slot.view.data_ptr() != slot.address]:
+                raise RuntimeError("a model was moved between synchronize() and step(): do it after step()")
             self.collect()
             self.gradients.div_(divisor)
             self.publish()
@@ -409,6 +433,10 @@ class FixedPointBucket(Bucket):
             self._take(slot, zeros=True)
         self.gather()
         self._start(world)
+
+    @property
+    def adding(self) -> bool:
+        return bool(self._terms) or not self.sum.empty
 
     def _exchange(self, world: World) -> None:
         self.sum.start(world)

@@ -35,6 +35,7 @@ from hvd_lb.optim.buckets import (
     Arriving,
     Bucket,
     FixedPointBucket,
+    Held,
     Riders,
     Slot,
     half,
@@ -42,7 +43,7 @@ from hvd_lb.optim.buckets import (
     squared_norm,
 )
 from hvd_lb.optim.state_dict import broadcast_optimizer, broadcast_tensors
-from hvd_lb.optim.watched import Lookout, gradient
+from hvd_lb.optim.watched import Lookout, gradient, set_gradient
 from hvd_lb.world import Handle, World, current
 
 # Names agree between the processes of a world and differ between optimizers of a process. An optimizer of this process
@@ -179,6 +180,7 @@ class DistributedOptimizer(Optimizer):
         self._buffers: dict[str, Tensor] = dict(model.named_buffers()) if model is not None else {}
         self._known: set[Tensor] = set()
         self._buckets: list[Bucket] = []
+        self._numbers = itertools.count()  # of buckets
         self._places: dict[Tensor, tuple[Bucket, Slot]] = {}
         # The parameters in the groups and whether they learn, when that was looked at last; those without a place.
         self._adopted: list[tuple[Tensor, bool]] = []
@@ -458,34 +460,66 @@ class DistributedOptimizer(Optimizer):
         for (p, learns), (before, learnt) in zip(now, self._adopted, strict=True):
             if p is not before or learns is not learnt:
                 return False
-        return not [slot for bucket in self._buckets for slot in bucket.slots if not slot.fits()]
+        return all(bucket.fits() for bucket in self._buckets)
 
     def _make_room(self) -> None:
-        mine = {p: None for group in self.optimizer.param_groups for p in group["params"]}
-        parameters = sorted(mine, key=lambda p: self._order.get(p, len(self._order)))
+        parameters = self._in_order()
         unknown = [p for p in parameters if p not in self._known]
         if unknown:
             self._check_kinds(unknown)
             # The same types on all processes: numpy's numbers, which a broadcast makes Python's, round otherwise.
             for group in self.optimizer.param_groups:
                 group.update({key: _plain(value) for key, value in group.items() if key != "params"})
-        if any(not slot.fits() for _, slot in self._places.values()):
-            if any(bucket.started for bucket in self._buckets):
-                raise RuntimeError("parameters were moved while their gradients were exchanged; step() first")
-            self._buckets, self._places, self._nodes, self._carrier = [], {}, {}, None
+        self._follow_moved()
         homeless = [p for p in parameters if p.requires_grad and p not in self._places]
         if not unknown and not homeless:
             return
-        for p in homeless:
-            if p.dtype not in DTYPES:
-                raise TypeError(f"{self._label(p)} is a parameter of {p.dtype}; expected one of {DTYPES}")
+        self._check_dtypes(homeless)
         self._check_agreement(parameters)
         if self.world.size > 1 and unknown:
             broadcast_tensors(self.world, {self._label(p): p for p in unknown}, f"{self._name}.weights")
         self._known.update(unknown)
-        planned = plan_buckets(homeless, self._bucket_bytes)
+        self._give_places(homeless)
+
+    def _in_order(self) -> list[Tensor]:
+        """The parameters in the groups, in the model's order if that is known."""
+        mine = {p: None for group in self.optimizer.param_groups for p in group["params"]}
+        return sorted(mine, key=lambda p: self._order.get(p, len(self._order)))
+
+    @torch.no_grad()
+    def _follow_moved(self) -> None:
+        """New buckets for those of which a parameter was moved, without a word with the other processes.
+
+        They do the same, but may come to it later, when they are at a backward of their own.
+        """
+        left = [bucket for bucket in self._buckets if not bucket.fits()]
+        if not left:
+            return
+        slots = [slot for bucket in left for slot in bucket.slots]
+        if any(bucket.started or bucket.adding for bucket in left):
+            raise RuntimeError(
+                f"{self._label(next(slot.parameter for slot in slots if not slot.fits()))} was moved to other memory "
+                "while its gradients were added up or exchanged; step() or zero_grad() first"
+            )
+        exponents = self.exponents
+        for slot in slots:
+            del self._places[slot.parameter]
+            if slot.held() is Held.SPENT:
+                set_gradient(slot.parameter, None)
+        self._buckets = [bucket for bucket in self._buckets if bucket not in left]
+        if self._carrier in left:
+            self._carrier = None
+        moved = {slot.parameter for slot in slots}
+        again = [p for p in self._in_order() if p in moved]
+        self._check_dtypes(again)
+        self._give_places(again)
+        self.exponents = exponents
+
+    def _give_places(self, parameters: list[Tensor]) -> None:
+        """Buckets for parameters that have none."""
+        planned = plan_buckets(parameters, self._bucket_bytes)
         for members in planned:
-            name = f"{self._name}.bucket.{len(self._buckets)}"
+            name = f"{self._name}.bucket.{next(self._numbers)}"
             # Riders go last, when they are newest; those of a process alone stay on the host.
             takes_riders = self._carrier is None and members is planned[-1] and self.world.size > 1
             riders = self._riders.count if self._riders and takes_riders else 0
@@ -524,6 +558,11 @@ class DistributedOptimizer(Optimizer):
             kind = "quantized" if tensor.is_quantized else "on the meta device" if tensor.is_meta else kind
             if kind != "strided":
                 raise TypeError(f"{name} is {kind}; expected a dense tensor with values")
+
+    def _check_dtypes(self, parameters: list[Tensor]) -> None:
+        for p in parameters:
+            if p.dtype not in DTYPES:
+                raise TypeError(f"{self._label(p)} is a parameter of {p.dtype}; expected one of {DTYPES}")
 
     def _check_agreement(self, parameters: list[Tensor]) -> None:
         described: list[Any] = [
@@ -591,8 +630,29 @@ class DistributedOptimizer(Optimizer):
             for each in self._buckets:
                 each.await_all()
             self._lookout.watch(self._places)
+        if len(bucket.awaited) == len(bucket.slots) and not bucket.fits():
+            self._follow_moved()
+            bucket, slot = self._places[slot.parameter]
+        slot.opened = True
         if slot.gathered or slot.rounded or gradient(slot.parameter) is not None:
             bucket.before_accumulation(slot)
+
+    def _open_late(self, slot: Slot) -> tuple[Bucket, Slot]:
+        """Where torch has made a new node, without our hook, as the parameter came to another dtype or device."""
+        parameter = slot.parameter
+        if slot.spent and gradient(parameter) is slot.grad:
+            raise RuntimeError(
+                f"{self._label(parameter)} was moved to another dtype or device, and its gradient of the step before "
+                "was still there: backward() has added to that. Call opt.zero_grad() after moving a model"
+            )
+        grad = gradient(parameter)
+        set_gradient(parameter, None)
+        self._follow_moved()
+        self._watch(parameter)
+        bucket, slot = self._places[parameter]
+        self._before(bucket, slot)
+        set_gradient(parameter, grad)
+        return self._places[parameter]
 
     def _forget_exchanged(self) -> None:
         """When the step was skipped and the gradients were cleared behind our back; else it is an error."""
@@ -603,8 +663,9 @@ class DistributedOptimizer(Optimizer):
 
     def _after(self, bucket: Bucket, slot: Slot) -> None:
         """After it has: a bucket that is full is exchanged, or taken over where more is to come."""
-        if not slot.fits():
-            return  # moved: `_adopt` will find it
+        if not slot.opened:
+            bucket, slot = self._open_late(slot)
+        slot.opened = False
         bucket.after_accumulation(slot)
         if self._phase is Phase.EXCHANGING and not self._armed:
             return
