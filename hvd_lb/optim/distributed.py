@@ -49,9 +49,7 @@ from hvd_lb.world import Handle, World, current
 # Names agree between the processes of a world and differ between optimizers of a process. An optimizer of this process
 # alone takes no number: the others know nothing of it.
 _instances: WeakKeyDictionary[World, Iterator[int]] = WeakKeyDictionary()
-_hooks = (
-    WeakTensorKeyDictionary()
-)  # the hooks on a parameter: a newer optimizer removes those of an older one
+_owners = WeakTensorKeyDictionary()  # of each parameter: its newest optimizer, weakly, and the hooks of that
 _SHARED = [
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
@@ -97,7 +95,8 @@ class DistributedOptimizer(Optimizer):
     - A parameter without a gradient on all processes is skipped; one without on some counts as zero there.
     - `schedule(steps)` is the learning rate of step `steps`, counted from 0; it is set in every group,
       times the group's "lr_scale" if there is one.
-    - A parameter belongs to the newest DistributedOptimizer made with it.
+    - A parameter belongs to the newest DistributedOptimizer made with it. One that it was taken from does nothing any
+      more, and its `backward`, `synchronize` and `step` are a `RuntimeError`.
 
     model: gives the order of the buckets, and buffers and further parameters to broadcast. Without it the
         buckets follow the groups, where a group of all batch norms delays its bucket to the end of backward.
@@ -186,6 +185,7 @@ class DistributedOptimizer(Optimizer):
         self._adopted: list[tuple[Tensor, bool]] = []
         self._others: list[Tensor] = []
         self._nodes: dict[Tensor, Any] = {}
+        self._taken = ""  # the name of a parameter that belongs to a newer optimizer
         self._phase = Phase.GATHERING
         self._armed = True
         self._counted: tuple[int | None, int | None] = (None, None)
@@ -211,6 +211,7 @@ class DistributedOptimizer(Optimizer):
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Adds the gradients of a loss, a sum over images; the `last` call of a step starts the exchange."""
+        self._check_owner()
         if last:
             loss.backward()
         else:
@@ -234,6 +235,7 @@ class DistributedOptimizer(Optimizer):
         Raises `ValueError` when there are no images at all, `RuntimeError` when the gradients were
         divided by another count before, or somebody looked at them before there was one.
         """
+        self._check_owner()
         counted = (images, global_images)
         if images is not None and global_images is not None:
             raise ValueError("give images (of this process) or global_images (of all), not both")
@@ -285,6 +287,7 @@ class DistributedOptimizer(Optimizer):
         returns, is the loss of all processes, divided like the gradients, so that all processes take the
         same decisions (LBFGS).
         """
+        self._check_owner()
         if closure is not None and not callable(closure):
             raise TypeError(
                 f"step({closure!r}): expected a closure; images are counted by name, step(images=...)"
@@ -306,7 +309,7 @@ class DistributedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discards all gradients; an exchange under way is completed first, for the other processes' sake."""
-        if self._phase is Phase.EXCHANGING:
+        if self._phase is Phase.EXCHANGING and not self._taken:
             with suppress(FixedPointOverflow):
                 self._finish()
         self._reset()
@@ -463,6 +466,7 @@ class DistributedOptimizer(Optimizer):
         return all(bucket.fits() for bucket in self._buckets)
 
     def _make_room(self) -> None:
+        self._check_owner()
         parameters = self._in_order()
         unknown = [p for p in parameters if p not in self._known]
         if unknown:
@@ -606,15 +610,33 @@ class DistributedOptimizer(Optimizer):
             if optimizer is not None and bucket is not None and slot is not None:
                 optimizer._after(bucket, slot)
 
-        for hook in _hooks.get(parameter, ()):
-            hook.remove()
+        owner = _unhook(parameter)
+        if owner is not None and owner is not self:
+            owner._give_up(parameter)
         # a hook on the node, not on the tensor: torch.autograd.grad() runs the latter without adding anything
         node = get_gradient_edge(parameter).node
         self._nodes[parameter] = node  # autograd keeps nodes of parameters only while somebody does
-        _hooks[parameter] = [
+        hooks = [
             node.register_prehook(before),
             parameter.register_post_accumulate_grad_hook(after),
         ]
+        _owners[parameter] = me, hooks
+
+    def _give_up(self, parameter: Tensor) -> None:
+        """A newer optimizer has taken this parameter: two would both exchange its gradient, and divide it."""
+        self._taken = self._label(parameter)
+        self._lookout.end()
+        for mine in self._places:
+            if mine is not parameter:
+                _unhook(mine)
+
+    def _check_owner(self) -> None:
+        if self._taken:
+            raise RuntimeError(
+                f"{self._taken} belongs to another DistributedOptimizer, which was made with it after this one: give "
+                "each parameter to one of them only, in groups of its own where rates differ, or make this one anew "
+                "where it takes over"
+            )
 
     def _before(self, bucket: Bucket, slot: Slot) -> None:
         """Before backward adds to a gradient."""
@@ -800,6 +822,14 @@ class DistributedOptimizer(Optimizer):
         self.synchronize(images=images, global_images=global_images)
         total = torch.as_tensor(loss).detach().to("cpu", torch.float64).reshape(1).clone()
         return self.world.allreduce(total, f"{self._name}.loss")[0] / (self._divisor or 1)
+
+
+def _unhook(parameter: Tensor) -> DistributedOptimizer | None:
+    """Takes it from its optimizer, which is returned if it is still there."""
+    owner, hooks = _owners.pop(parameter, (None, ()))
+    for hook in hooks:
+        hook.remove()
+    return owner and owner()
 
 
 def _plain(value: Any) -> Any:
