@@ -24,9 +24,19 @@ class ByGroup(Optimizer, ABC):
         """Those of a group that have gradients; at least one."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; `ValueError` for the state of another optimizer, whose words say nothing here."""
+        states = [state for state in state_dict["state"].values() if state]
+        expected = [(group, [*self.defaults]) for group in state_dict["param_groups"]]
+        expected += [(state, [*self._like_parameter]) for state in states]
+        if missing := next((name for part, names in expected for name in names if name not in part), None):
+            raise ValueError(
+                f"a state dict without {missing!r} is another optimizer's: load it into that one, or what hvd_lb's "
+                f"{type(self).__name__} has saved into this"
+            )
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
-            for name in self._like_parameter:  # stored ones may have lost the parameter's memory format
+            for name in self._like_parameter if state else ():
+                # stored ones may have lost the parameter's memory format
                 state[name] = torch.empty_like(parameter).copy_(state[name])
 
     @torch.no_grad()

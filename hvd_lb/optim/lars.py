@@ -27,6 +27,7 @@ class LARS(SGD):
     ) -> None:
         self.trust_coefficient = trust_coefficient
         super().__init__(params, lr, **options)
+        self.defaults["trust_coefficient"] = trust_coefficient
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "trust_coefficient": self.trust_coefficient}

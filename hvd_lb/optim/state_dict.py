@@ -16,12 +16,17 @@ def flatten_state(state: Any) -> tuple[dict[str, Tensor], Any]:
     """Takes a state dict apart: tensors by path ("state/0/velocity"), and a JSON-able skeleton of the rest.
 
     `state` may nest dicts (keys str or int), lists and tuples of tensors, numbers, strings and None; anything
-    else raises `TypeError`, which names its path. Tensors are detached, not copied.
+    else raises `TypeError`, which names its path. `ValueError` for two tensors of one path, as of the keys "a/b" and
+    "a" with "b" in it, or 1 and "1". Tensors are detached, not copied.
     """
     tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
+            if path in tensors:
+                raise ValueError(
+                    f"state has two tensors at {path!r}: keys with / in them make the same path as others"
+                )
             tensors[path] = value.detach()
             return {"tensor": path}
         if isinstance(value, Mapping):

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_lb.optim import SGD
+from hvd_lb.optim.lamb import LAMB
+from hvd_lb.optim.lars import LARS
 
 SHAPES = [(5, 3), (7,), (2, 3, 2, 2)]
 STEPS = 200
@@ -117,6 +119,30 @@ def test_state_dict_round_trip_continues_bitwise_and_keeps_the_memory_format() -
     (w,) = second.param_groups[0]["params"]
     assert second.state[w]["velocity"].stride() == w.stride()
     assert torch.equal(train(second, rates[10:20])[0], train(whole, rates[10:20])[0])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("make", [SGD, LARS, LAMB])
+def test_the_state_of_another_optimizer_is_refused(
+    make: type[torch.optim.Optimizer], momentum: float
+) -> None:
+    params = weights()
+    other = torch.optim.SGD(params, 0.1, momentum) if make is SGD else SGD(params, 0.1, momentum)
+    train(other, [0.1])
+    mine = make(params, 0.1)
+    before = copy.deepcopy(mine.state_dict())
+    with pytest.raises(
+        ValueError, match=rf"without '\w+' is another optimizer's.* hvd_lb's {make.__name__} has"
+    ):
+        mine.load_state_dict(other.state_dict())
+    assert mine.state_dict() == before
+
+
+def test_a_state_without_options_is_as_foreign() -> None:
+    """torch's AdamW has an `lr` and a `weight_decay`, too."""
+    params = weights()
+    with pytest.raises(ValueError, match="without 'momentum' is another optimizer's"):
+        SGD(params).load_state_dict(torch.optim.AdamW(params).state_dict())
 
 
 def test_closure_is_called_once_with_gradients_enabled() -> None:

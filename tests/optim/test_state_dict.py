@@ -48,6 +48,17 @@ def test_round_trip_through_json(make) -> None:
     assert same(restore_state(tensors, json.loads(json.dumps(skeleton))), state)
 
 
+def test_two_tensors_of_one_path_are_refused() -> None:
+    one = torch.ones(1)
+    for state, path in (
+        ({"a/b": one, "a": {"b": one}}, "a/b"),
+        ({1: one, "1": one}, "1"),
+        ({"/a": one, "a": one}, "a"),
+    ):
+        with pytest.raises(ValueError, match=f"two tensors at '{path}'"):
+            flatten_state(state)
+
+
 def test_paths_and_scalars() -> None:
     state = {"state": {0: {"velocity": torch.ones(2)}}, "odd": [None, True, 0.1, "x", (1, [torch.zeros(())])]}
     tensors, skeleton = flatten_state(state)
