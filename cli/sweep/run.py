@@ -231,10 +231,10 @@ def _threads(jobs: int, processes: int) -> int:
 
 
 def _figures(point: Any) -> str:
-    from hvd_lb.sweep.results import error_of
+    from hvd_lb.sweep.results import error_in_words, error_of
 
     error = error_of(point)
-    return "ended" if error is None else f"top-1 error {error:.2f} %"
+    return "ended" if error is None else error_in_words(error)
 
 
 def _grid(command: click.Command, vary: tuple[str, ...], seeds: int) -> Any:

@@ -19,7 +19,7 @@ from hvd_lb_cli.sweep.argument import FOLDER
 def status(folder: Path, as_json: bool) -> None:
     """Tell of each run of a sweep whether it has ended, runs, waits or has failed, and how far it is."""
     from hvd_lb.sweep.plan import open_sweep
-    from hvd_lb.sweep.results import error_of, has_diverged
+    from hvd_lb.sweep.results import error_in_words, error_of, has_diverged
     from hvd_lb.watch.state import is_run, look
 
     sweep = open_sweep(folder.expanduser())
@@ -51,7 +51,7 @@ def status(folder: Path, as_json: bool) -> None:
             why = (
                 f": {state.reason}" if state and word in ("failed", "diverged", "lost", "interrupted") else ""
             )
-            ended = f", top-1 error {error:.2f} %" if error is not None else ""
+            ended = f", {error_in_words(error)}" if error is not None else ""
             console.print(printable(f"{point.name}  {word}{far}{ended}{why}"), soft_wrap=True)
     if as_json:
         click.echo(json.dumps(told))

@@ -79,6 +79,11 @@ def unfinished(points: Iterable[Point]) -> list[Point]:
     return [point for point in points if not (ended_after(point.run) or has_diverged(point))]
 
 
+def error_in_words(error: float) -> str:
+    """As `error_of` counts by default."""
+    return f"top-1 error {error:.2f} % (median of the last {LAST_EPOCHS} epochs)"
+
+
 def results(sweep: Sweep, epochs: int = LAST_EPOCHS, only: Collection[str] | None = None) -> list[Result]:
     """One for each setting, in their order, and those that differ in `gpus` alone by their minibatch.
 

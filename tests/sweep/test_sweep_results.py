@@ -143,7 +143,7 @@ def test_whose_errors_are_counted_is_said(tmp_path: Path, ema: tuple[float | Non
 
 def test_status(hvd_lb: Callable[..., Any], sweep: Sweep) -> None:
     lines = hvd_lb("sweep", "status", sweep.folder).out.splitlines()
-    assert lines[0] == "gpus=2,seed=0  finished, top-1 error 10.00 %"
+    assert lines[0] == "gpus=2,seed=0  finished, top-1 error 10.00 % (median of the last 5 epochs)"
     assert lines[2].startswith("gpus=8,seed=0  diverged: ")
     assert lines[6] == "gpus=8,seed=1  not begun"
     assert lines[-1].startswith("8 runs: 5 finished, ")
