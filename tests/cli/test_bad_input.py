@@ -157,6 +157,18 @@ def test_several_processes_do_not_each_simulate(hvd_lb: Run, monkeypatch: pytest
     assert hvd_lb("simulate", "--data", "digits", "--device", "cpu") == type(said)(2, "", "")
 
 
+def test_processes_without_a_rank_do_not_each_train(
+    hvd_lb: Run, in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = hvd_lb(*DIGITS)
+    assert said.status == 2
+    assert said.err.startswith("hvd-lb: error: RANK='' and WORLD_SIZE='2': expected two numbers")
+    assert said.err.count("\n") == 1
+    assert not list(in_empty_folder.iterdir())
+
+
 def test_a_rehearsal_of_epochs_says_how_they_are_run(hvd_lb: Run, in_empty_folder: Path) -> None:
     said = hvd_lb("simulate", "--data", "digits", "--device", "cpu", "--epochs", 45, "--budget", "1s")
     assert said.status == 0
