@@ -26,7 +26,9 @@ class ByGroup(Optimizer, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; `ValueError` for the state of another optimizer, whose words say nothing here."""
         states = [state for state in state_dict["state"].values() if state]
-        expected = [(group, [*self.defaults]) for group in state_dict["param_groups"]]
+        # torch adds that one when a state is loaded
+        options = [name for name in self.defaults if name != "differentiable"]
+        expected = [(group, options) for group in state_dict["param_groups"]]
         expected += [(state, [*self._like_parameter]) for state in states]
         if missing := next((name for part, names in expected for name in names if name not in part), None):
             raise ValueError(

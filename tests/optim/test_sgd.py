@@ -138,6 +138,17 @@ def test_the_state_of_another_optimizer_is_refused(
     assert mine.state_dict() == before
 
 
+@pytest.mark.parametrize("make", [SGD, LARS, LAMB])
+def test_a_state_is_loaded_again_and_into_copies(make: type[torch.optim.Optimizer]) -> None:
+    mine = make(weights(), 0.1)
+    train(mine, [0.1])
+    state = copy.deepcopy(mine.state_dict())
+    for other in (mine, make(weights(), 0.1), copy.deepcopy(mine)):
+        for _ in range(2):
+            other.load_state_dict(copy.deepcopy(state))
+        assert str(other.state_dict()) == str(state)
+
+
 def test_a_state_without_options_is_as_foreign() -> None:
     """torch's AdamW has an `lr` and a `weight_decay`, too."""
     params = weights()
