@@ -85,7 +85,11 @@ _current: Joined | None = None
 
 
 def init(
-    engine: EngineName = "auto", *, may_be_cut: bool = False, device: torch.device | None = None
+    engine: EngineName = "auto",
+    *,
+    may_be_cut: bool = False,
+    device: torch.device | None = None,
+    watched: bool = False,
 ) -> World:
     """Joins the job this process was launched into, or makes a world of one; later calls return the same.
 
@@ -95,7 +99,8 @@ def init(
     for another engine, where Horovod is asked for and cannot be had, where variables tell of several processes but not
     which this one is, and where the other processes do not come; `ExchangeError` where the
     rendezvous says that they will not. Its connections `may_be_cut`: somebody may call `cut`. Processes that exchange
-    tensors of a `device` are connected for that when this returns, as far as the engine can.
+    tensors of a `device` are connected for that when this returns, as far as the engine can. A process that waits for
+    others for long says so on stderr, once per wait; not where somebody has it `watched`.
     """
     global _current
     one_of("engine", engine, get_args(EngineName))
@@ -109,11 +114,11 @@ def init(
         elif choose_engine(engine, place)[0] == "horovod":
             from hvd_lb.world.horovod import HorovodWorld
 
-            _current = HorovodWorld()
+            _current = HorovodWorld(watched=watched)
         else:
             from hvd_lb.world.torch_distributed import TorchWorld
 
-            _current = TorchWorld(place, may_be_cut=may_be_cut, device=device)
+            _current = TorchWorld(place, may_be_cut=may_be_cut, device=device, watched=watched)
     return _current
 
 

@@ -13,20 +13,22 @@ from hvd_lb.errors import ExchangeError, UserError
 from hvd_lb.world.build import HOW_TO_BUILD, import_horovod
 from hvd_lb.world.gather import broadcast_bytes
 from hvd_lb.world.launched import launched
-from hvd_lb.world.lines import Lines
+from hvd_lb.world.lines import Lines, Patience
 
 
 class HorovodHandle:
     """A reduction under way in Horovod's background thread."""
 
-    def __init__(self, hvd: Any, handle: int, tensor: Tensor, lines: Lines) -> None:
+    def __init__(
+        self, hvd: Any, handle: int, tensor: Tensor, lines: Lines, patience: Patience | None
+    ) -> None:
         self._hvd, self._handle, self._tensor, self._lines = hvd, handle, tensor, lines
-        self._done = False
+        self._patience, self._done = patience, False
 
     def wait(self) -> Tensor:
         """Sleeps between looks: `hvd.synchronize` alone looks without a pause, for which it takes a whole core."""
         if not self._done:
-            self._lines.wait_for(lambda: bool(self._hvd.poll(self._handle)))
+            self._lines.wait_for(lambda: bool(self._hvd.poll(self._handle)), self._patience)
             self._done = True
             # It raises what went wrong, but has nothing of a handle that `abandon` has cleared meanwhile.
             if self._hvd.synchronize(self._handle) is None:
@@ -41,7 +43,8 @@ class HorovodWorld:
     `torch.cuda.set_device(world.local_rank)`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, watched: bool = False) -> None:
+        self._watched = watched
         self._hvd = import_horovod()
         # Gradients come in buckets. Horovod would copy those that are ready together into one of its own, and back.
         if "HOROVOD_AUTOTUNE" not in os.environ:
@@ -69,14 +72,18 @@ class HorovodWorld:
         if tensor.dtype == torch.bfloat16:
             raise UserError("Horovod adds up no bf16: use engine torch, or fp16")
         handle = self._hvd.allreduce_async_(tensor, name=name, op=op)
-        return HorovodHandle(self._hvd, handle, tensor, self._lines)
+        return self._handle(handle, tensor, name)
 
     def allreduce(self, tensor: Tensor, name: str) -> Tensor:
         return self.allreduce_async(tensor, name).wait()
 
     def broadcast(self, tensor: Tensor, name: str) -> Tensor:
         handle = self._hvd.broadcast_async_(tensor, root_rank=0, name=name)
-        return HorovodHandle(self._hvd, handle, tensor, self._lines).wait()
+        return self._handle(handle, tensor, name).wait()
+
+    def _handle(self, handle: int, tensor: Tensor, name: str) -> HorovodHandle:
+        patience = None if self._watched else Patience(self.rank, name)
+        return HorovodHandle(self._hvd, handle, tensor, self._lines, patience)
 
     def broadcast_bytes(self, data: bytes, name: str) -> bytes:
         return broadcast_bytes(self, data, name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,29 @@ _AT_ONCE, _SHARE, _LONGEST = 50e-6, 1 / 16, 1e-3
 # but in the Horovod of docker/build-horovod.sh.
 _LOST_SECONDS = 0.5
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
+
+
+class Patience:
+    """A wait of this process for the others: one that lasts is told once, as it may be for ever.
+
+    A process that takes a step more than the others, or has other parameters, waits for what nobody begins.
+    """
+
+    SECONDS = 60.0
+
+    def __init__(self, rank: int, name: str) -> None:
+        self._rank, self._name, self._told = rank, name, False
+
+    def tell(self) -> None:
+        if not self._told:
+            self._told = True
+            print(
+                f"rank {self._rank} has waited for the other processes for {self.SECONDS:g} s, for {self._name}. If "
+                "none of them is busy, they make other calls: all processes call backward and step equally often, "
+                "with the same count argument, and add, freeze, unfreeze and move the same parameters",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class Lines:
@@ -52,11 +76,13 @@ class Lines:
     def are_cut(self) -> bool:
         return self._cut_at < math.inf
 
-    def wait_for(self, done: Callable[[], bool]) -> None:
+    def wait_for(self, done: Callable[[], bool], patience: Patience | None = None) -> None:
         """Sleep between looks until something is done by them; `ExchangeError` where they were cut, and it is not."""
         began = time.perf_counter()
         while not done():
             waited = time.perf_counter() - began
+            if patience and waited > patience.SECONDS:
+                patience.tell()
             time.sleep(0 if waited < _AT_ONCE else min(waited * _SHARE, _LONGEST))
             if time.monotonic() - self._cut_at > _LOST_SECONDS:
                 raise ExchangeError("the connections were cut")

@@ -38,7 +38,7 @@ from torch.distributed import (
 from hvd_lb.errors import ExchangeError, UserError
 from hvd_lb.world.gather import broadcast_bytes
 from hvd_lb.world.launched import Place
-from hvd_lb.world.lines import Lines
+from hvd_lb.world.lines import Lines, Patience
 from hvd_lb.world.rendezvous import JOIN_SECONDS, join
 
 # Long enough for the slowest step, short enough that a hang does not last the night.
@@ -62,9 +62,16 @@ class TorchHandle:
     """
 
     def __init__(
-        self, tensor: Tensor, name: str, lines: Lines | None = None, *, aborted: bool = False
+        self,
+        tensor: Tensor,
+        name: str,
+        lines: Lines | None = None,
+        *,
+        aborted: bool = False,
+        patience: Patience | None = None,
     ) -> None:
         self._tensor, self._name, self._lines, self._aborted = tensor, name, lines, aborted
+        self._patience = patience
         self._begun = threading.Event()
         self._work: Work | None = None
         self._error: Exception | None = None
@@ -88,7 +95,9 @@ class TorchHandle:
     def wait(self) -> Tensor:
         """Sleeps until it is done. On a GPU only the present stream waits, as for any of its kernels."""
         if self._lines:
-            self._lines.wait_for(lambda: self.done)
+            self._lines.wait_for(lambda: self.done, self._patience)
+        elif self._patience:
+            self._wait_in_patience(self._patience)
         self._begun.wait()
         try:
             if self._error:
@@ -106,6 +115,17 @@ class TorchHandle:
             if not self._tensor.is_cuda:  # there a later call may come on another stream
                 self._work = None  # it holds Gloo's connections, threads and descriptors
         return self._tensor
+
+    def _wait_in_patience(self, patience: Patience) -> None:
+        """The first part of the wait, where that is told which lasts."""
+        if not self._begun.wait(patience.SECONDS):
+            patience.tell()
+        elif self._work and not self._tensor.is_cuda:
+            try:
+                self._work.wait(timedelta(seconds=patience.SECONDS))
+            except RuntimeError:  # its own, which it will raise again, or for the time
+                if not self._work.is_completed():
+                    patience.tell()
 
 
 class _OnStream:
@@ -167,7 +187,14 @@ class TorchWorld:
     `ExchangeError` surfaces where one of them has ended.
     """
 
-    def __init__(self, place: Place, *, may_be_cut: bool = False, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        place: Place,
+        *,
+        may_be_cut: bool = False,
+        device: torch.device | None = None,
+        watched: bool = False,
+    ) -> None:
         self.rank, self.size = place.rank, place.size
         store, address = join(place)
         # torchrun's store outlives the processes, and ours generations of an elastic job.
@@ -177,7 +204,7 @@ class TorchWorld:
         here = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
         self.local_size = len(here)
         self.local_rank = here.index(self.rank) if place.local_rank is None else place.local_rank
-        self._lines, self._may_be_cut = Lines(), may_be_cut
+        self._lines, self._may_be_cut, self._watched = Lines(), may_be_cut, watched
         with self._lines.while_joining():
             try:
                 wait = _CONNECT if may_be_cut else _WAIT
@@ -264,7 +291,11 @@ class TorchWorld:
             raise ValueError(f"{name}: the tensor has gaps or is transposed; expected a contiguous one")
         nccl = self._nccl_for(tensor) if tensor.numel() else None
         handle = TorchHandle(
-            tensor, name, self._lines if self._may_be_cut else None, aborted=nccl is not None
+            tensor,
+            name,
+            self._lines if self._may_be_cut else None,
+            aborted=nccl is not None,
+            patience=None if self._watched else Patience(self.rank, name),
         )
         if not tensor.numel():
             handle.begin(None)

@@ -90,7 +90,7 @@ def take_part(place: Place, asked: EngineName, launching: LaunchingProcess | Non
         signal.signal(number, signal.SIG_DFL)
     try:
         engine, why = choose_engine(asked, place)
-        world = worlds.init(engine)
+        world = worlds.init(engine, watched=True)
         said = gather_bytes(world, json.dumps(describe(world)).encode(), "hvd_lb.launched")
         ranks = [json.loads(one) for one in said]
         if launching:

@@ -130,7 +130,7 @@ class Member:
         may_wait_in_vain = engine == "horovod" or device.type == "cuda"
         try:
             with self._becoming_another(carried) if may_wait_in_vain else nullcontext():
-                return worlds.init(engine, may_be_cut=True, device=device)
+                return worlds.init(engine, may_be_cut=True, device=device, watched=True)
         except UserError:
             raise
         except (ValueError, RuntimeError) as error:

@@ -83,7 +83,7 @@ def main(job_text: str, rank: int, host: str, cores: int, end: Callable[[int], o
             with watch:
                 take_part(job, rank, cores, stop_requested, stages)
             end(0)
-        world = worlds.init(job.engine)
+        world = worlds.init(job.engine, watched=True)
         if (world.rank, world.size) != (rank, job.processes):
             raise UserError(
                 f"rank {rank} of {job.processes} found itself to be rank {world.rank} of {world.size}: "
