@@ -1,11 +1,11 @@
 """hvd-lb for machines without a network: a folder with all that is needed, in parts of a size that can be carried.
 
     python3.12 docker/offline.py make FOLDER [--torch 2.14.1 | --torch present] [--part-size 60]
-    python3.12 FOLDER/offline.py install FOLDER [--python venv/bin/python] [--without-horovod]
+    python3.12 FOLDER/offline.py install FOLDER [--python venv/bin/python] [--without-horovod] [--sources hvd-lb]
 
 Made with the Python, and on the kind of processor, that the other machines have. `--torch present` leaves out torch and
-what comes with it, where a site has its own. The folder holds wheels, Horovod's source with what compiles it, and these
-scripts. Only the standard library is used.
+what comes with it, where a site has its own. The folder holds wheels, Horovod's source with what compiles it, these
+scripts, and hvd-lb's sources with tests and benchmarks, which `--sources` unpacks. Only the standard library is used.
 """
 
 import argparse
@@ -17,16 +17,25 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import horovod_parts  # noqa: E402
 
 SCRIPTS = ("offline.py", "horovod_parts.py", "horovod.patch", "build-horovod.sh")
+# Of these the sources consist, and these packages run the tests that are for GPUs.
+SOURCES = (
+    "hvd_lb", "cli", "tests", "benchmarks", "examples", "docker", "docs", "pyproject.toml", "setup.cfg", "Makefile",
+    "Dockerfile", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE",
+)  # fmt: skip
+TESTERS = ("pytest", "pytest-timeout", "pytest-xdist")
+ARCHIVE = "sources.tar.gz"
 SUMS = "SHA256SUMS"
 PART = ".part-"
 _CHUNK = 2**20
@@ -70,6 +79,7 @@ def make(folder: Path, torch: str, cuda: str | None, part_bytes: int) -> None:
         pip("download", *options, "--requirement", source, "--dest", folder)
     for name in SCRIPTS:
         shutil.copy(HERE / name, folder)
+    pack_sources(folder / ARCHIVE)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     (folder / SUMS).write_text("".join(f"{checksum(path)}  {path.name}\n" for path in files))
     for path in files:
@@ -82,10 +92,26 @@ def make(folder: Path, torch: str, cuda: str | None, part_bytes: int) -> None:
 
 
 def requirements() -> list[str]:
-    """Those of setup.cfg."""
+    """Those of setup.cfg, and what runs tests."""
     config = configparser.ConfigParser()
     config.read(HERE.parent / "setup.cfg")
-    return [line for line in config["options"]["install_requires"].splitlines() if line]
+    for_developers = config["options.extras_require"]["dev"].splitlines()
+    needed = [line for line in config["options"]["install_requires"].splitlines() if line]
+    return needed + [line for line in for_developers if canonical(line) in TESTERS]
+
+
+def pack_sources(archive: Path) -> None:
+    def source(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        name = Path(member.name).name
+        if name == "__pycache__" or name.startswith("."):
+            return None
+        member.uid = member.gid = 0
+        member.uname = member.gname = ""
+        return member
+
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in SOURCES:
+            tar.add(HERE.parent / name, name, filter=source)
 
 
 def without(needed: list[str], present: tuple[str, ...]) -> list[str]:
@@ -157,7 +183,9 @@ def join(folder: Path, target: Path) -> None:
         )
 
 
-def install(folder: Path, python: str, horovod: bool) -> None:
+def install(folder: Path, python: str, horovod: bool, sources: Path | None = None) -> None:
+    if sources and sources.exists() and (not sources.is_dir() or any(sources.iterdir())):
+        raise OfflineError(f"--sources {sources} is there and not empty: name a folder to make")
     with tempfile.TemporaryDirectory(prefix="hvd-lb-offline-") as temporary:
         joined = Path(temporary)
         join(folder, joined)
@@ -166,7 +194,13 @@ def install(folder: Path, python: str, horovod: bool) -> None:
         (own,) = joined.glob("hvd_lb-*.whl")
         torch = [f"torch=={wheel.name.split('-')[1]}" for wheel in joined.glob("torch-*.whl")]
         say(f"hvd-lb into {python}")
-        pip("install", own, *torch, python=python)
+        pip("install", own, *torch, *(TESTERS if sources else ()), python=python)
+        if sources:
+            # Without `filter`, which the first releases of Python 3.11 lack, 3.12 and 3.13 warn.
+            safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            with tarfile.open(joined / ARCHIVE) as tar:
+                tar.extractall(sources, **safely)
+            say(f"sources in {sources}, where benchmarks/gpu.py tries and measures a GPU")
         if not horovod:
             return
         script = joined / "build-horovod.sh"
@@ -222,9 +256,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
     command.add_argument(
         "--without-horovod", action="store_true", help="compile none: one process, or --engine torch"
     )
+    command.add_argument(
+        "--sources", type=Path, help="folder to unpack the sources in; what runs the tests is installed, too"
+    )
     given = parser.parse_args(None if arguments is None else list(arguments))
     if given.command == "install":
-        install(given.folder, given.python, not given.without_horovod)
+        install(given.folder, given.python, not given.without_horovod, given.sources)
         return
     if given.cuda and given.torch != "present":
         parser.error("--cuda is for --torch present; of another torch it is known")

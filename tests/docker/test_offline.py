@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -78,6 +80,8 @@ def test_another_folder_is_refused(tmp_path: Path, offline: ModuleType) -> None:
     with pytest.raises(offline.OfflineError, match="name a folder that `offline.py make` has made"):
         offline.install(tmp_path, sys.executable, True)
     (tmp_path / "notes").touch()
+    with pytest.raises(offline.OfflineError, match=r"--sources .* is there and not empty: name a folder"):
+        offline.install(tmp_path, sys.executable, True, tmp_path)
     with pytest.raises(offline.OfflineError, match="not empty"):
         offline.make(tmp_path, "present", None, 1000)
 
@@ -116,3 +120,25 @@ def test_what_only_torch_needs_stays_away(offline: ModuleType, monkeypatch: pyte
         "jinja2==1.0",
         "markupsafe==1.0",
     ]
+
+
+def test_sources_are_whole(tmp_path: Path, offline: ModuleType) -> None:
+    """All that git knows is among them, but what only continuous integration and git itself need."""
+    offline.pack_sources(tmp_path / "sources.tar.gz")
+    with tarfile.open(tmp_path / "sources.tar.gz") as tar:
+        packed = {member.name for member in tar if member.isfile()}
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=DOCKER.parent, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("no git, or no repository")
+    known = {name for name in listed.stdout.splitlines() if not name.startswith(".")}
+    assert known - packed == set()
+    assert not [name for name in packed if "__pycache__" in name]
+    assert {"benchmarks/gpu.py", "tests/devices.py", "pyproject.toml"} <= packed
+
+
+def test_tests_can_run_offline(offline: ModuleType) -> None:
+    needed = {offline.canonical(requirement) for requirement in offline.requirements()}
+    assert {"torch", *offline.TESTERS} <= needed
+    assert "ruff" not in needed
