@@ -752,7 +752,9 @@ class DistributedOptimizer(Optimizer):
             return self.optimizer.step()
         inner: Any = self.optimizer
         # A fill, not a copy: on a GPU the host does not wait.
-        inner.grad_scale = torch.full((), float(self._divisor or 1), device=self._buckets[0].flat.device)
+        inner.grad_scale = torch.full(
+            (), float(self._divisor or 1), dtype=torch.float32, device=self._buckets[0].flat.device
+        )
         try:
             return inner.step()
         finally:

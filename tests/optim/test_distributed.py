@@ -801,3 +801,17 @@ class TestFixedPoint:
             opt.backward(loss_sum(model, (batches(1)[0][0].float(), batches(1)[0][1])), last=i == 5)
         with pytest.raises(RuntimeError, match="a sum of 6 terms, announced were 5"):
             opt.step(images=24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_fused_update_under_another_default_dtype(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    weight = nn.Parameter(torch.ones(3, dtype=torch.float32))
+    opt = DistributedOptimizer(torch.optim.SGD([weight], lr=0.5, fused=True), world=Solo())
+    torch.set_default_dtype(dtype)
+    try:
+        opt.backward((weight * 4).sum())
+        opt.step(images=2)
+    finally:
+        torch.set_default_dtype(before)
+    assert weight.tolist() == [0.0, 0.0, 0.0]
