@@ -119,7 +119,7 @@ class Slot:
         self.view = flat.as_strided(parameter.shape, strides, offset).data
         # Where the view is, and what the parameter was: whoever moves a model gives its gradients new memory, too.
         self.address = self.view.data_ptr()
-        self._dtype, self._device = parameter.dtype, parameter.get_device()
+        self._dtype, self._device = parameter.dtype, parameter.device
         self._shape, self._strides = parameter.shape, parameter.stride()
         self.rounded = self.view.dtype != parameter.dtype
         self.grad = torch.empty_like(self.view, dtype=parameter.dtype) if self.rounded else self.view
@@ -142,7 +142,7 @@ class Slot:
             and self.view.data_ptr() == self.address
             and p.stride() == self._strides
             and p.shape == self._shape
-            and p.get_device() == self._device
+            and p.device == self._device
         )
 
     def held(self) -> Held:

@@ -20,9 +20,9 @@ leaves, left = threading.Event(), threading.Event()
 wait_for = world._lines.wait_for
 
 
-def wait_and_see_late(done: Callable[[], bool]) -> None:
+def wait_and_see_late(done: Callable[[], bool], *what: str) -> None:
     """What ended as the world was left is looked at when nothing of it is there any more."""
-    wait_for(done)
+    wait_for(done, *what)
     if leaves.is_set():
         left.wait()
 
@@ -38,6 +38,7 @@ def broadcast() -> None:
 
 world._lines.wait_for = wait_and_see_late
 world.barrier()
+time.sleep(0.5)  # who is late has left the barrier, too
 thread = threading.Thread(target=broadcast)
 thread.start()
 time.sleep(seconds)
