@@ -127,7 +127,7 @@ def test_it_is_kept_and_grows(tmp_path: Path) -> None:
         (["--vary", "warmup=gradual,slow"], "'slow' is not one of gradual, constant, none"),
         (["--vary", "nesterov=true,maybe"], "'maybe' is neither true nor false"),
         (["--vary", "gpus=2,4096"], "gpus=4096: "),
-        (["--vary", "gpus=2,16", "--vary", "warmup_epochs=1,40"], "gpus=16, warmup_epochs=40: a warmup of 40 epochs"),
+        (["--vary", "gpus=2,16", "--vary", "warmup_epochs=1,40"], "gpus=16, warmup_epochs=40: the warmup is no shorter than the run"),
         (["--vary", "gpus=2", "--seeds", "10000", "--vary", "flip=" + ",".join(f"0.{i}" for i in range(1, 21))],
          "180,000 runs in one grid"),
         (["--vary", "gpus=2", "--track", "neptune"], "--track neptune: expected mlflow"),
