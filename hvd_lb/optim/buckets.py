@@ -13,6 +13,7 @@ import enum
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ _SPARSE = "DistributedOptimizer was given a sparse gradient; make the embedding 
 _SMALL_BUCKET = 2**20
 # A bucket holds at most this part of all gradients: by benchmarks/buckets.py.
 _PART = 6
+_KIND = attrgetter("dtype", "device", "shape")
 DTYPES = (torch.float32, torch.float64, *HALF)
 
 
@@ -117,10 +119,6 @@ class Slot:
         strides = torch.empty_like(parameter, device="meta").stride()
         # .data gives the view a version counter of its own instead of one shared by the whole bucket
         self.view = flat.as_strided(parameter.shape, strides, offset).data
-        # Where the view is, and what the parameter was: whoever moves a model gives its gradients new memory, too.
-        self.address = self.view.data_ptr()
-        self._dtype, self._device = parameter.dtype, parameter.device
-        self._shape, self._strides = parameter.shape, parameter.stride()
         self.rounded = self.view.dtype != parameter.dtype
         self.grad = torch.empty_like(self.view, dtype=parameter.dtype) if self.rounded else self.view
         self.present = False
@@ -130,20 +128,6 @@ class Slot:
         # What `p.grad` was when it was seen last, and its version: by these it is known whether it was changed since.
         self.seen: Tensor | None = None
         self.version = 0
-
-    def fits(self) -> bool:
-        """False once the parameter or its gradient was moved, by model.cuda(), model.half(), channels_last and others.
-
-        There and back is moved, too: the view is then in memory of its own, and not in the bucket any more.
-        """
-        p = self.parameter
-        return (
-            p.dtype is self._dtype
-            and self.view.data_ptr() == self.address
-            and p.stride() == self._strides
-            and p.shape == self._shape
-            and p.device == self._device
-        )
 
     def held(self) -> Held:
         """What `p.grad` holds now."""
@@ -222,9 +206,30 @@ class Bucket:
         self.started = False  # its exchange is under way
         self._versions: list[int] = []  # of the gradients, when it began
         self.awaited = dict.fromkeys(self.slots)  # those to which the present backward has not added
+        self.looked = False  # whether it fits, in the present backward
+        self._parameters, self._views = parameters, [slot.view for slot in self.slots]
+        self._made = self._find()
+
+    def _find(self) -> tuple[list[Any], ...]:
+        """Where the views are, and what parameters are: by few calls, as each step asks."""
+        return (
+            list(map(Tensor.data_ptr, self._views)),
+            list(map(Tensor.stride, self._parameters)),
+            list(map(_KIND, self._parameters)),
+        )
 
     def fits(self) -> bool:
-        return not [slot for slot in self.slots if not slot.fits()]
+        """False once a parameter or its gradient was moved, by model.cuda(), model.half(), channels_last and others.
+
+        There and back is moved, too: whoever moves a model gives its gradients new memory, and the view is then in
+        memory of its own, and not in the bucket any more.
+        """
+        return self._find() == self._made
+
+    def moved(self) -> list[Tensor]:
+        """The parameters for which it does not fit."""
+        pairs = zip(zip(*self._find(), strict=True), zip(*self._made, strict=True), strict=True)
+        return [p for p, (now, before) in zip(self._parameters, pairs, strict=True) if now != before]
 
     def before_accumulation(self, slot: Slot) -> None:
         """Before autograd adds to the gradient of one of its parameters, where there is something already."""
@@ -246,6 +251,7 @@ class Bucket:
 
     def await_all(self) -> None:
         """The next backward begins."""
+        self.looked = False
         self.awaited = dict.fromkeys(self.slots)
 
     @torch.no_grad()
@@ -360,7 +366,7 @@ class Bucket:
     def divide(self, divisor: int) -> None:
         """Divides the sums, with whatever was done to `p.grad` since they arrived."""
         if divisor != 1:
-            if [slot for slot in self.slots if slot.view.data_ptr() != slot.address]:
+            if self._find()[0] != self._made[0]:
                 raise RuntimeError("a model was moved between synchronize() and step(): do it after step()")
             self.collect()
             self.gradients.div_(divisor)

@@ -502,7 +502,7 @@ class DistributedOptimizer(Optimizer):
         slots = [slot for bucket in left for slot in bucket.slots]
         if any(bucket.started or bucket.adding for bucket in left):
             raise RuntimeError(
-                f"{self._label(next(slot.parameter for slot in slots if not slot.fits()))} was moved to other memory "
+                f"{self._label(next(p for bucket in left for p in bucket.moved()))} was moved to other memory "
                 "while its gradients were added up or exchanged; step() or zero_grad() first"
             )
         exponents = self.exponents
@@ -652,9 +652,11 @@ class DistributedOptimizer(Optimizer):
             for each in self._buckets:
                 each.await_all()
             self._lookout.watch(self._places)
-        if len(bucket.awaited) == len(bucket.slots) and not bucket.fits():
-            self._follow_moved()
-            bucket, slot = self._places[slot.parameter]
+        if not bucket.looked:
+            bucket.looked = True
+            if not bucket.fits():
+                self._follow_moved()
+                bucket, slot = self._places[slot.parameter]
         slot.opened = True
         if slot.gathered or slot.rounded or gradient(slot.parameter) is not None:
             bucket.before_accumulation(slot)

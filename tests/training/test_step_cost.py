@@ -107,7 +107,7 @@ def test_launches_and_calls_beside_torchs_own_loop(monkeypatch: pytest.MonkeyPat
         optimizer.zero_grad()
 
     operators, calls = cost(plain)
-    for reproducible, most_operators, most_calls in ((False, 1.1, 2.35), (True, 2.0, 3.5)):
+    for reproducible, most_operators, most_calls in ((False, 1.1, 2.0), (True, 2.0, 3.5)):
         found = cost(trainers_step(batch, reproducible))
         assert found[0] <= most_operators * operators, (reproducible, found, operators)
         assert found[1] <= most_calls * calls, (reproducible, found, calls)
