@@ -438,18 +438,19 @@ class _Identity:
             return
         self._looked = time.monotonic()
         try:
-            if self._run.recipe.exists():
+            held = self._lock.holds(self._run.path)
+            if held and all(path.exists() for path in self._texts):
                 return
             self._run.logs.mkdir(parents=True, exist_ok=True)
-            if not self._lock.holds(self._run.path):
+            if not held:
                 self._lock = self._run.lock()
             for path, text in self._texts.items():
                 replace_text(path, text)
         except OSError:  # the file system is away: later
             return
         yield (
-            f"{self._run.path} was removed while this run writes there. It is made again, but what was in it is gone; "
-            "the next checkpoint has all that is trained"
+            f"{self._run.path}, or a part of it, was removed while this run writes there. It is made again, but what "
+            "was removed is gone; the next checkpoint has all that is trained"
         )
 
 

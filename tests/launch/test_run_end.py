@@ -190,8 +190,13 @@ def test_what_is_asked_on_a_full_disk_is_asked_again(monkeypatch: pytest.MonkeyP
             self.notes.append(text)
 
     processes, display = Processes(), Display()
-    ask: Any = session._ask_to_stop
-    assert not ask(processes, session.signal.SIGTERM, display)
+    asked: Any = session._Asked
+    asked = asked(processes, display)
+    for _ in range(3):
+        asked.to_stop(session.signal.SIGTERM)
+    (problem,) = display.notes
+    assert problem.startswith("SIGTERM: the processes cannot be told yet (No space left on device)")
     processes.full = False
-    assert ask(processes, session.signal.SIGTERM, display)
-    assert len(display.notes) == 1
+    for _ in range(3):
+        asked.to_stop(session.signal.SIGTERM)
+    assert display.notes[1:] == ["SIGTERM: finishing this step, then a checkpoint; again to end at once"]

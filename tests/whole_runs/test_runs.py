@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -148,21 +147,22 @@ def test_stopped_it_saves_and_goes_on_there(start: Start, undisturbed: Path, tmp
     assert_equal_weights([undisturbed, run], 1e-6)
 
 
+@pytest.mark.parametrize("removed", [".", ".lock", "environment.json"])
 def test_a_run_whose_folder_is_removed_makes_it_again_and_is_stopped_as_others(
-    start: Start, tmp_path: Path, hvd_lb: Callable[..., Any]
+    start: Start, tmp_path: Path, hvd_lb: Callable[..., Any], removed: str
 ) -> None:
+    """Or a part of it, as by a removal that others' files have stopped."""
     run = tmp_path / "run"
     process = start(*a_run(run, "--epochs", 2000, "--steps", 100_000))
     until(lambda: trained_steps(run) > 10)
-    with suppress(OSError):  # something may be written into it meanwhile
-        shutil.rmtree(run)
-    until(lambda: (run / "recipe.yaml").exists() and (run / "environment.json").exists())
+    (run / removed).resolve().rename(tmp_path / "removed")  # at once, where rmtree would meet new files
+    until(lambda: all((run / name).exists() for name in (".lock", "recipe.yaml", "environment.json")))
     second = hvd_lb(*a_run(run, "--epochs", 2000, "--steps", 100_000))
     assert (second.status, second.out) == (2, "")
     assert "is in use by another run" in second.err
     process.send_signal(signal.SIGTERM)
     out, err = finish(process, 128 + signal.SIGTERM)
-    assert f"{run} was removed while this run writes there" in "".join(out.split("\n"))
+    assert f"{run}, or a part of it, was removed while this run writes there" in "".join(out.split("\n"))
     assert "SIGTERM: finishing this step, then a checkpoint" in out
     assert "interrupted by SIGTERM" in hvd_lb("status", run).out
     assert hvd_lb("evaluate", run).status == 0
