@@ -18,6 +18,7 @@ from hvd_lb.world import Handle, World
 
 class Stage(enum.StrEnum):
     STARTING = "starting"
+    BETWEEN = "waiting for a generation"  #: of an elastic job, for as long as its head has the others wait
     DATA = "waiting for data"
     COMPUTE = "computing"
     NETWORK = "waiting for the other ranks"

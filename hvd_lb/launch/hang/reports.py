@@ -1,6 +1,7 @@
 """Whether a job hangs, and which ranks keep the others waiting: from what ranks report that do not go on.
 
-Those that wait for others are not to blame. Those are that do something else, and those that report nothing.
+Those that wait for others are not to blame. Those are that do something else, and those that report nothing. For how
+long a report asks for patience is counted from when it is first seen here: clocks of other hosts tell another time.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class HangReports:
         self._looked = 0.0
         self._first: float | None = None  # when a report of a rank that waits for others was there first
         self._since: float | None = None
+        self._seen: dict[str, tuple[bytes, float]] = {}  # the present reports, by name, and since when
         self.late: list[int] = []
         self.lasted = 0.0
 
@@ -47,10 +49,10 @@ class HangReports:
         return found
 
     def _find(self, now: float) -> str | None:
-        reports = {rank: report for rank, report in self._reports().items() if rank in self.ranks}
+        reports = {rank: report for rank, report in self._reports(now).items() if rank in self.ranks}
         waiting = [of for of in reports.values() if of["stage"] == Stage.NETWORK]
         self._first = (self._first or now) if waiting else None
-        if not reports or any(of["until"] > time.time() for of in reports.values()):
+        if not reports or any(of["until"] > now for of in reports.values()):
             return None
         graceful = self._first is not None and now - self._first >= _GRACE * self._timeout
         if len(reports) < len(self.ranks) and not graceful:
@@ -73,14 +75,18 @@ class HangReports:
         for rank in self.ranks:
             self._run.hang(rank).unlink(missing_ok=True)
 
-    def _reports(self) -> dict[int, dict[str, Any]]:
-        found = {}
+    def _reports(self, now: float) -> dict[int, dict[str, Any]]:
+        found, seen = {}, {}
         for path in self._run.logs.glob("hang-*.json"):
             try:
-                report = json.loads(path.read_bytes())
-                found[int(report["rank"])] = {name: report[name] for name in ("stage", "step", "until")}
+                text = path.read_bytes()
+                before, since = self._seen.get(path.name, (text, now))
+                seen[path.name] = text, (since if text == before else now)
+                report = json.loads(text)
+                found[int(report["rank"])] = {**report, "until": seen[path.name][1] + report["patience"]}
             except (OSError, ValueError, LookupError, TypeError):  # it goes on just now
                 continue
+        self._seen = seen
         return found
 
     def _late(self, rank: int, host: str, report: dict[str, Any] | None, step: int, awaited: bool) -> str:

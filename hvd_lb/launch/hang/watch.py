@@ -51,24 +51,26 @@ def _watch(run: RunDirectory, rank: int, stages: Stages, timeout: float, over: t
         # Written by C when this thread cannot run for so long, as a library holds Python's lock.
         faulthandler.dump_traceback_later(timeout)
         now, (stage, since) = time.monotonic(), stages.now
+        if stage == Stage.BETWEEN:
+            since = began = now
         if position != stages.taken:
             began, position = now, stages.taken
         seconds = now - since
         # A first step may compile. Who waits then waits for one that says so.
         long = stage in _TAKES_LONG or (not stages.taken and stage != Stage.NETWORK)
-        hangs = seconds >= timeout and not long
+        left = max(0.0, _PATIENCE_SECONDS - seconds) if long else 0.0
+        hangs = seconds >= timeout and not left
         tell("stage", stage=stage, step=stages.step, seconds=round(seconds, 1), hangs=hangs)
         report = {"rank": rank, "step": stages.step, "stage": stage, "seconds": seconds}
         with suppress(OSError):
             if seconds >= timeout:
                 if hung != since:
-                    left = max(0.0, _PATIENCE_SECONDS - seconds) if long else 0.0
-                    write_json(run.hang(rank), {**report, "until": time.time() + left})
+                    write_json(run.hang(rank), {**report, "patience": left})
                     hung, reported = since, True
                     faulthandler.dump_traceback()
             elif now - began >= timeout / 2:  # a slow step, which does go on: those that wait may know
                 if now - renewed >= timeout / 2 or hung is not None:
-                    write_json(run.hang(rank), {**report, "until": time.time() + timeout})
+                    write_json(run.hang(rank), {**report, "patience": timeout})
                     renewed, reported, hung = now, True, None
             elif reported:
                 run.hang(rank).unlink(missing_ok=True)

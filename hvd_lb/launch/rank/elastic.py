@@ -61,7 +61,11 @@ def take_part(job: Job, number: int, cores: int, stop_requested: StopRequests, s
     recipe = job.recipe
     dataset = shared(data_of(job), recipe.cache, recipe.loader, job.device, int(os.environ.get(PIXELS, -1)))
     found = carried if newcomer else _train(job, member, None, carried, dataset, more)
-    while found and (begun := member.next(found)):
+    while found:
+        with stages.within(Stage.BETWEEN):
+            begun = member.next(found)
+        if begun is None:
+            return
         if device.type == "cuda":  # the last trainer is garbage, and the next one needs its room
             gc.collect()
             torch.cuda.empty_cache()
