@@ -164,6 +164,11 @@ class Generations:
         return [member for member in self.hosts if member not in self.members]
 
     @property
+    def loading(self) -> list[int]:
+        """Newcomers that are not ready to join yet."""
+        return [member for member in self.newcomers if member not in self._places]
+
+    @property
     def awaited(self) -> list[int]:
         """Members for whom the others wait: to say how far they are, or for a generation to begin."""
         if self._told_over:

@@ -23,6 +23,7 @@ LOGIN_TRIES = 5  #: of a login that sshd turns away
 # sees so many, but one that all pass through (ProxyJump) would.
 _LOGINS_AT_ONCE = 8
 _LOGIN_SECONDS = 2.0  # then one has most likely come through, and the next may
+_END_SECONDS = 20.0  # for one that has to end, and may wait for what it has started, as srun does
 _REFUSED_LOGIN = re.compile("kex_exchange_identification|Connection (closed|reset) by|banner exchange")
 _SSH_FAILED = 255
 # What srun says of a node that Slurm has taken out of the job, as it was lost: no step gets there any more.
@@ -108,11 +109,18 @@ class Logins:
             self._processes[name] = process
             try:
                 last = await _talk(process, line, name)
-                while (status := process.poll()) is None:
-                    await asyncio.sleep(0.05)
+                await _end_of(process)
             finally:
                 process.terminate()
-        return _Ended(status, last)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(_end_of(process), _END_SECONDS)
+                process.kill()  # it stands still
+        return _Ended(process.returncode, last)
+
+
+async def _end_of(process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        await asyncio.sleep(0.05)
 
 
 async def _talk(process: subprocess.Popen[bytes], line: bytes, name: str) -> str:

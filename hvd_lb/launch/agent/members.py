@@ -96,7 +96,9 @@ class Members:
         self._since = 0.0  # when the present generation was found to be over, or newcomers were there
         self._timeout = float(job["environment"][START_TIMEOUT])
         self._hang = float(job["environment"].get(HANG_TIMEOUT, 0))
+        self._started_at: dict[int, float] = {}  # newcomers
         self._heard_at: dict[int, float] = {}  # when a member has said last what it does
+        self._killed: set[int] = set()  # as they did not answer
         self._waits_until = math.inf  # for hosts that are away, as too few are left
         self._seen = set(head.hosts)
         for host in head.hosts.values():
@@ -340,6 +342,8 @@ class Members:
         if self._hang:
             for member in self._generations.awaited:
                 self._take_out(member, now)
+            for newcomer in self._generations.loading:
+                self._take_out_newcomer(newcomer, now)
             self._look_whether_all_hang(now)
         if now > self._waits_until:
             self._waits_until = math.inf
@@ -354,9 +358,16 @@ class Members:
         if hangs or silent > max(self._hang, _LOADING_SECONDS):
             self._kill(member, now)
 
+    def _take_out_newcomer(self, newcomer: int, now: float) -> None:
+        """Kill one that stands still while it loads. One that says that it is loading may take long."""
+        heard = self._heard_at.get(newcomer)
+        patience = max(self._hang, _LOADING_SECONDS) if heard else self._timeout
+        if now - (heard or self._started_at[newcomer]) > patience:
+            self._kill(newcomer, now)
+
     def _look_whether_all_hang(self, now: float) -> None:
         """Nobody is there then to say that he waits for others: the job ends, and can be started again."""
-        members = self._generations.members
+        members = list(self._generations.members)
         # Who has said nothing yet loads its libraries.
         heard = [self._heard_at.get(member, math.inf) for member in members]
         if now - max([self._since, *heard]) > _ALL_HANG * max(self._hang, _LOADING_SECONDS):
@@ -364,17 +375,23 @@ class Members:
                 self._kill(member, now)
 
     def _kill(self, member: int, now: float) -> None:
-        self._head.note(
-            f"rank {member} on {self._head.table[member]['host']} does not answer: it is taken out"
-        )
-        self._heard_at[member] = now  # and again after as long, if it is still there
+        """Once; one that is still there after as long again hangs in a driver, say, and is lost with its host."""
+        if member not in self._generations.hosts:  # lost just now, with another one of its host
+            return
+        host = self._generations.hosts[member]
+        if member in self._killed:
+            self._head.lose(self._head.hosts[host], f"rank {member} there was killed, and does not end")
+            return
+        self._killed.add(member)
+        self._head.note(f"rank {member} on {host} does not answer: it is taken out")
+        self._heard_at[member] = now
         self._head.tell_agents("signal", signal=signal.SIGKILL, rank=member)
 
     def _start(self, host: Host, place: int) -> None:
         """Start a newcomer in a place of a host."""
         assert host.connection is not None
         newcomer, slots = len(self._head.table), self._slots[host.name]
-        self._place[newcomer] = place
+        self._place[newcomer], self._started_at[newcomer] = place, time.monotonic()
         self._head.table[newcomer] = {"host": host.name}
         host.ranks.add(newcomer)
         self._generations.start(newcomer, host.name)

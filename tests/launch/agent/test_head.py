@@ -227,6 +227,16 @@ def test_a_stop_ends_all_at_once(start: Callable[..., Run]) -> None:
     assert {entry["status"] for entry in run.endings} == {-signal.SIGTERM}
 
 
+@pytest.mark.long
+def test_a_job_ends_though_an_agent_stands_still(start: Callable[..., Run]) -> None:
+    run = start(WAIT)
+    until(lambda: len(run.pids("launch.rank.entry")) == 3, 60)
+    os.kill(agents(run, "127.0.0.1")[0], signal.SIGSTOP)
+    run.control.send(b'{"stop": true}\n')
+    assert run.wait() == 1
+    until(lambda: not processes_of(run.folder), 10)
+
+
 def test_a_signal_reaches_one_rank_or_all(start: Callable[..., Run]) -> None:
     run = start(
         f"{TELL}\nimport signal, time, sys\n"

@@ -263,6 +263,50 @@ def test_when_all_that_have_the_state_stand_still_the_job_ends_after_five_times_
     assert head.signalled == [(0, signal.SIGKILL), (1, signal.SIGKILL)]
 
 
+def test_a_newcomer_that_stands_still_while_it_loads_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has not spoken yet is waited for as at the start, and one that goes on speaking for as long."""
+    clock, head = Clock(monkeypatch), Head(h={0, 1})
+    members, (host,) = members_of(head, least=2, hang_timeout=60), head.hosts.values()
+
+    def end(rank: int) -> None:
+        host.ranks.discard(rank)
+        members.ended(host, rank, -signal.SIGKILL)
+
+    def look_after(seconds: float) -> list[int]:
+        clock.now += seconds
+        members.told(0)
+        members.look()
+        return [rank for rank, _ in head.signalled]
+
+    end(1)
+    members.word(0, "awaits", {"generation": 0, "step": 9, "unfinished": False})
+    assert look_after(599) == []
+    assert look_after(2) == [2]
+    end(2)
+    assert look_after(1) == [2]
+    for _ in range(100):
+        members.told(3)
+        assert look_after(59) == [2]
+    assert look_after(2) == [2, 3]
+    assert head.notes[-1] == "rank 3 on h does not answer: it is taken out"
+    end(3)
+    look_after(2)
+    members.word(4, "awaits", {"generation": -1, "step": -1, "unfinished": False})
+    assert members._generations.members == [0, 4]
+
+
+def test_one_that_was_killed_and_does_not_end_is_lost_with_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, head = Clock(monkeypatch), Head(h1={0}, h2={1, 2})
+    members = members_of(head, hang_timeout=60)
+    members.end_generation()
+    members.word(0, "awaits", {"generation": 0, "step": 9, "unfinished": False})
+    for times in (1, 2):
+        clock.now += 61
+        members.look()
+        assert [rank for rank, _ in head.signalled] == [1, 2]
+        assert head.lost == ["h2"] * 2 * (times - 1)
+
+
 def test_one_that_is_to_have_fewer_keeps_its_first_places(head: Head, members: Members) -> None:
     """Who leaves is asked once, and nobody takes its place."""
     host = head.hosts["h2"]
