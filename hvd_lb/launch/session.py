@@ -333,7 +333,7 @@ def _watch(
                 hangs = HangReports(run, processes.members, float(job.environment.get(HANG_TIMEOUT, 0)))
                 while (status := processes.wait(_LOOK_SECONDS)) is None and len(received) < 2:
                     hangs.ranks = processes.members
-                    if (hung := hangs.look()) and not _take_out(job, processes, hangs, hung, display):
+                    if hung := _hopeless(job, processes, hangs, display):
                         break
                     _heed(read_wish(run.stop), received)
                     if received:
@@ -370,16 +370,17 @@ def _watch(
     return _finish(run, resolved, job.processes, time.monotonic() - began, console)
 
 
-def _take_out(job: Job, processes: RankProcesses, hangs: HangReports, hung: str, display: Display) -> bool:
-    """What an elastic job does about ranks that hang; False: it has to be ended.
+def _hopeless(job: Job, processes: RankProcesses, hangs: HangReports, display: Display) -> str | None:
+    """Why a job that hangs has to be ended; None for one that does not hang, and while it may yet go on.
 
-    Those for whom others wait are ended. Where all wait for each other, as a connection is dead, they make others.
-    Where none goes on, with its data most likely, a new process would do no better, and patience may.
+    In an elastic one those for whom others wait are ended. Where all wait for each other, as a connection is dead, they
+    make others. Where none goes on, with its data most likely, a new process would do no better, and patience may.
     """
-    if not job.elastic:
-        return False
+    hung = hangs.look()
+    if not hung or not job.elastic:
+        return hung
     if len(hangs.late) == len(hangs.ranks):
-        return hangs.lasted < _PATIENCE * float(job.environment[HANG_TIMEOUT])
+        return hung if hangs.lasted >= _PATIENCE * float(job.environment[HANG_TIMEOUT]) else None
     if hangs.late:
         display.note(f"{hung}; they are taken out")
         for rank in hangs.late:
@@ -388,7 +389,7 @@ def _take_out(job: Job, processes: RankProcesses, hangs: HangReports, hung: str,
         display.note(f"{hung}; they connect anew")
         processes.connect_anew()
     hangs.begin_again()
-    return True
+    return None
 
 
 def _heed(wish: str, received: list[signal.Signals]) -> None:

@@ -90,6 +90,33 @@ def test_hardware_that_is_not_rank_0s_is_told_by_host() -> None:
 
 
 @pytest.mark.parametrize(
+    ("elastic", "late", "lasted", "done", "hopeless"),
+    [
+        (False, [1], 0, [], True),
+        (True, [1], 0, ["kill 1"], False),
+        (True, [], 0, ["connect anew"], False),
+        (True, [0, 1], 239, [], False),
+        (True, [0, 1], 240, [], True),
+    ],
+)
+def test_what_an_elastic_job_overcomes_is_no_reason_for_its_end(
+    elastic: bool, late: list[int], lasted: float, done: list[str], hopeless: bool
+) -> None:
+    did: list[str] = []
+    processes: Any = SimpleNamespace(
+        signal=lambda number, rank: did.append(f"kill {rank}"),
+        connect_anew=lambda: did.append("connect anew"),
+    )
+    hangs: Any = SimpleNamespace(
+        look=lambda: "no step", late=late, ranks=[0, 1], lasted=lasted, begin_again=lambda: None
+    )
+    job: Any = SimpleNamespace(elastic=elastic, environment={"HVD_LB_HANG_TIMEOUT": "60"})
+    display: Any = SimpleNamespace(note=lambda text: None)
+    assert session._hopeless(job, processes, hangs, display) == ("no step" if hopeless else None)
+    assert did == done
+
+
+@pytest.mark.parametrize(
     ("engine", "device", "elastic", "parts", "variables", "milliseconds"),
     [
         ("horovod", "cpu", False, None, {}, "10"),
