@@ -45,7 +45,8 @@ def join(place: Place) -> tuple[Store, str]:
 
 @functools.cache  # kept, as Python has to
 def _agents(rendezvous: str) -> Store:
-    return AgentStore(rendezvous, timedelta(seconds=JOIN_SECONDS))
+    told = os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS")  # what holds for Horovod's ranks holds for torch's
+    return AgentStore(rendezvous, timedelta(seconds=int(told or JOIN_SECONDS)))
 
 
 @functools.cache  # one for the worlds that a process makes one after another

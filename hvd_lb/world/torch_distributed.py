@@ -39,7 +39,7 @@ from hvd_lb.errors import ExchangeError, UserError
 from hvd_lb.world.gather import broadcast_bytes
 from hvd_lb.world.launched import Place
 from hvd_lb.world.lines import Lines, Patience
-from hvd_lb.world.rendezvous import JOIN_SECONDS, join
+from hvd_lb.world.rendezvous import join
 
 # Long enough for the slowest step, short enough that a hang does not last the night.
 _WAIT = timedelta(seconds=1800)
@@ -382,12 +382,14 @@ def _hosts(store: Store, place: Place) -> list[str]:
     """The host of each rank, once all have come. UserError that names those that do not."""
     keys = [f"host/{rank}" for rank in range(place.size)]
     store.set(keys[place.rank], socket.gethostname())
+    patience: timedelta = store.timeout  # type: ignore[attr-defined]  # torch's stubs say nothing of it
     try:
-        store.wait(keys, timedelta(seconds=JOIN_SECONDS))
+        store.wait(keys, patience)
     except DistStoreError:
         absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
         raise UserError(
-            f"{len(absent)} of {place.size} ranks did not come within {JOIN_SECONDS} s: {', '.join(absent[:20])}"
+            f"{len(absent)} of {place.size} ranks did not come within {patience.total_seconds():.0f} s: "
+            f"{', '.join(absent[:20])}"
             f"{' …' if len(absent) > 20 else ''}; where {place.launcher}'s variables are left from another job, unset "
             "them"
         ) from None

@@ -96,3 +96,14 @@ def test_an_address_that_is_not_this_machines_is_served_on_all() -> None:
     store, port = rendezvous._server("192.0.2.1", 0)  # as that of a Kubernetes service
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
     del store
+
+
+def test_ranks_of_an_agent_wait_for_each_other_as_long_as_horovods(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place("horovodrun", 0, 2)
+    for number, (told, seconds) in enumerate({None: 600, "1800": 1800}.items()):
+        monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", f"127.0.0.1:1/secret/{number}")
+        if told:
+            monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", told)
+        store = rendezvous.join(place)[0]
+        assert isinstance(store, AgentStore)
+        assert store.timeout.total_seconds() == seconds

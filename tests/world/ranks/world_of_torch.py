@@ -12,11 +12,11 @@ import torch
 
 import hvd_lb
 from hvd_lb.errors import ExchangeError
-from hvd_lb.world import abandon, cut, torch_distributed
+from hvd_lb.world import abandon, cut, rendezvous, torch_distributed
 
 what = sys.argv[1]
 if what == "short patience":
-    torch_distributed.JOIN_SECONDS = 1
+    rendezvous.JOIN_SECONDS = 1
 world = hvd_lb.init(engine="torch")
 if what == "again":
     gc.disable()  # what a world has opened goes with it, and not some time
