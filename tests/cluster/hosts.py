@@ -275,8 +275,8 @@ class _Namespaces:
     def kill(self) -> None:
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
-        self._keeper.kill()
-        self._keeper.communicate()
+        with self._keeper:  # also when it was killed before
+            self._keeper.kill()
 
 
 def _set_namespace(descriptor: int) -> None:
