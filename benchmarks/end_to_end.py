@@ -1,10 +1,12 @@
 """Whole steps of two processes on this machine, one thread each: hvd-lb beside its peers, in one run.
 
-    python benchmarks/end_to_end.py [--cases "resnet18 64²" ...] [--rounds 3] [--json results.json]
+    python benchmarks/end_to_end.py [--cases "resnet18 64²" ...] [--pictures] [--rounds 3] [--json results.json]
 
 The peers are the plain programs in peers/: PyTorch's DDP over Gloo, Horovod's own optimizer, and the network's work
-alone. Batches lie ready in memory. All sides take turns, each in processes of its own; figures are medians over the
-rounds, of the median step in each. A side that fails in a case has none there.
+alone. Batches lie ready in memory; with `--pictures` they come from PNG files of 300×300, but for the last: by hvd-lb's
+own loader, and for its peers by a DataLoader of one worker each, whose CPU seconds and memory are not in the figures.
+All sides take turns, each in processes of its own; figures are medians over the rounds, of the median step in each. A
+side that fails in a case has none there.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
+import numpy as np
 from limited import run_limited
 from peers.steps import CASES
+from PIL import Image
 
 BIN, PEERS = Path(sys.executable).parent, Path(__file__).with_name("peers")
 HOROVODRUN = [BIN / "horovodrun", "--gloo", "-np", "2", "-H", "localhost:2", "--network-interface", "lo"]
@@ -67,9 +72,30 @@ def main() -> None:
         default=[side for side in SIDES if side not in COMPRESSED],
         help=f"not by default, with gradients in half precision on the wire: {', '.join(COMPRESSED)}",
     )
+    parser.add_argument("--pictures", action="store_true", help="from files, not from memory")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.pictures:
+            make_pictures(Path(folder))
+            os.environ |= {"HVD_LB_BENCH_PICTURES": folder, "HVD_LB_CACHE": f"{folder}/cache"}
+        measure(arguments)
+
+
+def make_pictures(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 1024), ("val", 16)):
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count // 2):
+                rough = Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+                levels = np.asarray(rough.resize((300, 300)), np.int16) + rng.normal(0, 8, (300, 300, 3))
+                picture = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+                picture.save(folder / split / name / f"{number}.png")
+
+
+def measure(arguments: argparse.Namespace) -> None:
     results: dict[str, dict[str, dict[str, float]]] = {}
     for case in arguments.cases:
         print(case, flush=True)

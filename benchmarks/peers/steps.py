@@ -1,12 +1,14 @@
-"""What all sides of end_to_end.py have in common: the cases, batches that lie ready in memory, and the clock."""
+"""What all sides of end_to_end.py have in common: the cases, their batches, and the clock."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 from torchvision.models import get_model
 
 CLASSES = 1000
 WARM_UP = 3
+# A folder of pictures to train on, else a batch lies ready.
+PICTURES = os.environ.get("HVD_LB_BENCH_PICTURES")
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,23 @@ class Case:
         x = torch.randn(self.images, 3, self.pixels, self.pixels)
         return x.to(memory_format=self.layout), torch.randint(0, CLASSES, (self.images,))
 
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The one that lies ready, again and again; or pictures, by a worker process, as PyTorch's ImageNet example."""
+        if PICTURES is None:
+            return itertools.repeat(self.batch())
+        augment = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(self.pixels),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+        images = ImageFolder(f"{PICTURES}/train", augment)
+        endless = RandomSampler(images, replacement=True, num_samples=10**9)
+        loader = DataLoader(images, self.images, sampler=endless, num_workers=1)
+        return ((x.to(memory_format=self.layout), y) for x, y in loader)
+
 
 def network(case: Case) -> nn.Module:
     return get_model(case.model, num_classes=CLASSES).to(memory_format=case.layout)
@@ -53,9 +77,10 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def plain_step(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
     """A step as torch's documentation has it."""
-    x, y = case.batch()
+    batches = case.batches()
 
     def step() -> None:
+        x, y = next(batches)
         optimizer.zero_grad()
         with case.autocast():
             loss = F.cross_entropy(model(x), y)
