@@ -69,6 +69,8 @@ SITE = """
     def fail(how, owner):
         if how == "lie":
             return lie(owner)
+        if how == "exit":
+            os._exit(0)
         if how == "error":
             raise ValueError("a fault of this rank alone")
         if how in ("UserError", "HostError"):

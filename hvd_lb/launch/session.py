@@ -22,6 +22,7 @@ from hvd_lb.data.images import fingerprint_note, refuse_other_images
 from hvd_lb.errors import UserError
 from hvd_lb.exact.reproducible import rounding_differences, rounding_environment
 from hvd_lb.forecast.held import forecast_for, held_against
+from hvd_lb.launch.failure import RankFailure
 from hvd_lb.launch.hang.reports import HangReports
 from hvd_lb.launch.hosts import in_words
 from hvd_lb.launch.job import Job
@@ -36,10 +37,10 @@ from hvd_lb.machine.placement import Placement
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.launching import Recorded, SignOfLife
 from hvd_lb.report.lock import DirectoryLock
-from hvd_lb.report.metrics import read_metrics, truncate_metrics
+from hvd_lb.report.metrics import Epochs, read_metrics, truncate_metrics
 from hvd_lb.report.progress import Display, RunView, open_display
 from hvd_lb.report.run_directory import RunDirectory, replace_bytes, replace_text, write_json
-from hvd_lb.report.summary import FINISHED, STOPPED, summarise
+from hvd_lb.report.summary import FINISHED, STOPPED, summarise, told_by
 from hvd_lb.report.text import count
 from hvd_lb.resolve import Resolved
 from hvd_lb.track.target import TrackTarget
@@ -357,8 +358,12 @@ def _watch(
             goes_on = "there" if stopped else "from the last checkpoint"
             console.print(f"stopped {where}; the same command goes on {goes_on}")
             return 128 + number
+    failure: RankFailure | str | None
     if status or hung or stopped:
         failure = hung or retried(partial(processes.failure, status or 0), str(run.logs))
+    else:
+        failure = _cut_short(run, resolved)
+    if failure:
         # Told first: where the disk is full, nothing can be summed up.
         print(f"hvd-lb: error: {failure}", file=sys.stderr)
         _sum_up(run, resolved, f"failed: {failure}", time.monotonic() - began, console)
@@ -368,6 +373,25 @@ def _watch(
             )
         return 1
     return _finish(run, resolved, job.processes, time.monotonic() - began, console)
+
+
+def _cut_short(run: RunDirectory, resolved: Resolved) -> str | None:
+    """What is wrong with ranks that all have ended with exit code 0, but not at the end of the run.
+
+    By its records or, where the disk has not taken them, the newest checkpoint.
+    """
+    try:
+        records = read_metrics(run.metrics)
+        total_steps = Epochs(records, 0).total_steps or resolved.total_steps
+        steps = max(told_by(records)["steps"], CheckpointStore(run.checkpoints).newest_step())
+    except OSError:
+        return None
+    if steps >= total_steps:
+        return None
+    return (
+        f"the ranks ended with exit code 0 after step {steps:,} of {total_steps:,}, without a word: something in their "
+        f"programs has called exit (logs: {run.logs})"
+    )
 
 
 def _hopeless(job: Job, processes: RankProcesses, hangs: HangReports, display: Display) -> str | None:

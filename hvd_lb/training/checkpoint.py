@@ -223,7 +223,7 @@ class CheckpointStore:
     def discard_after(self, step: int) -> None:
         """Remove the checkpoints of more than `step` steps: the run goes on from there and writes them again."""
         for path in self.newest_first():
-            if int(path.name.removeprefix("step-")) > step:
+            if _step_of(path) > step:
                 self._remove(path)
         self._remove_leftovers()
         pointers.settle(self.folder)
@@ -233,6 +233,10 @@ class CheckpointStore:
         """The folders that are checkpoints by their names."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted((path for path in found if _is_checkpoint(path)), reverse=True)
+
+    def newest_step(self) -> int:
+        """Of the newest one by its name; 0 where there is none."""
+        return max((_step_of(path) for path in self.newest_first()), default=0)
 
     def newest_intact(self) -> tuple[Checkpoint | None, dict[Path, str]]:
         """The newest checkpoint that can be trusted, and what is wrong with damaged ones that are newer.
@@ -410,6 +414,10 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _is_checkpoint(path: Path) -> bool:
     return pointers.CHECKPOINT.fullmatch(path.name) is not None and path.is_dir()
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def weights_file(path: Path) -> Path:

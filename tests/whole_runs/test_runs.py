@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from elastic_runs import with_faults
 from PIL import Image
 from real_runs import (
     SMALL,
@@ -166,6 +167,28 @@ def test_a_run_whose_folder_is_removed_makes_it_again_and_is_stopped_as_others(
     assert "SIGTERM: finishing this step, then a checkpoint" in out
     assert "interrupted by SIGTERM" in hvd_lb("status", run).out
     assert hvd_lb("evaluate", run).status == 0
+
+
+@pytest.mark.parametrize(
+    "processes",
+    [
+        ("--processes", 1),
+        *(pytest.param(("--processes", 2, *more), marks=pytest.mark.long) for more in ((), ("--elastic",))),
+    ],
+)
+def test_ranks_that_end_with_exit_code_0_before_the_end_have_failed(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: Sequence[object]
+) -> None:
+    """As when a library calls exit; the same command goes on."""
+    run, several = tmp_path / "run", processes[1] == 2
+    with_faults(tmp_path, monkeypatch, [(rank, "step", 5, "exit") for rank in ((0, 1) if several else (-1,))])
+    command = ["train", *SMALL, "--gpus", 2, *processes, "--steps", 9, "--log-every", 1, "--output", run]
+    _, err = finish(start(*command), 1)
+    assert re.search(r"error: the ranks ended with exit code 0 after step [45] of 9, without a word: ", err)
+    assert summary(run)["exit_reason"].startswith("failed: the ranks ended with exit code 0")
+    monkeypatch.setenv("FAULTS", "[]")
+    finish(start(*command))
+    assert summary(run)["steps"] == 9
 
 
 def test_a_second_signal_ends_at_once(start: Start, tmp_path: Path) -> None:
