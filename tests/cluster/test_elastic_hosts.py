@@ -388,23 +388,15 @@ def test_k_follows_the_hosts_that_a_script_names(
     hosts: list[Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond the k of the start, as far as --max-processes goes; who is asked to leave takes its workers along."""
-    run, script, names = tmp_path / "run", tmp_path / "script", tmp_path / "names"
-    script.write_text(f"#!/bin/sh\nexec cat {names}\n")
-    script.chmod(0o755)
-    names.write_text("h1:1\nh2:1\n")
-    faults: list[Fault] = [(0, "step", step, str(tmp_path / f"go{step}")) for step in (3, 6)]
+    run, come, leave = (tmp_path / name for name in ("run", "come", "leave"))
+    script, names = script_in(tmp_path, "h1:1\nh2:1\n")
+    faults: list[Fault] = [(0, "step", 3, str(come)), (0, "step", 6, str(leave))]
     where = ("--host-discovery", script, "--max-processes", 4)
     recipe = (*RESCALED, "--per-gpu-batch", 24)
-    log = run / "logs" / "launcher.log"
+    ready = [f"rank {member} on h3 is ready to join" for member in (2, 3)]
     with running(hosts[0], tmp_path, monkeypatch, faults, where=where, recipe=recipe) as process:
-        for step, now, said in (
-            (3, "h1:1\nh2:1\nh3:2\n", "rank 3 on h3 is ready to join"),
-            (6, "h1:1\nh3:2\n", "h2 is to go"),
-        ):
-            until(lambda step=step: (tmp_path / f"go{step}.there").exists() or process.poll() is not None)  # type: ignore[misc]
-            names.write_text(now)
-            until(lambda said=said: said in log.read_text() or process.poll() is not None)  # type: ignore[misc]
-            (tmp_path / f"go{step}").touch()
+        at(come, process, run, lambda: names.write_text("h1:1\nh2:1\nh3:2\n"), ready)
+        at(leave, process, run, lambda: names.write_text("h1:1\nh3:2\n"), ["h2 is to go"])
         finished(process, run)
     recorded = assert_it_comes_again(run)
     begun, joined, left = recorded.scales(None)
