@@ -18,6 +18,7 @@ from rich.text import Text
 
 from hvd_lb.data.spec import data_folder, data_spec
 from hvd_lb.errors import UserError
+from hvd_lb.forecast.held import forecast_for
 from hvd_lb.launch.allreduce import allreduce_environment, needs_mpi
 from hvd_lb.launch.dry_run import describe
 from hvd_lb.launch.hosts import Host, in_words
@@ -211,6 +212,8 @@ def _train(
         if rescale:
             refuse_rescale(recipe)
     if options.launch.dry_run:
+        if options.launch.forecast:
+            forecast_for(options.launch.forecast, recipe, placement.processes)
         directory = run_directory(options.output, resolved.recipe)
         resume_point = resume_point_of(directory, resolved, placement, options.resume)
         if resume_point.finished:

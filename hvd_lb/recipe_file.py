@@ -111,8 +111,17 @@ def dump_values(values: Mapping[str, Any]) -> str:
     return text
 
 
+# Said plainer than PyYAML does, by a part of its words.
+_PLAINER = {
+    "found character '\\t'": "a tab, which has no place in YAML: put spaces there",
+    "another document": "a second document begins: remove the line of ---",
+    "special characters are not allowed": "is no plain text, or not UTF-8: save it as UTF-8",
+}
+
+
 def _in_one_line(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    return f"{where}{' '.join(problem.split())}"
+    plainer = next((words for part, words in _PLAINER.items() if part in problem), problem)
+    return f"{where}{' '.join(plainer.split())}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -174,7 +175,7 @@ def read_class_weights(path: Path, classes: Sequence[str]) -> tuple[float, ...]:
     """The numbers in a file with a line NAME WEIGHT for each class, in the order of `classes`; UserError."""
     found: dict[str, float] = {}
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UserError(
@@ -186,9 +187,11 @@ def read_class_weights(path: Path, classes: Sequence[str]) -> tuple[float, ...]:
         try:
             name, weight = line.rsplit(maxsplit=1)
             own = float(weight)
+            if not 0 <= own < math.inf:
+                raise ValueError
         except ValueError:
             raise UserError(
-                f"--class-weights {path}, line {number}: expected NAME WEIGHT, found {line!r}"
+                f"--class-weights {path}, line {number}: expected NAME WEIGHT, a number of at least 0, found {line!r}"
             ) from None
         if name in found:
             raise UserError(f"--class-weights {path}, line {number}: {name!r} has a line before this one")

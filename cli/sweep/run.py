@@ -159,7 +159,9 @@ def run(
 
         def on_interrupt() -> None:
             console.print(
-                "ending the runs, each with a checkpoint; again to end them at once", soft_wrap=True
+                "ending the runs, each with a checkpoint; again to end them at once; "
+                f"`hvd-lb sweep run {folder}` goes on",
+                soft_wrap=True,
             )
 
         commands.run(left, on_end, on_look if console.is_terminal else lambda: None, on_interrupt)

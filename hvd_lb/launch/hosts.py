@@ -21,7 +21,7 @@ MPIJOB_HOSTFILE = Path("/etc/mpi/hostfile")
 #: So many hosts are told one by one.
 FEW = 8
 # A name that can be nothing else on a command line: no option, no user, no shell syntax.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,252}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def read_hostfile(path: Path, where: str = "") -> list[Host]:
     """
     where = where or f"hostfile {path}"
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise UserError(f"{where} cannot be read ({reason}): expected lines such as `h1 slots=8`") from None

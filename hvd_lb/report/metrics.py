@@ -488,7 +488,7 @@ def parse_records(text: bytes) -> tuple[list[dict[str, Any]], int]:
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line, parse_constant=lambda _: None)  # NaN, in files of older versions
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict):
         return None

@@ -23,7 +23,7 @@ def ended_after(run: RunDirectory) -> int:
     try:
         summary = json.loads(run.summary.read_bytes())
         return int(summary["steps"]) if summary["exit_reason"] in (FINISHED, STOPPED) else 0
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return 0
 
 

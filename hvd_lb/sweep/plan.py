@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hvd_lb.errors import UserError, nearest
 from hvd_lb.recipe import FREE_FIELDS, Recipe, differing_fields, make_recipe
@@ -197,12 +197,14 @@ def open_sweep(folder: Path) -> Sweep:
             )
             for grid in content["grids"]
         )
+        if content["mode"] not in get_args(Mode):
+            raise ValueError("no such mode")
         return Sweep(folder, make_recipe(content["recipe"], str(file)), content["mode"], grids)
     except FileNotFoundError:
         raise UserError(
             f"{printable(str(folder))} holds no sweep: `hvd-lb sweep run FOLDER --vary FIELD=VALUE,VALUE` begins one"
         ) from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file} is damaged: restore it, or choose another folder") from None

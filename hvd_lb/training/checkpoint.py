@@ -495,7 +495,7 @@ def read_state(path: Path) -> dict[str, Any]:
         state = json.loads(state_file.read_text("utf-8"))
         checksum = state.pop("checksum")
         intact = checksum == _digest(state)
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise DamagedCheckpoint(

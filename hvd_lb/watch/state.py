@@ -202,7 +202,7 @@ def _read(path: Path) -> dict[str, Any]:
     """A file with one object; empty where it cannot be read."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -58,6 +58,7 @@ DIGITS = ("train", "--data", "digits", "--device", "cpu")
         ((*DIGITS, "--cuda-graphs", "on", "--compile"), "a compiled network launches its own way"),
         ((*DIGITS, "--val-fraction", 0.5), "--val-fraction"),
         ((*DIGITS, "--resume", "nowhere"), "nowhere is no checkpoint"),
+        ((*DIGITS, "--dry-run", "--forecast", "nowhere.json"), "forecast nowhere.json cannot be read"),
         (("train", "--data", "nowhere", "--device", "cpu"), "nowhere"),
         (("train", "--data", "synthetic:many", "--device", "cpu"), "synthetic:many"),
         (("trian",), "No such command"),

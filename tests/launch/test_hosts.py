@@ -54,12 +54,12 @@ def test_what_is_no_host_is_refused_in_one_line(text: str) -> None:
 
 def test_hostfiles_of_open_mpi_and_of_horovod(tmp_path: Path) -> None:
     file = tmp_path / "hosts"
-    file.write_text("# four hosts\nh1 slots=8\nh2:4\n\nh3   slots=2 max_slots=2 # old\nh4\n")
+    file.write_text("\ufeff# four hosts\nh1 slots=8\nh2:4\n\nh3   slots=2 max_slots=2 # old\nh4\n")
     assert read_hostfile(file) == [Host("h1", 8), Host("h2", 4), Host("h3", 2), Host("h4")]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "# nobody\n", "h1 slots=8 gpus=2\n", "h1 8\n", "h1 slots=\n", "h1;x slots=1\n"]
+    "text", ["", "# nobody\n", "h1 slots=8 gpus=2\n", "h1 8\n", "h1 slots=\n", "h1;x slots=1\n", "h" * 254]
 )
 def test_damaged_hostfiles_are_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "hosts"

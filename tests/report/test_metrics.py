@@ -34,6 +34,7 @@ FOREIGN = [
     b"[1]\n",
     b"3\n",
     b'{"kind": "train"}\n',
+    b"[" * 100_000 + b"\n",
     b'"\xff"\n',
     b"\n",
     TORN + b"\n",

@@ -97,9 +97,11 @@ def test_it_is_kept_and_grows(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             grown(tmp_path, base, mode)  # type: ignore[arg-type]
-    (tmp_path / "sweep.json").write_text('{"mode": 1')
-    with pytest.raises(UserError, match="is damaged"):
-        open_sweep(tmp_path)
+    whole = (tmp_path / "sweep.json").read_text()
+    for damaged in (whole[:9], whole.replace('"simulate"', '"x"'), "[" * 100_000):
+        (tmp_path / "sweep.json").write_text(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            open_sweep(tmp_path)
 
 
 @pytest.mark.parametrize(

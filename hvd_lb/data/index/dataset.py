@@ -78,9 +78,7 @@ def open_path(
     def index(source: Source) -> Index:
         opened = open_index(source, on_progress, on_bad_image, check=check, write_beside=write_beside)
         if not opened.facts.images:
-            raise UserError(
-                f"{source.root}: holds no images ({source.name}); expected a folder of images for each class"
-            )
+            raise UserError(f"{source.root}: holds no images ({source.name}); expected some of each class")
         return opened
 
     if val_fraction is not None:

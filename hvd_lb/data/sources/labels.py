@@ -94,6 +94,8 @@ def read_classes(folder: Place) -> Classes | None:
     if content is None:
         return None
     try:
+        if b"\0" in content:
+            raise ValueError("is it UTF-16? Save it as UTF-8")
         text = content.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
         names = json.loads(text)["classes"] if path.name.endswith(".json") else text.rstrip("\n").split("\n")
         if (
@@ -104,7 +106,7 @@ def read_classes(folder: Place) -> Classes | None:
             raise ValueError("expected names of classes")
         if len(set(names)) < len(names):
             raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = "expected {'classes': [...]}" if isinstance(error, KeyError | TypeError) else error
         raise UserError(f"{path}: no list of classes ({reason})") from error
     return Classes(names, True)

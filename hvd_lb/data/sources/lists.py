@@ -215,7 +215,8 @@ def read_list(path: Path) -> Iterator[Entry]:
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    raise UserError(f"{path}, line {line}: {error}") from error
+                    why = "a quote is not closed" if "unexpected end" in str(error) else error
+                    raise UserError(f"{path}, line {line}: {why}") from error
                 at, line = line, records.line_num + 1
                 if not any(field.strip() for field in record):
                     continue
@@ -245,9 +246,15 @@ def _text(path: Path, lines: Iterable[str]) -> Iterator[str]:
 def _header(path: Path, record: list[str]) -> tuple[int, int] | None:
     """Which columns hold path and label; None for a record that is no header."""
     names = [name.strip().lower() for name in record]
-    found = [next((names.index(name) for name in of if name in names), None) for of in (_PATHS, _LABELS)]
-    if found[0] is not None and found[1] is not None:
-        return found[0], found[1]
+    found = [[at for at, name in enumerate(names) if name in of] for of in (_PATHS, _LABELS)]
+    if all(found):
+        for columns, what in zip(found, ("paths", "labels"), strict=True):
+            if len(columns) > 1:
+                given = " and ".join(record[at].strip() for at in columns)
+                raise UserError(
+                    f"{path}, line 1: {given} are columns of {what}: rename or remove all but one"
+                )
+        return found[0][0], found[1][0]
     if len(record) != 2 or not record[0].lower().endswith(EXTENSIONS):
         given = ", ".join(record)
         raise UserError(

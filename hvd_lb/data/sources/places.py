@@ -32,9 +32,9 @@ def manifest(folder: Place) -> dict[str, int]:
     try:
         shards = json.loads(content)["shards"]
         return {str(name): int(of["bytes"]) for name, of in shards.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{folder / MANIFEST}: cannot be read ({error}); copy it again, or remove it"
+            f"{folder / MANIFEST}: is not what `hvd-lb data pack` wrote; copy it again, or remove it"
         ) from error
 
 

@@ -79,6 +79,7 @@ def test_files_of_classes_however_they_were_saved(text: str, tmp_path: Path) -> 
 def test_lines_of_classes_end_at_line_ends_only(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_bytes("ant\x0cx\nbee\u2028y\n".encode() + b"\xff\n")
     assert read_classes(tmp_path) == Classes(["ant\x0cx", "bee\u2028y", "\udcff"], True)
-    (tmp_path / "classes.txt").write_text("ant\n\nbee\n")
-    with pytest.raises(UserError, match="classes.txt: no list of classes"):
-        read_classes(tmp_path)
+    for text in (b"ant\n\nbee\n", "ant\nbee\n".encode("utf-16")):
+        (tmp_path / "classes.txt").write_bytes(text)
+        with pytest.raises(UserError, match="classes.txt: no list of classes"):
+            read_classes(tmp_path)

@@ -589,10 +589,19 @@ def test_names_that_are_none(spec: str, said: str, shards: Path) -> None:
         open_dataset(str(shards / spec))
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"classes": ["x", "x"]}', '{"classes": [1]}', "{"])
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"classes": ["x", "x"]}', '{"classes": [1]}', "{", "[" * 100_000]
+)
 def test_a_list_of_classes_that_is_none(content: str, shards: Path) -> None:
     (shards / "classes.json").write_text(content)
     with pytest.raises(UserError, match="classes.json: no list of classes"):
+        open_dataset(str(shards))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"shards": "x"}', '{"shards": {"a": null}}', "[" * 100_000])
+def test_a_manifest_that_is_none(content: str, shards: Path) -> None:
+    (shards / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match="manifest.json: is not what `hvd-lb data pack` wrote; copy it again"):
         open_dataset(str(shards))
 
 
