@@ -11,7 +11,7 @@ import json
 import sys
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -24,6 +24,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hvd_lb.errors import one_of, whole
@@ -50,6 +51,9 @@ from hvd_lb.world import Handle, World, current
 # alone takes no number: the others know nothing of it.
 _instances: WeakKeyDictionary[World, Iterator[int]] = WeakKeyDictionary()
 _owners = WeakTensorKeyDictionary()  # of each parameter: its newest optimizer, weakly, and the hooks of that
+_STEPS = "hvd_lb_steps"  # an option of groups
+# Classes of torch, by name: to import some of them takes long.
+_EXCHANGING = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 _SHARED = [
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
@@ -155,12 +159,17 @@ class DistributedOptimizer(Optimizer):
             whole("images", images)
         if compress != "none" and reproducible_terms is not None:
             raise ValueError(f"compress={compress!r} with reproducible_terms: exact sums have no fewer bits")
+        for module in model.modules() if model is not None else ():
+            if wrapper := _EXCHANGING & {kind.__name__ for kind in type(module).__mro__}:
+                raise TypeError(
+                    f"model is wrapped in {wrapper.pop()}, which exchanges gradients itself: give the network alone"
+                )
         self.optimizer = optimizer
         self.world = current() if world is None else world
+        self._schedule = schedule
         self.steps = 0
         for name in _SHARED:
             setattr(self, name, getattr(optimizer, name))
-        self._schedule = schedule
         self._bucket_bytes = bucket_bytes
         self._terms = reproducible_terms
         self._riders = riders
@@ -292,6 +301,8 @@ class DistributedOptimizer(Optimizer):
             raise TypeError(
                 f"step({closure!r}): expected a closure; images are counted by name, step(images=...)"
             )
+        if closure is None and images is global_images is None and self._only_makes_state():
+            return self.optimizer.step()
         if closure is None or self._phase is Phase.EXCHANGING:
             self.synchronize(images=images, global_images=global_images)
         if self._schedule is not None:
@@ -376,6 +387,20 @@ class DistributedOptimizer(Optimizer):
         a state that another can take over."""
         self._reset()
 
+    @property
+    def steps(self) -> int:
+        """Steps taken: the position of the schedule."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self._steps = steps
+        if (
+            self._schedule
+        ):  # for whoever keeps nothing of a state dict but state and groups, as torch's checkpoints do
+            for group in self.optimizer.param_groups:
+                group[_STEPS] = steps
+
     # What the wrapped optimizer has
 
     @property
@@ -408,6 +433,7 @@ class DistributedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the wrapped optimizer, with rank 0's weights on all processes."""
         self.optimizer.add_param_group(param_group)
+        self.steps = self.steps  # of the new group, too
         self._adopt()
 
     def state_dict(self) -> dict[str, Any]:
@@ -422,7 +448,9 @@ class DistributedOptimizer(Optimizer):
         """Loads this process's state from `state_dict` of this class or of the wrapped optimizer."""
         own = ("steps", "exponents")
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key not in own})
-        self.steps = state_dict.get("steps", self.steps)
+        steps = [group[_STEPS] for group in self.optimizer.param_groups if _STEPS in group]
+        self.steps = state_dict.get("steps", max(steps, default=self.steps))
+        self._lay_out_state(self._places)
         self.exponents = state_dict.get("exponents", {})
 
     @property
@@ -538,6 +566,20 @@ class DistributedOptimizer(Optimizer):
             for slot in bucket.slots:
                 self._places[slot.parameter] = bucket, slot
                 self._watch(slot.parameter)
+        self._lay_out_state(parameters)
+
+    @torch.no_grad()
+    def _lay_out_state(self, parameters: Iterable[Tensor]) -> None:
+        """Gives an optimizer's tensors the strides of their parameters, as fused ones go through memory."""
+        for parameter in parameters:
+            state = self.optimizer.state.get(parameter, {})
+            for name, of in state.items():
+                if (
+                    isinstance(of, Tensor)
+                    and of.shape == parameter.shape
+                    and of.stride() != parameter.stride()
+                ):
+                    state[name] = torch.empty_like(parameter, dtype=of.dtype, device=of.device).copy_(of)
 
     def _label(self, parameter: Tensor) -> str:
         """A parameter's name in the model, else its place in the groups."""
@@ -560,6 +602,9 @@ class DistributedOptimizer(Optimizer):
                 )
             kind = str(tensor.layout).removeprefix("torch.")
             kind = "quantized" if tensor.is_quantized else "on the meta device" if tensor.is_meta else kind
+            kind = (
+                "a DTensor or part of one" if type(tensor).__name__ in ("DTensor", "FlatParameter") else kind
+            )
             if kind != "strided":
                 raise TypeError(f"{name} is {kind}; expected a dense tensor with values")
 
@@ -643,6 +688,11 @@ class DistributedOptimizer(Optimizer):
         if self._phase in (Phase.REDUCED, Phase.NORMALISED):
             self._forget_exchanged()
         if bucket.started or (self._phase is Phase.EXCHANGING and slot not in bucket.awaited):
+            if _within(CheckpointFunction.backward):
+                raise RuntimeError(
+                    f"backward() came to {self._label(slot.parameter)} twice, by reentrant activation checkpointing of "
+                    "a module that is used more than once: give torch.utils.checkpoint use_reentrant=False"
+                )
             raise RuntimeError(
                 "backward() after the exchange of this step has started: put all backwards of a step but the "
                 "last into `with opt.accumulate():`, or call step() or opt.zero_grad() first"
@@ -726,7 +776,7 @@ class DistributedOptimizer(Optimizer):
         if self._phase is not Phase.REDUCED:
             self._finish()
         self._lookout.end()
-        if not _in_scaler_step():
+        if not _within(GradScaler.step):
             if self._divisor is None:
                 self._divisor, self._counted = self.world.size, (None, None)
             self._divide()
@@ -791,7 +841,7 @@ class DistributedOptimizer(Optimizer):
             self.zero_grad()
             raise RuntimeError(
                 "gradients were changed while they were exchanged, by a reference to them from before: take them "
-                "from p.grad after backward"
+                "from p.grad after backward (DistributedDataParallel has such references, too: leave it out)"
             )
         if overflowed:
             self.zero_grad()
@@ -811,6 +861,18 @@ class DistributedOptimizer(Optimizer):
         for bucket in self._buckets:
             bucket.reset()
         self._phase, self._divisor = Phase.GATHERING, None
+
+    def _only_makes_state(self) -> bool:
+        """Whether this is no step of the loop's: torch's `get_optimizer_state_dict` and its like have an optimizer make
+        the state that it has not by a step with gradients that they set to 0, and with learning rates of 0."""
+        if self._phase is not Phase.GATHERING or self.optimizer.state:
+            return False
+        if any(group.get("lr", 0) for group in self.optimizer.param_groups):
+            return False
+        slots = [slot for bucket in self._buckets for slot in bucket.slots]
+        set_by_hand = [slot for slot in slots if not slot.gathered and slot.held() is Held.CHANGED]
+        grads = [gradient(slot.parameter) for slot in set_by_hand]
+        return len(grads) == len(slots) and not any(grad is not None and bool(grad.any()) for grad in grads)
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -843,9 +905,9 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _in_scaler_step() -> bool:
-    """Whether GradScaler.step is at work in this thread."""
+def _within(function: Any) -> bool:
+    """Whether this function is at work in this thread."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not GradScaler.step.__code__:
+    while frame is not None and frame.f_code is not function.__code__:
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None

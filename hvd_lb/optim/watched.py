@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
 _GRAD: Any = Tensor.grad  # torch's own descriptor
 
@@ -50,6 +51,10 @@ def _watched(kind: type, look: weakref.WeakMethod) -> type:
     """A subclass of a class of parameters, in which `grad` calls `look` first."""
 
     def tell(parameter: Tensor) -> None:
+        if (
+            TracingContext.try_get()
+        ):  # torch.compile asks what kind of gradient there is, and for no number of it
+            return
         method = look()
         if method is None:  # its optimizer is gone
             parameter.__class__ = kind
@@ -57,6 +62,8 @@ def _watched(kind: type, look: weakref.WeakMethod) -> type:
             method()
 
     def get(parameter: Tensor) -> Tensor | None:
+        if TracingContext.try_get():  # torch.compile looks at all that a parameter has, and uses none of it
+            return None
         tell(parameter)
         return gradient(parameter)
 
@@ -84,6 +91,8 @@ class Gathering(Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if TracingContext.try_get():  # torch.compile, as above
+            return super().__torch_function__(function, types, args, kwargs)
         raise RuntimeError(
             "this gradient is being added up in fixed point and not complete: call opt.synchronize() before gradients "
             "are read or changed, opt.zero_grad() to give them up"
