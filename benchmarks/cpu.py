@@ -26,7 +26,7 @@ BENCHMARKS: list[tuple[str, list[str], float]] = [
     ("end_to_end", ["--rounds", "1"], 600),
     ("first_step", ["--rounds", "3"], 150),
     ("optim", [], 100),
-    ("overhead", ["--turns", "3"], 130),
+    ("overhead", ["--turns", "3"], 150),
     ("reproducible", ["--seconds", "5"], 150),
     ("together", ["--seconds", "10", "--rows", "0,1,2,3,4,5"], 150),
     ("loader", ["--rounds", "3"], 120),

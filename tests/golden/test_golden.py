@@ -176,4 +176,7 @@ def test_runs(
             parts += [key, tensor]
     for record in records(tmp_path / "run"):
         parts.append(sorted(item for item in record.items() if item[0] not in NOT_DIGESTED))
-    check(f"{name} (torch {torch.__version__.partition('+')[0]})", digest_of(*parts))
+    name = f"{name} (torch {torch.__version__.partition('+')[0]})"
+    if "HVD_LB_GOLDEN" not in os.environ and name not in json.loads(DIGESTS.read_text()):
+        pytest.skip(f"no digest has been made with torch {torch.__version__}, which may round otherwise")
+    check(name, digest_of(*parts))
