@@ -77,8 +77,10 @@ def run(arguments: list[str]) -> int:
             f"{error.strerror or error}" + (f": {where}" if where else ""),
             2 if given else 1,
         )
-    except RuntimeError as error:
-        if "home directory" not in str(error):  # what pathlib says of ~ and ~NAME
+    except RuntimeError as error:  # two things that pathlib says
+        if "Symlink loop" in str(error):
+            return _failed(f"{error}: a link that leads to itself: remove it, or give another path", 2)
+        if "home directory" not in str(error):  # of ~ and ~NAME
             raise
         return _failed(
             "a path begins with ~, and there is no such home directory: write it out, or set HOME", 2

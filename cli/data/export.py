@@ -33,6 +33,7 @@ def export_command(source: str, target: Path, val: str | None, val_fraction: flo
         dataset = open_dataset(
             source, val=val, val_fraction=val_fraction, on_progress=on_progress, on_bad_image="skip"
         )
+        dataset.refuse_among_classes(target)
         folders = export(dataset, target, threads=4 * usable_cores(), on_progress=on_progress)
     click.echo(
         f"{target}: {len(dataset.train):,} training and {len(dataset.val):,} validation images in "

@@ -12,6 +12,7 @@ from hvd_lb.data.options import MAX_PIXELS, MOST_PIXELS, LoaderKind
 from hvd_lb.report.text import count, printable
 from hvd_lb_cli.options.kinds import THREADS
 from hvd_lb_cli.options.splits import split_options
+from hvd_lb_cli.output.files import new_file
 from hvd_lb_cli.output.progress import long_progress
 from hvd_lb_cli.output.terminal import plain_console
 
@@ -60,6 +61,8 @@ def verify_command(
     from hvd_lb.machine.cpu import usable_cores
     from hvd_lb.report.run_directory import write_json
 
+    if report:
+        new_file(report)
     console = plain_console(stderr=True)
     bad: list[dict[str, Any]] = []
     with long_progress(console) as on_progress:

@@ -20,6 +20,17 @@ def new_file(path: Path) -> Path:
     return found
 
 
+def new_folder(path: Path) -> Path:
+    """Its absolute path. UserError where it is plain that no folder can be made, or filled, there."""
+    found = path.expanduser().absolute()
+    there = next(place for place in (found, *found.parents) if os.path.lexists(place))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{path} cannot be written: {there} is no folder that may be written into; choose another --output"
+        )
+    return found
+
+
 @contextmanager
 def status_1_is_a_verdict() -> Iterator[None]:
     """For a command whose exit code 1 is what it has found: an error of a file system is none of that."""

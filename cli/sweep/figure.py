@@ -7,6 +7,7 @@ from pathlib import Path
 import rich_click as click
 
 from hvd_lb.errors import UserError
+from hvd_lb_cli.output.files import new_file
 from hvd_lb_cli.sweep.argument import FOLDER, check_only, last_epochs, only_fields
 
 
@@ -51,6 +52,7 @@ def figure(
 
     if output.suffix.lower() not in (".png", ".html"):
         raise UserError(f"--output {output}: expected a name that ends in .png or .html")
+    new_file(output)
     for option in [*(["--baseline"] if baseline else []), *(["--vary"] if only else [])]:
         if curves:
             raise UserError(

@@ -117,6 +117,7 @@ def run(
         check_size(grid)
         base, dataset = _base(options, recipe, console)
         folder = folder.expanduser() if folder else _default_folder(base)
+        dataset.refuse_among_classes(folder)
         sweep = grown(folder, base, "train" if train else "simulate").with_grid(grid)
         _check(sweep, dataset)
     _check_places(sweep, device, processes)

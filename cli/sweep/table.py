@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hvd_lb.errors import UserError
+from hvd_lb_cli.output.files import new_file
 from hvd_lb_cli.output.terminal import plain_console
 from hvd_lb_cli.sweep.argument import FOLDER, check_only, last_epochs, only_fields
 
@@ -42,6 +43,8 @@ def table(folder: Path, form: str | None, output: Path | None, only: tuple[str, 
 
     if output is not None and form is None and output.suffix.lower() not in _ENDINGS:
         raise UserError(f"--output {output}: expected a name that ends in {', '.join(_ENDINGS)}, or --format")
+    if output:
+        new_file(output)
     form = form or (_ENDINGS[output.suffix.lower()] if output else "text")
     sweep = open_sweep(folder.expanduser())
     found = results(sweep, last, check_only(only, sweep))

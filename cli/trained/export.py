@@ -10,6 +10,7 @@ from rich.text import Text
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import printable
 from hvd_lb_cli.options.kinds import Target
+from hvd_lb_cli.output.files import new_folder
 from hvd_lb_cli.output.show import print_rows
 from hvd_lb_cli.output.terminal import plain_console
 from hvd_lb_cli.trained.argument import AVERAGED, WEIGHTS
@@ -51,9 +52,10 @@ def export(weights: Path, form: str, output: Path | None, recipe: str | None, em
         named = weights.expanduser().absolute()
         which = [] if named.resolve() == trained.run.path.resolve() else [named.name]
         output = trained.run.path / "exported" / "-".join([form, *which, *(["ema"] if ema else [])])
+    output = new_folder(output)
     (chosen,) = (name for name in FORMATS if name == form)
     with plain_console(stderr=True).status(Text(f"exporting {trained.recipe.model}")):
-        done = export_weights(trained, chosen, output.expanduser())
+        done = export_weights(trained, chosen, output)
     print_rows(
         plain_console(),
         [

@@ -9,6 +9,7 @@ import rich_click as click
 
 from hvd_lb.errors import UserError
 from hvd_lb.report.text import count, printable
+from hvd_lb_cli.output.files import new_file
 from hvd_lb_cli.watch.argument import RUN
 
 
@@ -46,8 +47,7 @@ def report(runs: tuple[Path, ...], output: Path | None, title: str | None, watch
     file = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     if file.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output {file}: expected a name that ends in .html")
-    if not file.absolute().parent.is_dir():
-        raise UserError(f"--output {file}: {file.parent} is no folder")
+    new_file(file)
     for recipe in (RunDirectory(run).recipe for run in runs):
         if recipe.exists() and recipe_of(RunDirectory(recipe.parent)) is None:
             click.echo(f"warning: {printable(str(recipe))} cannot be read: the page is without it", err=True)

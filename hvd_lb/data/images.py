@@ -64,12 +64,24 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named pair of splits with the same classes. `notes` are what a user should know of how they were read."""
+    """A named pair of splits with the same classes. `notes` are what a user should know of how they were read,
+    `class_folders` folders in which each folder is a class, so that nothing else may come to lie there.
+    """
 
     name: str
     train: Images
     val: Images
     notes: tuple[str, ...] = field(default=(), kw_only=True)
+    class_folders: tuple[Path, ...] = field(default=(), kw_only=True)
+
+    def refuse_among_classes(self, folder: Path) -> None:
+        """UserError where what is written into `folder` would be taken for a class, or for its images."""
+        for classes in self.class_folders:
+            inside = os.path.relpath(os.path.realpath(folder), os.path.realpath(classes)).split(os.sep)
+            if inside[0] != os.pardir and not any(name.startswith(".") for name in inside if name != "."):
+                raise UserError(
+                    f"{folder} lies in {classes}, where each folder is a class of images: choose a folder outside of it"
+                )
 
     def fingerprint(self) -> str:
         """What the data are, in three hashes of both splits, in order: of classes, labels and sizes; of bytes; of names

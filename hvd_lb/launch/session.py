@@ -67,6 +67,7 @@ def run_directory(output: Path | None, recipe: Recipe) -> RunDirectory:
 
 def resume_point_of(run: RunDirectory, resolved: Resolved, placement: Placement, resume: str) -> ResumePoint:
     """Where a run begins or goes on; reads only. UserError where it cannot."""
+    resolved.dataset.refuse_among_classes(run.path)
     rounding = partial(_rounding_environment, placement)
     found = find_resume_point(run, resolved.recipe, resume, resolved.total_steps, rounding)
     if found.checkpoint is None:

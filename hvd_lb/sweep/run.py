@@ -127,7 +127,12 @@ class Commands:
 @contextmanager
 def held(sweep: Sweep) -> Iterator[None]:
     """One command at a time runs a sweep. UserError when another does, or it cannot be written."""
-    sweep.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{printable(str(sweep.folder))} cannot be made ({error.strerror}): choose another folder"
+        ) from None
     try:
         lock = DirectoryLock(sweep.folder, sweep.folder / "lock.json")
     except UserError:

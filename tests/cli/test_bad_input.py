@@ -119,6 +119,60 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def test_what_cannot_be_written_is_told_at_once(hvd_lb: Run, in_empty_folder: Path) -> None:
+    Path("file").touch()
+    Path("loop").symlink_to("loop")
+    for command, told in (
+        (("data", "pack", "digits", "loop"), "a link that leads to itself"),
+        (
+            ("data", "verify", "digits", "--json", "none/x"),
+            "none/x cannot be written: expected the name of a file",
+        ),
+        (("sweep", "run", "loop", "--data", "digits", "--vary", "gpus=1,2"), "loop cannot be made"),
+        (("sweep", "run", "file/x", "--data", "digits", "--vary", "gpus=1,2"), "file/x cannot be made"),
+    ):
+        said = hvd_lb(*command)
+        assert said.status == 2, said
+        assert told in said.err
+        assert said.err.count("\n") == 1
+    assert {path.name for path in Path().iterdir()} == {"file", "loop"}
+
+
+def test_an_output_among_the_classes(hvd_lb: Run, in_empty_folder: Path) -> None:
+    """Once written, its folder would be a class of the next start, or stop it."""
+    for number, place in enumerate(("ant", "bee") * 4):
+        folder = Path("photos", place)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    Path("link").symlink_to("photos")
+    of_run = (
+        "--data",
+        "photos",
+        "--val-fraction",
+        0.3,
+        "--recipe",
+        "digits",
+        "--gpus",
+        1,
+        "--per-gpu-batch",
+        1,
+    )
+    for command in (
+        ("train", "--device", "cpu", *of_run, "--output", "photos/runs/one"),
+        ("train", "--device", "cpu", *of_run, "--output", "link/ant/../one", "--dry-run"),
+        ("simulate", "--device", "cpu", *of_run, "--run", "--output", "photos/one"),
+        ("sweep", "run", "photos/sweep", *of_run, "--vary", "gpus=1,2"),
+        ("data", "export", "photos", "photos/all", "--val-fraction", 0.3),
+    ):
+        said = hvd_lb(*command)
+        assert said.status == 2, said
+        assert "lies in photos, where each folder is a class of images" in said.err
+        assert said.err.count("\n") == 1
+    assert {path.name for path in Path("photos").iterdir()} == {"ant", "bee"}
+    said = hvd_lb("train", "--device", "cpu", *of_run, "--output", "photos/.runs/one", "--dry-run")
+    assert said.status == 0, said.err
+
+
 def test_no_data_names_the_choices(hvd_lb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HVD_LB_DATA", raising=False)
     monkeypatch.setattr("hvd_lb.data.spec._USUAL_FOLDER", Path("/nonexistent"))

@@ -169,7 +169,7 @@ def test_the_command(hvd_lb: Callable[..., Any], tmp_path: Path, monkeypatch: py
         ((tmp_path,), "holds no run"),
         ((tmp_path / "none",), "none does not exist: expected a run directory"),
         ((a.path, "--output", "a.pdf"), "expected a name that ends in .html"),
-        ((a.path, "--output", "none/a.html"), "none is no folder"),
+        ((a.path, "--output", "none/a.html"), "none/a.html cannot be written"),
     ):
         refused = hvd_lb("report", *words)
         assert (refused.status, refused.out) == (2, "")

@@ -370,6 +370,9 @@ def test_torchvision_takes_its_own_networks(hvd_lb: Callable[..., Any], tmp_path
     assert kept.status == 2
     assert "is something else than an export" in kept.err
     assert (tmp_path / "e" / "thesis.tex").exists()
+    in_a_file = hvd_lb(*words, "--output", tmp_path / "e" / "thesis.tex" / "f")
+    assert (in_a_file.status, in_a_file.err.count("\n")) == (2, 1)
+    assert "thesis.tex is no folder that may be written into" in in_a_file.err
     recipe.write_text("model: squeezenet1_1\nimage_size: 64\nnum_classes: 4\n")
     other = hvd_lb("export", file, "--format", "torchvision", "--recipe", recipe, "--output", tmp_path / "f")
     assert (other.status, other.out) == (2, "")

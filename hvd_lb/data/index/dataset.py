@@ -91,7 +91,8 @@ def open_path(
     _check_classes(train, sources.train)
     of_val = index(sources.val.with_classes(train.classes))
     notes = (*sources.notes, *train.facts.remarks, *of_val.facts.remarks)
-    return IndexedDataset(sources.name, IndexedImages(train), IndexedImages(of_val), notes=notes)
+    splits = IndexedImages(train), IndexedImages(of_val)
+    return IndexedDataset(sources.name, *splits, notes=notes, class_folders=_class_folders(sources))
 
 
 def _divided(
@@ -111,7 +112,12 @@ def _divided(
         )
     _check_classes(parts.train, sources.train)
     notes = (*sources.notes, *whole.facts.remarks)
-    return IndexedDataset(sources.name, IndexedImages(parts.train), IndexedImages(parts.val), notes=notes)
+    splits = IndexedImages(parts.train), IndexedImages(parts.val)
+    return IndexedDataset(sources.name, *splits, notes=notes, class_folders=_class_folders(sources))
+
+
+def _class_folders(sources: Sources) -> tuple[Path, ...]:
+    return tuple(source.root for source in (sources.train, sources.val) if isinstance(source, FolderSource))
 
 
 def _check_classes(index: Index, source: Source) -> None:
