@@ -156,6 +156,8 @@ def simulate(
         resolved = resolve(
             options, recipe=recipe, default_gpus=1, fallback_data="synthetic", on_progress=on_progress
         )
+    if output:
+        resolved.dataset.refuse_among_classes(output.expanduser())
     if published:
         refuse_other_runs(published, resolved.recipe)
     refuse_graphs(resolved.recipe, device_name)

@@ -161,6 +161,7 @@ def test_an_output_among_the_classes(hvd_lb: Run, in_empty_folder: Path) -> None
         ("train", "--device", "cpu", *of_run, "--output", "photos/runs/one"),
         ("train", "--device", "cpu", *of_run, "--output", "link/ant/../one", "--dry-run"),
         ("simulate", "--device", "cpu", *of_run, "--run", "--output", "photos/one"),
+        ("simulate", "--device", "cpu", *of_run, "--cluster", "dgx-h100", "--output", "photos/forecast"),
         ("sweep", "run", "photos/sweep", *of_run, "--vary", "gpus=1,2"),
         ("data", "export", "photos", "photos/all", "--val-fraction", 0.3),
     ):
