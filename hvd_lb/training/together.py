@@ -23,6 +23,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
 from hvd_lb.machine.limits import available_memory
+from hvd_lb.training.models import batch_norms
 
 # A batch of so many images keeps any device busy: groups that are found by trying are not larger.
 MOST_IMAGES = 256
@@ -48,7 +49,9 @@ class Group:
             else torch.default_generator
         )
         self._seeds: Sequence[int] = ()
-        self._states: list[Tensor | None] = []
+        # The states of all workers, by the state of the first one, which is the generator's own between the modules.
+        self._states: dict[bytes, list[Tensor | None]] = {}
+        self._newest: list[Tensor | None] = []
 
     @property
     def several(self) -> bool:
@@ -56,7 +59,8 @@ class Group:
 
     def begin(self, sizes: Sequence[int], seeds: Sequence[int]) -> None:
         """Before a forward of so many images of each worker; a worker's random numbers follow from its seed."""
-        self.sizes, self._seeds, self._states = sizes, seeds, [None] * len(sizes)
+        self.sizes, self._seeds = sizes, seeds
+        self._states, self._newest = {}, [None] * len(sizes)
         for generator in {torch.default_generator, self._generator}:  # without a look at every kind of device
             generator.manual_seed(seeds[0])
 
@@ -64,16 +68,37 @@ class Group:
         """Each worker's slice of a batch."""
         return x.split(list(self.sizes))
 
-    @contextmanager
-    def drawing(self, worker: int) -> Iterator[None]:
-        """Inside, random numbers are the next ones of the group's so many-th worker."""
-        state = self._states[worker]
-        if state is None:
-            self._generator.manual_seed(self._seeds[worker])
-        else:
-            self._generator.set_state(state)
-        yield
-        self._states[worker] = self._generator.get_state()
+    def drawing(self, parts: Sequence[Tensor], draw: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """What `draw` makes of each worker's slice, with the next random numbers of that worker.
+
+        Activation checkpointing draws again in backward. It puts the generator back to where it was, which is where the
+        first worker was, and by that the others are found.
+        """
+        first = self._generator.get_state()
+        before = self._states.get(_key(first))
+        if before is None:
+            if torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(
+                    "dropout is computed again in backward, with other random numbers: give torch.utils.checkpoint "
+                    "preserve_rng_state=True"
+                )
+            before = self._states[_key(first)] = [first, *self._newest[1:]]
+        outputs, after = [], list[Tensor | None]()
+        for part, state, seed in zip(parts, before, self._seeds, strict=True):
+            if state is None:
+                self._generator.manual_seed(seed)
+            else:
+                self._generator.set_state(state)
+            outputs.append(draw(part))
+            after.append(self._generator.get_state())
+        assert after[0] is not None
+        self._generator.set_state(after[0])
+        self._states[_key(after[0])] = self._newest = after
+        return outputs
+
+
+def _key(state: Tensor) -> bytes:
+    return state.numpy().tobytes()
 
 
 class Replaced:
@@ -104,13 +129,10 @@ class _Drawing(Replaced):
     def __call__(self, x: Tensor) -> Tensor:
         if not (self.module.training and self._group.several):
             return self.original(x)
-        outputs = []
-        for worker, part in enumerate(self._group.split(x)):
-            if getattr(self.module, "inplace", False):
-                part = part.clone()  # autograd refuses a slice
-            with self._group.drawing(worker):
-                outputs.append(self.original(part))
-        return torch.cat(outputs)
+        parts = self._group.split(x)
+        if getattr(self.module, "inplace", False):
+            parts = tuple(part.clone() for part in parts)  # autograd refuses a slice
+        return torch.cat(self._group.drawing(parts, self.original))
 
 
 def draw_apart(model: nn.Module, group: Group) -> bool:
@@ -130,8 +152,31 @@ def strange(model: nn.Module, group: Group, shape: Sequence[int], like: Tensor) 
     """Why two workers together would not be the two apart; empty where they are.
 
     Each gets a few images of noise (`shape`: n, 3, S, S; dtype, device and memory order as of `like`), one darker than
-    the other, and every module's outputs are compared. The model is in training mode.
+    the other, and every module's outputs are compared. The model is in training mode; its buffers are left as they
+    were. One that a forward changes, other than of batch norm, would be changed once for all workers, and not by each.
     """
+    of_batch_norm = batch_norms(model)
+    kept = [
+        (f"{name}.{of}".lstrip("."), module, of, buffer, buffer.clone())
+        for name, module in model.named_modules()
+        if module not in of_batch_norm
+        for of, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        found = _strange(model, group, shape, like)
+        changed = [name for name, module, of, _, before in kept if not _equal(module._buffers[of], before)]
+    finally:
+        for _, module, of, buffer, before in kept:
+            module._buffers[of] = buffer.copy_(before)
+    return found or (f"its buffer {changed[0]} is changed by each forward" if changed else "")
+
+
+def _equal(now: Tensor | None, before: Tensor) -> bool:
+    return now is not None and torch.equal(now, before)
+
+
+def _strange(model: nn.Module, group: Group, shape: Sequence[int], like: Tensor) -> str:
     noise = torch.Generator().manual_seed(0)
     parts = [(torch.randn(*shape, generator=noise) * scale).to(like) for scale in (1.0, 3.0)]
     seeds = (1, 2)

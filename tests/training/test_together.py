@@ -13,6 +13,8 @@ from test_trainer import CPU, Records, largest_difference, make_trainer, run_ste
 from together import together
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer
 
 from hvd_lb.errors import UserError
@@ -143,6 +145,49 @@ def test_each_worker_draws_its_own(memory_format: torch.memory_format) -> None:
         assert torch.allclose(one, other, rtol=1e-11, atol=1e-12)
 
 
+class Recomputed(nn.Module):
+    """A user's own network, with activation checkpointing around dropout and batch norm."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Dropout(0.5))
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Dropout2d(0.3), nn.ReLU(), nn.Dropout(0.2))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(8, 5))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None or not torch.is_grad_enabled():
+            return self.head(self.second(self.first(x)))
+        x = checkpoint(self.first, x.detach().requires_grad_(), use_reentrant=self.reentrant)
+        return self.head(checkpoint(self.second, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_draws_the_same_again(
+    reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(size: int, reentrant: bool | None) -> Trainer:
+        monkeypatch.setattr(
+            "hvd_lb.training.trainer.build_model", lambda *args, **kwargs: Recomputed(reentrant)
+        )
+        return after(3, together=size)
+
+    apart = trained(1, None)
+    for size in (1, 2, 4):
+        assert_the_same(trained(size, reentrant), apart)
+
+
+def test_activation_checkpointing_without_its_random_numbers() -> None:
+    model, group = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5)), Group()
+    draw_apart(model, group)
+    group.begin([2, 2], [1, 2])
+    loss = checkpoint(model, torch.ones(4, 3), use_reentrant=False, preserve_rng_state=False).sum()
+    torch.manual_seed(5)
+    with pytest.raises(RuntimeError, match="preserve_rng_state=True"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("terms", [None, 16])
 def test_statistics_of_a_layer_that_is_used_twice(terms: int | None) -> None:
     def layer_after(groups: list[list[Tensor]]) -> nn.Module:
@@ -187,10 +232,25 @@ class Noisy(nn.Module):
         return F.dropout(x, 0.5, self.training)
 
 
+class Remembering(nn.Module):
+    """Follows the mean of what it sees, and makes another tensor of it; it is not used in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3))
+        return x
+
+
 @pytest.mark.parametrize(
     ("module", "why"),
     [
         (Centring(), "1 mixes images"),
+        (Remembering(), "its buffer 1.mean is changed by each forward"),
+        (nn.InstanceNorm2d(8, track_running_stats=True), "its buffer 1.running_mean is changed"),
+        (spectral_norm(nn.Conv2d(8, 8, 1)), "its buffer 1.parametrizations.weight.0._u is changed"),
         (Noisy(), "1 mixes images, or draws"),
         (nn.BatchNorm2d(8, track_running_stats=False), "1 mixes images"),
         (nn.Unflatten(0, (3, -1)), "fails on two at a time"),
