@@ -184,6 +184,13 @@ class Slot:
             return False
         return bool(grad.any())
 
+    def revived(self) -> bool:
+        """Whether our tensor, as a step left it, was changed since, other than to clear it."""
+        grad = gradient(self.parameter)
+        if not self.spent or grad is None or grad is not self.grad or grad._version == self.version:
+            return False
+        return bool(grad.any())
+
 
 class Bucket:
     """Parameters of one dtype and device whose gradients are exchanged together, and with them so many riders.
@@ -342,6 +349,13 @@ class Bucket:
     def touched(self) -> bool:
         """Whether gradients were changed while they were exchanged, by a reference from before."""
         return self._versions != [slot.grad._version for slot in self.slots]
+
+    def changed(self) -> bool:
+        """Whether gradients were changed since they were put into `p.grad` last."""
+        return any(
+            gradient(slot.parameter) is not slot.seen or slot.grad._version != slot.version
+            for slot in self.slots
+        )
 
     def finish(self) -> list[Tensor]:
         """Waits for the sums; parameters without a gradient on any process get none.

@@ -93,8 +93,8 @@ class DistributedOptimizer(Optimizer):
       somebody has looked is an error, except in `scaler.step(opt, images=n)` without an `unscale_` of its own.
     - To read `p.grad` while backward is at work is an error, and to change a process's own sums after the last
       backward inside `accumulate()`.
-    - A process without a backward calls `synchronize` before it clips and, as GradScaler wants to have scaled
-      something, `scaler.scale(torch.zeros(()))` before its first step.
+    - A process without a backward calls `synchronize` before it clips (that others clip and it does not is an error)
+      and, as GradScaler wants to have scaled something, `scaler.scale(torch.zeros(()))` before its first step.
     - `opt.zero_grad()` gives up an exchange under way, on all processes or on none.
     - A parameter without a gradient on all processes is skipped; one without on some counts as zero there.
     - `schedule(steps)` is the learning rate of step `steps`, counted from 0; it is set in every group,
@@ -176,6 +176,8 @@ class DistributedOptimizer(Optimizer):
         alone = compress == "none" or self.world.size == 1
         self._compress = None if alone else half(compress, images or self.world.size)
         self._carrier: Bucket | None = None
+        self._late = False  # this process comes to the exchange in `step`
+        self._latecomers: Arriving | None = None
         self.carried: Arriving | None = None
         number = (
             next(_instances.setdefault(self.world, itertools.count())) if self.world.size > 1 else "alone"
@@ -304,7 +306,7 @@ class DistributedOptimizer(Optimizer):
         if closure is None and images is global_images is None and self._only_makes_state():
             return self.optimizer.step()
         if closure is None or self._phase is Phase.EXCHANGING:
-            self.synchronize(images=images, global_images=global_images)
+            self._synchronize_now(images, global_images)
         if self._schedule is not None:
             self._set_learning_rate(self._schedule(self.steps))
         if closure is None:
@@ -554,7 +556,7 @@ class DistributedOptimizer(Optimizer):
             name = f"{self._name}.bucket.{next(self._numbers)}"
             # Riders go last, when they are newest; those of a process alone stay on the host.
             takes_riders = self._carrier is None and members is planned[-1] and self.world.size > 1
-            riders = self._riders.count if self._riders and takes_riders else 0
+            riders = (self._riders.count if self._riders else 0) + 1 if takes_riders else 0
             bucket = (
                 Bucket(members, name, riders, self._compress)
                 if self._terms is None
@@ -757,8 +759,10 @@ class DistributedOptimizer(Optimizer):
 
     @torch.no_grad()
     def _start(self, bucket: Bucket) -> None:
-        riders = self._riders if bucket is self._carrier else None
-        bucket.start(self.world, riders.ask() if riders else ())
+        riders: list[int] = []
+        if bucket is self._carrier:
+            riders = [int(self._late), *(self._riders.ask() if self._riders else ())]
+        bucket.start(self.world, riders)
         if self.on_exchange:
             self.on_exchange(self._buckets.index(bucket), bucket.exchanged_bytes)
 
@@ -828,12 +832,20 @@ class DistributedOptimizer(Optimizer):
                 "gradients were changed after the last backward in `with opt.accumulate():`, where they are this "
                 "process's own: call opt.synchronize() first"
             )
+        if self._phase is Phase.GATHERING and self.world.size > 1:
+            slots = [slot for bucket in self._buckets for slot in bucket.slots]
+            if any(slot.revived() for slot in slots) and not any(slot.gathered for slot in slots):
+                raise RuntimeError(
+                    "gradients of the last step were changed, as by clipping, and this process has had no backward "
+                    "since: call opt.synchronize() before; where they are set by hand, opt.zero_grad() before that"
+                )
         self._adopt()
         for bucket in self._buckets:
             if not bucket.started:
                 self._start(bucket)
         touched = any(bucket.touched() for bucket in self._buckets)
         overflowed = {parameter for bucket in self._buckets for parameter in bucket.finish()}
+        self._latecomers = Arriving(self._carrier.riders[:1]) if self._carrier else None
         if self._riders:
             self.carried = Arriving(self._sums_of(self._riders))
         self._phase = Phase.REDUCED
@@ -851,9 +863,28 @@ class DistributedOptimizer(Optimizer):
                 "take this step again"
             )
 
+    def _synchronize_now(self, images: int | None, global_images: int | None) -> None:
+        """`synchronize` right before the update. That a process comes to it first here is told to all.
+
+        It cannot have seen the gradients that others have clipped or unscaled.
+        """
+        self._late = self._phase is Phase.GATHERING
+        try:
+            self.synchronize(images=images, global_images=global_images)
+        finally:
+            self._late = False
+        if self._phase is Phase.NORMALISED and self._latecomers and any(b.changed() for b in self._buckets):
+            (late,) = self._latecomers.wait()
+            if late:
+                raise RuntimeError(
+                    f"gradients were changed before step(), as by clipping, and {late} of {self.world.size} processes "
+                    "without a backward came to step() at once and could not do the same: call opt.synchronize() there "
+                    "first, and then what all do with gradients"
+                )
+
     def _sums_of(self, riders: Riders) -> Tensor:
         if self._carrier:
-            return self._carrier.riders
+            return self._carrier.riders[-riders.count :]
         return self.world.allreduce(torch.tensor(riders.ask()), f"{self._name}.riders")
 
     def _reset(self) -> None:
@@ -885,7 +916,7 @@ class DistributedOptimizer(Optimizer):
     def _evaluate(self, closure: Callable[[], Any], images: int | None, global_images: int | None) -> Any:
         with torch.enable_grad():
             loss = closure()
-        self.synchronize(images=images, global_images=global_images)
+        self._synchronize_now(images, global_images)
         total = torch.as_tensor(loss).detach().to("cpu", torch.float64).reshape(1).clone()
         return self.world.allreduce(total, f"{self._name}.loss")[0] / (self._divisor or 1)
 

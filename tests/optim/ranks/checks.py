@@ -110,6 +110,42 @@ def uneven_microbatches_and_a_short_last_step(world: World) -> None:
             assert all(p.grad.stride() == p.stride() for p in model.parameters())
 
 
+def channels_last(model: nn.Module) -> None:
+    model.to(memory_format=torch.channels_last)
+
+
+@check
+def models_that_are_moved_between_steps(world: World) -> None:
+    """By all processes alike; one of them finds it out later, as it has no backward in that step."""
+    moves: list[Callable[[nn.Module], object]] = [
+        channels_last,
+        lambda model: model._apply(torch.clone),
+        lambda model: model.float().double(),
+        lambda model: model.float(),
+    ]
+    for move, terms in itertools.product(moves, (None, world.size)):
+        model, reference = (
+            convnet().eval(),
+            convnet().eval(),
+        )  # a bias before batch norm has a gradient of rounding
+        opt, plain = (torch.optim.SGD(m.parameters(), 0.1) for m in (model, reference))
+        opt = DistributedOptimizer(opt, model, world=world, bucket_bytes=2000, reproducible_terms=terms)
+        for step in range(5):
+            if step == 2:
+                move(model), move(reference)
+            opt.zero_grad()
+            ranks = range(world.size - (step == 2))
+            data = [batch(10 * step + rank) for rank in ranks]
+            data = [(x.to(model[0].weight.dtype), y) for x, y in data]
+            if world.rank in ranks:
+                opt.backward(loss_sum(model, data[world.rank]))
+            opt.step(images=4 * (world.rank in ranks))
+            reference_step(reference, plain, data)
+        assert difference(model, reference) < 1e-5
+        here = torch.cat([p.detach().double().flatten() for p in model.parameters()])
+        assert torch.equal(here, world.broadcast(here.clone(), "weights of rank 0")), "replicas drift apart"
+
+
 @check
 def a_process_without_images(world: World) -> None:
     model, reference = convnet(), convnet()

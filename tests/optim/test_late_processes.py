@@ -1,0 +1,111 @@
+"""A process without a backward that clips, or leaves it out, without `synchronize`: an error, and no replica drifts."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from together import Together, together
+from torch import Tensor, nn
+
+from hvd_lb.optim import DistributedOptimizer
+
+ALONE = "rank 1 has no backward in every second step"
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def by_norm(opt: DistributedOptimizer, model: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+
+def by_value(opt: DistributedOptimizer, model: nn.Module) -> None:
+    if [p for p in model.parameters() if p.grad is not None]:  # of none at all it makes an error itself
+        nn.utils.clip_grad_value_(model.parameters(), 0.01)
+
+
+def by_assignment(opt: DistributedOptimizer, model: nn.Module) -> None:
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad = p.grad * 0.5
+
+
+def only_read(opt: DistributedOptimizer, model: nn.Module) -> None:
+    [p.grad.norm() for p in model.parameters() if p.grad is not None]
+
+
+def train(change: Callable, model: nn.Module, options: dict[str, Any]) -> list[list[Tensor] | str]:
+    """The weights of three processes, or what they were told; with `waits` rank 1 calls `synchronize`."""
+    options = {"waits": False, "clears": True, "sums": False, "closure": False, **options}
+    terms = options.pop("reproducible_terms", None)
+
+    def run(world: Together) -> list[Tensor] | str:
+        own = copy.deepcopy(model)
+        sgd = torch.optim.SGD(own.parameters(), 0.1)
+        opt = DistributedOptimizer(sgd, own, world=world, reproducible_terms=terms)
+        for step in range(4):
+            late = world.rank == 1 and step in (1, 3)
+            counts = {"images": 0 if late else 5} if options["sums"] else {}
+
+            def gradients(late: bool = late, counts: dict[str, int] = counts, step: int = step) -> Tensor:
+                if options["clears"]:
+                    opt.zero_grad()
+                loss = torch.zeros(())
+                if not late:
+                    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(10 * step + world.rank))
+                    loss = own(x).square().mean() * (5 if counts else 1)
+                    opt.backward(loss)
+                if options["waits"] or (counts and not late):
+                    opt.synchronize(**counts)
+                change(opt, own)
+                return loss
+
+            if options["closure"]:
+                opt.step(gradients, **counts)
+            else:
+                gradients()
+                opt.step(**counts)
+        return [p.detach() for p in own.parameters()]
+
+    def told(world: Together) -> list[Tensor] | str:
+        try:
+            return run(world)
+        except RuntimeError as error:
+            world._meeting.give_up()
+            return str(error)
+
+    return together(3, told)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"reproducible_terms": 8}, {"sums": True}, {"closure": True}], ids=str
+)
+@pytest.mark.parametrize("clears", [True, False])
+@pytest.mark.parametrize("change", [by_norm, by_value, by_assignment])
+def test_it_is_told_or_the_replicas_are_the_same(
+    change: Callable, clears: bool, options: dict[str, Any]
+) -> None:
+    model = network()
+    same = train(change, model, {**options, "clears": clears, "waits": True})
+    for weights in same[1:]:
+        torch.testing.assert_close(weights, same[0], rtol=0, atol=0)
+    told = [of for of in train(change, model, {**options, "clears": clears}) if isinstance(of, str)]
+    if clears or change is by_assignment:
+        expected = "gradients were changed before step.* 1 of 3 processes .* call opt.synchronize"
+    else:  # what rank 1 has clipped is from the step before
+        expected = "gradients of the last step were changed.* call opt.synchronize"
+    assert [message for message in told if re.match(expected, message)]
+
+
+@pytest.mark.parametrize("options", [{}, {"reproducible_terms": 8}, {"sums": True}], ids=str)
+def test_to_look_only_is_fine(options: dict[str, Any]) -> None:
+    weights = train(only_read, network(), options)
+    assert not any(isinstance(of, str) for of in weights)
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0)
