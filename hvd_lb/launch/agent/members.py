@@ -277,7 +277,8 @@ class Members:
     def release(self, host: Host) -> None:
         """It is not to have processes any more: see `_send_away`."""
         self._forget(host)
-        self._head.note(f"{host.name} is to go: its processes leave after the present step")
+        what = "its processes leave after the present step" if host.ranks else "it is not waited for any more"
+        self._head.note(f"{host.name} is to go: {what}")
         if not host.going:  # else they are asked already, and asked twice they would end at once
             self._send_away(host)
 

@@ -181,6 +181,15 @@ def test_one_without_ranks_has_nothing_to_wait_for(head: Head, members: Members)
     assert sent(host) == ["end"]
 
 
+def test_a_lost_one_that_is_to_go_is_not_waited_for(head: Head, members: Members) -> None:
+    host = head.hosts["h2"]
+    host.ranks.clear()
+    members.host_lost(host, [1], "its power")
+    members.release(host)
+    assert head.notes[-1] == "h2 is to go: it is not waited for any more"
+    assert not members._generations.coming
+
+
 def test_notice_after_the_end_of_the_run_is_nothing(head: Head, members: Members) -> None:
     for rank, host in enumerate(head.hosts.values()):
         host.ranks.clear()
