@@ -23,7 +23,7 @@ MOST_BYTES = 1 << 14  #: of what is told at once, as JSON
 #: Of what an agent says to a rank: in it are the hosts of a job.
 MOST_BYTES_DOWN = 1 << 17
 #: What is told of these kinds goes to the head at once.
-AT_ONCE = ("awaits", "begun", "leaving", "notice", "wrong")
+AT_ONCE = ("awaits", "begun", "finished", "leaving", "notice", "wrong")
 
 _line: socket.socket | None = None
 

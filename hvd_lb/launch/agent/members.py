@@ -90,6 +90,9 @@ class Members:
         self._place = {rank: rank - there.start for there in places.values() for rank in there}
         self._failed: dict[str, Failed] = {}
         self._leaving: set[int] = set()
+        self._finished: set[int] = (
+            set()
+        )  # at the end of the run; who ends without a word is lost, also with exit code 0
         self._asked: set[int] = set()  # to leave
         self._wrong: set[int] = set()  # members that have computed wrongly
         self._barred: set[tuple[str, int]] = set()  # their places, by host, which stay empty
@@ -113,6 +116,8 @@ class Members:
         """What a member says of itself."""
         if kind == "leaving":
             self._leaving.add(member)
+        elif kind == "finished":
+            self._finished.add(member)
         elif kind == "notice":
             self._generations.notice(member)
             self._go_on()
@@ -162,12 +167,12 @@ class Members:
             if host.going and self._is_wanted(host, member):
                 host.vacant.append(self._place[member])
             self._fill()
-        elif status == 0:
+        elif status == 0 and member in self._finished:
             generations.finish(member)
             for newcomer in generations.newcomers:
                 head.tell_agents("signal", signal=signal.SIGKILL, rank=newcomer)
         else:
-            how = f"exit code {status}" if status > 0 else f"ended by {signal_name(-status)}"
+            how = f"exit code {status}" if status >= 0 else f"ended by {signal_name(-status)}"
             generations.lose(member, f"rank {member} on {host.name} ({how})")
             wanted = self._is_wanted(host, member)
             if host.going and wanted:

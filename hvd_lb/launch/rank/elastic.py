@@ -117,6 +117,7 @@ def _train(
         if ended:
             with stages.within(Stage.NETWORK):
                 world.barrier()
+            say("finished")
             return None
     except Exception as error:
         if type(error).__name__ not in OF_OTHERS:

@@ -193,9 +193,20 @@ def test_a_lost_one_that_is_to_go_is_not_waited_for(head: Head, members: Members
 def test_notice_after_the_end_of_the_run_is_nothing(head: Head, members: Members) -> None:
     for rank, host in enumerate(head.hosts.values()):
         host.ranks.clear()
+        members.word(rank, "finished", {})
         members.ended(host, rank, 0)
         members.go(host)
         assert not host.going
+
+
+def test_one_that_ends_with_exit_code_0_before_the_end_is_lost(head: Head) -> None:
+    """Something in it has called exit."""
+    members, host = members_of(head, least=2), head.hosts["h2"]
+    host.ranks.clear()
+    members.ended(host, 1, 0)
+    assert not members._generations.finished
+    assert members._generations._lost == ["rank 1 on h2 (exit code 0)"]
+    assert sent(host)[0] == "start"
 
 
 def test_a_newcomer_that_ends_before_it_has_joined_gets_a_successor_ever_later(
