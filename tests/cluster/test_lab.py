@@ -92,9 +92,18 @@ def test_horovodrun_starts_a_job_over_both(hosts: list[Host], tmp_path: Path) ->
     )
     command = [
         *(sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", "2", "-H", "h1:1,h2:1"),
-        *("-p", "12345", "--network-interface", "eth0", sys.executable, script),
+        *(
+            "-p",
+            "12345",
+            "--network-interface",
+            "eth0",
+            "--gloo-timeout-seconds",
+            "300",
+            sys.executable,
+            script,
+        ),
     ]
-    out = hosts[0].run(command).stdout
+    out = hosts[0].run(command, timeout=300).stdout
     replies = sorted(line.partition("REPLY ")[2] for line in out.splitlines() if "REPLY" in line)
     assert replies == ["h1 0 3.0", "h2 1 3.0"]
 
