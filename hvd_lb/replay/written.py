@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hvd_lb.errors import UserError
 from hvd_lb.replay.watched_step import StepSeen
 from hvd_lb.report.run_directory import replace_text, strict_json
+from hvd_lb.training.checkpoint import save_tensors
 from hvd_lb.training.trainer import Trainer
 
 _KEPT_APART = ("images", "gradients", "own_gradients")
@@ -47,7 +47,7 @@ def write_step(folder: Path, trainer: Trainer, seen: StepSeen, figures: dict[str
     for part in parts:
         _draw(folder / "pictures", trainer, part)
     tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
-    save_file(tensors, folder / "microbatch.safetensors")
+    save_tensors(tensors, folder / "microbatch.safetensors", {})
     _save(seen.gradients, folder / "gradients.safetensors")
     if seen.own_gradients:
         _save(seen.own_gradients, folder / "own-gradients.safetensors")
@@ -91,4 +91,4 @@ def _draw(folder: Path, trainer: Trainer, part: dict[str, Tensor]) -> None:
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+    save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file, {})

@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -392,6 +393,10 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, 
         if match := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(match[1]), os.strerror(int(match[1])), str(file)) from error
         raise
+    with suppress(
+        OSError
+    ):  # safetensors lets nobody but the owner read it; whoever may read its folder shall
+        file.chmod(file.parent.stat().st_mode & 0o666)
     _sync(file)
 
 

@@ -44,6 +44,9 @@ def test_round_trip(tmp_path: Path) -> None:
         "optimizer.safetensors",
         "state.json",
     ]
+    assert len({path.stat().st_mode for path in checkpoint.path.iterdir()}) == 1, (
+        "who may read one may read all"
+    )
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
