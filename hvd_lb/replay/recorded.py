@@ -19,7 +19,7 @@ from hvd_lb.exact.chain import ChainReport, examine_chain
 from hvd_lb.plan.run_plan import RunPlan, Scale
 from hvd_lb.recipe import Recipe, load_values, make_recipe
 from hvd_lb.report.metrics import read_records
-from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.report.run_directory import RunDirectory, read_json
 from hvd_lb.training.checkpoint import (
     Checkpoint,
     CheckpointStore,
@@ -106,11 +106,7 @@ class RecordedRun:
     @cached_property
     def processes(self) -> int | None:
         """On how many it was made last; None where that is not known."""
-        try:
-            said = json.loads(self.directory.environment.read_text("utf-8"))["processes"]
-        except (OSError, ValueError, LookupError, TypeError):
-            return None
-        return said if isinstance(said, int) else None
+        return read_json(self.directory.environment).get("processes")
 
     def environments(self, start: int, end: int) -> list[dict[str, Any]] | None:
         """What rounding depended on in steps `start` to `end` − 1; None where it was not recorded of all of them."""

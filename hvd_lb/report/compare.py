@@ -7,7 +7,6 @@ difference. Reads only; one tensor of each run is in memory at a time.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from hvd_lb.exact.digest import PARTS
 from hvd_lb.recipe import FREE_FIELDS, Recipe, differing_fields, load_values, make_recipe
 from hvd_lb.report.compare_tensors import CheckpointComparison, compare_checkpoints
 from hvd_lb.report.metrics import read_records
-from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.report.run_directory import RunDirectory, read_json
 from hvd_lb.report.text import count
 from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from hvd_lb.training.pointers import followed
@@ -136,11 +135,8 @@ def _recipe(run: RunDirectory) -> Recipe:
 
 def _environment(run: RunDirectory) -> dict[str, Any]:
     """environment.json as names and short texts; empty when it cannot be read, as it is information only."""
-    try:
-        content = json.loads(run.environment.read_text("utf-8"))
-        values = {**content, **content.get("versions", {})}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
+    content = read_json(run.environment)
+    values = {**content, **(content.get("versions") or {})}
     return {
         name: ", ".join(map(str, value)) if isinstance(value, list) else value
         for name, value in values.items()

@@ -159,6 +159,36 @@ _OF_ONE_START = (
 )
 
 
+# What fields of these files are, whichever of them has them.
+_NUMBER = (int, float)
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("exit_reason", "chain"), str),
+    **dict.fromkeys(("step", "steps", "total_steps", "processes", "pid"), int),
+    **dict.fromkeys(("steps_per_epoch", "global_batch", "epochs", "wall_seconds"), _NUMBER),
+    **dict.fromkeys(("images_per_second", "data_wait", "since"), _NUMBER),
+    **dict.fromkeys(("versions", "final", "best"), dict),
+    **dict.fromkeys(("command", "hosts"), list),
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of a run; empty where there is none that can be read.
+
+    These files may be damaged or edited: fields that are not of their kind are left out.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    return {
+        name: value
+        for name, value in content.items()
+        if value is None or name not in _KINDS or isinstance(value, _KINDS[name])
+    }
+
+
 def strict_json(value: Any, indent: int | None = None) -> str:
     """As JSON that everyone can read: numbers that are not finite become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import Any
 
 from hvd_lb.report.metrics import Epochs, read_metrics
-from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.report.run_directory import RunDirectory, read_json
 from hvd_lb.report.text import count, duration, evaluation_line, speed
 from hvd_lb.training.saved_state import counted_error
 
@@ -20,11 +19,8 @@ _OF_STEPS_DONE = ("train", "eval", "checkpoint")
 
 def ended_after(run: RunDirectory) -> int:
     """The steps of a run that came to its end by what summary.json says; else 0, and it will be made again."""
-    try:
-        summary = json.loads(run.summary.read_bytes())
-        return int(summary["steps"]) if summary["exit_reason"] in (FINISHED, STOPPED) else 0
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return 0
+    summary = read_json(run.summary)
+    return summary.get("steps") or 0 if summary.get("exit_reason") in (FINISHED, STOPPED) else 0
 
 
 def told_by(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ What has come to its end or diverged is left alone, what was interrupted goes on
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from hvd_lb.errors import UserError
 from hvd_lb.launch.agent.process import dies_with_parent
 from hvd_lb.report.lock import DirectoryLock
-from hvd_lb.report.run_directory import replace_text
+from hvd_lb.report.run_directory import read_json, replace_text
 from hvd_lb.report.text import printable
 from hvd_lb.sweep.plan import Point, Sweep
 
@@ -115,12 +114,8 @@ class Commands:
         """Of each running point the share of its steps that is done, as far as it tells."""
         shares = {}
         for name, (point, _, _) in self.running.items():
-            try:
-                launching = json.loads(point.run.launching.read_bytes())
-                step = json.loads(point.run.heartbeat.read_bytes())["step"]
-                shares[name] = step / launching["total_steps"]
-            except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError):
-                shares[name] = 0.0
+            total = read_json(point.run.launching).get("total_steps")
+            shares[name] = (read_json(point.run.heartbeat).get("step") or 0) / total if total else 0.0
         return shares
 
 

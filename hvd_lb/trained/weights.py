@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hvd_lb import arithmetic
 from hvd_lb.errors import UserError
 from hvd_lb.recipe import Recipe, load_values, make_recipe, merged_recipe
-from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.report.run_directory import RunDirectory, read_json
 from hvd_lb.report.text import printable
 from hvd_lb.training import pointers
 from hvd_lb.training.checkpoint import (
@@ -106,11 +106,7 @@ class Trained:
 
     def environment(self) -> dict[str, Any]:
         """Of the run, as environment.json has it; empty where there is none."""
-        try:
-            content = json.loads(self.run.environment.read_bytes()) if self.run else {}
-        except (OSError, ValueError):
-            content = {}
-        return content if isinstance(content, dict) else {}
+        return read_json(self.run.environment) if self.run else {}
 
 
 def open_trained(path: Path, recipe: str | None = None, *, averaged: bool = False) -> Trained:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from hvd_lb.launch.submit.slurm.queue import submitted_job, waiting
 from hvd_lb.machine.process import is_running
 from hvd_lb.report.launching import BEAT_SECONDS
 from hvd_lb.report.metrics import Epochs, last_records
-from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.report.run_directory import RunDirectory, read_json
 from hvd_lb.report.summary import FINISHED, STOPPED
 from hvd_lb.report.text import printable
 
@@ -101,7 +100,7 @@ class _Seen:
 
     def __init__(self, run: RunDirectory):
         self._run = run
-        self._launching = _read(run.launching)
+        self._launching = read_json(run.launching)
         self._sign = self._sign_of_life()
         self.alive: bool | None = False
         if self._launching:
@@ -130,9 +129,9 @@ class _Seen:
             return when, b""
 
     def state(self) -> RunState:
-        summary, facts = _read(self._run.summary), self._launching
+        summary, facts = read_json(self._run.summary), self._launching
         records = last_records(self._run.metrics)
-        steps = summary.get("steps") if summary else _steps_done(records, _read(self._run.heartbeat))
+        steps = summary.get("steps") if summary else _steps_done(records, read_json(self._run.heartbeat))
         rescaled = _last(records, "rescale")
         total = rescaled.get("total_steps") or facts.get("total_steps") or summary.get("total_steps")
         rate = _last(records, "train").get("images_per_second")
@@ -196,15 +195,6 @@ def error_lines(logs: Path) -> list[str]:
         f"rank {error['rank']} on {error.get('host')}: {error['kind']}: {error['message']}"
         for error in read_errors(logs)
     ]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A file with one object; empty where it cannot be read."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _last(records: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:

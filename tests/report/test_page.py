@@ -13,6 +13,7 @@ from hvd_lb.report.page.chart import Series, thinned
 from hvd_lb.report.page.events import events
 from hvd_lb.report.page.runs import runs_page
 from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.watch.state import look
 
 
 def make_run(path: Path, **fields: Any) -> RunDirectory:
@@ -174,3 +175,32 @@ def test_the_command(hvd_lb: Callable[..., Any], tmp_path: Path, monkeypatch: py
         refused = hvd_lb("report", *words)
         assert (refused.status, refused.out) == (2, "")
         assert wrong in refused.err
+
+
+@pytest.mark.parametrize("wrong", ["twelve", [], {"a": 1}], ids=str)
+def test_fields_of_another_kind_are_left_out(tmp_path: Path, wrong: object) -> None:
+    """Somebody has edited the files that tell of a run."""
+    run = make_run(tmp_path / "run")
+    names = (
+        "exit_reason",
+        "steps",
+        "total_steps",
+        "epochs",
+        "wall_seconds",
+        "images_per_second",
+        "data_wait",
+    )
+    for file in (run.summary, run.environment, run.launching, run.heartbeat, run.stopped, run.job):
+        names = (
+            *names,
+            "versions",
+            "command",
+            "hosts",
+            "processes",
+            "steps_per_epoch",
+            "global_batch",
+            "step",
+        )
+        file.write_text(json.dumps(dict.fromkeys(names, wrong)))
+    assert "</html>" in runs_page([run.path])
+    assert look([run.path])[0].state

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hvd_lb.report.run_directory import RunDirectory, replace_text, write_json
+from hvd_lb.report.run_directory import RunDirectory, read_json, replace_text, write_json
 
 
 def started(run: RunDirectory, mark: str) -> None:
@@ -55,3 +55,22 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_of_a_new_one(
         write_json(path, {"a": 2})
     assert path.read_text() == '{\n "a": 1\n}\n'
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (None, {}),
+        ("", {}),
+        ("[1]", {}),
+        ("[" * 100_000, {}),
+        ('{"steps": "12", "epochs": [], "versions": 3, "chain": null, "other": 7}', {"chain": None, "other": 7}),
+        ('{"steps": 12, "epochs": 1.5, "hosts": ["h1"]}', {"steps": 12, "epochs": 1.5, "hosts": ["h1"]}),
+    ],
+)  # fmt: skip
+def test_what_is_damaged_or_of_another_kind_is_left_out(
+    tmp_path: Path, content: str | None, found: dict[str, Any]
+) -> None:
+    if content is not None:
+        (tmp_path / "file.json").write_text(content)
+    assert read_json(tmp_path / "file.json") == found

@@ -4,7 +4,6 @@ rollbacks, images that stood in, warnings.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lb.report.metrics import read_metrics
-from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.report.run_directory import RunDirectory, read_json
 from hvd_lb.report.text import audit_in_words, count, figure, generation_in_words, rescale_in_words
 
 #: Kinds of records of something that happened; others are curves, digests and notes.
@@ -66,7 +65,7 @@ def _of_starts(run: RunDirectory) -> list[Event]:
     folders = [*sorted(attempts, key=lambda path: int(path.name.removeprefix("attempt-"))), run.logs]
     found, processes = [], None
     for number, folder in enumerate(folders):
-        job = _json(folder / "job.json")
+        job = read_json(folder / "job.json")
         step = _first_step(job) if job else None
         now = job.get("processes")
         if number and job:
@@ -75,12 +74,11 @@ def _of_starts(run: RunDirectory) -> list[Event]:
             )
             found.append(Event(step, "resume", f"went on at step {step}{changed}"))
         processes = now or processes
-        stopped = _json(folder / "stopped.json")
-        if isinstance(stopped.get("steps"), int):
-            steps = stopped["steps"]
+        stopped = read_json(folder / "stopped.json")
+        if (steps := stopped.get("steps")) is not None:
             found.append(Event(steps, "stop", f"stopped after {steps:,} steps, with a checkpoint"))
         for path in sorted(folder.glob("error-*.json"))[:1]:
-            error = _json(path)
+            error = read_json(path)
             where = f"rank {error.get('rank')} on {error.get('host')}"
             at = _last_step(folder)
             found.append(Event(at, "failure", f"{where}: {error.get('kind')}: {error.get('message')}"))
@@ -93,8 +91,7 @@ def _first_step(job: dict[str, Any]) -> int:
 
 
 def _last_step(folder: Path) -> int | None:
-    step = _json(folder / "progress.json").get("step")
-    return step if isinstance(step, int) else None
+    return read_json(folder / "progress.json").get("step")
 
 
 def _of_bad_images(run: RunDirectory) -> list[Event]:
@@ -111,11 +108,3 @@ def _of_bad_images(run: RunDirectory) -> list[Event]:
         )
         for key, number in counts.items()
     ]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -5,7 +5,6 @@ It is RUN/report.html at a run's end, and what `hvd-lb report` writes.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from hvd_lb.report.metrics import Epochs, read_metrics
 from hvd_lb.report.page.chart import Chart, Mark, Series
 from hvd_lb.report.page.events import Event, events
 from hvd_lb.report.page.page import folded, page, rows, table
-from hvd_lb.report.run_directory import RunDirectory, replace_text
+from hvd_lb.report.run_directory import RunDirectory, read_json, replace_text
 from hvd_lb.report.text import duration, figure, printable, speed
 from hvd_lb.training.saved_state import counted_error
 
@@ -52,7 +51,7 @@ class _Run:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        return _json(self.directory.summary)
+        return read_json(self.directory.summary)
 
     @cached_property
     def events(self) -> list[Event]:
@@ -64,7 +63,7 @@ class _Run:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        return _json(self.directory.environment)
+        return read_json(self.directory.environment)
 
     @cached_property
     def after(self) -> Epochs:
@@ -74,7 +73,7 @@ class _Run:
     @cached_property
     def _steps_per_epoch(self) -> float:
         """At its beginning: as the run says, else by records: step s of epoch e says that s / (e + 1) < it ≤ s / e."""
-        if known := _json(self.directory.launching).get("steps_per_epoch"):
+        if known := read_json(self.directory.launching).get("steps_per_epoch"):
             return float(known)
         if self.summary.get("epochs"):
             return float(self.summary["steps"] / self.summary["epochs"])
@@ -230,7 +229,7 @@ def _figures_of(run: _Run) -> list[str]:
     total = (
         summary.get("total_steps")
         or run.after.total_steps
-        or _json(run.directory.launching).get("total_steps")
+        or read_json(run.directory.launching).get("total_steps")
     )
     rates = [record["images_per_second"] for record in trained if record.get("images_per_second") is not None]
     rate = summary.get("images_per_second") or (sorted(rates)[len(rates) // 2] if rates else None)
@@ -342,11 +341,3 @@ def _sources(runs: Sequence[_Run]) -> str:
             if path.exists():
                 parts.append(folded(f"{of}{path.name}", path.read_text("utf-8", errors="replace")))
     return "".join(parts)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
