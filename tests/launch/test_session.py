@@ -24,10 +24,9 @@ NOW = "a" * 16 + "-" + "b" * 16 + "-" + "c" * 16
 def messages(monkeypatch: pytest.MonkeyPatch, known: str | None) -> list[str]:
     checkpoint: Any = known and SimpleNamespace(path=Path("step-00000008"), saved=SimpleNamespace(data=known))
     monkeypatch.setattr(session, "find_resume_point", lambda *_: ResumePoint(checkpoint, ["before"]))
-    resolved: Any = SimpleNamespace(
-        recipe=None, total_steps=9, dataset=SimpleNamespace(name="pictures", fingerprint=lambda: NOW)
-    )
-    run: Any = None
+    data = SimpleNamespace(name="pictures", fingerprint=lambda: NOW, refuse_among_classes=lambda _: None)
+    resolved: Any = SimpleNamespace(recipe=None, total_steps=9, dataset=data)
+    run: Any = SimpleNamespace(path=Path("run"))
     return session.resume_point_of(run, resolved, SimpleNamespace(device="cpu"), "auto").messages  # type: ignore[arg-type]
 
 
@@ -59,8 +58,9 @@ def test_the_rounding_of_other_hosts_is_that_of_rank_0s_host(monkeypatch: pytest
         return ResumePoint(None, [])
 
     monkeypatch.setattr(session, "find_resume_point", find)
-    resolved: Any = SimpleNamespace(recipe=None, total_steps=9)
-    run: Any = None
+    data = SimpleNamespace(refuse_among_classes=lambda _: None)
+    resolved: Any = SimpleNamespace(recipe=None, total_steps=9, dataset=data)
+    run: Any = SimpleNamespace(path=Path("run"))
     first = {"machine": "aarch64", "cpu": "Grace", "cpu_features": ["sve2"], "cores": 72}
     placement = Placement("cuda", 2, 1, ("h1", "h2"), gpus=("GH200", "H100"), first_host=first)
     session.resume_point_of(run, resolved, placement, "auto")

@@ -29,9 +29,14 @@ RUN = (
 
 
 def make(output: Path, *more: object) -> Path:
+    """With all its checkpoints: one is left out, and that is told, while a slow disk is still at the one before."""
     command = [sys.executable, "-m", "hvd_lb_cli.main", *map(str, (*RUN, *more, "--output", output))]
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
-    return output
+    for _ in range(5):
+        subprocess.run(command, check=True, capture_output=True, timeout=240)
+        if "so that of step" not in (output / "metrics.jsonl").read_text():
+            return output
+        shutil.rmtree(output)
+    pytest.fail("the disk is too slow for a checkpoint each 8 steps")
 
 
 @pytest.fixture(name="make")
