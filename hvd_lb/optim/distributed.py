@@ -397,9 +397,8 @@ class DistributedOptimizer(Optimizer):
     @steps.setter
     def steps(self, steps: int) -> None:
         self._steps = steps
-        if (
-            self._schedule
-        ):  # for whoever keeps nothing of a state dict but state and groups, as torch's checkpoints do
+        # For whoever keeps nothing of a state dict but state and groups, as torch's checkpoints do.
+        if self._schedule:
             for group in self.optimizer.param_groups:
                 group[_STEPS] = steps
 

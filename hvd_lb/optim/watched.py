@@ -51,9 +51,8 @@ def _watched(kind: type, look: weakref.WeakMethod) -> type:
     """A subclass of a class of parameters, in which `grad` calls `look` first."""
 
     def tell(parameter: Tensor) -> None:
-        if (
-            TracingContext.try_get()
-        ):  # torch.compile asks what kind of gradient there is, and for no number of it
+        # torch.compile asks what kind of gradient there is, and for no number of it.
+        if TracingContext.try_get():
             return
         method = look()
         if method is None:  # its optimizer is gone

@@ -393,9 +393,8 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, 
         if match := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(match[1]), os.strerror(int(match[1])), str(file)) from error
         raise
-    with suppress(
-        OSError
-    ):  # safetensors lets nobody but the owner read it; whoever may read its folder shall
+    # safetensors lets nobody but the owner read it; whoever may read its folder shall.
+    with suppress(OSError):
         file.chmod(file.parent.stat().st_mode & 0o666)
     _sync(file)
 

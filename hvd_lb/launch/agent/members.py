@@ -90,9 +90,8 @@ class Members:
         self._place = {rank: rank - there.start for there in places.values() for rank in there}
         self._failed: dict[str, Failed] = {}
         self._leaving: set[int] = set()
-        self._finished: set[int] = (
-            set()
-        )  # at the end of the run; who ends without a word is lost, also with exit code 0
+        # At the end of the run. Who ends without a word is lost, also with exit code 0.
+        self._finished: set[int] = set()
         self._asked: set[int] = set()  # to leave
         self._wrong: set[int] = set()  # members that have computed wrongly
         self._barred: set[tuple[str, int]] = set()  # their places, by host, which stay empty
