@@ -20,6 +20,7 @@ from hvd_lb.data.loading.shared_pixels import check_cache
 from hvd_lb.data.spec import absolute_spec, data_spec, is_named
 from hvd_lb.errors import UserError
 from hvd_lb.machine.packages import untried
+from hvd_lb.networks import check_input, check_model_name
 from hvd_lb.plan.run_plan import RunPlan, Scale
 from hvd_lb.plan.samples import SamplePlan
 from hvd_lb.recipe import OPTIONS, Recipe, check_fields, load_values, merged_recipe, preset_names
@@ -124,9 +125,6 @@ def resolve(
 
 def check_with_data(recipe: Recipe, dataset: Dataset) -> tuple[SamplePlan, Schedule]:
     """What an epoch has, and the learning rate of each step; UserError where these data cannot be trained on so."""
-    # Here: needs torch, which --help does not.
-    from hvd_lb.training.models import check_input, check_model_name
-
     classes = dataset.train.classes
     if (recipe.num_classes or len(classes)) < len(classes):
         raise UserError(
@@ -161,7 +159,7 @@ def check_with_data(recipe: Recipe, dataset: Dataset) -> tuple[SamplePlan, Sched
 
 def begins_anew(recipe: Recipe, dataset: Dataset) -> tuple[str, ...]:
     """The tensors that do not come from `init_from`; UserError where that is not of this network. Reads the file."""
-    from hvd_lb.training.models import new_head  # as above
+    from hvd_lb.training.models import new_head  # here: needs torch, which --help does not
 
     return tuple(new_head(recipe, dataset.train.classes))
 
@@ -214,8 +212,6 @@ def check_options(options: Mapping[str, Any], recipe: str | None) -> Mapping[str
     else:
         _check_with_presets(options)
     if "model" in {**given, **options}:
-        from hvd_lb.training.models import check_model_name
-
         check_model_name({**given, **options}["model"])
     return given
 
@@ -273,7 +269,7 @@ def choose_preset(spec: str, dataset: Dataset) -> tuple[str, str]:
 def _check_recompute_bn(recipe: Recipe, plan: SamplePlan) -> None:
     if recipe.recompute_bn is None:
         return
-    from hvd_lb.training.models import has_batch_norm
+    from hvd_lb.training.models import has_batch_norm  # as above
 
     if not has_batch_norm(recipe.model):
         raise UserError(
