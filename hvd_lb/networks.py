@@ -1,8 +1,8 @@
 """What a start asks of a network before there are ranks: whether it exists, and can be trained so.
 
-`training/models` answers, for which torchvision is loaded, and that takes longer than all else the launching process does.
-An answer depends on nothing but versions, so a check that has passed leaves an empty file in the cache folder, and the
-next start finds that. What does not pass is looked at each time, and told.
+`training/models` answers, for which torchvision is loaded, and that takes longer than all else that the launching
+process does. An answer depends on nothing but versions, so a check that has passed leaves an empty file in the cache
+folder, and the next start finds that. What does not pass is looked at each time, and told.
 """
 
 from __future__ import annotations
