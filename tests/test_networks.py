@@ -60,7 +60,9 @@ def test_other_versions_are_asked_anew(asked: list[str], monkeypatch: pytest.Mon
     networks.check_model_name("resnet8")
     for package in ("torch", "torchvision"):
         networks._versions.cache_clear()
-        monkeypatch.setattr(networks, "version", lambda name, package=package: "0" if name == package else "1")
+        monkeypatch.setattr(
+            networks, "version", lambda name, package=package: "0" if name == package else "1"
+        )
         networks.check_model_name("resnet8")
     networks._versions.cache_clear()
     assert asked == ["names"] * 3
