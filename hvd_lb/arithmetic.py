@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +15,8 @@ from hvd_lb.exact.reproducible import deterministic_kernels, fast_kernels
 from hvd_lb.recipe import Recipe
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Of the gradients, at most so much more than this share comes out of one compiled graph; buckets hold as much.
+_PARTS = 6
 
 
 def dtype(recipe: Recipe) -> torch.dtype:
@@ -36,6 +40,22 @@ def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Non
     if recipe.precision not in _AUTOCAST:
         return nullcontext()
     return torch.autocast(device.type, dtype=_AUTOCAST[recipe.precision])
+
+
+def compiled(model: nn.Module) -> Callable[..., Any]:
+    """The model's forward by torch.compile, in parts of about a sixth of the parameters, each with its own backward.
+
+    Gradients come out of a compiled graph when its whole backward has ended. Of a single graph all would come at the
+    end, and their exchange after it; so the graph is parted, by what torch parts those of DDP with.
+    """
+    from torch._dynamo import lookup_backend  # here: takes a second
+    from torch._dynamo.backends.distributed import DDPOptimizer
+
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    most = sum(parameter.nbytes for parameter in learning) // _PARTS
+    by_default = inspect.signature(torch.compile).parameters["backend"].default or "inductor"
+    parts = DDPOptimizer(most, lookup_backend(by_default), first_bucket_cap=most)
+    return torch.compile(model, backend=parts.compile_fn)
 
 
 def widen_depthwise(model: nn.Module, recipe: Recipe, device: torch.device) -> None:

@@ -262,7 +262,7 @@ class Trainer:
         self.model.to(memory_format=self.memory_format)
         allow_single_values(self.model)
         arithmetic.widen_depthwise(self.model, recipe, device)
-        self.forward = torch.compile(self.model) if recipe.compile else self.model
+        self.forward = arithmetic.compiled(self.model) if recipe.compile else self.model
         self.class_weights = self._class_weights()
         self.loss = sum_loss(recipe.label_smoothing, self.class_weights)
         self.mixing = Mixing(recipe.seed, recipe.mixup, recipe.cutmix)

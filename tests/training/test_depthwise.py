@@ -1,6 +1,7 @@
 """With bf16 on CPUs depthwise convolutions have their backward in fp32: the same gradients, by faster kernels."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,8 +82,7 @@ def test_only_bf16_on_cpus(precision: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_trainer_has_them(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain_compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: plain_compile(model, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
     network = {"model": "mobilenet_v3_small", "image_size": 32, "precision": "bf16", "compile": compiled}
     recipe = small_recipe(**network, epochs=1, steps=2)

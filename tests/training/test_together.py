@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -480,8 +481,7 @@ def test_loss_scaling_and_minibatches_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
     recipe = {"last_batch": "keep", "learning_rate": 0.1}
     assert_the_same(after(5, together=2, compile=True, **recipe), after(5, together=1, **recipe))

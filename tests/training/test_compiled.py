@@ -1,0 +1,62 @@
+"""A compiled network's gradients come in parts, so that the exchange goes on beside the rest of backward."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from test_trainer import make_trainer, small_recipe
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
+from torch._functorch.aot_autograd import make_boxed_func
+
+from hvd_lb import arithmetic
+
+
+def watched(events: list[Any]) -> Callable[..., Any]:
+    """A compiler that computes graphs as they are; `events` hears when the backward of one ends."""
+
+    def backward(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        def compute(*inputs: Any) -> Any:
+            outputs = graph.forward(*inputs)
+            events.append("end")
+            return outputs
+
+        return make_boxed_func(compute)
+
+    return aot_autograd(fw_compiler=boxed_nop, bw_compiler=backward)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_16"])
+def test_little_is_left_when_the_last_part_ends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    events: list[Any] = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=watched(events)))
+    size = {"image_size": 32} if name == "vit_b_16" else {}
+    model = torchvision.models.get_model(name, num_classes=10, **size).train()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda of: events.append(of.numel()))
+    arithmetic.compiled(model)(torch.randn(2, 3, 32, 32)).sum().backward()
+    last = len(events) - 1 - events[::-1].index("end")
+    late = sum(events[last + 1 :])
+    assert events.count("end") > 3
+    assert sum(size for size in events if size != "end") == total
+    assert late < total / 3
+
+
+@pytest.mark.slow
+def test_the_same_steps_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    events: list[Any] = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=watched(events)))
+    weights = []
+    for compiled in (False, True):
+        trainer = make_trainer(small_recipe(precision="fp64", epochs=1, steps=3, compile=compiled))
+        trainer.fit()
+        weights.append(torch.cat([parameter.flatten() for parameter in trainer.model.parameters()]))
+    assert events.count("end") >= 3 * 2
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-9, atol=1e-12)
