@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import center_crop
 
 from hvd_lb.plan.augment import CentreWindows, Flip, RandomWindows, Windows
 from hvd_lb.plan.counter import uniform
@@ -158,6 +159,18 @@ def test_the_evaluation_crop_is_what_resize_256_and_centre_crop_224_show() -> No
     assert windows.x.tolist() == [86, 16]
     assert windows.y.tolist() == [24, 38]
     assert windows.augmentations == ()
+
+
+@pytest.mark.parametrize("fraction", [0.3, 224 / 256, 0.9, 1.0])
+def test_evaluation_crops_of_all_sizes_are_torchvisions(fraction: float) -> None:
+    """Of a side rounded to the nearest whole number: halves of pixels, and sides that are odd."""
+    for width, height in ((width, 70 - width) for width in range(5, 66)):
+        found = CentreWindows(fraction).windows(np.array([width]), np.array([height]))
+        side = round(fraction * min(width, height))
+        place = torch.arange(width * height).view(1, height, width)
+        expected = center_crop(place, [side, side])
+        assert [int(of[0]) for of in (found.width, found.height)] == [side, side]
+        assert expected[0, 0, 0] == int(found.y[0]) * width + int(found.x[0])
 
 
 def test_every_epoch_and_seed_mirrors_others() -> None:

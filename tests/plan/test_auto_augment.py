@@ -85,6 +85,9 @@ def test_operations_and_strengths_are_equally_likely_and_signs_too() -> None:
         assert (np.abs(counts - count / kinds) < 6 * math.sqrt(count / kinds)).all()
     assert abs((strengths[strengths != 0] > 0).mean() - 0.5) < 0.02
     assert abs(np.corrcoef(operations, strengths)[0, 1]) < 0.03
+    signs = np.sign(strengths[strengths != 0])  # one of a weak operation and of a strong one
+    for values in (operations, np.abs(strengths)):
+        assert abs(np.corrcoef(signs, values[strengths != 0])[0, 1]) < 0.03
     two = AutoAugment(RANDOM, 2, 9, MEAN, STD).draw(3, 1, np.arange(count))
     assert set(np.abs(two[:, :, 1]).ravel().tolist()) == {9}
     assert abs(np.corrcoef(two[:, 0, 0], two[:, 1, 0])[0, 1]) < 0.03

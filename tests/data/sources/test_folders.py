@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.files.rows import ROW, Table
-from hvd_lb.data.index.hold_out import hold_out
+from hvd_lb.data.index.hold_out import divide, hold_out
 from hvd_lb.data.index.index import Index
 from hvd_lb.data.index.store import facts_of
 from hvd_lb.errors import UserError
@@ -125,6 +127,21 @@ def test_what_is_moved_over_for_a_class_is_what_comes_next_by_its_hash() -> None
             elif not chosen.any():
                 chosen[of.argmin()] = True
         assert hold_out(index, fraction, 3).reshape(8, 3).tolist() == expected.tolist()
+
+
+def test_a_kept_division_is_that_of_the_index_the_fraction_and_the_seed(tmp_path: Path) -> None:
+    """Several may lie in one folder, as where an index was made anew whose stamp is that of the former."""
+    names = [f"{label}/{i}.png" for label in "ab" for i in range(50)]
+    indexes = [
+        replace(make_index([*names, more]), identity="same", keep=(tmp_path,)) for more in ("a/x", "b/x")
+    ]
+    for _ in range(2):
+        for index, fraction, seed in itertools.product(indexes, (0.25, 0.5), (0, 1)):
+            parts, held_out = divide(index, fraction, seed), hold_out(index, fraction, seed)
+            for part, chosen in ((parts.train, ~held_out), (parts.val, held_out)):
+                assert np.array_equal(part.rows, index.rows[chosen])
+                assert part.facts.counts == np.bincount(index.labels[chosen]).tolist()
+    assert len(list(tmp_path.iterdir())) == 8
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5])
