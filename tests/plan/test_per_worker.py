@@ -57,6 +57,18 @@ def test_epochs_seeds_and_workers_have_orders_of_their_own() -> None:
     assert sorted(seen_by(PerWorkerPlan(200, 4, 10, 1), 0, 0)) != sorted(orders[0])
 
 
+def test_images_of_two_workers_that_come_together_are_others_in_each_epoch() -> None:
+    """Each share has an order of its own: of 50 pairs one comes again by chance."""
+    plan = PerWorkerPlan(200, 4, 10, 0)
+    epochs = [
+        set(zip(seen_by(plan, epoch, 0), seen_by(plan, epoch, worker), strict=True))
+        for worker in (1, 3)
+        for epoch in (0, 1)
+    ]
+    assert len(epochs[0] & epochs[1]) < 10
+    assert len(epochs[2] & epochs[3]) < 10
+
+
 def test_what_an_epoch_drops_differs_from_epoch_to_epoch() -> None:
     plan = PerWorkerPlan(43, 2, 10, 0)
     assert plan.dropped_per_epoch == 3

@@ -71,6 +71,17 @@ def test_epochs_end_where_the_offset_says(run: RunPlan) -> None:
 
 
 @thrifty
+@given(runs())
+def test_the_virtual_step_is_the_place_in_epochs(run: RunPlan) -> None:
+    """Also where a change came within a step of the minibatch that is from there on."""
+    last, plan = run.parts[-1], run.plan
+    for step in range(last.scale.step, run.end):
+        planned = run.at(step)
+        place = planned.epoch * plan.steps_per_epoch + planned.begins / plan.global_batch
+        assert last.virtual_step(step) == pytest.approx(place, rel=1e-12)
+
+
+@thrifty
 @given(runs(), st.integers(1, 5))
 def test_a_change_that_is_taken_back_before_a_step_was_none(run: RunPlan, workers: int) -> None:
     step = min(run.scales[-1].step + 1, run.end)

@@ -66,6 +66,18 @@ def test_keys_of_an_epoch_differ_and_ids_are_in_them(
             assert ids.max() < len(of)
 
 
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_an_image_that_ends_a_pass_and_begins_the_next_within_an_epoch_has_other_keys(repeats: int) -> None:
+    again = 0
+    for seed in range(20):
+        plan = SamplePlan(5, 1, 4, seed, "keep", repeats=repeats)
+        for epoch in range(10):
+            ids, keys = np.concatenate(epoch_of(plan, epoch)).T
+            assert len(set(keys.tolist())) == len(keys)
+            again += max(Counter(ids.tolist()).values()) > repeats
+    assert again > 5
+
+
 def test_by_default_the_key_is_the_image() -> None:
     plan = SamplePlan(100, 5, 4, seed=1)
     for step in epoch_of(plan, 3):
@@ -107,6 +119,16 @@ def test_copies_are_of_other_virtual_workers_with_other_windows() -> None:
     for of in places.values():
         assert len({worker for worker, _, _ in of}) == len(of) == 3
         assert len({(x, width) for _, x, width in of}) == 3
+
+
+def test_classes_of_one_size_have_orders_of_their_own() -> None:
+    """Else the same places of each class would always come in the same epochs."""
+    labels = np.repeat([0, 1, 2], [100, 100, 10])
+    ids, times = Balanced(labels, 1)(0, np.arange(210))
+    first, second = (set((ids[labels[ids] == label] - 100 * label).tolist()) for label in (0, 1))
+    assert len(first) == len(second) == 70
+    assert len(first & second) < 60  # 49 by chance
+    assert times.max() == 6
 
 
 def test_balanced_and_repeated() -> None:
