@@ -1,11 +1,13 @@
 """The learning rate of every step, against the paper's numbers (section 5.1, Table 2 and PAPER's recipe)."""
 
 import math
+from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 
 from hvd_lb.errors import UserError
-from hvd_lb.schedule import Schedule, scaled_learning_rate
+from hvd_lb.schedule import REFERENCE_EPOCHS, Schedule, scaled_learning_rate
 
 
 def paper(gpus: int, images: int = 1_281_167, epochs: int = 90, **changes: object) -> Schedule:
@@ -166,3 +168,15 @@ def test_a_drop_within_a_step_is_at_the_next_one(epochs: int, drops: tuple[int, 
     for number, step in enumerate(drops):
         assert schedule(step - 1) == pytest.approx(0.1 / 10**number)
         assert schedule(step) == pytest.approx(0.1 / 10 ** (number + 1))
+
+
+@pytest.mark.parametrize("epochs", [31, 62, 75, 83, 90, 93])
+def test_drops_and_warmup_are_whole_steps_as_exact_fractions_say(epochs: int) -> None:
+    """30 · (93 / 90) and 4.1 · 50 are a little off their whole numbers as floats."""
+    for steps in range(1, 61):
+        schedule = replace(paper(8), steps_per_epoch=steps, epochs=epochs)
+        exact = [Fraction(drop * steps * epochs, REFERENCE_EPOCHS) for drop in schedule.drop_epochs]
+        assert schedule.drop_steps == tuple(map(math.ceil, exact))
+        for warmup in ("0.7", "2.3", "4.1"):
+            schedule = replace(paper(64), steps_per_epoch=steps, epochs=epochs, warmup_epochs=float(warmup))
+            assert abs(schedule.warmup_steps - Fraction(warmup) * steps) <= Fraction(1, 2)
