@@ -82,10 +82,25 @@ def test_rectangles_are_as_torchvisions_are() -> None:
 def test_with_both_each_microbatch_has_one_of_them() -> None:
     images, labels = microbatch()
     mixing = Mixing(2, mixup=1.0, cutmix=1.0)
-    cut = [
-        bool((mixing(images, labels, step, 1)[0] == images).any()) for step in range(400)
-    ]  # mixup leaves no pixel as it was
+    # mixup leaves no pixel as it was
+    cut, of_other = (
+        [bool((mixing(images, labels, step, worker)[0] == images).any()) for step in range(400)]
+        for worker in (1, 2)
+    )
     assert 150 < sum(cut) < 250
+    assert 150 < sum(one == other for one, other in zip(cut, of_other, strict=True)) < 250
+
+
+def test_each_method_has_its_own_share() -> None:
+    """Of Beta(0.01, 0.01) half are 1, where nothing is cut out, and of Beta(4, 4) none."""
+    images, labels = microbatch()
+    mixing = Mixing(2, mixup=4.0, cutmix=0.01)
+    shares: dict[bool, list[float]] = {True: [], False: []}
+    for step in range(300):
+        mixed, targets = mixing(images, labels, step, 1)
+        shares[bool((mixed == images).any())].append(targets.share)
+    assert 0.4 < np.mean([share == 1 for share in shares[True]]) < 0.6
+    assert np.mean([0.02 < share < 0.98 for share in shares[False]]) > 0.9  # of some all is cut out
 
 
 def test_each_microbatch_has_its_own_and_always_the_same() -> None:

@@ -34,6 +34,15 @@ def test_stretches_are_those_of_the_sizes(count: int, epochs: int) -> None:
     assert len({sizes(step) for step in range(3 * epochs)}) == count
 
 
+@pytest.mark.parametrize("offset", [-3, 5])
+def test_sizes_go_by_epochs_where_k_has_changed(offset: int) -> None:
+    sizes, moved = (ImageSizes((8, 9, 10), 7, 4, of) for of in (0, offset))
+    for start in range(6, 20):
+        assert moved(start + offset) == sizes(start)
+        expected = [range(part.start + offset, part.stop + offset) for part in sizes.stretches(start, 28)]
+        assert list(moved.stretches(start + offset, 28 + offset)) == expected
+
+
 def seen(trainer: Any) -> list[tuple[bool, int]]:
     """Sides of what goes through the network from here on, and whether in training."""
     found: list[tuple[bool, int]] = []
