@@ -9,6 +9,7 @@ with that (hvd_lb.launch.submit.docker.host). So none is left when this process 
 
 from __future__ import annotations
 
+import math
 import queue
 import secrets
 import signal
@@ -22,14 +23,17 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from hvd_lb.errors import UserError
+from hvd_lb.launch.hosts import in_words
 from hvd_lb.launch.starters.ssh import Reach
 from hvd_lb.launch.stopping import heeded_signals
 from hvd_lb.launch.submit.command import Submission
 from hvd_lb.launch.submit.docker.commands import known_host, remove_command, run_command
 from hvd_lb.launch.submit.docker.handle import DockerContainer, Ended, Started, say
 from hvd_lb.launch.submit.docker.host import GRACE_SECONDS
+from hvd_lb.report.text import duration
 
 _HEARTBEAT_SECONDS = 10.0
+_PATIENCE_SECONDS = 60.0  # without a word of hosts that are waited for
 _REMOVE_SECONDS = 30.0
 
 
@@ -74,7 +78,7 @@ class DockerContainers:
         first.forward()
         first.send({"run": list(command)})
         while True:
-            event = self._next_event()
+            event = self._next_event(math.inf)
             if isinstance(event, Signalled):
                 first.send({"signal": event.number})
             elif isinstance(event, Ended) and event.container is first:
@@ -114,25 +118,33 @@ class DockerContainers:
         """The key of each host whose container is there, and why the others' are not."""
         keys: dict[str, str] = {}
         failures: dict[str, str] = {}
-        while len(keys | failures) < len(self._hosts):
-            event = self._next_event()
+        began = told = time.monotonic()
+        while missing := [host for host in self._hosts if host not in keys | failures]:
+            event = self._next_event(told + _PATIENCE_SECONDS)
             if isinstance(event, Signalled):
                 raise Interrupted(event.number)
             if isinstance(event, Started):
                 keys[event.container.host] = event.key
+            elif event is None:
+                told = time.monotonic()
+                say(
+                    f"waiting for {in_words(missing)} since {duration(told - began)}: docker has started no container "
+                    "there yet (it may be pulling the image; Ctrl-C ends all)"
+                )
             else:
                 failures[event.container.host] = event.container.why(self._submission, event.status)
         return keys, failures
 
-    def _next_event(self) -> Started | Ended | Signalled:
-        """Waits for it, and tells all containers now and then that this process is there."""
-        while True:
+    def _next_event(self, until: float) -> Started | Ended | Signalled | None:
+        """Waits for it, and tells all containers now and then that this process is there; None after `until`."""
+        while time.monotonic() < until:
             if (left := self._beat + _HEARTBEAT_SECONDS - time.monotonic()) <= 0:
                 for container in self._containers:
                     container.send({})
                 self._beat, left = time.monotonic(), _HEARTBEAT_SECONDS
             with suppress(queue.Empty):
-                return self._events.get(timeout=left)
+                return self._events.get(timeout=min(left, max(0.0, until - time.monotonic())))
+        return None
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self._events.put(Signalled(number))

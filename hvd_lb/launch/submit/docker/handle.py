@@ -69,27 +69,29 @@ class DockerContainer:
     def _follow(self, stream: BinaryIO) -> None:
         """Its first line is the host process's answer, all after that the command's output."""
         answer = b""
-        while not answer.endswith(b"\n") and (byte := stream.read(1)):
-            answer += byte
-        if answer.endswith(b"\n"):
-            self._events.put(Started(self, json.loads(answer)["host_key"]))
-        while output := stream.read(65536):
-            with suppress(OSError, ValueError):  # nobody reads it any more
-                sys.stdout.buffer.write(output)
-                sys.stdout.buffer.flush()
+        with stream:
+            while not answer.endswith(b"\n") and (byte := stream.read(1)):
+                answer += byte
+            if answer.endswith(b"\n"):
+                self._events.put(Started(self, json.loads(answer)["host_key"]))
+            while output := stream.read(65536):
+                with suppress(OSError, ValueError):  # nobody reads it any more
+                    sys.stdout.buffer.write(output)
+                    sys.stdout.buffer.flush()
         self._listener.join()
         self._events.put(Ended(self, self._process.wait()))
 
     def _listen(self, stream: BinaryIO) -> None:
-        for line in stream:
-            text = line.decode("utf-8", "replace")
-            self._said.append(text.rstrip())
-            if "Unable to find image" in text:
-                say(f"{self.host}: pulling the image")
-            if self._forwarded.is_set():
-                with suppress(OSError, ValueError):
-                    sys.stderr.write(text)
-                    sys.stderr.flush()
+        with stream:
+            for line in stream:
+                text = line.decode("utf-8", "replace")
+                self._said.append(text.rstrip())
+                if "Unable to find image" in text:
+                    say(f"{self.host}: pulling the image")
+                if self._forwarded.is_set():
+                    with suppress(OSError, ValueError):
+                        sys.stderr.write(text)
+                        sys.stderr.flush()
 
 
 @dataclass(frozen=True)
