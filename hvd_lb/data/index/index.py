@@ -170,7 +170,8 @@ def _make_in(home: Path, source: Source, listing: Listing, report: Progress) -> 
         table = listing.build(report, journal)
     facts = store.facts_of(table)
     if present:
-        if _equal(present.rows, table.rows) and _equal(present.names, table.names):
+        same = _equal(present.rows, table.rows) and _equal(present.names, table.names)
+        if same and present.classes == table.classes:
             with suppress(OSError):
                 store.write_watched(folder, listing.watched)
             store.renew(folder)
@@ -206,6 +207,8 @@ def _load(folder: Path, source: Source) -> Index | None:
     if found is None or names is None:
         return None
     rows, facts = found
+    if not source.fits(facts.classes, facts.shards):
+        return None
     if len(rows) and int(rows[-1]["name_at"]) + int(rows[-1]["name_bytes"]) > len(names):
         return None
     spare = store.cached(source) / folder.name

@@ -57,6 +57,9 @@ class FolderSource:
     def with_classes(self, classes: list[str]) -> FolderSource:
         return replace(self, classes=tuple(classes))
 
+    def fits(self, classes: list[str], shards: list[str]) -> bool:
+        return self.classes in (None, tuple(classes))
+
     def listing(self) -> Listing:
         before = file_state(self.root, ".") if self.root.is_dir() else None  # before its contents are read
         inside = look_into(self.root)

@@ -32,16 +32,18 @@ class UnknownLabel(ValueError):
 
 @dataclass(frozen=True)
 class Classes:
-    """Class names. From a file, numbers are positions in it; those of the training split are only names."""
+    """Class names. From a file, numbers are positions in it; those of the training split are only names.
+
+    `order` is that of a file which comes with validation images, where training has its classes in another one.
+    """
 
     names: list[str]
     from_file: bool
+    order: list[str] | None = None
 
     def numbers(self, labels: Sequence[str]) -> np.ndarray:
         """int64 of `labels`. UnknownLabel."""
-        known = {name: position for position, name in enumerate(self.names)}
-        if self.from_file:
-            known |= {str(position): position for position in range(len(self.names))}
+        known = self._known()
         numbers = np.zeros(len(labels), np.int64)
         for position, label in enumerate(labels):
             number = known.get(label, known.get(_plain(label)))
@@ -50,8 +52,22 @@ class Classes:
             numbers[position] = number
         return numbers
 
+    def _known(self) -> dict[str, int | None]:
+        """Labels to numbers; None for what is in the file of validation images, but not among the training classes."""
+        known: dict[str, int | None] = {name: position for position, name in enumerate(self.names)}
+        if not self.from_file:
+            return known
+        if self.order and self.names == [str(number) for number in range(len(self.names))]:  # never named
+            for number, name in enumerate(self.order[: len(self.names)]):
+                known.setdefault(name, number)
+        places = {str(position): known.get(name) for position, name in enumerate(self.order or self.names)}
+        if any(places.get(name, number) != number for name, number in known.items()):
+            # Of names that are numbers some stand at other positions: read both ways, two classes would be one.
+            known = {name: number for name, number in known.items() if not _is_number(name)}
+        return known | places
+
     def _why_unknown(self, label: str, labels: Sequence[str]) -> str:
-        where = "classes file" if self.from_file else "training split"
+        where = "classes file" if self.from_file and not self.order else "training split"
         why = f"is no class; expected one of the {len(self.names)} of the {where}, such as {self.names[0]!r}"
         given = {_plain(of) for of in labels}
         if self.from_file and _plain(label) == str(len(self.names)) and "0" not in given:
@@ -85,6 +101,14 @@ def find_classes(labels: Iterable[str]) -> Classes:
         written = next(label for label in distinct if _plain(label) == largest)
         raise UnknownLabel(written, f"is no class; expected numbers below {_MOST_CLASSES}, or names")
     return Classes([str(number) for number in range(int(largest) + 1)] if numbers else [], False)
+
+
+def classes_in(folder: Place, training: Classes | None) -> Classes | None:
+    """Those of a file in `folder`, and for validation images always as the training split has them. UserError."""
+    own = read_classes(folder)
+    if own is None or training is None or own.names == training.names:
+        return own or training
+    return Classes(training.names, True, own.names)
 
 
 def read_classes(folder: Place) -> Classes | None:

@@ -16,7 +16,7 @@ import numpy as np
 from hvd_lb.data.files.kinds import EXTENSIONS, why_not_read
 from hvd_lb.data.files.rows import Names, measure_files
 from hvd_lb.data.files.threads import in_threads
-from hvd_lb.data.sources.labels import Classes, UnknownLabel, find_classes, read_classes
+from hvd_lb.data.sources.labels import CLASSES_FILES, Classes, UnknownLabel, classes_in, find_classes
 from hvd_lb.data.sources.names import look_alike
 from hvd_lb.data.sources.source import Listing, States, file_state, stamped, state_of
 from hvd_lb.errors import UserError
@@ -67,6 +67,9 @@ class ListSource:
     def with_classes(self, classes: list[str]) -> ListSource:
         return replace(self, classes=Classes(classes, from_file=False))
 
+    def fits(self, classes: list[str], shards: list[str]) -> bool:
+        return self.classes is None or self.classes.names == classes
+
     def listing(self) -> Listing:
         try:
             own = file_state(self.root, os.path.relpath(self.path, self.root))
@@ -80,7 +83,7 @@ class ListSource:
         for state in in_threads(partial(self._state, entries), range(len(names))):
             states.add(state)
         folders = sorted({os.path.dirname(os.fsdecode(name)) or "." for name in names})
-        watched = [own, *(file_state(self.root, folder) for folder in folders)]
+        watched = [own, *(file_state(self.root, other) for other in (*folders, *CLASSES_FILES))]
         known = states.digest(len(names) <= self.cheap)
         stamp = stamped([*classes, "", *remarks, names.content, names.ends, labels, known])
         return Listing(
@@ -124,7 +127,7 @@ class ListSource:
         """Classes, and labels int64 (N,)."""
         distinct = entries.distinct
         try:
-            classes = read_classes(self.root) or self.classes or find_classes(distinct)
+            classes = classes_in(self.root, self.classes) or find_classes(distinct)
             numbers = classes.numbers(distinct)
         except UnknownLabel as error:
             line = int(entries.lines[np.argmax(entries.codes == distinct.index(error.label))])

@@ -21,7 +21,7 @@ from hvd_lb.data.options import UNFINISHED
 from hvd_lb.data.remote.address import Address, Place, is_address
 from hvd_lb.data.remote.objects import ObjectReader
 from hvd_lb.data.remote.store import ObjectState
-from hvd_lb.data.sources.labels import Classes, UnknownLabel, find_classes, read_classes
+from hvd_lb.data.sources.labels import CLASSES_FILES, Classes, UnknownLabel, classes_in, find_classes
 from hvd_lb.data.sources.places import MANIFEST, manifest, names_in
 from hvd_lb.data.sources.source import FileState, Listing, file_state, stamped
 from hvd_lb.data.sources.splits import Split, renamed, split_of
@@ -48,7 +48,7 @@ class ShardSource:
     name: str
     shards: tuple[str, ...]
     classes: Classes | None = None
-    cheap: int = 0  # all files are watched
+    cheap: int = 0  # all files are watched; of a server all but that of classes
 
     @property
     def home(self) -> Place:
@@ -57,6 +57,9 @@ class ShardSource:
     def with_classes(self, classes: list[str]) -> ShardSource:
         return replace(self, classes=Classes(classes, from_file=False))
 
+    def fits(self, classes: list[str], shards: list[str]) -> bool:
+        return shards == list(self.shards) and (self.classes is None or self.classes.names == classes)
+
     def listing(self) -> Listing:
         try:
             watched = list(in_threads(partial(file_state, self.root), self.shards))
@@ -64,11 +67,14 @@ class ShardSource:
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
         _check_sizes(self.root, {name: size for name, _, size in watched})
-        classes = read_classes(self.root) or self.classes
-        given = [*classes.names, str(classes.from_file)] if classes else []
+        classes = classes_in(self.root, self.classes)
+        given = [*classes.names, str(classes.from_file), *(classes.order or ())] if classes else []
         known = (f"{name}\0{size}\0{time}" for (name, _, size), time in zip(watched, times, strict=True))
         objects = [(tag, size) for _, tag, size in watched] if isinstance(self.root, Address) else []
-        return Listing(stamped([*given, "", *known]), watched, partial(self._build, classes, objects))
+        stamp = stamped([*given, "", *known])
+        if isinstance(self.root, Path):
+            watched += [file_state(self.root, name) for name in CLASSES_FILES]
+        return Listing(stamp, watched, partial(self._build, classes, objects))
 
     def _times(self, watched: list[FileState]) -> list[int]:
         """When each was changed, settled or not."""

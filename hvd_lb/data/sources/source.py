@@ -23,9 +23,10 @@ from hvd_lb.data.remote import store
 from hvd_lb.data.remote.address import Address, Place
 
 FileState = tuple[str, int, int]
-"""A file or folder relative to the root, its time of change (ns; 0: not settled) and size (bytes; -1 for a folder). Of
-an object at a server the tag stands for the time."""
+"""A file or folder relative to the root, its time of change (ns; 0: not settled) and size (bytes; -1 for a folder, -2
+for what is not there). Of an object at a server the tag stands for the time."""
 
+_ABSENT = (1, -2)
 _UNSETTLED_NS = 2_000_000_000
 _STATE = struct.Struct("<qqq")
 
@@ -65,16 +66,22 @@ class Source(Protocol):
     def listing(self) -> Listing:
         """UserError for what can be seen to be wrong without opening an image."""
 
+    def fits(self, classes: list[str], shards: list[str]) -> bool:
+        """Whether an index with these can be of this source, by what is known without a look at a file."""
+
     def with_classes(self, classes: list[str]) -> Source:
         """The same, with the classes of the training split."""
 
 
 def file_state(root: Place, relative: str) -> FileState:
-    """As it is now. OSError when it is not there; of objects UserError."""
+    """As it is now, also where it is not there. OSError; of objects UserError, Missing for one that is not there."""
     if isinstance(root, Address):
         found = store.state(root / relative)
         return relative, found.tag, found.size
-    stat = os.stat(os.path.join(root, relative))
+    try:
+        stat = os.stat(os.path.join(root, relative))
+    except FileNotFoundError:
+        return relative, *_ABSENT
     # What has changed just now may change again without getting another time: it counts as changed next time.
     settled = abs(time.time_ns() - stat.st_mtime_ns) > _UNSETTLED_NS
     return relative, stat.st_mtime_ns if settled else 0, -1 if S_ISDIR(stat.st_mode) else stat.st_size

@@ -14,6 +14,7 @@ from tars import Member, png, write_tar
 
 from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.images import Dataset, fingerprint_note, images_of, refuse_other_images, same_images
+from hvd_lb.data.index.dataset import index_splits
 from hvd_lb.data.index.images import IndexedImages
 from hvd_lb.data.index.index import Index, open_index
 from hvd_lb.data.prepare.pack import pack
@@ -233,3 +234,86 @@ def test_what_older_versions_kept_is_compared_and_said_to_be_less(tmp_path: Path
 
 def test_the_first_part_is_the_whole_of_older_fingerprints() -> None:
     assert open_dataset("digits").fingerprint().split("-")[0] == "84550e2628b5081f"
+
+
+def named(folder: Path, name: str, labels: str) -> str:
+    """A shard, last changed long ago, whose images are labelled by these words."""
+    path = folder / name
+    found: list[Member] = []
+    for number, label in enumerate(labels.split()):
+        found += [(f"{number}.png", png(number)), (f"{number}.cls", label.encode())]
+    write_tar(path, found)
+    os.utime(path, ns=(LONG_AGO, LONG_AGO))
+    return str(path)
+
+
+def names_of_val(data: Dataset) -> list[str]:
+    assert data.train.classes == data.val.classes
+    return [data.val.classes[label] for label in data.val.labels]
+
+
+def test_validation_images_have_the_classes_of_the_training_images_at_hand(tmp_path: Path) -> None:
+    """Their index is not made anew because of their own files, which nobody looks at one by one."""
+    val = named(tmp_path / "v", "val-0.tar", "bee cat bee")
+    for at, classes in enumerate(("bee cat dog", "ant bee cat", "bee cat dog", "cat bee")):
+        data = open_dataset(named(tmp_path / str(at), "train-0.tar", classes), val=val)
+        assert names_of_val(data) == ["bee", "cat", "bee"]
+        told = open_dataset(
+            str(tmp_path / str(at) / "train-0.tar"), val=val, expected=data.fingerprint()
+        )  # a rank
+        assert names_of_val(told) == ["bee", "cat", "bee"]
+
+
+def test_many_validation_files_have_the_classes_of_the_training_images_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FolderSource.__init__, "__defaults__", (0, None, ()))  # no file is cheap to look at
+    folder = bitmaps(tmp_path / "set", COLOURS)
+    assert names_of_val(open_dataset(str(folder))) == [*"aaabbb"]
+    bitmaps(folder, {"train/0/x": 77})
+    os.utime(folder / "train")
+    assert names_of_val(open_dataset(str(folder))) == [*"aaabbb"]
+
+
+def test_shards_that_were_added_are_seen(tmp_path: Path) -> None:
+    named(tmp_path, "val-0.tar", "bee cat")
+    for number, classes in enumerate((["bee", "cat"], ["ant", "bee", "cat"])):
+        named(tmp_path, f"train-{number}.tar", " ".join(classes))
+        for spec in (tmp_path, tmp_path / "train-*.tar"):
+            data = open_dataset(str(spec))
+            assert (len(data.train), data.train.classes) == (2 + 3 * number, classes)
+            assert names_of_val(data) == ["bee", "cat"]
+
+
+def test_a_file_of_classes_that_comes_changes_or_goes_is_seen(tmp_path: Path) -> None:
+    named(tmp_path, "train-0.tar", "ant bee cat")
+    named(tmp_path, "val-0.tar", "cat ant")
+    given = tmp_path / "classes.txt"
+    for at, classes in enumerate(["", "bee cat ant", "ant bee cat", "cat ant bee", ""]):
+        given.write_text(classes.replace(" ", "\n"))
+        os.utime(given, ns=(LONG_AGO + at, LONG_AGO + at))
+        if not classes:
+            given.unlink()
+        data = open_dataset(str(tmp_path))
+        assert data.train.classes == (classes or "ant bee cat").split()
+        assert names_of_val(data) == ["cat", "ant"]
+
+
+def test_validation_images_with_a_file_of_classes_of_their_own(tmp_path: Path) -> None:
+    train = bitmaps(tmp_path / "set", {f"{name}/{i}": i for name in ("ant", "bee", "cat") for i in range(2)})
+    own = bitmaps(tmp_path / "own", dict.fromkeys("acn", 9))
+    (own / "v.csv").write_text("a.bmp,ant\nc.bmp,cat\nn.bmp,0\n")
+    (own / "classes.txt").write_text("cat\nbee\nant\n")
+    shard = named(own, "v-0.tar", "ant cat 0")
+    for val in (str(own / "v.csv"), shard):
+        data = open_dataset(str(train), val=val)
+        assert names_of_val(data) == ["ant", "cat", "cat"]
+
+
+def test_a_class_of_the_same_length_and_time_is_seen_by_a_check_of_everything(tmp_path: Path) -> None:
+    named(tmp_path, "val-0.tar", "bee cat")
+    for classes in (["bee", "cat"], ["bug", "cat"]):
+        named(tmp_path, "train-0.tar", " ".join(classes))
+        named(tmp_path, "val-0.tar", " ".join(classes))
+        splits, _ = index_splits(str(tmp_path), check="full")
+        assert splits["train"].classes == classes

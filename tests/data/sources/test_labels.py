@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_lb.data.sources.labels import Classes, UnknownLabel, find_classes, read_classes
+from hvd_lb.data.sources.labels import Classes, UnknownLabel, classes_in, find_classes, read_classes
 from hvd_lb.errors import UserError
 
 ELEVEN = [str(number) for number in range(11)]
@@ -68,6 +68,45 @@ def test_in_a_file_of_classes_numbers_are_positions_and_names_are_names() -> Non
         classes.numbers(["1", "2", "3"])
     with pytest.raises(UnknownLabel, match="label '3' is no class; expected one of the 3 .* such as 'bond'$"):
         classes.numbers(["0", "1", "3"])
+
+
+def test_in_a_file_of_numbers_in_another_order_numbers_are_positions_only() -> None:
+    """Else "2" would be position 2 and "3" the name that stands there."""
+    with pytest.raises(UnknownLabel, match="label '3' is no class; .*; do the labels begin at 1"):
+        Classes(["1", "2", "3"], True).numbers(["1", "2", "3"])
+    assert Classes(["0", "1", "10", "2"], True).numbers(["0", "1", "2", "3"]).tolist() == [0, 1, 2, 3]
+    assert Classes(["01", "02"], True).numbers(["01", "02"]).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("training", "own", "labels", "expected"),
+    [
+        (["ant", "bee", "cat"], "cat bee ant", ["cat", "ant", "0", "2"], [2, 0, 2, 0]),
+        (["ant", "bee", "cat"], "dog cat", ["cat", "1"], [2, 2]),
+        (["0", "1", "2"], "cat bee ant", ["cat", "ant", "0", "2"], [0, 2, 0, 2]),
+        (["0", "1", "2"], "2 1 0", ["0", "2", "1"], [2, 0, 1]),
+    ],
+)
+def test_a_file_beside_validation_images_labels_them_as_training_does(
+    training: list[str], own: str, labels: list[str], expected: list[int], tmp_path: Path
+) -> None:
+    (tmp_path / "classes.txt").write_text(own.replace(" ", "\n"))
+    classes = classes_in(tmp_path, Classes(training, False))
+    assert classes is not None
+    assert classes.names == training
+    assert classes.numbers(labels).tolist() == expected
+
+
+@pytest.mark.parametrize("label", ["dog", "0", "3"])
+def test_a_class_that_training_has_not_is_named(label: str, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("dog\ncat\nbee")
+    classes = classes_in(tmp_path, Classes(["3", "bee", "cat"], False))
+    assert classes is not None
+    if label == "3":  # a name, as the file has no such position
+        assert classes.numbers([label]).tolist() == [0]
+        return
+    with pytest.raises(UnknownLabel, match=f"label '{label}' is no class; .* 3 of the training split"):
+        classes.numbers([label])
 
 
 @pytest.mark.parametrize("text", ["ant\nbee\n", "\ufeffant\r\nbee\r\n", "ant\nbee", "ant\nbee\n\n\n"])
