@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hvd_lb.errors import UserError
 from hvd_lb.exact.reproducible import rounding_differences
 from hvd_lb.recipe import Recipe, differing_fields, make_recipe
+from hvd_lb.recipe_file import parse_values, read_text
 from hvd_lb.report.run_directory import FORECAST_FILES, RunDirectory
 from hvd_lb.report.summary import ended_after
 from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
@@ -116,14 +115,8 @@ def stored_recipe(run: RunDirectory) -> Recipe | None:
     """The recipe of the run in there, if there is one. UserError when the folder holds something else."""
     if run.recipe.is_file():
         try:
-            values = yaml.safe_load(run.recipe.read_text("utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            values = None
-        if not isinstance(values, dict):
-            raise UserError(f"{run.recipe} is damaged: restore it or choose another --output")
-        try:
-            return make_recipe(values, str(run.recipe))
-        except UserError as error:  # of a newer version, or changed by hand
+            return make_recipe(parse_values(read_text(run.recipe), str(run.recipe)), str(run.recipe))
+        except UserError as error:  # damaged, of a newer version, or changed by hand
             raise UserError(
                 f"{error}; go on with the version that wrote it, restore it or choose another --output"
             ) from None

@@ -112,6 +112,9 @@ class Slot:
         SPENT     by `Bucket.consume`, after a step; by zero_grad() it becomes NOTHING
         OURS      by `Bucket.publish`; and a SPENT gradient that somebody writes into is one again
         CHANGED   by backward, where there was none; by an assignment to p.grad; by writing into a rounded copy
+
+    What was `given` by hand, without a backward, is never SPENT. As with torch the very tensor stays a gradient until
+    it is cleared: the next one may be written into it by p.grad.data, which tells nobody, or where it is a view of.
     """
 
     def __init__(self, parameter: Tensor, flat: Tensor, offset: int) -> None:
@@ -125,6 +128,7 @@ class Slot:
         self.opened = False  # autograd is about to add to it
         self.gathered = False  # a backward of this step has added to it
         self.spent = False
+        self.given: Tensor | None = None
         # What `p.grad` was when it was seen last, and its version: by these it is known whether it was changed since.
         self.seen: Tensor | None = None
         self.version = 0
@@ -136,10 +140,34 @@ class Slot:
             return Held.NOTHING
         if grad is not self.grad:
             return Held.CHANGED
-        written = grad is not self.seen or grad._version != self.version
-        if self.spent and not written:
+        left = self.left()
+        if left and self.given is None:
             return Held.SPENT
+        written = left or grad is not self.seen or grad._version != self.version
         return Held.CHANGED if self.rounded and written else Held.OURS
+
+    def left(self) -> bool:
+        """Whether `p.grad` is what a step has left there: a backward, which replaces it, does not add to it."""
+        grad = gradient(self.parameter)
+        return self.spent and grad is not None and grad is self.seen and grad._version == self.version
+
+    def drop_left(self) -> None:
+        if self.left():
+            set_gradient(self.parameter, None)
+
+    def note_given(self) -> None:
+        """When an exchange begins: what was set by hand."""
+        by_hand = not self.gathered and self.held() in (Held.OURS, Held.CHANGED)
+        self.given = gradient(self.parameter) if by_hand else None
+
+    def consume(self) -> None:
+        """After a step: no gradient is there for the next one but what was set by hand."""
+        if self.held() is Held.CHANGED:
+            self.bring_back()
+        if self.given is not None:
+            set_gradient(self.parameter, self.given)
+        self.seen = left = self.grad if self.given is None else self.given
+        self.version, self.spent = left._version, True
 
     def take(self) -> Tensor | None:
         """Takes the gradient, if there is one, out of `p.grad`, which is None afterwards."""
@@ -151,14 +179,13 @@ class Slot:
     @torch.no_grad()
     def before_accumulation(self) -> None:
         """Before autograd adds to `p.grad`: drops a spent gradient, sets half precision's sum aside."""
-        held = self.held()
+        self.drop_left()
         if self.rounded:
+            held = self.held()
             if held is Held.CHANGED:
                 self.view.copy_(_dense(gradient(self.parameter)))
             elif held is not Held.OURS:
                 self.view.zero_()
-            set_gradient(self.parameter, None)
-        elif held is Held.SPENT:
             set_gradient(self.parameter, None)
         self.spent = False
 
@@ -297,6 +324,7 @@ class Bucket:
     def start(self, world: World, riders: Sequence[int] = ()) -> None:
         """Starts the exchange of what this process has; until `finish`, the views are undefined."""
         self._set_riders(riders)
+        self._note_given()
         self.collect()
         self.publish()
         if self.complete:
@@ -304,6 +332,11 @@ class Bucket:
         else:
             self.flags.copy_(torch.tensor([slot.present for slot in self.slots]), non_blocking=True)
         self._start(world)
+
+    def _note_given(self) -> None:
+        for slot in self.slots:
+            if not slot.gathered or slot.given is not None:
+                slot.note_given()
 
     def _start(self, world: World) -> None:
         self._versions = [slot.grad._version for slot in self.slots]
@@ -388,18 +421,17 @@ class Bucket:
 
     def consume(self) -> None:
         """After a step: makes the bucket ready for the next backward, its gradients still readable."""
+        given = [slot.given for slot in self.slots]
         self.reset()
-        for slot in self.slots:
-            if slot.held() is Held.CHANGED:
-                slot.bring_back()
-            slot.seen, slot.version, slot.spent = slot.grad, slot.grad._version, True
+        for slot, slot.given in zip(self.slots, given, strict=True):
+            slot.consume()
 
     def reset(self) -> None:
         """Makes the bucket ready for the next backward."""
         self.await_all()
         for slot in self.slots:
             slot.gathered = slot.spent = False
-            slot.seen = None
+            slot.seen = slot.given = None
 
 
 class FixedPointBucket(Bucket):
@@ -418,6 +450,7 @@ class FixedPointBucket(Bucket):
         self._terms: dict[Slot, Tensor] = {}  # that are not in the sum yet
 
     def before_accumulation(self, slot: Slot) -> None:
+        slot.drop_left()
         self._take(slot, zeros=False)
 
     def after_accumulation(self, slot: Slot) -> None:
@@ -449,6 +482,7 @@ class FixedPointBucket(Bucket):
 
     def start(self, world: World, riders: Sequence[int] = ()) -> None:
         self._set_riders(riders)
+        self._note_given()
         for slot in self.awaited:
             self._take(slot, zeros=True)
         self.gather()

@@ -11,6 +11,7 @@ import json
 import sys
 import weakref
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
@@ -54,6 +55,9 @@ _owners = WeakTensorKeyDictionary()  # of each parameter: its newest optimizer, 
 _STEPS = "hvd_lb_steps"  # an option of groups
 # Classes of torch, by name: to import some of them takes long.
 _EXCHANGING = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+# Integers in each exchange: who is late, and who has changed gradients.
+_OWN_RIDERS = 2
+_ITS_OWN = ("param_groups", "state", "defaults")
 _SHARED = [
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
@@ -87,13 +91,14 @@ class DistributedOptimizer(Optimizer):
     bucket as soon as it is full.
 
     - `step` consumes the gradients: they stay readable, and the next backward starts from zero, with or
-      without zero_grad.
+      without zero_grad. One that was set by hand stays a gradient until it is cleared, or until that backward.
     - Whoever reads or sets `p.grad` after backward (`clip_grad_norm_`, `GradScaler.unscale_`) waits for the exchange
       and sees the mean of the processes. For sums call `opt.synchronize(images=n)` before; a count that comes after
       somebody has looked is an error, except in `scaler.step(opt, images=n)` without an `unscale_` of its own.
     - To read `p.grad` while backward is at work is an error, and to change a process's own sums after the last
       backward inside `accumulate()`.
-    - A process without a backward calls `synchronize` before it clips (that others clip and it does not is an error)
+    - What is done to gradients before `step` is done by all processes: that others clip and one does not is an error.
+    - A process without a backward calls `synchronize` before it clips,
       and, as GradScaler wants to have scaled something, `scaler.scale(torch.zeros(()))` before its first step.
     - `opt.zero_grad()` gives up an exchange under way, on all processes or on none.
     - A parameter without a gradient on all processes is skipped; one without on some counts as zero there.
@@ -176,8 +181,9 @@ class DistributedOptimizer(Optimizer):
         alone = compress == "none" or self.world.size == 1
         self._compress = None if alone else half(compress, images or self.world.size)
         self._carrier: Bucket | None = None
-        self._late = False  # this process comes to the exchange in `step`
-        self._latecomers: Arriving | None = None
+        # Of this process: it comes to the exchange in `step`; it has changed gradients of the last step after theirs.
+        self._late, self._changed = False, False
+        self._told: deque[Arriving] = deque(maxlen=2)  # how many did so, in the last steps
         self.carried: Arriving | None = None
         number = (
             next(_instances.setdefault(self.world, itertools.count())) if self.world.size > 1 else "alone"
@@ -217,6 +223,7 @@ class DistributedOptimizer(Optimizer):
             further = {name: p for p, name in self._names.items() if p not in self._known}
             broadcast_tensors(self.world, {**further, **self._buffers}, f"{self._name}.model")
             broadcast_optimizer(self.world, self, f"{self._name}.state")
+        self._made = True
 
     # The gradients of a step
 
@@ -305,8 +312,17 @@ class DistributedOptimizer(Optimizer):
             )
         if closure is None and images is global_images is None and self._only_makes_state():
             return self.optimizer.step()
+        # A step may also be there for its riders alone.
+        nothing_new = not self._riders and images is global_images is None and self._only_left()
         if closure is None or self._phase is Phase.EXCHANGING:
             self._synchronize_now(images, global_images)
+        if nothing_new and closure is None and not any(slot.present for slot in self._slots()):
+            self.zero_grad()
+            raise RuntimeError(
+                "step() without a backward on any process, and the gradients of the last step are still there: they do "
+                "not count again, and what was written into them by p.grad.data tells nobody; give p.grad = ..., or "
+                "call opt.zero_grad() before"
+            )
         if self._schedule is not None:
             self._set_learning_rate(self._schedule(self.steps))
         if closure is None:
@@ -424,6 +440,16 @@ class DistributedOptimizer(Optimizer):
         if name.startswith("_") or "optimizer" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What only the wrapped optimizer has is set there, where it is read."""
+        theirs = name in _ITS_OWN or not (
+            name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        )
+        inner = self.__dict__.get("optimizer") if theirs and "_made" in self.__dict__ else None
+        super().__setattr__(name, value) if inner is None or not hasattr(inner, name) else setattr(
+            inner, name, value
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -555,7 +581,7 @@ class DistributedOptimizer(Optimizer):
             name = f"{self._name}.bucket.{next(self._numbers)}"
             # Riders go last, when they are newest; those of a process alone stay on the host.
             takes_riders = self._carrier is None and members is planned[-1] and self.world.size > 1
-            riders = (self._riders.count if self._riders else 0) + 1 if takes_riders else 0
+            riders = (self._riders.count if self._riders else 0) + _OWN_RIDERS if takes_riders else 0
             bucket = (
                 Bucket(members, name, riders, self._compress)
                 if self._terms is None
@@ -760,7 +786,7 @@ class DistributedOptimizer(Optimizer):
     def _start(self, bucket: Bucket) -> None:
         riders: list[int] = []
         if bucket is self._carrier:
-            riders = [int(self._late), *(self._riders.ask() if self._riders else ())]
+            riders = [int(self._late), int(self._changed), *(self._riders.ask() if self._riders else ())]
         bucket.start(self.world, riders)
         if self.on_exchange:
             self.on_exchange(self._buckets.index(bucket), bucket.exchanged_bytes)
@@ -844,7 +870,8 @@ class DistributedOptimizer(Optimizer):
                 self._start(bucket)
         touched = any(bucket.touched() for bucket in self._buckets)
         overflowed = {parameter for bucket in self._buckets for parameter in bucket.finish()}
-        self._latecomers = Arriving(self._carrier.riders[:1]) if self._carrier else None
+        if self._carrier:
+            self._told.append(Arriving(self._carrier.riders[:_OWN_RIDERS]))
         if self._riders:
             self.carried = Arriving(self._sums_of(self._riders))
         self._phase = Phase.REDUCED
@@ -854,6 +881,7 @@ class DistributedOptimizer(Optimizer):
                 "gradients were changed while they were exchanged, by a reference to them from before: take them "
                 "from p.grad after backward (DistributedDataParallel has such references, too: leave it out)"
             )
+        self._refuse_drift()
         if overflowed:
             self.zero_grad()
             names = sorted(self._label(p) for p in overflowed)
@@ -872,13 +900,29 @@ class DistributedOptimizer(Optimizer):
             self.synchronize(images=images, global_images=global_images)
         finally:
             self._late = False
-        if self._phase is Phase.NORMALISED and self._latecomers and any(b.changed() for b in self._buckets):
-            (late,) = self._latecomers.wait()
+        self._changed = self._phase is Phase.NORMALISED and any(b.changed() for b in self._buckets)
+        if self._changed and self._told:
+            late, _ = self._told[-1].wait()
             if late:
                 raise RuntimeError(
                     f"gradients were changed before step(), as by clipping, and {late} of {self.world.size} processes "
                     "without a backward came to step() at once and could not do the same: call opt.synchronize() there "
                     "first, and then what all do with gradients"
+                )
+
+    def _refuse_drift(self) -> None:
+        """RuntimeError, on all processes, where some have changed the gradients of a step and others have not.
+
+        On a GPU it is what the exchange before told: to wait for this one would have the host wait.
+        """
+        on_host = self._carrier is not None and not self._carrier.riders.is_cuda
+        if self._told and (on_host or len(self._told) > 1):
+            _, changed = self._told[-1 if on_host else 0].wait()
+            if 0 < changed < self.world.size:
+                self.zero_grad()
+                raise RuntimeError(
+                    f"{changed} of {self.world.size} processes have changed gradients before the last step(), as by "
+                    "clipping, and the others have not: their weights are no longer the same. Do it on all processes"
                 )
 
     def _sums_of(self, riders: Riders) -> Tensor:
@@ -903,6 +947,17 @@ class DistributedOptimizer(Optimizer):
         set_by_hand = [slot for slot in slots if not slot.gathered and slot.held() is Held.CHANGED]
         grads = [gradient(slot.parameter) for slot in set_by_hand]
         return len(grads) == len(slots) and not any(grad is not None and bool(grad.any()) for grad in grads)
+
+    def _slots(self) -> Iterator[Slot]:
+        return (slot for bucket in self._buckets for slot in bucket.slots)
+
+    def _only_left(self) -> bool:
+        """Whether this process has no gradients but those that a step has left."""
+        return (
+            self._phase is Phase.GATHERING
+            and any(slot.held() is Held.SPENT for slot in self._slots())
+            and all(gradient(p) is None for p in self._others)
+        )
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:

@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hvd_lb.errors import UserError
+from hvd_lb.recipe_file import parse_values, read_text
 from hvd_lb.report.metrics import Epochs, read_metrics
 from hvd_lb.report.page.chart import Chart, Mark, Series
 from hvd_lb.report.page.events import Event, events
@@ -31,10 +31,9 @@ _FEW_LINES = 20
 def recipe_of(directory: RunDirectory) -> dict[str, Any] | None:
     """The fields of a run's recipe; None where they cannot be read."""
     try:
-        content = yaml.safe_load(directory.recipe.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return parse_values(read_text(directory.recipe), str(directory.recipe))
+    except UserError:
         return None
-    return content if isinstance(content, dict) else None
 
 
 @dataclass(frozen=True)
