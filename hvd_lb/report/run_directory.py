@@ -223,7 +223,9 @@ def replace_bytes(path: Path, content: bytes, *, sync: bool = True, mode: int = 
             if sync:
                 os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
+        if error.filename is None:  # write(2) does not know what it is about
+            error.filename = str(path)
         with suppress(OSError):
             temporary.unlink()
         raise

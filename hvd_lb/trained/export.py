@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hvd_lb.errors import UserError
-from hvd_lb.report.run_directory import replace_text
+from hvd_lb.report.run_directory import replace_bytes, replace_text
 from hvd_lb.report.text import printable
 from hvd_lb.trained.card import Loading, model_card
 from hvd_lb.trained.weights import Trained, metadata_of
@@ -130,7 +130,8 @@ def _torch_export(trained: Trained, model: nn.Module, folder: Path) -> tuple[Loa
         program = torch.export.export(
             model, (torch.zeros(_BATCHES[0], 3, size, size),), dynamic_shapes=({0: batch},)
         )
-        torch.export.save(program, file)
+        torch.export.save(program, whole := BytesIO())  # into a file, a full disk ends the process
+        replace_bytes(file, whole.getvalue())
         again = torch.export.load(file).module()
     code = 'import torch\n\nnetwork = torch.export.load("model.pt2").module()\nlogits = network(x)'
     return Loading("torch.export", code), again
