@@ -9,6 +9,11 @@ import rich_click as click
 from hvd_lb.data.remote.address import without_query
 
 
+def flags(option: click.Option) -> list[str]:
+    """All that it is written as: --pin and --no-pin."""
+    return [*option.opts, *option.secondary_opts]
+
+
 def forwarded_arguments(
     arguments: Sequence[str], command: click.Command, without: Iterable[str]
 ) -> list[str]:
@@ -17,7 +22,7 @@ def forwarded_arguments(
         flag: option
         for option in command.params
         if isinstance(option, click.Option)
-        for flag in (*option.opts, *option.secondary_opts)
+        for flag in flags(option)
     }
     dropped = set(without)
     kept: list[str] = []

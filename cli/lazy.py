@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import rich_click as click
 
 from hvd_lb.errors import nearest
+from hvd_lb_cli.arguments import flags
 
 
 class LazyGroup(click.RichGroup):
@@ -32,7 +34,26 @@ class LazyGroup(click.RichGroup):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         try:
-            return super().resolve_command(ctx, args)
+            name, command, rest = super().resolve_command(ctx, args)
         except click.UsageError as error:
             more = nearest(args[0], self.list_commands(ctx))
             raise click.UsageError(f"{error.message.rstrip('.')}{more}", ctx) from None
+        if command:
+            _refuse_options_as_values(command, rest, ctx.help_option_names)
+        return name, command, rest
+
+
+def _refuse_options_as_values(command: click.Command, words: Sequence[str], more: Sequence[str]) -> None:
+    """UsageError for `--output --resume auto`, which would write into a folder called `--resume`."""
+    options = {
+        flag: param for param in command.params if isinstance(param, click.Option) for flag in flags(param)
+    }
+    for word, following in pairwise(words):
+        if word == "--":
+            return
+        option = options.get(word)
+        takes_one = option and not (option.is_flag or option.count)
+        if takes_one and following.partition("=")[0] in (*options, *more):
+            raise click.UsageError(
+                f"{word} has no value, as the option {following} follows: give one, or write {word}={following}"
+            )

@@ -490,7 +490,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line, parse_constant=lambda _: None)  # NaN, in files of older versions
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not isinstance(record.get("kind", ""), str):
         return None
     kind = str(record.get("kind"))
     steps, numbers = ("step", *_WHOLE_NUMBERS.get(kind, ())), _NUMBERS.get(kind, ())

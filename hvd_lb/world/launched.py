@@ -71,7 +71,8 @@ def launched_alone(environment: Mapping[str, str]) -> str | None:
 
 
 def refuse_unclear(environment: Mapping[str, str]) -> None:
-    """UserError where of a rank and a number of processes, both set, only one is a number, as in `RANK= WORLD_SIZE=2`.
+    """UserError where of a rank and a number of processes, both set, only one is a number, as in `RANK= WORLD_SIZE=2`,
+    or the rank is none of so many, as in `RANK=5 WORLD_SIZE=2`.
 
     For processes that none of the variables make one of several: each would be one alone.
     """
@@ -82,6 +83,11 @@ def refuse_unclear(environment: Mapping[str, str]) -> None:
             raise UserError(
                 f"{known.rank}={environment[known.rank]!r} and {known.size}={environment[known.size]!r}: expected two "
                 "numbers, which of how many processes this is: set both, or unset them where another job has left them"
+            )
+        if rank is not None and size is not None and rank >= size > 1:
+            raise UserError(
+                f"{known.rank}={rank} and {known.size}={size}: ranks of {size} processes are 0 to {size - 1}; set both "
+                "right, or unset them where another job has left them"
             )
 
 
@@ -103,7 +109,9 @@ def _places(environment: Mapping[str, str]) -> list[Place]:
     places = []
     for known in _LAUNCHERS:
         rank, size = _number(environment, known.rank), _number(environment, known.size)
-        if rank is not None and size is not None and all(name in environment for name in known.also):
+        if rank is None or size is None or rank >= size > 1:
+            continue
+        if all(name in environment for name in known.also):
             places.append(Place(known.launcher, rank, size, _number(environment, known.local_rank)))
     return places
 

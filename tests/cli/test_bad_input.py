@@ -23,6 +23,10 @@ DIGITS = ("train", "--data", "digits", "--device", "cpu")
         ((*DIGITS, "--output", "s3://bucket/run"), "s3://bucket/run is an address"),
         (("data", "pack", "digits", "gs://bucket/digits"), "gs://bucket/digits is an address"),
         (("data", "export", "digits", "https://host/digits"), "https://host/digits is an address"),
+        ((*DIGITS, "--output", "--resume"), "--output has no value, as the option --resume follows"),
+        ((*DIGITS, "--resume", "--output=x"), "--resume has no value"),
+        ((*DIGITS, "--val", "--help"), "write --val=--help"),
+        (("data", "pack", "digits", "--threads", "--quality", 3), "--threads has no value"),
         ((*DIGITS, "--gpus", 0), "--gpus 0"),
         ((*DIGITS, "--gpus", -2), "--gpus -2"),
         ((*DIGITS, "--gpus", "two"), "'two' is not a valid integer"),
@@ -251,6 +255,26 @@ def test_output_in_use(hvd_lb: Run, in_empty_folder: Path) -> None:
         said = hvd_lb(*DIGITS, "--output", "run")
     assert said.status == 2
     assert "in use by another run" in said.err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: " + "[" * 5000,
+        f"seed: {'9' * 5000}\n",
+        "seed: 1\nseed: 1\n",
+        "- x\n",
+        "\0",
+    ],
+)
+def test_a_damaged_recipe_of_a_run(hvd_lb: Run, in_empty_folder: Path, text: str) -> None:
+    (in_empty_folder / "out").mkdir()
+    (in_empty_folder / "out" / "recipe.yaml").write_text(text)
+    said = hvd_lb(*DIGITS, "--output", "out")
+    assert (said.status, said.err.count("\n")) == (2, 1)
+    assert "out/recipe.yaml" in said.err
+    assert "restore it or choose another --output" in said.err
+    assert hvd_lb("report", "out").status == 0
 
 
 def test_output_of_another_recipe_names_the_fields(hvd_lb: Run, in_empty_folder: Path) -> None:

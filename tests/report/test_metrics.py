@@ -29,6 +29,7 @@ from hvd_lb.report.run_directory import RunDirectory, replace_text
 NAN, INF = float("nan"), float("inf")
 TORN = b'{"kind": "train", "step": 3, "lo'
 FOREIGN = [
+    b'{"kind": [], "step": 1}\n',
     b"\0\0\0\0\n",
     b"not JSON\n",
     b"[1]\n",

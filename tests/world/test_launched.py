@@ -79,6 +79,21 @@ def test_a_job_that_does_not_say_which_process_this_is(environment: dict[str, st
         refuse_unclear(environment)
 
 
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "h1", "MASTER_PORT": "29500"},
+        {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "2"},
+        {"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "4"},
+    ],
+)
+def test_a_rank_that_the_job_has_not_would_wait_for_ever(environment: dict[str, str]) -> None:
+    assert launched(environment) is None
+    with pytest.raises(UserError, match=r"=[259] and \w+=[24]: ranks of [24] processes are 0 to [13]"):
+        refuse_unclear(environment)
+    assert launched(environment | MPIRUN | {"OMPI_COMM_WORLD_RANK": "1"}) == Place("mpirun", 1, 4, 0)
+
+
 def test_what_is_left_over_is_clear() -> None:
     for environment in ({}, {"RANK": ""}, {"WORLD_SIZE": "8"}, {"PMI_RANK": "x", "PMI_SIZE": "many"}):
         refuse_unclear(environment)
