@@ -46,6 +46,15 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
     return number
 
 
+def each_once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """For json's `object_pairs_hook`: ValueError for a key that is there with two values, of which the last would count."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if found.setdefault(name, value) != value:
+            raise ValueError(f"{name!r} is there twice")
+    return found
+
+
 @contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
     """UserErrors in here say other words: a parameter of the library's is an option of a command's."""

@@ -510,6 +510,10 @@ def read_state(path: Path) -> dict[str, Any]:
             f"checkpoint {path} has format {state['format']} and this hvd-lb reads formats up to {FORMAT}: go on with "
             "the version that wrote it, or choose another --output"
         )
+    if pointers.CHECKPOINT.fullmatch(path.name) and _step_of(path) != state["step"]:
+        raise DamagedCheckpoint(
+            f"checkpoint {path} is that of step {state['step']} under another name: give it its own name back"
+        )
     return state
 
 

@@ -285,6 +285,23 @@ def no_symlinks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("no_symlinks")
+def test_one_under_the_name_of_another_step_is_neither_used_nor_lost(tmp_path: Path) -> None:
+    """To go on from it would remove it, as one of a later step."""
+    store = CheckpointStore(tmp_path)
+    save(store, 8, 16, 24)
+    for old, new in (("08", "x"), ("16", "08"), ("x", "16")):
+        (tmp_path / f"step-000000{old}").rename(tmp_path / f"step-000000{new}")
+    found, problems = store.newest_intact()
+    assert found
+    assert (found.step, problems) == (24, {})
+    shutil.rmtree(found.path)
+    found, problems = store.newest_intact()
+    assert found is None
+    assert "step-00000016 is that of step 8 under another name" in problems[tmp_path / "step-00000016"]
+    shutil.copytree(tmp_path / "step-00000016", tmp_path / "copy")
+    assert open_checkpoint(tmp_path / "copy").step == 8
+
+
 def test_without_symbolic_links_names_are_small_files(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     save(store, 1, 2, 3, best=1)

@@ -12,7 +12,7 @@ import numpy as np
 from hvd_lb.data.remote.address import Place
 from hvd_lb.data.sources.names import look_alike, same_composed
 from hvd_lb.data.sources.places import read_if_there
-from hvd_lb.errors import UserError
+from hvd_lb.errors import UserError, each_once
 
 CLASSES_FILES = ("classes.json", "classes.txt")
 _MOST_CLASSES = 1_000_000
@@ -121,7 +121,10 @@ def read_classes(folder: Place) -> Classes | None:
         if b"\0" in content:
             raise ValueError("is it UTF-16? Save it as UTF-8")
         text = content.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
-        names = json.loads(text)["classes"] if path.name.endswith(".json") else text.rstrip("\n").split("\n")
+        if path.name.endswith(".json"):
+            names = json.loads(text, object_pairs_hook=each_once)["classes"]
+        else:
+            names = text.rstrip("\n").split("\n")
         if (
             not isinstance(names, list)
             or not names

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hvd_lb.data.remote import store
 from hvd_lb.data.remote.address import Address, Place
-from hvd_lb.errors import UserError
+from hvd_lb.errors import UserError, each_once
 
 MANIFEST = "manifest.json"
 
@@ -30,7 +30,7 @@ def manifest(folder: Place) -> dict[str, int]:
     if content is None:
         return {}
     try:
-        shards = json.loads(content)["shards"]
+        shards = json.loads(content, object_pairs_hook=each_once)["shards"]
         return {str(name): int(of["bytes"]) for name, of in shards.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(

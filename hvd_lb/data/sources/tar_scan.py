@@ -21,7 +21,7 @@ from hvd_lb.data.files.reading import retried
 from hvd_lb.data.files.rows import ROW, head_sum
 from hvd_lb.data.files.section import WINDOW, Section
 from hvd_lb.data.remote.address import Address, Place
-from hvd_lb.errors import UserError
+from hvd_lb.errors import UserError, each_once
 
 PRead = Callable[[int, int], bytes]
 T = TypeVar("T")
@@ -267,7 +267,9 @@ def _label(path: Place, key: str, section: Section, sample: _Sample) -> str:
 
 def _object(section: Section, member: _Member) -> dict[str, Any]:
     """ValueError, RecursionError for what is none."""
-    values = json.loads(section.at(member.start, min(member.size, _LONGEST_JSON)))
+    values = json.loads(
+        section.at(member.start, min(member.size, _LONGEST_JSON)), object_pairs_hook=each_once
+    )
     if not isinstance(values, dict):
         raise ValueError(f"but {type(values).__name__}")
     return values

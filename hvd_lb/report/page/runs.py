@@ -74,8 +74,9 @@ class _Run:
         """At its beginning: as the run says, else by records: step s of epoch e says that s / (e + 1) < it ≤ s / e."""
         if known := read_json(self.directory.launching).get("steps_per_epoch"):
             return float(known)
-        if self.summary.get("epochs"):
-            return float(self.summary["steps"] / self.summary["epochs"])
+        steps, epochs = self.summary.get("steps"), self.summary.get("epochs")
+        if steps and epochs:
+            return float(steps / epochs)
         told = [
             (record["step"], record["epoch"]) for record in self.records if record.get("epoch") is not None
         ]

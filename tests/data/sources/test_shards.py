@@ -276,6 +276,10 @@ def one_json_disagrees_with_itself(folder: Path) -> None:
     write_tar(third(folder), [("a.png", png()), ("a.json", b'{"cls": 1, "label": 2}')])
 
 
+def one_json_has_two_labels(folder: Path) -> None:
+    write_tar(third(folder), [("a.png", png()), ("a.json", b'{"cls": 1, "size": 3, "cls": 2}')])
+
+
 def heic(folder: Path) -> None:
     write_tar(third(folder), [("a.HEIC", b"ftyp"), ("a.cls", b"x")])
 
@@ -381,6 +385,7 @@ MISTAKES = {
     two_files_disagree: "train-000002.tar: 'a.cls' says '3', but `label` in 'a.json' says '4'; leave one",
     names_in_two_files_disagree: "'a.cls' says 'ant', but `cls` in 'a.json' says 'bee'",
     one_json_disagrees_with_itself: "`label` in 'a.json' says '2', but `cls` in 'a.json' says '1'",
+    one_json_has_two_labels: "train-000002.tar: 'a.json' is no JSON object .'cls' is there twice",
     heic: "train-000002.tar: 'a.HEIC': HEIC is not read: convert it to JPEG, PNG or AVIF",
     symbolic_link: "train-000002.tar: 'a.png' is a link: pack what it points to",
     device: "train-000002.tar: 'a.png' is no file, but a pipe or a device",
@@ -590,7 +595,16 @@ def test_names_that_are_none(spec: str, said: str, shards: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", "[]", '{"classes": ["x", "x"]}', '{"classes": [1]}', "{", "[" * 100_000]
+    "content",
+    [
+        "{}",
+        "[]",
+        '{"classes": ["x", "x"]}',
+        '{"classes": ["y", "x"], "classes": ["x", "y"]}',
+        '{"classes": [1]}',
+        "{",
+        "[" * 100_000,
+    ],
 )
 def test_a_list_of_classes_that_is_none(content: str, shards: Path) -> None:
     (shards / "classes.json").write_text(content)
