@@ -99,6 +99,10 @@ def unlike_summary(run: RecordedRun) -> tuple[list[str], list[str]]:
     end = min(plan.end, asked or plan.end) if plan and not run.first_step else 0
     if run.steps < end:
         wrong.append(f"summary.json says {reason!r}, and of {count(end, 'step')} {run.steps:,} are recorded")
+    elif plan and end and len(plan.scales) == 1 and (reason == STOPPED) != (end < plan.end):
+        wrong.append(
+            f"summary.json says {reason!r}, and by the recipe the run ends after {end:,} of {plan.end:,} steps"
+        )
     return wrong, []
 
 

@@ -127,6 +127,13 @@ def test_another_summary(
     assert (status, told in out) == (1, True), out
 
 
+def test_a_run_that_was_stopped_is_not_called_finished(hvd_lb: Run, recorded: Path, copied: Copied) -> None:
+    run = copied(recorded)
+    change(run, exit_reason="finished")
+    status, out = verified(hvd_lb, run)
+    assert (status, "'finished', and by the recipe the run ends after 30 of 660 steps" in out) == (1, True), out
+
+
 def test_a_summary_that_is_none(hvd_lb: Run, recorded: Path, copied: Copied) -> None:
     run = copied(recorded)
     (run / "summary.json").write_text("{")
