@@ -47,7 +47,7 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
 
 
 def each_once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's `object_pairs_hook`: ValueError for a key that is there with two values, of which the last would count."""
+    """For json's `object_pairs_hook`: ValueError for a key with two values, of which the last would count."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if found.setdefault(name, value) != value:

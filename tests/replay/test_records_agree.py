@@ -131,7 +131,9 @@ def test_a_run_that_was_stopped_is_not_called_finished(hvd_lb: Run, recorded: Pa
     run = copied(recorded)
     change(run, exit_reason="finished")
     status, out = verified(hvd_lb, run)
-    assert (status, "'finished', and by the recipe the run ends after 30 of 660 steps" in out) == (1, True), out
+    assert (status, "'finished', and by the recipe the run ends after 30 of 660 steps" in out) == (1, True), (
+        out
+    )
 
 
 def test_a_summary_that_is_none(hvd_lb: Run, recorded: Path, copied: Copied) -> None:
