@@ -423,7 +423,8 @@ class Bucket:
         """After a step: makes the bucket ready for the next backward, its gradients still readable."""
         given = [slot.given for slot in self.slots]
         self.reset()
-        for slot, slot.given in zip(self.slots, given, strict=True):
+        for slot, by_hand in zip(self.slots, given, strict=True):
+            slot.given = by_hand
             slot.consume()
 
     def reset(self) -> None:
