@@ -284,7 +284,6 @@ def no_symlinks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "symlink", refuse)
 
 
-@pytest.mark.usefixtures("no_symlinks")
 def test_one_under_the_name_of_another_step_is_neither_used_nor_lost(tmp_path: Path) -> None:
     """To go on from it would remove it, as one of a later step."""
     store = CheckpointStore(tmp_path)
@@ -302,6 +301,7 @@ def test_one_under_the_name_of_another_step_is_neither_used_nor_lost(tmp_path: P
     assert open_checkpoint(tmp_path / "copy").step == 8
 
 
+@pytest.mark.usefixtures("no_symlinks")
 def test_without_symbolic_links_names_are_small_files(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     save(store, 1, 2, 3, best=1)
