@@ -107,4 +107,5 @@ def test_what_was_evaluated_last_is_known_to_a_run_that_goes_on(
     stopped.fit()
     last = open_checkpoint(tmp_path / "last")
     assert (last.step, last.saved.evaluation, last.saved.best_error) == (6, evaluation, 50)
+    assert (last.evaluation, saved.evaluation) == (None, evaluation)  # whose weights were evaluated
     assert open_checkpoint(tmp_path / "best").step == 4

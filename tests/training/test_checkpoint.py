@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -55,6 +56,23 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in store.newest_first()] == ["step-00000005", "step-00000004", "step-00000002"]
     assert (tmp_path / "last").resolve().name == "step-00000005"
     assert (tmp_path / "best").resolve().name == "step-00000002"
+
+
+@pytest.mark.parametrize(
+    ("state", "error"),
+    [
+        ({"evaluation": {"top1_error": 5.0}}, 5.0),
+        ({"evaluation": {"top1_error": 5.0, "ema_top1_error": 4.0}}, 4.0),
+        ({"evaluation": {"top1_error": 5.0}, "evaluation_due": True}, None),  # it is of earlier weights
+        ({"evaluation": None}, None),
+    ],
+)
+def test_the_best_error_is_that_of_the_best_one(state: dict, error: float | None, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    assert store.best_error() == math.inf
+    store.save(1, MODEL, OPTIMIZER, {"next": {}, **state}, best=True)
+    store.save(2, MODEL, OPTIMIZER, {"next": {}, "evaluation": {"top1_error": 1.0}})
+    assert store.best_error() == error
 
 
 def damage_truncate(folder: Path) -> None:

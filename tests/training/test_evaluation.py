@@ -80,6 +80,13 @@ def test_figures_are_those_of_a_plain_loop(batch_size: int, processes: int) -> N
     assert found[0].loss == pytest.approx(expected.loss, rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_is_formed_in_double_whatever_the_logits_are(dtype: torch.dtype) -> None:
+    images, table = numbered(45, 12), table_of(45, 12).to(dtype)
+    found = evaluate(images, table, 8, Solo())
+    assert found.loss == pytest.approx(plain(images.labels.tolist(), table.tolist()).loss, rel=1e-12)
+
+
 def test_no_bit_depends_on_the_processes() -> None:
     images, table = numbered(45, 12), table_of(45, 12)
     alone = evaluate(images, table, 4, Solo())

@@ -13,7 +13,9 @@ from PIL import Image
 from tars import Member, png, write_tar
 
 from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.files.journal import _HEAD, Journal, _checksum
 from hvd_lb.data.images import Dataset, fingerprint_note, images_of, refuse_other_images, same_images
+from hvd_lb.data.index import store
 from hvd_lb.data.index.dataset import index_splits
 from hvd_lb.data.index.images import IndexedImages
 from hvd_lb.data.index.index import Index, open_index
@@ -65,6 +67,8 @@ CHANGES = {
     "classes of val swapped": lambda folder: swap(folder, "val/a", "val/b"),
     "files of val swapped": lambda folder: swap(folder, "val/a/0.bmp", "val/a/2.bmp"),
     "other bytes": lambda folder: Image.new("RGB", (8, 8), (7, 7, 7)).save(folder / "train" / "a" / "0.bmp"),
+    "other bytes of the last": lambda folder: Image.new("RGB", (8, 8)).save(folder / "train" / "b" / "2.bmp"),
+    "other bytes of the last of val": lambda folder: Image.new("RGB", (8, 8)).save(folder / "val/b/2.bmp"),
 }
 
 
@@ -75,7 +79,8 @@ def test_other_images_have_another_fingerprint_also_where_length_and_time_are_th
     folder = bitmaps(tmp_path / "set", COLOURS)
     before = fingerprint(folder)
     CHANGES[change](folder)
-    os.utime(folder / "train" / "a" / "0.bmp", ns=(LONG_AGO, LONG_AGO))
+    for path in folder.rglob("*.bmp"):
+        os.utime(path, ns=(LONG_AGO, LONG_AGO))
     after = fingerprint(folder)
     assert not same_images(before, after)
     with pytest.raises(UserError, match="step-8 was trained on other data than set is now"):
@@ -184,6 +189,33 @@ def test_a_check_of_everything_sees_what_nothing_else_shows(tmp_path: Path) -> N
     kept = open_index(source, check="full")
     assert kept.identity == after.identity
     assert os.stat(kept.keep[0]).st_ino == os.stat(after.keep[0]).st_ino
+
+
+def test_a_check_of_everything_takes_nothing_from_an_older_journal(tmp_path: Path) -> None:
+    """One that an interrupted process has left beside an index of the same stamp."""
+    folder = bitmaps(tmp_path / "set", COLOURS) / "train"
+    source = FolderSource(folder, folder, "all", cheap=0)
+    before = open_index(source)
+    measured = before.rows[["size", "width", "height", "orientation", "kind", "head"]].copy()
+    for block, rows in ((0, measured[:2]), (2, measured[2:])):
+        content = rows.tobytes()
+        with store.journal(before.keep[0]).open("ab") as file:
+            file.write(_HEAD.pack(block, len(content), _checksum(block, content)) + content)
+    assert [start for start, _ in Journal(store.journal(before.keep[0])).blocks()] == [0, 2]
+    swap(folder, "a/0.bmp", "b/0.bmp")
+    settle(folder)
+    assert (open_index(source, check="full").rows["head"] != before.rows["head"]).sum() == 2
+
+
+def test_a_fingerprint_that_is_kept_is_of_both_splits(tmp_path: Path) -> None:
+    folder = bitmaps(tmp_path / "set", COLOURS)
+    bitmaps(tmp_path / "other", {f"{label}/{i}": 90 for label in "ab" for i in range(3)})
+    for _ in range(2):
+        both = [
+            open_dataset(str(folder / "train"), val=str(of)).fingerprint()
+            for of in (folder / "val", tmp_path / "other")
+        ]
+        assert not same_images(*both)
 
 
 def test_a_repaired_file_is_found_in_a_large_folder(tmp_path: Path) -> None:

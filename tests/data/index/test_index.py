@@ -108,7 +108,9 @@ def test_any_change_makes_a_new_index_and_drops_the_old(change: Callable[[Path],
     assert cached() != [old]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "missing", "json", "other"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "emptied", "missing", "json", "other", "a row less", "a name less"]
+)
 def test_a_damaged_cache_is_made_again(damage: str, folder: Path) -> None:
     expected = open_index(folder).widths.tolist()
     (cache,) = cached()
@@ -121,6 +123,10 @@ def test_a_damaged_cache_is_made_again(damage: str, folder: Path) -> None:
         rows.unlink()
     elif damage == "json":
         (cache / "facts.json").write_text("{")
+    elif damage == "a row less":
+        np.save(rows, np.load(rows)[:-1])
+    elif damage == "a name less":
+        np.save(cache / "names.npy", np.load(cache / "names.npy")[:-1])
     else:
         np.save(rows, np.zeros(3, np.int32))
     reads = Reads()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hvd_lb.data.index import shard_reader
 from hvd_lb.data.index.shard_reader import ShardReader
 from hvd_lb.errors import UserError
 
@@ -114,13 +115,41 @@ def test_too_many_open_files_close_some(code: int, folder: Path, monkeypatch: py
         return original(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", limited)
-    for shard in [*range(SHARDS), *range(SHARDS)]:
-        expected = np.random.default_rng(shard).bytes(SIZE)[5:50]
-        assert reader.read(shard, 5, 45).tobytes() == expected
-    assert 1 <= open_files(folder) <= most
+    for most in (6, 1):
+        for shard in [*range(SHARDS), *range(SHARDS)]:
+            expected = np.random.default_rng(shard).bytes(SIZE)[5:50]
+            assert reader.read(shard, 5, 45).tobytes() == expected
+        assert 1 <= open_files(folder) <= most
     most = 0
     with pytest.raises(UserError, match="cannot be read"):
         [reader.read(shard, 0, 5) for shard in range(SHARDS)]
+
+
+def test_those_read_last_stay_open(folder: Path) -> None:
+    shards = ShardReader(folder, [f"{shard}.tar" for shard in range(SHARDS)], most_open=3)
+    for shard in (0, 1, 2, 0, 3):
+        shards.read(shard, 0, 5)
+    links = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+    there = {os.path.basename(path) for path in map(os.path.realpath, links) if path.endswith(".tar")}
+    assert there == {"0.tar", "2.tar", "3.tar"}
+
+
+def test_after_an_error_the_file_is_opened_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handle that has gone stale stays so."""
+    shards = ShardReader(folder, ["0.tar"])
+    shards.read(0, 0, 5)
+    stale = shards._open[0]  # kept, so that its number is not given again
+    read, failed = shard_reader.read_range, list[int]()
+
+    def read_range(number: int, offset: int, size: int) -> np.ndarray:
+        if number == stale.number:
+            failed.append(number)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(number, offset, size)
+
+    monkeypatch.setattr(shard_reader, "read_range", read_range)
+    assert shards.read(0, 5, 45).tobytes() == np.random.default_rng(0).bytes(SIZE)[5:50]
+    assert len(failed) == 1
 
 
 def test_a_shard_that_was_cut_or_removed_is_named(folder: Path) -> None:

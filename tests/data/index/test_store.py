@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hvd_lb.data.dataset import open_dataset
+from hvd_lb.data.files.rows import ROW, Table
 from hvd_lb.data.index import store
 from hvd_lb.data.index.dataset import index_splits
 from hvd_lb.data.index.index import Index, open_index
@@ -62,6 +63,24 @@ def test_what_another_machine_has_open_stays_for_a_month(
     assert not old.keep[0].exists()
 
 
+def test_an_index_made_anew_under_its_name_leaves_what_another_machine_has_open(folder: Path) -> None:
+    source = FolderSource(folder, folder, "all", cheap=0)
+    old = open_index(source)
+    (old.keep[0] / "users" / "other").touch()
+    path = folder / "ant" / "0.png"
+    stat = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    new = open_index(source, check="full")
+    assert new.keep[0] == old.keep[0]
+    assert new.identity != old.identity
+    (aside,) = (path.parent.parent for path in old.keep[0].parent.glob("*/users/other"))
+    assert aside != new.keep[0]
+    np.testing.assert_array_equal(np.load(aside / "rows.npy"), np.array(old.rows))
+
+
 def test_what_only_this_machine_has_open_goes_at_once(folder: Path) -> None:
     old = index(folder)
     expected = np.array(old.rows)
@@ -72,11 +91,37 @@ def test_what_only_this_machine_has_open_goes_at_once(folder: Path) -> None:
     assert [path for path in new.keep[0].parent.iterdir() if path.is_dir()] == [new.keep[0]]
 
 
+def test_an_index_is_found_by_a_link_to_its_data(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(folder.name)
+    assert index(tmp_path / "linked").keep == index(folder).keep
+
+
+def table(names: bytes, *sizes: tuple[int, int]) -> Table:
+    rows = np.zeros(len(sizes), ROW)
+    rows["width"], rows["height"] = zip(*sizes, strict=True)
+    return Table(["one"], rows, np.frombuffer(names, np.uint8), [], None)
+
+
+def test_the_largest_image_has_most_pixels() -> None:
+    """Of 50,000 × 50,000 there are more than 32 bits count."""
+    for sizes, largest in (([(9, 1), (4, 4), (1, 15)], 1), ([(8, 8), (50_000, 50_000), (9, 9)], 1)):
+        assert store.facts_of(table(b"", *sizes)).largest == largest
+
+
+def test_the_checksum_is_over_names_and_rows() -> None:
+    tables = (table(b"ab", (1, 1)), table(b"ac", (1, 1)), table(b"ab", (1, 2)))
+    assert len({store.facts_of(of).sum for of in tables}) == 3
+
+
 def test_beside_the_data_others_may_read_unseen(folder: Path) -> None:
     old = index(folder, beside=True)
     change(folder)
     index(folder, beside=True)
-    assert old.keep[0].is_dir()
+    for days in (0, 25):
+        age(old.keep[0].parent, days * 86_400)
+        change(folder)
+        index(folder, beside=True)
+        assert old.keep[0].is_dir()
     age(old.keep[0].parent, MONTH)
     change(folder)
     index(folder, beside=True)
