@@ -45,7 +45,7 @@ def test_what_was_cut_short_is_left_out_and_written_over(path: Path, lost: int) 
     assert list(Journal(path).blocks()) == [*whole, (7, b"again")]
 
 
-@pytest.mark.parametrize("at", [0, 9, 16, 21, 200])
+@pytest.mark.parametrize("at", [0, 9, 15, 16, 21, 200])
 def test_what_was_damaged_is_left_out(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1

@@ -115,6 +115,17 @@ def test_two_that_write_the_same_journal_do_no_harm(tmp_path: Path) -> None:
     same(open_index(source, on_bad_image="skip"), expected)
 
 
+def test_two_that_write_the_same_journal_of_shards_do_no_harm(tmp_path: Path) -> None:
+    source = tars(tmp_path / "data")
+    expected = open_index(source, on_bad_image="skip")
+    with journal.Journal(store.journal(expected.keep[0])) as kept:
+        for number in (0, 0, 1, 1, 0, 5, 2):
+            scan = shards.scan_shard(tmp_path / "data" / expected.facts.shards[number])
+            kept.append(number, scan.to_bytes())
+    (expected.keep[0]).rename(tmp_path / "away")
+    same(open_index(source, on_bad_image="skip"), expected)
+
+
 @pytest.mark.slow
 def test_a_killed_process_leaves_what_it_knew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = files(tmp_path / "data")

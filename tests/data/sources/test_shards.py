@@ -635,3 +635,14 @@ def test_a_shard_that_changed_is_scanned_again(shards: Path) -> None:
     assert len(data.train) == 11
     shutil.copy(shards / "val-000000.tar", shards / "train-000004.tar")
     assert len(open_dataset(str(shards)).train) == 14
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_of_another_size_a_shard_is_another_one_whatever_its_time_is(name: str, shards: Path) -> None:
+    path = shards / f"{name}-000000.tar"
+    before, when = getattr(open_dataset(str(shards)), name), path.stat()
+    write_tar(path, samples("abcdefghijklmnopqrstuvwx", b"x"))
+    assert path.stat().st_size != when.st_size
+    os.utime(path, ns=(when.st_atime_ns, when.st_mtime_ns))
+    after = getattr(open_dataset(str(shards)), name)
+    assert len(after) == len(before) - sum(before.index.rows["shard"] == 0) + 24
