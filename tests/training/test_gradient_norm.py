@@ -68,6 +68,14 @@ def test_it_is_that_of_plain_autograd(changes: dict[str, Any], dtype: torch.dtyp
         assert min(plain.values()) > changes["clip_norm"]
 
 
+def test_that_of_a_short_step_is_over_its_images() -> None:
+    """22 of 150 are left for the last step of an epoch."""
+    trainer = make_trainer(small_recipe(log_every=1, steps=6, last_batch="keep", noise_scale="off"))
+    assert trainer.run_plan.at(4).images == 22
+    plain = fit_beside_plain_autograd(trainer, torch.float64)
+    assert norms(trainer) == {step: pytest.approx(norm, rel=1e-12) for step, norm in plain.items()}
+
+
 def test_its_bits_are_the_same_on_any_number_of_processes(tmp_path: Path) -> None:
     changes = {"precision": "fp32", "reproducible": True}
     alone = run(Solo(), tmp_path / "one", steps=5, **changes)

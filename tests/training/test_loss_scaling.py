@@ -61,6 +61,23 @@ def test_other_precisions_scale_nothing() -> None:
         assert make_trainer(small_recipe(precision=precision)).state.scaler.get_scale() == 1
 
 
+@pytest.mark.parametrize("clip", [0.05, 1e9])
+def test_gradients_are_clipped_in_their_own_scale(clip: float) -> None:
+    """What the optimizer gets is what it gets in fp32, and not 2¹³ times less."""
+    found: list[float] = []
+    for recipe in (half(clip_norm=clip), small_recipe(precision="fp32", clip_norm=clip)):
+        trainer = make_trainer(recipe)
+        parameters = list(trainer.model.parameters())
+
+        def note(*_: object, parameters: list[torch.nn.Parameter] = parameters) -> None:
+            found.append(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None) ** 0.5)
+
+        trainer.state.optimizer.optimizer.register_step_pre_hook(note)
+        run_steps(trainer, 1)
+    assert found == pytest.approx([found[1]] * 2, rel=0.03)
+    assert found[1] == pytest.approx(clip, rel=1e-3) if clip < 1 else found[1] > 0.05
+
+
 @pytest.mark.slow
 def test_a_skipped_step_leaves_weights_and_velocity_and_counts_as_a_step() -> None:
     """The scale is halved; running statistics have seen the images, as in torch; the next learning rate is the next."""

@@ -246,6 +246,42 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     assert int(done.stdout) > 100
 
 
+def test_all_that_is_packed_is_on_the_disk_before_it_has_its_name(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And names are, before anything says that they are there: a folder is synced before journal and manifest."""
+    sizes: dict[int, int] = {}  # of what was synced, by its inode
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        there = os.fstat(descriptor)
+        sizes[there.st_ino] = there.st_size
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+
+    def renamed(before: Path, after: Path) -> None:
+        there = os.stat(before)
+        if tmp_path / "packed" in Path(after).parents:  # and not the index of the source
+            assert sizes.get(there.st_ino) == there.st_size, after
+        replace(before, after)
+        events.append(("in " + Path(after).parent.name, Path(after).name))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    made = packed(source, tmp_path / "packed")
+    assert events[-2:] == [("in packed", "manifest.json"), ("sync", "packed")]
+    before = events[: events.index(("in packed", "manifest.json"))]
+    last_sync = max(number for number, event in enumerate(before) if event == ("sync", "packed"))
+    places = [number for number, (what, _) in enumerate(before) if what == "in packed"]
+    assert len(places) == len(made.shards) + 1
+    assert max(places) < last_sync
+    work, journal = next((what.removeprefix("in "), name) for what, name in events if name == "shards.jsonl")
+    for name in made.shards:
+        finished = events.index((f"in {work}", name))
+        assert events[finished + 1 : finished + 3] == [("sync", work), ("sync", journal)]
+
+
 def test_the_journal_of_finished_shards_is_synced_to_the_disk(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
