@@ -5,6 +5,7 @@
 The peers are the plain programs in peers/: PyTorch's DDP over Gloo, Horovod's own optimizer, and the network's work
 alone. Batches lie ready in memory; with `--pictures` they come from PNG files of 300×300, but for the last: by hvd-lb's
 own loader, and for its peers by a DataLoader of one worker each, whose CPU seconds and memory are not in the figures.
+`--stock-horovod FOLDER` names a Horovod for that peer (`pip install --target`), where the one here has a patch.
 All sides take turns, each in processes of its own; figures are medians over the rounds, of the median step in each. A
 side that fails in a case has none there.
 """
@@ -46,11 +47,13 @@ COMPRESSED = [side for side, (_, _, fields) in SIDES.items() if "compress" in fi
 PEERS_OF_ALL = ("DDP", "Horovod", "bare")
 
 
-def run(side: str, case: str) -> list[float] | None:
+def run(side: str, case: str, stock_horovod: Path | None = None) -> list[float] | None:
     """Of a step: seconds, CPU seconds of a process, and its bytes of memory; None where it fails."""
     program, launcher, fields = SIDES[side]
     os.environ |= {"OMP_NUM_THREADS": "1", "HVD_LB_BENCH": json.dumps(fields)}
     command = [*map(str, launcher), sys.executable, str(PEERS / program), case]
+    if stock_horovod and side.startswith("Horovod"):
+        command = ["env", f"PYTHONPATH={stock_horovod}", *command]
     output, errors, failure = run_limited(command, 200)
     for line in output.splitlines():
         if "CASE " in line:
@@ -73,6 +76,9 @@ def main() -> None:
         help=f"not by default, with gradients in half precision on the wire: {', '.join(COMPRESSED)}",
     )
     parser.add_argument("--pictures", action="store_true", help="from files, not from memory")
+    parser.add_argument(
+        "--stock-horovod", type=Path, metavar="FOLDER", help="of the peer Horovod, where not ours"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -102,7 +108,7 @@ def measure(arguments: argparse.Namespace) -> None:
         found: dict[str, list[list[float]]] = {side: [] for side in arguments.sides}
         for _ in range(arguments.rounds):
             for side in list(found):
-                if (result := run(side, case)) is None:
+                if (result := run(side, case, arguments.stock_horovod)) is None:
                     del found[side]
                 else:
                     found[side].append(result)
