@@ -140,7 +140,8 @@ class Slot:
             return Held.NOTHING
         if grad is not self.grad:
             return Held.CHANGED
-        left = self.left()
+        # As in `left`, by fewer calls.
+        left = self.spent and grad is self.seen and grad._version == self.version
         if left and self.given is None:
             return Held.SPENT
         written = left or grad is not self.seen or grad._version != self.version
@@ -148,8 +149,8 @@ class Slot:
 
     def left(self) -> bool:
         """Whether `p.grad` is what a step has left there: a backward, which replaces it, does not add to it."""
-        grad = gradient(self.parameter)
-        return self.spent and grad is not None and grad is self.seen and grad._version == self.version
+        grad = gradient(self.parameter) if self.spent else None
+        return grad is not None and grad is self.seen and grad._version == self.version
 
     def drop_left(self) -> None:
         if self.left():
