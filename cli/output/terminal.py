@@ -25,9 +25,15 @@ _TYPED = dict.fromkeys("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "*") | {
 }
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would exit with 1, which for some commands is an answer: that runs differ, or an image is broken."""
+        raise  # noqa: PLE0704 - rich calls this where it has caught BrokenPipeError
+
+
 def plain_console(*, stderr: bool = False) -> Console:
     """Prints texts as they are: a path may hold [bold], :smile: or 42."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    return _Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def tolerate_any_letter() -> None:

@@ -55,8 +55,8 @@ _owners = WeakTensorKeyDictionary()  # of each parameter: its newest optimizer, 
 _STEPS = "hvd_lb_steps"  # an option of groups
 # Classes of torch, by name: to import some of them takes long.
 _EXCHANGING = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
-# Integers in each exchange: who is late, and who has changed gradients.
-_OWN_RIDERS = 2
+# Integers in each exchange: who is late, who has changed gradients, and with which options.
+_OWN_RIDERS = 3
 _ITS_OWN = ("param_groups", "state", "defaults")
 _SHARED = [
     "_optimizer_step_pre_hooks",
@@ -183,7 +183,9 @@ class DistributedOptimizer(Optimizer):
         self._carrier: Bucket | None = None
         # Of this process: it comes to the exchange in `step`; it has changed gradients of the last step after theirs.
         self._late, self._changed = False, False
-        self._told: deque[Arriving] = deque(maxlen=2)  # how many did so, in the last steps
+        self._options = 0  # what its groups said in the last step: `_options_of_step`
+        # In the last exchanges: how many did so, the sum of their options, and this process's own.
+        self._told: deque[tuple[Arriving, int]] = deque(maxlen=2)
         self.carried: Arriving | None = None
         number = (
             next(_instances.setdefault(self.world, itertools.count())) if self.world.size > 1 else "alone"
@@ -333,6 +335,8 @@ class DistributedOptimizer(Optimizer):
         for bucket in self._buckets:
             bucket.consume()
         self._phase, self._divisor = Phase.GATHERING, None
+        if self._carrier:
+            self._options = self._options_of_step()
         self.steps += 1
         return result
 
@@ -786,7 +790,12 @@ class DistributedOptimizer(Optimizer):
     def _start(self, bucket: Bucket) -> None:
         riders: list[int] = []
         if bucket is self._carrier:
-            riders = [int(self._late), int(self._changed), *(self._riders.ask() if self._riders else ())]
+            riders = [
+                int(self._late),
+                int(self._changed),
+                self._options,
+                *(self._riders.ask() if self._riders else ()),
+            ]
         bucket.start(self.world, riders)
         if self.on_exchange:
             self.on_exchange(self._buckets.index(bucket), bucket.exchanged_bytes)
@@ -871,7 +880,7 @@ class DistributedOptimizer(Optimizer):
         touched = any(bucket.touched() for bucket in self._buckets)
         overflowed = {parameter for bucket in self._buckets for parameter in bucket.finish()}
         if self._carrier:
-            self._told.append(Arriving(self._carrier.riders[:_OWN_RIDERS]))
+            self._told.append((Arriving(self._carrier.riders[:_OWN_RIDERS]), self._options))
         if self._riders:
             self.carried = Arriving(self._sums_of(self._riders))
         self._phase = Phase.REDUCED
@@ -902,7 +911,7 @@ class DistributedOptimizer(Optimizer):
             self._late = False
         self._changed = self._phase is Phase.NORMALISED and any(b.changed() for b in self._buckets)
         if self._changed and self._told:
-            late, _ = self._told[-1].wait()
+            late, *_ = self._told[-1][0].wait()
             if late:
                 raise RuntimeError(
                     f"gradients were changed before step(), as by clipping, and {late} of {self.world.size} processes "
@@ -911,19 +920,42 @@ class DistributedOptimizer(Optimizer):
                 )
 
     def _refuse_drift(self) -> None:
-        """RuntimeError, on all processes, where some have changed the gradients of a step and others have not.
+        """RuntimeError where some processes have changed the gradients of a step and others have not, or where they
+        have taken it with other options.
 
         On a GPU it is what the exchange before told: to wait for this one would have the host wait.
         """
         on_host = self._carrier is not None and not self._carrier.riders.is_cuda
         if self._told and (on_host or len(self._told) > 1):
-            _, changed = self._told[-1 if on_host else 0].wait()
+            told, own = self._told[-1 if on_host else 0]
+            _, changed, options = told.wait()
             if 0 < changed < self.world.size:
                 self.zero_grad()
                 raise RuntimeError(
                     f"{changed} of {self.world.size} processes have changed gradients before the last step(), as by "
                     "clipping, and the others have not: their weights are no longer the same. Do it on all processes"
                 )
+            if options != own * self.world.size:
+                self.zero_grad()
+                rates = ", ".join(f"{float(group['lr']):g}" for group in self.param_groups if "lr" in group)
+                raise RuntimeError(
+                    "processes have taken the last step() with other options of the optimizer than rank "
+                    f"{self.world.rank} (its lr: {rates}), so their weights are no longer the same: give schedulers "
+                    "the same numbers everywhere, as the loss of all processes and not each its own"
+                )
+
+    def _options_of_step(self) -> int:
+        """Ten bits of the numbers that the groups have for an option, the same where these agree to rounding.
+
+        Other ones in each step: what has the same bits by chance has others soon.
+        """
+        told = [str(self.steps)]
+        for group in self.optimizer.param_groups:
+            for name in self.optimizer.defaults:
+                value = group.get(name)
+                parts = value if isinstance(value, tuple) else (value,)
+                told += [f"{part:.6g}" for part in parts if isinstance(part, int | float)]
+        return zlib.crc32(" ".join(told).encode()) % 1024
 
     def _sums_of(self, riders: Riders) -> Tensor:
         if self._carrier:

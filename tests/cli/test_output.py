@@ -180,7 +180,7 @@ def test_work_goes_on_when_nobody_reads(monkeypatch: pytest.MonkeyPatch, number:
 READERS = """
 import sys
 from hvd_lb_cli import commands, main
-from hvd_lb_cli.output.terminal import outliving_readers
+from hvd_lb_cli.output.terminal import outliving_readers, plain_console
 
 def command(*_, **__):
     print("first", flush=True)
@@ -200,6 +200,7 @@ main.main()
         ("with outliving_readers(): print('x' * 100_000, flush=True)", 3),
         ("print('x', flush=True)", 128 + signal.SIGPIPE),
         ("print('x')", 128 + signal.SIGPIPE),
+        ("plain_console().print('x')", 128 + signal.SIGPIPE),
         ("raise commands.UserError('no')", 2),
     ],
 )

@@ -178,3 +178,33 @@ def test_clipping_by_all_or_none_is_none() -> None:
         told = together(3, lambda world, ranks=ranks: clipping(ranks, world))
         assert len(set(told)) == 1
         assert "changed" not in told[0]
+
+
+def with_rates(rates: list[list[float]], world: Together) -> str:
+    """As of a scheduler that is given numbers of each process's own: `rates` by rank and step."""
+    model = network()
+    opt = DistributedOptimizer(torch.optim.AdamW(model.parameters(), 0.1), model, world=world)
+    for step, rate in enumerate(rates[world.rank]):
+        opt.param_groups[0]["lr"] = rate
+        try:
+            model(images(step, world.rank, world.size)).square().mean().backward()
+            opt.step()
+        except RuntimeError as error:
+            return f"step {step}: {error}"
+    return "".join(f"{p.sum().item():.9f}" for p in model.parameters())
+
+
+def test_rates_that_differ_between_processes_are_an_error() -> None:
+    rates = [[0.1, 0.1, 0.1, 0.1], [0.1, 0.1, 0.05, 0.05]]
+    told = together(2, lambda world: with_rates(rates, world))
+    assert [of.partition(" than")[0] for of in told] == [
+        "step 3: processes have taken the last step() with other options of the optimizer"
+    ] * 2
+    assert "rank 1 (its lr: 0.05)" in told[1]
+
+
+def test_rates_may_differ_by_rounding() -> None:
+    """Another C library's cosine."""
+    rates = [[0.1, 0.2, 0.3], [0.1, 0.2 * (1 + 3e-16), 0.3 * (1 - 3e-16)]]
+    assert rates[0] != rates[1]
+    assert not [of for of in together(2, lambda world: with_rates(rates, world)) if "options" in of]
