@@ -425,8 +425,12 @@ class Bucket:
         given = [slot.given for slot in self.slots]
         self.reset()
         for slot, by_hand in zip(self.slots, given, strict=True):
-            slot.given = by_hand
-            slot.consume()
+            # As in most steps; calls for each parameter take time.
+            if by_hand is None and gradient(slot.parameter) is slot.grad and not slot.rounded:
+                slot.seen, slot.version, slot.spent = slot.grad, slot.grad._version, True
+            else:
+                slot.given = by_hand
+                slot.consume()
 
     def reset(self) -> None:
         """Makes the bucket ready for the next backward."""

@@ -909,7 +909,8 @@ class DistributedOptimizer(Optimizer):
             self.synchronize(images=images, global_images=global_images)
         finally:
             self._late = False
-        self._changed = self._phase is Phase.NORMALISED and any(b.changed() for b in self._buckets)
+        normalised = self._carrier is not None and self._phase is Phase.NORMALISED
+        self._changed = normalised and any(bucket.changed() for bucket in self._buckets)
         if self._changed and self._told:
             late, *_ = self._told[-1][0].wait()
             if late:
