@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from typing import Any, TextIO, cast
 
-from rich.console import Console
+import rich.console
 
 # As on a typewriter, frames of a spinner too; what is not here, as a letter of a path, is shown by its number: \xfc.
 _TYPED = dict.fromkeys("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "*") | {
@@ -25,7 +25,7 @@ _TYPED = dict.fromkeys("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "*") | {
 }
 
 
-class _Console(Console):
+class Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
         """rich would exit with 1, which for some commands is an answer: that runs differ, or an image is broken."""
         raise  # noqa: PLE0704 - rich calls this where it has caught BrokenPipeError
@@ -33,7 +33,7 @@ class _Console(Console):
 
 def plain_console(*, stderr: bool = False) -> Console:
     """Prints texts as they are: a path may hold [bold], :smile: or 42."""
-    return _Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def tolerate_any_letter() -> None:
