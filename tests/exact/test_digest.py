@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hvd_lb.exact import digest
 from hvd_lb.exact.digest import state_digests, tensor_digest
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
 
@@ -35,6 +36,30 @@ def test_everything_else_does(change: dict[str, torch.Tensor]) -> None:
 
 def test_a_zero_has_a_sign() -> None:
     assert tensor_digest({"a": torch.zeros(1)}) != tensor_digest({"a": -torch.zeros(1)})
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.int64])
+def test_integer_digests_are_sums_of_bits_and_of_bits_times_places(
+    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modulo 2⁶⁴, places from 1 on, whatever is done at once."""
+    monkeypatch.setattr(digest, "_CHUNK", chunk)
+    tensors = [
+        (torch.randn(3, 7) * 100).to(dtype),
+        torch.zeros(0, dtype=dtype),
+        torch.full((2,), 3).to(dtype),
+    ]
+    expected = []
+    for tensor in tensors:
+        size = tensor.element_size()
+        data = bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
+        bits = [
+            int.from_bytes(data[at : at + size], "little", signed=True) for at in range(0, len(data), size)
+        ]
+        for total in (sum(bits), sum(of * place for place, of in enumerate(bits, 1))):
+            expected.append((total + 2**63) % 2**64 - 2**63)
+    assert digest.integer_digest(tensors).tolist() == expected
 
 
 def test_a_checkpoint_has_the_digests_of_its_state(tmp_path: Path) -> None:

@@ -48,6 +48,27 @@ def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
     return max(float((x - y).abs().max() / y.abs().max()) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: SGD(params, form=9, weight_decay=0.1),
+        lambda params: SGD(params, form=10, weight_decay=0.1),
+        lambda params: SGD(params, fused=True, weight_decay=0.1),
+        lambda params: LARS(params, weight_decay=0.1),
+        lambda params: LAMB(params, weight_decay=0.1),
+    ],
+)
+def test_gradients_are_left_as_they_are(make) -> None:  # type: ignore[no-untyped-def]
+    params = weights()
+    grads = [torch.randn_like(p) for p in params]
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad.clone()
+    optimizer = make(params)
+    for _ in range(2):
+        optimizer.step()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(params, grads, strict=True))
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -75,6 +75,35 @@ def test_they_are_cut_as_in_training() -> None:
     assert sum(places[0][image] == places[1][image] for image in range(IMAGES)) < IMAGES / 3
 
 
+@pytest.mark.parametrize("images", [1, 9, 21])
+def test_statistics_are_the_mean_over_images_of_those_of_a_plain_loop(images: int) -> None:
+    """In microbatches of 4 and 5, the shorter one weighs less; at the size of evaluations, however small others are."""
+    recipe = small_recipe(recompute_bn=images, progressive_size=(4,))
+    trainer = Trainer(
+        recipe, small_data(IMAGES), Solo(), device=torch.device("cpu"), threads=1, observer=SilentObserver()
+    )
+    trainer.model.train()
+    plain = copy.deepcopy(trainer.model)
+    for layer in batch_norms(plain):
+        layer.momentum = 1.0
+    trainer.state.step = 4
+    trainer._recompute_statistics()
+    trainer.state.statistics.publish(trainer.step)
+    expected = [torch.zeros_like(of) for of in statistics(plain)]
+    with trainer._loaders_of(8).open(microbatches(images=images)) as loader:
+        for x, _ in loader:
+            assert x.shape[2:] == (8, 8)
+            plain(x.double())
+            for total, of in zip(expected, statistics(plain), strict=True):
+                total += of * len(x) / images
+    for found, of in zip(statistics(trainer.model), expected, strict=True):
+        assert torch.allclose(found, of, rtol=1e-12, atol=0)
+
+
+def statistics(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [of for layer in batch_norms(model) for of in (layer.running_mean, layer.running_var)]  # type: ignore[misc]
+
+
 class Watched(ArrayImages):
     """Tells which images are read."""
 
@@ -109,12 +138,11 @@ def test_the_processes_share_them_and_all_get_the_same_statistics(
         trainer.state.step = 4
         trainer._recompute_statistics()
         trainer.state.statistics.publish(trainer.step)
-        layers = batch_norms(trainer.model)
-        return train.seen, val.seen, [b for layer in layers for b in (layer.running_mean, layer.running_var)]  # type: ignore[misc]
+        return train.seen, val.seen, statistics(trainer.model)
 
     images, validation, alone = run(Solo())
     assert (sorted(images), validation) == (sorted(ids_of(microbatches(gpus=7))), [])
     shared = together(processes, run)
     assert sorted(image for seen, _, _ in shared for image in seen) == sorted(images)
-    for _, _, statistics in shared:
-        assert all(torch.equal(a, b) for a, b in zip(alone, statistics, strict=True))
+    for _, _, found in shared:
+        assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
