@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
+from hvd_lb.data.files.journal import sync
 from hvd_lb.errors import UserError
 from hvd_lb.training import pointers
 from hvd_lb.training.saved_state import AVERAGED, FORMAT, FORMATS, SavedState, counted_error
@@ -167,7 +168,7 @@ class CheckpointStore:
             pointers.announce(self.folder, name, final.name)
         writing.rename(final)
         pointers.settle(self.folder)
-        _sync(self.folder)
+        sync(self.folder)
         self._remove_old(self._keep)
         return final
 
@@ -185,7 +186,7 @@ class CheckpointStore:
                 save_tensors(tensors, file, {} if name == "optimizer" else self._metadata)
                 checksums[name] = _sha256(file)
             _write_state(folder, {**snapshot.state, "step": snapshot.step, "checksums": checksums})
-            _sync(folder)
+            sync(folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -203,9 +204,9 @@ class CheckpointStore:
         if best:  # a kill from here on leaves an announcement that is settled when the run goes on
             pointers.announce(self.folder, "best", folder.name)
         _write_state(folder, {**state, **changes})
-        _sync(folder)
+        sync(folder)
         pointers.settle(self.folder)
-        _sync(self.folder)
+        sync(self.folder)
         self._remove_old(self._keep)
         return True
 
@@ -396,7 +397,7 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, 
     # safetensors lets nobody but the owner read it; whoever may read its folder shall.
     with suppress(OSError):
         file.chmod(file.parent.stat().st_mode & 0o666)
-    _sync(file)
+    sync(file)
 
 
 def _write_state(folder: Path, content: Mapping[str, Any]) -> None:
@@ -404,7 +405,7 @@ def _write_state(folder: Path, content: Mapping[str, Any]) -> None:
     content = {**content, "format": FORMAT}
     writing = folder / f".{_STATE}.writing"
     writing.write_text(json.dumps({**content, "checksum": _digest(content)}, indent=1), "utf-8")
-    _sync(writing)
+    sync(writing)
     os.replace(writing, folder / _STATE)
 
 
@@ -524,11 +525,3 @@ def _digest(content: Mapping[str, Any]) -> str:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,3 +137,29 @@ def test_bad_images_are_synced(tmp_path: Path, disk: Disk) -> None:
     observer.close()
     assert disk.synced() == [str(run.bad_images)]
     assert disk.sizes[str(run.bad_images)] == run.bad_images.stat().st_size
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_syncs_no_folders_keeps_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """As 9p and some of FUSE."""
+    fsync = os.fsync
+
+    def of_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    store = CheckpointStore(tmp_path)
+    store.save(4, MODEL, {}, {"next": {"epoch": 0, "step": 4}})
+    assert store.conclude(4, {"evaluation": None}, best=True)
+    assert open_checkpoint(tmp_path / "best").step == 4
+
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        store.save(5, MODEL, {}, {"next": {"epoch": 0, "step": 5}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import time
@@ -15,7 +16,22 @@ from typing import BinaryIO, Self
 _SECONDS = 1.0
 """So much work may be lost; what takes less writes nothing."""
 
+# What file systems say that can put files on the disk, and not the names in a folder: 9p, SMB, some of FUSE.
+_NOT_OF_FOLDERS = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EISDIR}
+
 _HEAD = struct.Struct("<QQI")  # start, bytes, checksum of all else
+
+
+def sync(path: Path) -> None:
+    """Puts a file, or the names in a folder where the file system can, on the disk; OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_OF_FOLDERS or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
 
 
 class Journal:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hvd_lb.data.files.journal import sync
 from hvd_lb.data.images import same_images
 from hvd_lb.data.options import UNFINISHED
 from hvd_lb.data.prepare.shard_writer import Shard
@@ -80,7 +81,7 @@ class PackFolder:
                 f"Delete {self.target} and pack anew"
             )
         os.replace(self.path(name), self._work / name)
-        _sync(self._work)
+        sync(self._work)
         with (self._work / _JOURNAL).open("a", encoding="utf-8") as journal:
             journal.write(json.dumps({"name": name, **shard.as_json()}) + "\n")
             journal.flush()
@@ -92,11 +93,11 @@ class PackFolder:
             if (self._work / name).exists():
                 os.replace(self._work / name, self.target / name)
         self._replace(self.target / CLASSES, json.dumps({"classes": classes}, indent=1) + "\n")
-        _sync(self.target)
+        sync(self.target)
         shards = {name: shard.as_json() for name, shard in sorted(self.shards.items())}
         manifest = {"made_from": self._made_from, "shards": shards}
         self._replace(self.target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        _sync(self.target)
+        sync(self.target)
         shutil.rmtree(self._work)
 
     def _load(self) -> None:
@@ -164,15 +165,6 @@ class PackFolder:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-
-
-def _sync(folder: Path) -> None:
-    """Puts what was renamed in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _same_data(there: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
