@@ -152,9 +152,10 @@ class RunDirectory:
             path.rename(attempt / path.name)
 
 
-# In logs/. Not there: what a scheduler prints, which has the number of its job in its name.
+# In logs/. Not there: what a scheduler prints, or somebody else has put there, who may be writing on.
 _OF_ONE_START = (
-    *("*.log", "error-*.json", "hang-*.json", "job.json", "launching.json", "progress.json", "stopped.json"),
+    *("rank-*.log", "launcher.log", "launching.log"),
+    *("error-*.json", "hang-*.json", "job.json", "launching.json", "progress.json", "stopped.json"),
     *("ranks.json", "endings.jsonl", "samples-*.jsonl"),
 )
 

@@ -25,6 +25,7 @@ def test_what_each_start_wrote_is_kept(tmp_path: Path) -> None:
     assert not list(run.logs.iterdir())
     (run.logs / "slurm-7.out").write_text("a scheduler's, which writes on")
     (run.logs / "lock.json").write_text("of the run that is about to start")
+    (run.logs / "nohup.log").write_text("of the shell that types the command again")
     (run.logs / "attempt-notes").mkdir()
     for attempt in (1, 2, 3):
         started(run, f"start {attempt}")
@@ -37,7 +38,7 @@ def test_what_each_start_wrote_is_kept(tmp_path: Path) -> None:
             kept, f"start {attempt}"
         )
         assert (folder / "job.json").stat().st_mode & 0o777 == 0o600
-    here = {"slurm-7.out", "lock.json", "attempt-notes", "attempt-1", "attempt-2", "attempt-3"}
+    here = {"slurm-7.out", "lock.json", "nohup.log", "attempt-notes", "attempt-1", "attempt-2", "attempt-3"}
     assert {path.name for path in run.logs.iterdir()} == here
 
 
