@@ -34,7 +34,7 @@ _CONNECT_SECONDS = 5.0
 _STATUS = re.compile(r"status code: (\d+)([ A-Za-z]*)")
 _CODE = re.compile(r"<Code>(\w+)</Code>")  # what S3 says beside the status
 _AGAIN = {408, 425, 429}
-_DENIED, _GONE = {401, 403}, {404, 410}
+_DENIED, _GONE, _SHORTER = {401, 403}, {404, 410}, 416
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,11 @@ def _refusal(address: Address, error: Exception) -> UserError | None:
         return Missing(f"{address}: is not there ({_reason(error)})")
     if status in _DENIED:
         return Denied(f"{address}: access denied ({_reason(error)}) {_who(address)}")
+    if status == _SHORTER:
+        return UserError(
+            f"{address}: is shorter than it was, or empty ({_reason(error)}); begin again with the objects as they are "
+            "now, and write new ones under new names"
+        )
     if status is None or status >= 500 or status in _AGAIN:
         return None
     return UserError(f"{address}: cannot be read ({_reason(error)}) {_who(address)}")

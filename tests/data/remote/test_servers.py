@@ -138,6 +138,7 @@ def test_a_stalled_server_is_given_up_and_asked_again(
         (403, r"access denied \(403 Forbidden\) without a signed URL"),
         (404, r"is not there \(404 Not Found\)"),
         (400, r"cannot be read \(400 Bad Request\)"),
+        (416, r"is shorter than it was, or empty \(416 Range Not Satisfiable\)"),
         ("cut", r"cannot be read \(the connection was cut, 3 times\)"),
         ("range", r"cannot be read \(another range than was asked for, 3 times\)"),
         ("whole", "ignores ranges"),
