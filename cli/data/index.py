@@ -69,10 +69,17 @@ def index_command(
             )
     for note in notes:
         click.echo(printable(note))
+    if beside and not all(index.keep for index in indexes.values()):
+        raise UserError(
+            f"{source}: the index could not be written beside it (is it read-only, or the disk full?), so it is kept "
+            "nowhere; leave --beside out"
+        )
     folders = sorted({str(index.keep[0].parent) for index in indexes.values() if index.keep})
     seconds = time.monotonic() - began
     state = f"read in {seconds:,.1f} s" if read_labels else f"up to date ({seconds:,.1f} s)"
-    click.echo(f"index {state}: {', '.join(folders) or 'kept nowhere, as no cache folder can be written'}")
+    click.echo(
+        f"index {state}: {', '.join(folders) or 'kept nowhere, as the cache folder cannot be written, or is full'}"
+    )
 
 
 def _figures(index: Index) -> str:

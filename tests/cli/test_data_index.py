@@ -44,6 +44,13 @@ def test_beside_the_data_and_used_from_there(hvd_lb: Run) -> None:
     assert "moved/.hvd-lb-index/train" in again.out
 
 
+def test_what_cannot_be_kept_beside_the_data_is_an_error(hvd_lb: Run) -> None:
+    Path("set/.hvd-lb-index/val/lock").mkdir(parents=True)  # as where nothing can be written
+    said = hvd_lb("data", "index", "set", "--beside")
+    assert said.status == 2
+    assert "set: the index could not be written beside it (is it read-only, or the disk full?)" in said.err
+
+
 def test_broken_headers_are_told(hvd_lb: Run) -> None:
     Path("set/train/bee/0.png").write_bytes(b"no image")
     said = hvd_lb("data", "index", "set")
