@@ -76,7 +76,7 @@ class ObjectReader:
         )
         fetched = self._fetch(shard, first, last)
         blocks.put(first, fetched)
-        return fetched[offset - first : stop - first]
+        return fetched[offset - first : stop - first].copy()  # a view would hold the span as long as it waits
 
     def _fetch(self, shard: int, start: int, stop: int) -> np.ndarray:
         return store.part(self._addresses[shard], start, stop, self._states[shard])

@@ -78,6 +78,21 @@ def test_every_byte_is_fetched_once(packed: Path, web: StaticServer) -> None:
     assert [request for request in web.reads if request.path.endswith(".tar")] == []
 
 
+@pytest.mark.parametrize("limit", ["", "0"])
+def test_what_is_read_holds_its_own_bytes_only(
+    limit: str, packed: Path, web: StaticServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the megabyte that it came in: read-ahead is bounded by the bytes of images."""
+    monkeypatch.setenv("HVD_LB_DATA_CACHE", limit)
+    data = open_dataset(f"{web.url}/packed")
+    shutil.rmtree(os.environ["HVD_LB_CACHE"] + "/remote", ignore_errors=True)
+    data = open_dataset(f"{web.url}/packed")
+    for _ in range(2):  # from the server, from the cache
+        (content,) = data.train.read(np.array([3]))
+        held = content if content.base is None else content.base
+        assert memoryview(held).nbytes == len(content)
+
+
 def test_without_a_cache_exactly_the_images_are_fetched(
     packed: Path, web: StaticServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
