@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,24 @@ def test_shards_packed_anew_with_the_same_images_are_seen_by_a_rank(
     assert rank.fingerprint() == launcher.fingerprint()
     for one, other in zip(launcher.train.read(np.arange(4)), rank.train.read(np.arange(4)), strict=True):
         assert one.tobytes() == other.tobytes()
+
+
+def test_evidence_is_of_all_that_is_known_of_bytes_and_of_places(tmp_path: Path) -> None:
+    for number, keys in enumerate(("abc", "def", "ghi")):
+        write_tar(tmp_path / "set" / f"{'val' if number == 2 else 'train'}-{number % 2}.tar", members(keys))
+    index = open_dataset(str(tmp_path / "set")).train.index
+    content, place = IndexedImages(index).evidence(0, 6)
+    for field, of_content in (("size", True), ("head", True), ("offset", False), ("shard", False)):
+        rows = index.rows.copy()
+        rows[field][4] ^= 1
+        other = IndexedImages(replace(index, rows=rows)).evidence(0, 6)
+        assert [other[0] != content, other[1] != place] == [of_content, not of_content], field
+    names = index.names.copy()
+    names[-1] ^= 1
+    renamed = replace(index.facts, shards=["train-0.tar", "train-2.tar"])
+    for changed in (replace(index, names=names), replace(index, facts=renamed)):
+        other = IndexedImages(changed).evidence(0, 6)
+        assert [other[0] != content, other[1] != place] == [False, True]
 
 
 def test_an_image_of_the_same_length_put_in_place_of_another_is_named_when_read(tmp_path: Path) -> None:
