@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hvd_lb.exact.chain import Chain, ChainReport, examine_chain
+from hvd_lb.exact.chain import Chain, ChainReport, examine_chain, next_link
 
 Records = list[dict[str, Any]]
 
@@ -39,6 +39,12 @@ def test_whole() -> None:
     assert (report.broken, report.unsealed) == ([], 0)
     assert report.last == told()[-1]["chain"]
     assert len({record["chain"] for record in told() if "chain" in record}) == 3
+
+
+def test_a_chain_begins_anew_whatever_was_told_before() -> None:
+    """As by an older version, which had no chain."""
+    begin, train = told()[:2]
+    assert next_link(next_link("", train), begin) == next_link("", begin) != next_link("", train)
 
 
 def broken(records: Records) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_lb.exact.fixed_point import GROWTH_BITS, FixedPointSum
+from hvd_lb.world.solo import Solo
 
 
 class Team:
@@ -161,6 +162,21 @@ def test_zeros_tell_nothing_about_the_next_terms() -> None:
     (result,) = summed([[torch.zeros(2)]], 2, sums)
     assert result.tolist() == [0, 0]
     assert one.exponents == before
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3])
+@pytest.mark.parametrize("value", [-0.0, -1e-40])
+def test_a_zero_has_no_sign(value: float, terms: int) -> None:
+    """An integer has none: where a term is 0 may not show by the sign of the sum."""
+    term = torch.full((3,), value)
+    for add in (lambda exact: exact.add(0, term), lambda exact: exact.add_to_each([term])):
+        exact, out = FixedPointSum([term], terms, "sum"), torch.ones(3)
+        for _ in range(terms):
+            add(exact)
+        exact.start(Solo())
+        exact.finish([out])
+        assert out.tolist() == [0.0] * 3
+        assert not out.signbit().any()
 
 
 def test_tiny_terms_keep_their_bits() -> None:

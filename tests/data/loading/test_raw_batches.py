@@ -138,6 +138,24 @@ def test_bytes_bound_what_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None
     batches.close()
 
 
+def test_two_microbatches_are_read_ahead_however_many_bytes_they_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(raw_batches, "AHEAD_BYTES", 0)
+    read: list[int] = []
+
+    def slow(image_id: int) -> np.ndarray:
+        read.append(image_id)
+        time.sleep(0.012)  # so that a thread takes one at a time
+        return number(image_id)
+
+    batches = RawBatches(each(slow), microbatches([5] * 20), 5, threads=1)
+    for taken in (5, 10):
+        next(batches)
+        assert taken + 10 <= settled(lambda: len(read)) <= taken + 12
+    batches.close()
+
+
 def test_a_microbatch_of_more_bytes_than_that_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(raw_batches, "AHEAD_BYTES", 1000)
     batches = RawBatches(each(lambda _: np.zeros(1000, np.uint8)), microbatches([20] * 5), 20)
