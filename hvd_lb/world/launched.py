@@ -41,6 +41,9 @@ _LAUNCHERS = (
         "mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"
     ),  # Open MPI
     _Variables("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel and Cray MPI; Flux
+    _Variables(  # MVAPICH2's mpirun_rsh
+        "mpirun", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"
+    ),
     _Variables("srun --mpi=pmix", "PMIX_RANK", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     # What torch itself reads, set by hand, or by an operator of Kubernetes.
     _Variables("RANK and WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("MASTER_ADDR", "MASTER_PORT")),
@@ -50,7 +53,7 @@ _LAUNCHERS = (
 
 _OF_A_JOB = re.compile(
     r"HOROVOD_((LOCAL_|CROSS_)?(RANK|SIZE)|HOSTNAME|CONTROLLER|CPU_OPERATIONS|GLOO_(RENDEZVOUS_.*|IFACE))"
-    r"|OMPI_(?!MCA_).*|OMPI_MCA_(ess|orte|pmix|initial_wdir).*|PMI2?_.*|PMIX_(?!MCA_).*"
+    r"|OMPI_(?!MCA_).*|OMPI_MCA_(ess|orte|pmix|initial_wdir).*|PMI2?_.*|MV2_COMM_WORLD_.*|PMIX_(?!MCA_).*"
     r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
 )
 
