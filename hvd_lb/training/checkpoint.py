@@ -273,15 +273,19 @@ class CheckpointStore:
         best = pointers.followed(self.folder / "best").resolve()
         old = [path for path in self.newest_first()[keep:] if path.resolve() != best]
         for path in old:
-            self._remove(path)
+            with suppress(OSError):  # another user's, say: what was written is none the worse for it
+                self._remove(path)
         return bool(old)
 
     def _remove(self, path: Path) -> None:
-        """Also when this process is killed meanwhile, no part of it is left under its name."""
+        """Also when this process is killed meanwhile, no part of it is left under its name.
+
+        What cannot be removed now, as on NFS a file that somebody reads, the next write removes.
+        """
         removing = path.with_name(f".removing-{path.name}")
         shutil.rmtree(removing, ignore_errors=True)
         path.rename(removing)
-        shutil.rmtree(removing)
+        shutil.rmtree(removing, ignore_errors=True)
 
 
 class BackgroundWriter:

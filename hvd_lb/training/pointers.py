@@ -71,4 +71,4 @@ def _make_room(pointer: Path) -> None:
         removing = pointer.with_name(f".removing-{pointer.name}")
         shutil.rmtree(removing, ignore_errors=True)
         pointer.rename(removing)
-        shutil.rmtree(removing)
+        shutil.rmtree(removing, ignore_errors=True)

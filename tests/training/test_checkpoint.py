@@ -302,6 +302,32 @@ def no_symlinks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "symlink", refuse)
 
 
+def test_one_that_cannot_be_removed_whole_is_no_failure_of_the_one_that_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS a file that somebody reads leaves another one behind, and its folder stays."""
+    rmdir, stays = os.rmdir, True
+
+    def somebody_reads(path: str, **more: int) -> None:
+        if stays and ".removing-step-00000001" in str(path):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        rmdir(path, **more)
+
+    monkeypatch.setattr(os, "rmdir", somebody_reads)
+    warnings: list[str] = []
+    store = CheckpointStore(tmp_path, keep=1)
+    writer = BackgroundWriter(store, warn=warnings.append)
+    for step in (1, 2):
+        writer.save(step, MODEL, OPTIMIZER, {"next": {"epoch": 0, "step": step}})
+    writer.conclude(2, {"evaluation": None}, best=True)
+    writer.close()
+    assert warnings == []
+    assert [path.name for path in store.newest_first()] == ["step-00000002"]
+    stays = False
+    save(store, 3)
+    assert not list(tmp_path.glob(".removing-*"))
+
+
 def test_one_under_the_name_of_another_step_is_neither_used_nor_lost(tmp_path: Path) -> None:
     """To go on from it would remove it, as one of a later step."""
     store = CheckpointStore(tmp_path)
