@@ -948,14 +948,15 @@ class DistributedOptimizer(Optimizer):
     def _options_of_step(self) -> int:
         """Ten bits of the numbers that the groups have for an option, the same where these agree to rounding.
 
-        Other ones in each step: what has the same bits by chance has others soon.
+        Other ones in each step: what has the same bits by chance has others soon. Switches do not count: torch adds some
+        where a state is loaded, as it is at the start by all but rank 0.
         """
         told = [str(self.steps)]
         for group in self.optimizer.param_groups:
             for name in self.optimizer.defaults:
                 value = group.get(name)
                 parts = value if isinstance(value, tuple) else (value,)
-                told += [f"{part:.6g}" for part in parts if isinstance(part, int | float)]
+                told += [f"{part:.6g}" for part in parts if type(part) in (int, float)]
         return zlib.crc32(" ".join(told).encode()) % 1024
 
     def _sums_of(self, riders: Riders) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from together import Together, together
 from torch import Tensor, nn
 
-from hvd_lb.optim import DistributedOptimizer
+from hvd_lb.optim import SGD, DistributedOptimizer
 from hvd_lb.world.solo import Solo
 
 Given = Callable[[list[nn.Parameter], list[Tensor]], None]
@@ -208,3 +208,19 @@ def test_rates_may_differ_by_rounding() -> None:
     rates = [[0.1, 0.2, 0.3], [0.1, 0.2 * (1 + 3e-16), 0.3 * (1 - 3e-16)]]
     assert rates[0] != rates[1]
     assert not [of for of in together(2, lambda world: with_rates(rates, world)) if "options" in of]
+
+
+def test_switches_that_torch_adds_where_a_state_is_loaded_do_not_count() -> None:
+    def train(world: Together) -> list[float]:
+        model = network()
+        sgd = SGD(model.parameters())
+        opt = DistributedOptimizer(sgd, model, world=world)
+        if world.rank:  # whether torch does so or not
+            sgd.defaults["differentiable"] = sgd.param_groups[0]["differentiable"] = False
+        for step in range(3):
+            model(images(step, world.rank, world.size)).square().mean().backward()
+            opt.step()
+        return [p.sum().item() for p in model.parameters()]
+
+    first, second = together(2, train)
+    assert first == second
