@@ -948,8 +948,8 @@ class DistributedOptimizer(Optimizer):
     def _options_of_step(self) -> int:
         """Ten bits of the numbers that the groups have for an option, the same where these agree to rounding.
 
-        Other ones in each step: what has the same bits by chance has others soon. Switches do not count: torch adds some
-        where a state is loaded, as it is at the start by all but rank 0.
+        Other ones in each step: what has the same bits by chance has others soon. Switches do not count: torch adds
+        some where a state is loaded, as it is at the start by all but rank 0.
         """
         told = [str(self.steps)]
         for group in self.optimizer.param_groups:
