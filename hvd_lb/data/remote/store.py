@@ -124,12 +124,12 @@ def _connected(server: str, query: str) -> Any:
         "connect_timeout": timedelta(seconds=_CONNECT_SECONDS),
     }
     retry: Any = {"max_retries": 0}  # done here, for broken bodies too
-    if server.startswith("http"):
-        return stores.HTTPStore.from_url(
-            f"{server}?{query}" if query else server, client_options=options, retry_config=retry
-        )
-    config: Any = dict(credentials(server.partition(":")[0]).config)
     try:
+        if server.startswith("http"):
+            return stores.HTTPStore.from_url(
+                f"{server}?{query}" if query else server, client_options=options, retry_config=retry
+            )
+        config: Any = dict(credentials(server.partition(":")[0]).config)
         return stores.from_url(server, config=config, client_options=options, retry_config=retry)
     except Exception as error:
         raise UserError(f"{server}: cannot be opened ({_reason(error)})") from error

@@ -13,11 +13,11 @@ from stat import S_ISREG
 
 import numpy as np
 
-from hvd_lb.data.files.kinds import EXTENSIONS, why_not_read
+from hvd_lb.data.files.kinds import EXTENSIONS, is_ignored, why_not_read
 from hvd_lb.data.files.rows import Names, measure_files
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.sources.labels import CLASSES_FILES, Classes, UnknownLabel, classes_in, find_classes
-from hvd_lb.data.sources.names import look_alike
+from hvd_lb.data.sources.names import look_alike, some
 from hvd_lb.data.sources.source import Listing, States, file_state, stamped, state_of
 from hvd_lb.errors import UserError
 
@@ -77,6 +77,7 @@ class ListSource:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
         entries = _Entries.of(read_list(self.path))
         names = entries.names
+        self._refuse_part(names)
         classes, labels = self._numbered(entries)
         remarks = self._remarks(entries)
         states = States()
@@ -93,6 +94,17 @@ class ListSource:
                 measure_files(self.root, classes, names, labels, report, journal), remarks=remarks
             ),
         )
+
+    def _refuse_part(self, names: Names) -> None:
+        """UserError where the list is for a folder of images and does not name all of them: it may be cut short."""
+        if self.images is None:
+            return
+        there = {os.fsencode(entry.name) for entry in os.scandir(self.images) if _is_image(entry.name)}
+        if unnamed := sorted(map(os.fsdecode, there.difference(names))):
+            raise UserError(
+                f"{self.path}: does not name {len(unnamed):,} of the {len(there):,} images in {self.images} "
+                f"({some(unnamed)}); is it whole? Copy it again, or move these away"
+            )
 
     def _remarks(self, entries: _Entries) -> list[str]:
         """UserError for a file that is named with two labels."""
@@ -198,6 +210,10 @@ class _Entries:
         """int64 (N,), of this process: the same for the same file, however its path is written."""
         above = Path(os.path.abspath(root))
         return np.fromiter((hash(_whole(above, name)) for name in self.names), np.int64, len(self.names))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not is_ignored(name)
 
 
 def _whole(root: Path, name: bytes) -> bytes:

@@ -247,6 +247,8 @@ def test_a_signed_url_works_and_is_shown_to_nobody(
         ("{url}/packed/train-00009{{0..3}}.tar", r"train-000090.tar: is not there \(404 Not Found\)"),
         ("http://user:password@host/x.tar", r"http://…@host: passwords in addresses"),
         ("http:///x.tar", "expected s3://BUCKET/"),
+        ("https:// host/x/train-0.tar", "https:// host: cannot be opened"),
+        ("http://host:99999/x/train-0.tar", "http://host:99999: cannot be opened"),
         ("http://127.0.0.1:9/x/train-0.tar", r"cannot be read \(no connection, 3 times\)"),
         ("http://nobody.invalid/x/train-0.tar", r"cannot be read \(no such host, 3 times\)"),
     ],

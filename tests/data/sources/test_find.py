@@ -251,6 +251,11 @@ def test_kaggles_imagenet_is_understood(given: str, tmp_path: Path, make_classes
     assert data.val.labels.tolist() == [1, 0, 1]
     assert data.val.name(0) == str(inner / "val" / "ILSVRC2012_val_00000001.JPEG")
     assert data.val.widths.tolist() == [21, 20, 22]
+    photo(20, 30).save(inner / "val" / "ILSVRC2012_val_00000003.JPEG")  # the list was cut short
+    with pytest.raises(
+        UserError, match="csv: does not name 1 of the 4 images in .*_00000003.JPEG.; is it whole"
+    ):
+        open_dataset(str(tmp_path / "kaggle" / given))
 
 
 @pytest.mark.parametrize(
