@@ -64,6 +64,29 @@ def test_the_tightest_group_on_the_way_up_counts(tmp_path: Path) -> None:
     assert memory_left(root) == available_memory(root) == GIB
 
 
+@pytest.mark.parametrize("tight", ["", "a", "a/b"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_tightest_one_counts_wherever_it_is(version: int, tight: str, tmp_path: Path) -> None:
+    groups = {1: "3:cpu,cpuacct:/a/b\n4:memory:/a/b\n", 2: "0::/a/b\n"}[version]
+    files = {}
+    for folder in ("", "a", "a/b"):
+        cores, left = (1, 2) if folder == tight else (4, 5)
+        if version == 1:
+            files |= {
+                f"cpu/{folder}/cpu.cfs_quota_us": f"{cores}00000", f"cpu/{folder}/cpu.cfs_period_us": "100000",
+                f"memory/{folder}/memory.limit_in_bytes": f"{left * GIB}",
+                f"memory/{folder}/memory.usage_in_bytes": f"{GIB}",
+            }  # fmt: skip
+        else:
+            files |= {
+                f"{folder}/cpu.max": f"{cores}00000 100000", f"{folder}/memory.max": f"{left * GIB}",
+                f"{folder}/memory.current": f"{GIB}",
+            }  # fmt: skip
+    root = machine(tmp_path, groups, files)
+    assert cpu_quota(root) == 1
+    assert memory_left(root) == GIB
+
+
 @pytest.mark.parametrize(
     ("limit", "taken", "cached", "left"),
     [
