@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,25 @@ def test_what_a_crash_left_of_a_line_is_cut_off(tmp_path: Path) -> None:
     written.add({"step": 1})
     written.write()
     assert lines(path) == [{"step": 0}, {"step": 1}]
+
+
+def test_a_file_that_takes_a_part_at_a_time_gets_all_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[: len(data) // 2 + 1])
+
+    path = tmp_path / "metrics.jsonl"
+    written = JsonLines(path)
+    for step in range(3):
+        written.add({"kind": "train", "step": step}, {"kind": "eval", "step": step})
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "open", lambda self, mode, buffering: Slow(self, mode.replace("b", "")))
+            written.write()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"kind": kind, "step": step} for step in range(3) for kind in ("train", "eval")
+    ]
 
 
 def test_a_full_disk_is_told_once_and_ends_no_training(
