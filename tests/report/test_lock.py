@@ -13,6 +13,7 @@ import pytest
 
 from hvd_lb.errors import UserError
 from hvd_lb.machine.process import this_process
+from hvd_lb.report import lock
 from hvd_lb.report.run_directory import RunDirectory
 
 MISSING = [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL]
@@ -137,6 +138,25 @@ def test_a_number_that_another_process_has_by_now_is_a_dead_one(
     run.logs.mkdir(parents=True)
     maker(run).write_text(json.dumps({**this_process(), "started": 1}))
     run.lock().close()
+
+
+def test_who_is_faster_to_take_over_a_dead_one_s_lock_keeps_it(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, "flock", "lockf")
+    run.logs.mkdir(parents=True)
+    maker(run).write_text(json.dumps({**this_process(), "started": 1}))
+    refuse, faster = lock._refuse_living, json.dumps(this_process())
+
+    def look(path: Path, content: bytes, folder: Path) -> None:
+        refuse(path, content, folder)
+        path.write_text(faster)
+
+    monkeypatch.setattr(lock, "_refuse_living", look)
+    with pytest.raises(UserError, match="in use by another run"):
+        run.lock()
+    assert maker(run).read_text() == faster
+    assert [path.name for path in run.logs.iterdir()] == [maker(run).name]
 
 
 def test_another_error_of_the_file_system_is_told(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

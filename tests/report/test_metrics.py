@@ -36,6 +36,8 @@ FOREIGN = [
     b"[1]\n",
     b"3\n",
     b'{"kind": "train"}\n',
+    b'{"kind": "train", "step": 1, "loss": "0.5"}\n',
+    b'{"kind": "eval", "step": 1, "top1_error": [1]}\n',
     b"[" * 100_000 + b"\n",
     b'"\xff"\n',
     b"\n",
