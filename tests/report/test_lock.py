@@ -159,6 +159,17 @@ def test_who_is_faster_to_take_over_a_dead_one_s_lock_keeps_it(
     assert [path.name for path in run.logs.iterdir()] == [maker(run).name]
 
 
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES], ids=errno.errorcode.get)
+def test_either_word_for_a_lock_that_another_holds_is_understood(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """POSIX leaves it to the system which of them fcntl says."""
+    without(monkeypatch, "flock")
+    without(monkeypatch, "lockf", number=number)
+    with pytest.raises(UserError, match="in use by another run"):
+        run.lock()
+
+
 def test_another_error_of_the_file_system_is_told(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "flock", number=errno.EIO)
     with pytest.raises(UserError, match="cannot be written .Input/output error."):
