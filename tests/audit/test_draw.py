@@ -31,6 +31,13 @@ def test_each_worker_and_each_process_alike() -> None:
     assert all(drawn.workers[0] in hosted(drawn.owner, 4, 8) for drawn in found)
 
 
+def test_who_audits_does_not_follow_from_what_is_audited() -> None:
+    """Eight workers, and four processes that do not host one: all of 32 pairs come."""
+    pairs = Counter((drawn.workers[0], drawn.auditor) for drawn in draws(8000, hosts="01234"))
+    assert len(pairs) == 32
+    assert all(abs(count - 250) < 5 * 250**0.5 for count in pairs.values())
+
+
 def test_as_often_as_is_asked_for() -> None:
     assert abs(len(draws(10_000, rate=0.1)) - 1000) < 5 * 1000**0.5
     assert draws(1000, rate=0.0) == []
@@ -45,6 +52,8 @@ def test_by_another_host_where_there_is_one() -> None:
 def test_workers_that_are_computed_together_are_audited_together() -> None:
     found = draws(200, workers=7, group=3)
     assert {tuple(drawn.workers) for drawn in found} == {(0, 1, 2), (3, 4, 5), (6,)}
+    for drawn in draws(200, workers=8, group=3, hosts="01"):
+        assert set(drawn.workers) <= set(hosted(drawn.owner, 2, 8, 3))
 
 
 def test_workers_without_images_are_not_drawn() -> None:
