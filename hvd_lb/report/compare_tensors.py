@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from hvd_lb.training.checkpoint import Checkpoint
+from hvd_lb.training.checkpoint import Checkpoint, open_tensors
 
 # Not among the fields told: checksums of what is compared anyway, and what is told elsewhere.
 _STATE_ELSEWHERE = {"checksums", "recipe", "step"}
@@ -122,7 +121,7 @@ def _compare_files(a: Path, b: Path) -> Iterator[TensorComparison]:
 
 
 def _open(file: Path) -> AbstractContextManager[Any]:
-    return safe_open(file, framework="pt") if file.exists() else nullcontext({})
+    return open_tensors(file) if file.exists() else nullcontext({})
 
 
 def _layout(file: Any, name: str) -> str:

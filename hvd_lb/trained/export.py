@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hvd_lb.errors import UserError
@@ -27,7 +26,7 @@ from hvd_lb.report.run_directory import replace_bytes, replace_text
 from hvd_lb.report.text import printable
 from hvd_lb.trained.card import Loading, model_card
 from hvd_lb.trained.weights import Trained, metadata_of
-from hvd_lb.training.checkpoint import save_tensors
+from hvd_lb.training.checkpoint import load_tensors, save_tensors
 from hvd_lb.training.models import SMALL_RESNETS, model_arguments
 
 Format = Literal["torchvision", "torch-export", "onnx"]
@@ -110,7 +109,7 @@ def _torchvision(trained: Trained, model: nn.Module, folder: Path) -> tuple[Load
     save_tensors(tensors, folder / "model.safetensors", metadata_of(trained.recipe, trained.classes or ()))
     name, arguments = trained.recipe.model, model_arguments(trained.recipe.model)
     theirs = torchvision.models.get_model(name, weights=None, num_classes=trained.outputs, **arguments)
-    theirs.load_state_dict(load_file(folder / "model.safetensors"))
+    theirs.load_state_dict(load_tensors(folder / "model.safetensors"))
     more = "".join(f", {key}={value}" for key, value in arguments.items())
     loading = Loading(
         "torchvision",

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hvd_lb import arithmetic
@@ -27,6 +26,7 @@ from hvd_lb.training.checkpoint import (
     METADATA,
     Checkpoint,
     classes_of,
+    load_tensors,
     open_checkpoint,
     weights_metadata,
 )
@@ -61,7 +61,7 @@ class Trained:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """The model's state dict, on the CPU."""
-        return load_file(self.file)
+        return load_tensors(self.file)
 
     @cached_property
     def outputs(self) -> int:

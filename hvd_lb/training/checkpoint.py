@@ -17,9 +17,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,13 +74,13 @@ class Checkpoint:
 
     def model(self) -> dict[str, Tensor]:
         """Tensors of the model's state dict, on the CPU."""
-        return load_file(self.path / "model.safetensors")
+        return load_tensors(self.path / "model.safetensors")
 
     def optimizer(self) -> dict[str, Tensor]:
         """Tensors of the optimizer's state, on the CPU (see `hvd_lb.optim.state_dict`), and the averaged weights."""
-        averaged = load_file(self.averaged) if self.averaged else {}
+        averaged = load_tensors(self.averaged) if self.averaged else {}
         named = {f"{AVERAGED}{name}": tensor for name, tensor in averaged.items()}
-        return {**load_file(self.path / "optimizer.safetensors"), **named}
+        return {**load_tensors(self.path / "optimizer.safetensors"), **named}
 
     @property
     def averaged(self) -> Path | None:
@@ -404,6 +404,31 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, 
     sync(file)
 
 
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Those of a safetensors file, on the CPU."""
+    with _readable(file) as path:
+        return load_file(path)
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """A safetensors file, of which tensors and metadata are read one by one."""
+    with _readable(file) as path, safe_open(path, "pt") as opened:
+        yield opened
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[Path]:
+    """Its path, or another one for it where that is not UTF-8, which safetensors writes to, and does not read from."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        with file.open("rb") as stream:
+            yield Path(f"/proc/self/fd/{stream.fileno()}")
+    else:
+        yield file
+
+
 def _write_state(folder: Path, content: Mapping[str, Any]) -> None:
     """state.json as a whole, old or new, with its checksum."""
     content = {**content, "format": FORMAT}
@@ -448,7 +473,7 @@ def weights_metadata(file: Path) -> dict[str, Any]:
     UserError for what is no safetensors file.
     """
     try:
-        with safe_open(file, "pt") as opened:
+        with open_tensors(file) as opened:
             told = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
     except SafetensorError as error:
         raise UserError(f"{file} is no safetensors file ({error})") from None

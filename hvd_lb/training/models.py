@@ -13,14 +13,18 @@ from types import MethodType
 
 import torch
 import torchvision
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from hvd_lb.errors import UserError, nearest
 from hvd_lb.recipe import Recipe
-from hvd_lb.training.checkpoint import classes_of, weights_file, weights_metadata
+from hvd_lb.training.checkpoint import (
+    classes_of,
+    load_tensors,
+    open_tensors,
+    weights_file,
+    weights_metadata,
+)
 
 # Depth of each: 3 stages of (depth − 2) / 6 blocks.
 SMALL_RESNETS = {f"resnet{depth}": (depth - 2) // 6 for depth in (8, 14, 20, 32, 44, 56, 110)}
@@ -182,7 +186,7 @@ def without_auxiliary(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[s
 def begin_with(model: nn.Module, path: str, classes: Sequence[str]) -> None:
     """`take_weights` of a run, a checkpoint or a file, for a training on these classes."""
     file = weights_file(Path(path))
-    take_weights(model, load_file(file), path, other_classes=_names_others(file, classes))
+    take_weights(model, load_tensors(file), path, other_classes=_names_others(file, classes))
 
 
 def new_head(recipe: Recipe, classes: Sequence[str]) -> list[str]:
@@ -190,7 +194,7 @@ def new_head(recipe: Recipe, classes: Sequence[str]) -> list[str]:
     assert recipe.init_from
     file = weights_file(Path(recipe.init_from))
     other_classes = _names_others(file, classes)
-    with safe_open(file, "pt") as opened:
+    with open_tensors(file) as opened:
         shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     model = _without_memory(recipe.model, recipe.num_classes or len(classes))

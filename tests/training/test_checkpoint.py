@@ -19,7 +19,14 @@ import pytest
 import torch
 
 from hvd_lb.errors import UserError
-from hvd_lb.training.checkpoint import BackgroundWriter, CheckpointStore, Snapshot, open_checkpoint
+from hvd_lb.training.checkpoint import (
+    BackgroundWriter,
+    CheckpointStore,
+    Snapshot,
+    open_checkpoint,
+    open_tensors,
+    weights_metadata,
+)
 
 MODEL = {"weight": torch.arange(6.0).reshape(2, 3), "shared": torch.ones(4)[:2]}
 OPTIMIZER = {"state/0/velocity": torch.full((2, 3), 0.5)}
@@ -326,6 +333,19 @@ def test_one_that_cannot_be_removed_whole_is_no_failure_of_the_one_that_was_writ
     stays = False
     save(store, 3)
     assert not list(tmp_path.glob(".removing-*"))
+
+
+def test_in_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    """safetensors writes such files, and does not read them: a run could not go on."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    save(CheckpointStore(folder), 7)
+    found, _ = CheckpointStore(folder).newest_intact()
+    assert found
+    assert torch.equal(found.model()["weight"], MODEL["weight"])
+    assert found.optimizer().keys() == OPTIMIZER.keys()
+    assert weights_metadata(found.path / "model.safetensors") == {}
+    with open_tensors(found.path / "model.safetensors") as opened:
+        assert torch.equal(opened.get_tensor("weight"), MODEL["weight"])
 
 
 def test_one_under_the_name_of_another_step_is_neither_used_nor_lost(tmp_path: Path) -> None:
