@@ -127,6 +127,21 @@ def test_erased_rectangles_are_torchvisions() -> None:
     assert (ours >= 0).all()
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+def test_an_erased_rectangle_is_anywhere_up_to_the_last_row_and_column(size: int) -> None:
+    """Of one that is smaller than the crop, as in torchvision: where none is, none is drawn."""
+    drawn = Erase(1.0, size, MEAN).draw(0, 0, np.arange(3000))
+    none = drawn[:, 2] == 0
+    assert not drawn[none].any()
+    assert none.all() == (size == 1)
+    for place, side in (drawn[~none][:, [0, 2]].T, drawn[~none][:, [1, 3]].T):
+        assert ((side >= 1) & (side < size)).all()
+        for chosen in np.unique(side[:2000]):
+            here = place[side == chosen]
+            if len(here) > 200:
+                assert set(here.tolist()) == set(range(size - int(chosen) + 1))
+
+
 def test_what_is_erased_is_the_mean_colour_and_the_rest_stays() -> None:
     erase, image = Erase(0.3, 32, MEAN), picture(32)
     drawn = erase.draw(7, 0, np.arange(2000))
@@ -140,6 +155,8 @@ def test_what_is_erased_is_the_mean_colour_and_the_rest_stays() -> None:
     on_device = erase.apply_to_batch(
         torch.ones(2, 3, 32, 32), np.array([[x, y, width, height], [0, 0, 0, 0]])
     )
+    assert width != height
+    assert (on_device[0, :, y : y + height, x : x + width] == 0).all()
     assert int((on_device == 0).sum()) == 3 * width * height
     assert (on_device[1] == 1).all()
 

@@ -33,6 +33,20 @@ def test_links_to_images_elsewhere_are_followed(folder: Path, tmp_path: Path, ma
     assert counts(folder) == [7, 5, 4, 2]
 
 
+def test_a_folder_whose_name_only_begins_like_another_one_s_is_another_one(
+    folder: Path, make_classes: Make
+) -> None:
+    make_classes(folder / "val-more", {"pool": 2})
+    make_classes(folder / "train-more", {"pool": 3})
+    (folder / "train" / "ant" / "linked").symlink_to("../../val-more/pool")
+    (folder / "train" / "bee" / "linked").symlink_to("../../train-more/pool")
+    train, val = folder / "train", (str(folder / "val"),)
+    assert [sum(of.images for of in ClassFolder(train, name, val).folders()) for name in ("ant", "bee")] == [
+        6,
+        7,
+    ]
+
+
 def test_a_set_of_links_only(folder: Path, tmp_path: Path) -> None:
     linked = tmp_path / "linked"
     for split in ("train", "val"):
