@@ -230,6 +230,16 @@ def test_what_a_crash_left_of_a_line_is_cut_off(tmp_path: Path) -> None:
     assert lines(path) == [{"step": 0}, {"step": 1}]
 
 
+def test_records_are_taken_back_from_the_end_without_room_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"kind": "train", "step": {step}}}\n' for step in range(5)))
+    monkeypatch.setattr("hvd_lb.report.metrics.replace_bytes", lambda *_: pytest.fail("it takes room"))
+    truncate_metrics(path, 3)
+    assert [record["step"] for record in read_metrics(path)] == [0, 1, 2]
+
+
 def test_a_file_that_takes_a_part_at_a_time_gets_all_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,3 +75,15 @@ def test_what_is_damaged_or_of_another_kind_is_left_out(
     if content is not None:
         (tmp_path / "file.json").write_text(content)
     assert read_json(tmp_path / "file.json") == found
+
+
+def test_what_a_crash_left_half_written_gives_neither_content_nor_mode(tmp_path: Path) -> None:
+    before = os.umask(0)
+    os.umask(before)
+    left = tmp_path / ".summary.json.writing"
+    left.write_text("half of another, which was longer")
+    left.chmod(0o600)
+    write_json(tmp_path / "summary.json", {"a": 1})
+    assert read_json(tmp_path / "summary.json") == {"a": 1}
+    assert (tmp_path / "summary.json").stat().st_mode & 0o777 == 0o666 & ~before
+    assert not left.exists()
