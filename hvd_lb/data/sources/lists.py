@@ -72,7 +72,8 @@ class ListSource:
 
     def listing(self) -> Listing:
         try:
-            own = file_state(self.root, os.path.relpath(self.path, self.root))
+            lists = [of.path for of in (self, self.training) if of]  # of the other one a remark tells
+            own = [file_state(self.root, os.path.relpath(path, self.root)) for path in lists]
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
         entries = _Entries.of(read_list(self.path))
@@ -84,7 +85,7 @@ class ListSource:
         for state in in_threads(partial(self._state, entries), range(len(names))):
             states.add(state)
         folders = sorted({os.path.dirname(os.fsdecode(name)) or "." for name in names})
-        watched = [own, *(file_state(self.root, other) for other in (*folders, *CLASSES_FILES))]
+        watched = [*own, *(file_state(self.root, other) for other in (*folders, *CLASSES_FILES))]
         known = states.digest(len(names) <= self.cheap)
         stamp = stamped([*classes, "", *remarks, names.content, names.ends, labels, known])
         return Listing(

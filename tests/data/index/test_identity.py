@@ -22,6 +22,7 @@ from hvd_lb.data.index.images import IndexedImages
 from hvd_lb.data.index.index import Index, open_index
 from hvd_lb.data.prepare.pack import pack
 from hvd_lb.data.sources.folders import FolderSource
+from hvd_lb.data.sources.lists import ListSource
 from hvd_lb.errors import UserError
 
 Make = Callable[..., Path]
@@ -368,3 +369,19 @@ def test_a_class_of_the_same_length_and_time_is_seen_by_a_check_of_everything(tm
         named(tmp_path, "val-0.tar", " ".join(classes))
         splits, _ = index_splits(str(tmp_path), check="full")
         assert splits["train"].classes == classes
+
+
+def test_images_that_a_new_training_list_shares_with_many_validation_images_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        ListSource.__init__, "__defaults__", (None, 0, None, None)
+    )  # no file is cheap to look at
+    bitmaps(tmp_path / "i", dict.fromkeys("abc", 9))
+    for name, content in (("val.csv", "i/c.bmp,y"), ("train.csv", "i/a.bmp,x\ni/b.bmp,y")):
+        (tmp_path / name).write_text(content)
+    settle(tmp_path)
+    assert open_dataset(str(tmp_path)).notes == ()
+    (tmp_path / "train.csv").write_text("i/a.bmp,x\ni/b.bmp,y\ni/c.bmp,y")
+    (note,) = open_dataset(str(tmp_path)).notes
+    assert note.startswith("val.csv: 1 of its 1 images are trained on, too (train.csv)")
