@@ -936,7 +936,7 @@ class DistributedOptimizer(Optimizer):
                     f"{changed} of {self.world.size} processes have changed gradients before the last step(), as by "
                     "clipping, and the others have not: their weights are no longer the same. Do it on all processes"
                 )
-            if options != own * self.world.size:
+            if options not in (own * self.world.size, own):  # others that tell nothing have taken no step yet
                 self.zero_grad()
                 rates = ", ".join(f"{float(group['lr']):g}" for group in self.param_groups if "lr" in group)
                 raise RuntimeError(

@@ -542,7 +542,7 @@ def read_state(path: Path) -> dict[str, Any]:
         )
     if pointers.CHECKPOINT.fullmatch(path.name) and _step_of(path) != state["step"]:
         raise DamagedCheckpoint(
-            f"checkpoint {path} is that of step {state['step']} under another name: give it its own name back"
+            f"{path}: checkpoint {path.name} is that after {state['step']} steps under another name: rename it back"
         )
     return state
 

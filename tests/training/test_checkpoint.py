@@ -360,7 +360,7 @@ def test_one_under_the_name_of_another_step_is_neither_used_nor_lost(tmp_path: P
     shutil.rmtree(found.path)
     found, problems = store.newest_intact()
     assert found is None
-    assert "step-00000016 is that of step 8 under another name" in problems[tmp_path / "step-00000016"]
+    assert "step-00000016 is that after 8 steps under another name" in problems[tmp_path / "step-00000016"]
     shutil.copytree(tmp_path / "step-00000016", tmp_path / "copy")
     assert open_checkpoint(tmp_path / "copy").step == 8
 
