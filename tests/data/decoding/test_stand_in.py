@@ -15,7 +15,8 @@ from broken import good_file, with_size
 from image_files import with_chunk
 from loader_cases import CPU, KINDS, BlobImages, as_levels
 
-from hvd_lb.data.decoding.stand_in import MOST_TRIES, StandIn, sizes
+from hvd_lb.data.decoding.decode import BadImage
+from hvd_lb.data.decoding.stand_in import MOST_TRIES, RawBatch, StandIn, Substitute, sizes
 from hvd_lb.data.images import Images
 from hvd_lb.data.loading.open import open_loader
 from hvd_lb.errors import UserError
@@ -92,6 +93,18 @@ def test_a_stand_in_may_be_broken_too_and_ids_go_round(kind: str) -> None:
     found, told = skip(kind, images, [batch(images, (11, 3, 10))])
     assert found[0][1].tolist() == [1, 3, 1]
     assert [(of.position, of.image, of.stand_in) for of in told] == [(0, 11, 1), (2, 10, 1)]
+
+
+def test_stand_ins_are_told_by_position_whichever_was_found_first() -> None:
+    """A decoder may refuse one of a batch in which others were replaced before."""
+    images = make_images({})
+    repair = Substitute(images, lambda ids: list(images.read(ids)))
+    ids = np.arange(5)
+    repaired = RawBatch(batch(images, range(5)), list(images.read(ids)))
+    for position in (3, 1, 4):
+        repaired = repair(repaired, {position: BadImage("x", "broken")})
+    assert [of.position for of in repaired.stand_ins] == [1, 3, 4]
+    assert repaired.microbatch.image_ids.tolist() == [0, 2, 2, 4, 5]
 
 
 @pytest.mark.parametrize("kind", KINDS)
