@@ -137,6 +137,23 @@ def test_terms_that_are_too_large_are_found_and_fit_the_second_time(large: float
         torch.testing.assert_close(result, torch.full((3,), 1 + large))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_of_several_tensors_at_once_each_has_its_largest_term(sign: int) -> None:
+    """Also where that is below zero."""
+    terms = [torch.tensor([1.0, -2.0]), sign * torch.tensor([1e30, 0.5, 3.0]), torch.tensor([0.25])]
+    exact, out = FixedPointSum(terms, 4, "sum"), [torch.zeros_like(term) for term in terms]
+    exact.add_to_each(terms)
+    exact.start(Solo())
+    assert exact.finish(out)[1] == [1]
+    exact.add_to_each(terms)
+    exact.start(Solo())
+    assert exact.finish(out)[1] == []
+    assert all(
+        torch.equal(found, term) for found, term in zip(out, terms, strict=True) if term is not terms[1]
+    )
+    assert out[1][0] == terms[1][0]
+
+
 def test_growth_up_to_the_promised_factor_fits() -> None:
     (one,) = sums = [FixedPointSum([torch.zeros(1)], 8, "sum")]
     summed([[torch.ones(1)] * 8], 8, sums)

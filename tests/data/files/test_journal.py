@@ -60,7 +60,7 @@ def test_zeros_that_a_crash_has_left_are_no_blocks(path: Path) -> None:
 
 
 def test_each_block_is_synced_to_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[tuple[str, int]] = []
+    synced, before = list[tuple[str, int]](), path.stat().st_size
 
     def fsync(descriptor: int) -> None:
         synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
@@ -69,6 +69,7 @@ def test_each_block_is_synced_to_the_disk(path: Path, monkeypatch: pytest.Monkey
     with Journal(path) as journal:
         journal.append(9, b"more")
         assert synced == [(str(path), path.stat().st_size)]
+        assert path.stat().st_size == before + module._HEAD.size + len(b"more")  # and nothing is in a buffer
 
 
 def test_what_takes_little_time_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
