@@ -21,6 +21,7 @@ from hvd_lb.report.metrics import (
     JsonLines,
     MetricsFollower,
     RunObserver,
+    last_records,
     read_metrics,
     read_records,
     truncate_metrics,
@@ -228,6 +229,23 @@ def test_what_a_crash_left_of_a_line_is_cut_off(tmp_path: Path) -> None:
     written.add({"step": 1})
     written.write()
     assert lines(path) == [{"step": 0}, {"step": 1}]
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_the_record_of_an_evaluation_that_is_still_due_is_taken_back(due: bool, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    told = [(kind, step) for step in range(6) for kind in ("train", "eval", "seal")]
+    path.write_text("".join(f'{{"kind": "{kind}", "step": {step}}}\n' for kind, step in told))
+    truncate_metrics(path, 4, evaluation_due=due)
+    kept = [of for of in told if of[1] < 3] + [("train", 3)] + [("eval", 3), ("seal", 3)] * (not due)
+    assert [(record["kind"], record["step"]) for record in read_metrics(path)] == kept
+
+
+def test_the_newest_records_reach_back_to_an_evaluation(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    line = json.dumps({"kind": "train", "step": 7, "more": "x" * 1000}) + "\n"
+    path.write_text('{"kind": "eval", "step": 6, "top1_error": 9.0}\n' + 400 * line)
+    assert [record["step"] for record in last_records(path)] == [6] + [7] * 400
 
 
 def test_records_are_taken_back_from_the_end_without_room_for_others(
