@@ -8,7 +8,7 @@ import pytest
 
 from hvd_lb.errors import UserError
 from hvd_lb.forecast.pages import read_forecast, write_forecast
-from hvd_lb.forecast.predict import Device, Forecast, Run, predict, sizes
+from hvd_lb.forecast.predict import RESTART_SECONDS, Device, Forecast, Run, predict, sizes
 from hvd_lb.forecast.profile import ClusterProfile, load_cluster
 from hvd_lb.forecast.step import Compute, Filled
 from hvd_lb.forecast.words import recommendation, rows
@@ -87,6 +87,8 @@ def test_a_slow_loader_is_told() -> None:
     assert "times as many are needed" in said["loading"]
     enough = predict(RUN, replace(DEVICE, loader=1.01 * forecast.loader_needed), load_cluster("dgx-h100"))
     assert enough.share.data == 0
+    few = predict(replace(RUN, gpus=2), replace(DEVICE, loader=500.0), load_cluster("dgx-h100"))
+    assert few.step.value == pytest.approx(2 * 32 / 500)  # a host's loader is shared by those that are there
 
 
 def test_the_same_run_on_fewer_gpus_has_the_same_steps() -> None:
@@ -95,6 +97,10 @@ def test_the_same_run_on_fewer_gpus_has_the_same_steps() -> None:
     assert (one.gpus, all_.gpus) == (1, 256)
     assert one.step.value == pytest.approx(256 * 0.090 + 0.002)
     assert all_.step.value == forecast.step.value
+    eight = next(
+        same for same in predict(replace(RUN, gpus=12), DEVICE, slow(100)).same_run if same.gpus == 8
+    )
+    assert eight.step.value > 2 * 0.090  # some of them have two virtual workers, and the others wait
 
 
 def test_money_is_for_whole_hosts() -> None:
@@ -110,6 +116,8 @@ def test_failures_and_what_going_on_without_ranks_saves() -> None:
     assert forecast.failures_cost is not None
     assert forecast.failures_cost_elastic is not None
     assert forecast.failures_cost > forecast.failures_cost_elastic > 0
+    lost = RUN.checkpoint_every * forecast.step.value / 2  # on average
+    assert forecast.failures_cost == pytest.approx(forecast.failures * (RESTART_SECONDS + lost))
     assert predict(RUN, DEVICE, slow()).failures is None
 
 

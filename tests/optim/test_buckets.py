@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hvd_lb.optim.buckets import Bucket, plan_buckets
+from hvd_lb.optim.buckets import Bucket, half, plan_buckets
 from hvd_lb.world.solo import Solo
 
 
@@ -80,3 +80,12 @@ def test_what_is_put_in_place_of_a_sum_is_what_is_divided(dtype: torch.dtype) ->
     bucket.divide(2)
     assert replaced.grad.tolist() == [3.0, 4.0]
     assert edited.grad.tolist() == [10.0, 20.0]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("images", "share"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8192, 8192), (8193, 16384)]
+)
+def test_what_is_sent_in_half_precision_is_near_the_mean(images: int, share: int) -> None:
+    """As a power of two: nothing is rounded by it."""
+    assert half("bf16", images).scale == 1 / share
+    assert half("fp16", images).scale == 256 / share

@@ -414,6 +414,20 @@ class TestHalfPrecision:
             assert w.grad[0].item() == torch.tensor(0.1).to(dtype).item()
             opt.step()
 
+    def test_each_step_begins_at_zero(self, dtype: torch.dtype) -> None:
+        w, unused = (nn.Parameter(torch.zeros(1, dtype=dtype)) for _ in range(2))
+        opt = DistributedOptimizer(torch.optim.SGD([w, unused], 1.0), world=Solo())
+        for number in range(4):
+            opt.backward((w * number).sum(), last=False)
+            opt.backward((w * 2).sum(), last=False)
+            assert w.grad.item() == number + 2
+            opt.backward(w.sum())
+            opt.synchronize()
+            assert w.grad.item() == number + 3
+            opt.step()
+            if number % 2:
+                opt.zero_grad()
+
     def test_sums_do_not_overflow(self, dtype: torch.dtype) -> None:
         w = nn.Parameter(torch.zeros(3, dtype=dtype))
         opt = DistributedOptimizer(torch.optim.SGD([w], 1.0), world=Recorder(size=16))

@@ -121,3 +121,12 @@ def test_too_few_steps_and_steps_that_are_no_numbers_say_nothing() -> None:
     assert noise.estimate() is None
     noise.add(one, 1, one, 4)
     assert noise.estimate() is not None
+
+
+def test_the_interval_of_few_steps() -> None:
+    """By Fieller's quadratic, with the unbiased variances of means: 1/6 and 1/24 here, and no covariance."""
+    found = quotient([(11.0, 2.0), (9.0, 2.0), (10.0, 2.5), (10.0, 1.5)])
+    a, b, c = 4 - 1.96**2 / 24, 20.0, 100 - 1.96**2 / 6
+    ends = [(b + sign * (b * b - a * c) ** 0.5) / a for sign in (-1, 1)]
+    assert found.value == pytest.approx(5)
+    assert [found.low, found.high] == pytest.approx(ends, rel=1e-3)

@@ -137,6 +137,21 @@ def test_numbers_without_a_list_of_classes(tmp_path: Path) -> None:
     assert data.train.labels.tolist() == [0, 0, 2, 2, 1]
 
 
+def test_images_come_in_the_order_in_which_they_lie_in_a_shard(tmp_path: Path) -> None:
+    """And true is no number, as JSON has it."""
+    members = [
+        ("b.cls", b"1"),
+        ("a.png", png(0)),
+        ("b.png", png(1)),
+        ("a.json", b'{"label": true, "cls": 0}'),
+    ]
+    write_tar(tmp_path / "train-0.tar", members)
+    write_tar(tmp_path / "val-0.tar", [*samples("c", b"0"), *samples("d", b"1")])
+    train = open_dataset(str(tmp_path)).train
+    assert [train.name(number).partition(": ")[2] for number in range(2)] == ["a.png", "b.png"]
+    assert train.labels.tolist() == [0, 1]
+
+
 def test_labels_are_positions_in_the_list_of_classes(tmp_path: Path) -> None:
     """Names of classes that are numbers, as digits sorted by name have."""
     (tmp_path / "classes.json").write_text(json.dumps({"classes": ["0", "1", "10", "2"]}))
