@@ -2,8 +2,7 @@
 
 A file takes 0, 1, 5 or 20 ms more than it does from the page cache. Two things bound what can be had: as many reads as
 can be under way at once (64 in ours) divided by the time of one, and what the same loader does with files that take no
-time. Prints how much of the lower of both each loader reaches, with small PNGs (their decoding is the lower bound) or
-with `--decoded`, where nothing is decoded.
+time. Prints how much of the lower of both each loader reaches, with small PNGs.
 
     python benchmarks/latency.py [--seconds 4] [--workers 16] [--threads 2]
 """
