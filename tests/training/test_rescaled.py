@@ -16,6 +16,7 @@ from together import together
 
 from hvd_lb.plan.run_plan import RunPlan, Scale
 from hvd_lb.recipe import Recipe
+from hvd_lb.training.bad_images import BadImages
 from hvd_lb.training.checkpoint import CheckpointStore, Snapshot, open_checkpoint
 from hvd_lb.training.trainer import Trainer
 from hvd_lb.world import World
@@ -134,3 +135,23 @@ def test_losses_since_the_last_record_are_told_over_a_change() -> None:
     images = (40, 40, 20)
     mean = sum(of["loss"] * count for of, count in zip(each, images, strict=True)) / sum(images)
     assert together["loss"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_an_epoch_goes_on_over_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bad images counted since it began, and the average of weights at the image where warmup ends."""
+    begun: list[bool] = []
+    settle = BadImages.settle_step
+
+    def watched(account: BadImages, *arguments: Any, first: bool, images: int) -> Any:
+        begun.append(first)
+        return settle(account, *arguments, first=first, images=images)
+
+    monkeypatch.setattr(BadImages, "settle_step", watched)
+    of = recipe(warmup="gradual", warmup_epochs=1.0, reference_batch=10)
+    plan = of.run_plan(150, scales=scales_of(of, [(2, 2)]))
+    trainer = make(of, scales=plan.scales, carried=take(make(of, scales=plan.scales[:1]), 2))
+    take(trainer, 7)
+    assert begun == [True, False, *(False, False, False), True, False]
+    # 7 steps of 20 images are an epoch; 2 of 40 were taken in place of the first 4.
+    assert trainer.state.average is not None
+    assert trainer.state.average._begins == 7 - 2
