@@ -60,7 +60,7 @@ def halving_doubling(servers: int, size: float) -> Cost:
     for larger, smaller in pairwise(blocks):
         step = larger.bit_length()
         wire[step] = b / smaller
-        added[step] = max(added.get(step, 0.0), b / larger)
+        added[step] = b / larger  # more than the largest block's own
     return Cost(
         2 * len(wire), 2 * sum(wire.values()), sum(added.values()), 2 * b - max(0, 2 - more) * b / largest
     )
