@@ -98,8 +98,8 @@ class DistributedOptimizer(Optimizer):
     - To read `p.grad` while backward is at work is an error, and to change a process's own sums after the last
       backward inside `accumulate()`.
     - What is done to gradients before `step` is done by all processes: that others clip and one does not is an error.
-    - A process without a backward calls `synchronize` before it clips,
-      and, as GradScaler wants to have scaled something, `scaler.scale(torch.zeros(()))` before its first step.
+    - A process without a backward calls `synchronize` before it clips, and, as GradScaler wants to have scaled
+      something, `scaler.scale(torch.zeros(()))` before its first step.
     - `opt.zero_grad()` gives up an exchange under way, on all processes or on none.
     - A parameter without a gradient on all processes is skipped; one without on some counts as zero there.
     - `schedule(steps)` is the learning rate of step `steps`, counted from 0; it is set in every group,
@@ -447,13 +447,12 @@ class DistributedOptimizer(Optimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What only the wrapped optimizer has is set there, where it is read."""
-        theirs = name in _ITS_OWN or not (
-            name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
-        )
-        inner = self.__dict__.get("optimizer") if theirs and "_made" in self.__dict__ else None
-        super().__setattr__(name, value) if inner is None or not hasattr(inner, name) else setattr(
-            inner, name, value
-        )
+        ours = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        made = "_made" in self.__dict__
+        if made and (name in _ITS_OWN or not ours) and hasattr(self.optimizer, name):
+            setattr(self.optimizer, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(

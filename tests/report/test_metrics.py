@@ -3,17 +3,16 @@
 import errno
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from full_disk import room
 
 from hvd_lb.launch.rank.elastic import told_again
 from hvd_lb.report.metrics import (
@@ -67,17 +66,6 @@ def lines(path: Path) -> list[dict[str, Any]]:
     text = path.read_text("ascii")
     assert not text or text.endswith("\n")
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
-
-
-@contextmanager
-def room(size: int) -> Iterator[None]:
-    """Files may grow to this size, as on a disk that is then full: the last write goes in by half."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

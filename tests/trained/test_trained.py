@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from full_disk import room
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -349,30 +348,12 @@ def test_each_network_of_a_run_is_exported_into_a_folder_of_its_own(
 
 
 @pytest.mark.long
-def test_an_export_onto_a_full_disk(
-    hvd_lb: Callable[..., Any], run: Path, tmp_path: Path, limited_files: Callable[[int], Any]
-) -> None:
-    with limited_files(50_000):
+def test_an_export_onto_a_full_disk(hvd_lb: Callable[..., Any], run: Path, tmp_path: Path) -> None:
+    with room(50_000):
         said = hvd_lb("export", run, "--format", "torch-export", "--output", tmp_path / "e")
     assert (said.status, said.err.count("\n")) == (1, 1)
     assert "File too large" in said.err
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def limited_files() -> Callable[[int], Any]:
-    """No file gets larger than so many bytes meanwhile: what writes it is told so as by a full disk."""
-
-    @contextmanager
-    def limited(size: int) -> Iterator[None]:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    return limited
 
 
 def test_torchvision_takes_its_own_networks(hvd_lb: Callable[..., Any], tmp_path: Path) -> None:
