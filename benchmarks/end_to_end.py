@@ -25,6 +25,8 @@ from limited import run_limited
 from peers.steps import CASES
 from PIL import Image
 
+from hvd_lb.machine.cpu import describe_cpu, is_slow_in
+
 BIN, PEERS = Path(sys.executable).parent, Path(__file__).with_name("peers")
 HOROVODRUN = [BIN / "horovodrun", "--gloo", "-np", "2", "-H", "localhost:2", "--network-interface", "lo"]
 TORCHRUN = [BIN / "torchrun", "--nproc-per-node", "2", "--no-python"]
@@ -67,7 +69,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, help="all, but for those in bf16 on a CPU that is slow in it"
+    )
     parser.add_argument(
         "--sides",
         nargs="+",
@@ -82,6 +86,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if not arguments.cases:
+        slow = is_slow_in("bf16", describe_cpu())
+        arguments.cases = [name for name, case in CASES.items() if not (case.bf16 and slow)]
+        if slow:
+            print("left out, as torch has only slow kernels for bf16 on this CPU:", end=" ")
+            print(", ".join(name for name in CASES if name not in arguments.cases), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.pictures:
             make_pictures(Path(folder))

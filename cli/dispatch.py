@@ -241,7 +241,7 @@ def _train(
     share = f"{placement.processes} on {placement.device}, {count(placement.threads, 'thread')} each"
     if placement.processes == 1 and recipe.audit:
         share += ", and nobody to audit it (--audit)"
-    rows = [*explain(resolved, placement.device), ("processes", share)]
+    rows = [*explain(resolved, placement), ("processes", share)]
     if placement.processes == 1 and (alone := launched_alone(os.environ)):
         rows.append(("started", f"as a job of one process ({alone})"))
     if launch_plan.why_engine:

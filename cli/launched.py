@@ -118,7 +118,7 @@ def _launch(context: click.Context, options: TrainOptions, place: Place, line: s
         name: value for name, value in variables.items() if name == HANG_TIMEOUT or known.get(name) != value
     }
     rows = [
-        *explain(resolved, device),
+        *explain(resolved, placement),
         ("processes", f"{place.size} on {device}, {count(placement.threads, 'thread')} each"),
         ("hosts", f"{in_words(hosts)}, by {place.launcher}"),
         ("engine", f"{engine}, {why}" if why else engine),

@@ -164,7 +164,7 @@ def simulate(
     placement = choose_placement(
         device_name, gpus=resolved.recipe.gpus, processes=1, threads=resolved.recipe.threads
     )
-    plan = [*explain(resolved, device_name), ("memory", _memory(resolved.recipe))]
+    plan = [*explain(resolved, placement), ("memory", _memory(resolved.recipe))]
     if whole:
         refuse_unaudited(resolved.recipe)
         with outliving_readers():

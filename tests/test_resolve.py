@@ -1,17 +1,22 @@
 """From what was typed to a run: recipe and options together, and data by their very names."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from hvd_lb.data.spec import absolute_spec
 from hvd_lb.errors import UserError
+from hvd_lb.machine.cpu import describe_cpu, is_slow_in
+from hvd_lb.machine.placement import DeviceName, Placement
 from hvd_lb.recipe import load_values, make_recipe, preset_names
 from hvd_lb.resolve import check_options, explain, resolve
 
 DIGITS = {"data": "digits", "gpus": 2}
+CPU = Placement("cpu", 1, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +104,7 @@ def test_every_preset_becomes_a_run(name: str) -> None:
     resolved = resolve(dict(DIGITS), recipe=name, default_gpus=2)
     assert resolved.preset == name
     assert resolved.total_steps > 0
-    rows = dict(explain(resolved, "cpu"))
+    rows = dict(explain(resolved, CPU))
     assert ("without --init-from" in rows.get("advice", "")) == (name == "fine-tune")
 
 
@@ -142,7 +147,7 @@ def test_a_folder_with_the_name_of_a_built_in_set() -> None:
     built_in = resolve({"data": "digits"}, recipe=None, default_gpus=1)
     assert len(built_in.dataset.train) == 1438
     assert ("", "the built-in data set; what lies here by that name would be --data ./digits") in explain(
-        built_in, "cpu"
+        built_in, CPU
     )
     own = resolve({"data": "./digits", "per_gpu_batch": 4}, recipe=None, default_gpus=1)
     assert len(own.dataset.train) == 8
@@ -186,14 +191,47 @@ def test_a_link_is_told_as_it_was_typed(tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_on_a_gpu_a_faster_precision_is_named_unless_one_was_chosen(
-    device: str, options: dict[str, Any], expected: str | None
+    device: DeviceName, options: dict[str, Any], expected: str | None
 ) -> None:
     resolved = resolve({**DIGITS, **options}, recipe=None, default_gpus=1)
-    notes = [sentence for topic, sentence in explain(resolved, device) if "tensor cores" in sentence]
+    notes = [
+        sentence
+        for topic, sentence in explain(resolved, Placement(device, 1, 1))
+        if "tensor cores" in sentence
+    ]
     assert len(notes) == (expected is not None)
     assert all((expected or "") in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("features", "slow"),
+    [
+        (["avx", "avx2", "fma"], ["bf16", "fp16"]),
+        (["avx2", "avx512bw", "avx512dq", "avx512f", "avx512vl"], ["fp16"]),
+        (["avx512_fp16", "avx512bw", "avx512dq", "avx512f", "avx512vl"], []),
+        (["avx2", "avx_ne_convert"], []),
+        ([], []),  # not known
+    ],
+)
+def test_a_precision_that_the_cpu_has_no_kernels_for_is_told(features: list[str], slow: list[str]) -> None:
+    placement = Placement("cpu", 2, 1, first_host={"machine": "x86_64", "cpu_features": features})
+    told = []
+    for precision in ("fp32", "bf16", "fp16", "fp64"):
+        resolved = resolve({**DIGITS, "precision": precision}, recipe=None, default_gpus=1)
+        told += [precision for _, sentence in explain(resolved, placement) if "slow kernels" in sentence]
+        elsewhere = replace(placement, first_host={"machine": "aarch64", "cpu_features": features})
+        assert "slow kernels" not in str(explain(resolved, elsewhere))
+        assert "slow kernels" not in str(explain(resolved, replace(placement, device="cuda")))
+    assert told == slow
+
+
+def test_which_cpus_have_them_is_what_torch_says_of_this_one() -> None:
+    here = describe_cpu()
+    if here["machine"] == "x86_64" and torch.backends.mkldnn.is_available():
+        assert is_slow_in("bf16", here) != torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert is_slow_in("fp16", here) != torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
 def test_a_recipe_that_names_its_precision_has_chosen_it() -> None:
     resolved = resolve(DIGITS, recipe=written("precision: fp32"), default_gpus=1)
-    assert "tensor cores" not in str(explain(resolved, "cuda"))
+    assert "tensor cores" not in str(explain(resolved, Placement("cuda", 1, 1)))

@@ -14,6 +14,12 @@ from hvd_lb.machine.limits import cpu_quota
 # Instruction sets by which kernels are chosen.
 _FEATURES = ("sse", "ssse", "avx", "fma", "f16c", "amx", "bmi", "asimd", "sve")
 
+# One of these sets is what oneDNN needs for its kernels in half precision; it needs nothing for fp32.
+_HALF_NEEDS = {
+    "bf16": ({"avx512bw", "avx512vl", "avx512dq"}, {"avx_ne_convert"}),
+    "fp16": ({"avx512_fp16"}, {"avx_ne_convert"}),
+}
+
 
 def usable_cores() -> int:
     """Cores this process may run on, and no more than the CPU time that its container gets."""
@@ -46,6 +52,14 @@ def cpu_features() -> list[str]:
     lines = cpu_info().splitlines()
     line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return sorted(flag for flag in line.partition(":")[2].split() if flag.startswith(_FEATURES))
+
+
+def is_slow_in(precision: str, cpu: Mapping[str, Any]) -> bool:
+    """Whether torch computes `precision` without oneDNN on the x86 CPU of this `describe_cpu`: many times slower."""
+    features = {*cpu.get("cpu_features", ())}
+    if cpu.get("machine") != "x86_64" or not features or precision not in _HALF_NEEDS:
+        return False
+    return not any(features >= needed for needed in _HALF_NEEDS[precision])
 
 
 def cpu_info() -> str:
