@@ -2,8 +2,8 @@
 
 `python benchmarks/reproducible.py [--seconds S]` times whole steps of the trainer on the CPU, with batches that lie
 ready in memory: first two Horovod processes, one thread each, that share the virtual workers, in both modes; then one
-process with eight virtual workers against forward, backward and torch's SGD over the same microbatches. All sides take
-turns in one run. It prints medians and their ratios; and how long a checkpoint keeps training waiting.
+process with eight virtual workers (two of 224²) against forward, backward and torch's SGD over the same microbatches.
+All sides take turns in one run. It prints medians and their ratios; and how long a checkpoint keeps training waiting.
 """
 
 from __future__ import annotations
@@ -105,9 +105,10 @@ def modes(seconds: float) -> None:
             report(title, interleaved(sides, TURNS, WARM_UP, seconds))
 
 
-def virtual_workers(seconds: float, gpus: int = 8) -> None:
+def virtual_workers(seconds: float) -> None:
+    """One process."""
     for model, pixels, images in CASES:
-        ready = batches(images, pixels)
+        ready, gpus = batches(images, pixels), 8 if pixels < 224 else 2
         sides = {
             "float mode": whole_step(trainer(model, pixels, images, gpus, False), ready),
             "the bare loop": bare_step(model, gpus, ready),

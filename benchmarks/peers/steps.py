@@ -22,7 +22,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.models import get_model
 
 CLASSES = 1000
-WARM_UP = 3
+WARM_UP = 2
 # A folder of pictures to train on, else a batch lies ready.
 PICTURES = os.environ.get("HVD_LB_BENCH_PICTURES")
 
@@ -91,11 +91,11 @@ def plain_step(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -
 
 
 CASES = {
-    "resnet18 224² bf16": Case("resnet18", 224, 16, steps=8, bf16=True),
-    "resnet18 224²": Case("resnet18", 224, 16, steps=5),
-    "resnet18 64²": Case("resnet18", 64, 16, steps=25),
-    "squeezenet1_1 64²": Case("squeezenet1_1", 64, 16, steps=50),
-    "mobilenet_v3_small 128² bf16": Case("mobilenet_v3_small", 128, 16, steps=25, bf16=True),
+    "resnet18 224² bf16": Case("resnet18", 224, 16, steps=6, bf16=True),
+    "resnet18 224²": Case("resnet18", 224, 16, steps=4),
+    "resnet18 64²": Case("resnet18", 64, 16, steps=20),
+    "squeezenet1_1 64²": Case("squeezenet1_1", 64, 16, steps=40),
+    "mobilenet_v3_small 128² bf16": Case("mobilenet_v3_small", 128, 16, steps=20, bf16=True),
 }
 
 
