@@ -15,6 +15,7 @@ from together import together
 from torch import Tensor
 
 from hvd_lb.audit.audit import Audit, Disagreement, Tried, Undecided
+from hvd_lb.audit.draw import Draw
 from hvd_lb.data.images import ArrayImages, Dataset
 from hvd_lb.errors import UserError
 from hvd_lb.recipe import Recipe, make_recipe
@@ -206,6 +207,13 @@ def test_who_is_wrong_is_told_with_its_host_and_gpu() -> None:
             settled(processes, processes)
         for rank in range(processes):
             assert f"rank {5 + rank} on h{rank} (GPU 0 (0000:0{rank}:00.0))" in str(undecided.value)
+
+
+def test_a_third_process_is_on_a_third_host_where_there_is_one() -> None:
+    audit = Audit(0.0, 3, 6, 1, Solo(), lambda step: 24, lambda *_: torch.zeros(1))
+    for hosts, third in (("00224", 4), ("00222", 1), ("00", None)):
+        audit._hosts, audit._world.size = list(map(int, hosts)), len(hosts)
+        assert audit._third(Draw([0], 0, len(hosts) // 2)) == third
 
 
 class Files(ArrayImages):

@@ -57,6 +57,13 @@ def test_round_trip(tmp_path: Path) -> None:
     )
 
 
+def test_one_that_is_written_again_is_the_new_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 7)
+    store.save(7, {"weight": MODEL["weight"] + 1}, OPTIMIZER, {})
+    assert torch.equal(open_checkpoint(tmp_path / "last").model()["weight"], MODEL["weight"] + 1)
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     save(store, 1, 2, 3, 4, 5, best=2)

@@ -6,13 +6,14 @@ import errno
 import json
 import math
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_trainer import Records, make_trainer, small_recipe
+from test_trainer import Records, make_trainer, run_steps, small_recipe
 
 from hvd_lb.errors import UserError
 from hvd_lb.training.checkpoint import BackgroundWriter, CheckpointStore, Snapshot, open_checkpoint
@@ -190,6 +191,40 @@ def test_a_minibatch_is_left_out(bad_steps: tuple[int, ...], tmp_path: Path) -> 
         ]
         assert record["to"] <= record["step"]
     json.dumps(records(trainer).rollbacks)
+
+
+def test_a_step_that_is_left_out_counts_for_no_average() -> None:
+    """Neither for that of the losses nor for that of the weights."""
+    trainer = make_trainer(periodic(on_nan="rollback", ema=0.5))
+    trainer.state.left_out = {2}
+    run_steps(trainer, 2)
+    before = [average.clone() for average in trainer.state.average.tensors().values()]  # type: ignore[union-attr]
+    run_steps(trainer, 1)
+    assert trainer.step == 3
+    assert trainer.state.loss_images == 2 * trainer.recipe.global_batch
+    assert all(map(torch.equal, before, trainer.state.average.tensors().values()))  # type: ignore[union-attr]
+
+
+def test_a_velocity_that_is_no_number_is_found() -> None:
+    """Also where the weights are some, as at a learning rate of 0."""
+    trainer = make_trainer(periodic())
+    run_steps(trainer, 1)
+    for velocity, finite in ((1.0, True), (math.inf, False)):
+        next(iter(trainer.state.optimizer.state.values()))["velocity"].view(-1)[0] = velocity
+        assert trainer.state.finite(trainer.state.losses) is finite
+
+
+def test_who_goes_back_waits_for_the_newest_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = CheckpointStore.write
+    monkeypatch.setattr(CheckpointStore, "write", lambda *arguments: time.sleep(0.3) or write(*arguments))
+    trainer = make_trainer(
+        periodic(on_nan="rollback", steps=1, max_rollbacks=1), store=CheckpointStore(tmp_path)
+    )
+    spoil(trainer, 0)
+    trainer.fit()
+    assert trainer.state.left_out == {0}
 
 
 def test_minibatches_left_out_stay_left_out_after_a_resume(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from broken import good_file, with_size
 from image_files import with_chunk
 from loader_cases import CPU, KINDS, BlobImages, as_levels
 
-from hvd_lb.data.decoding.decode import BadImage
+from hvd_lb.data.decoding.decode import BadImage, check_header
 from hvd_lb.data.decoding.stand_in import MOST_TRIES, RawBatch, StandIn, Substitute, sizes
 from hvd_lb.data.images import Images
 from hvd_lb.data.loading.open import open_loader
@@ -151,6 +151,14 @@ def test_pixels_are_bounded_by_the_header_before_anything_is_decoded(kind: str) 
     assert [of.image for of in told] == [4, 6]
     assert told[0].reason == "9000 x 9000 pixels are more than the 10000000 of --max-pixels"
     assert "pixels" in told[1].reason
+
+
+def test_as_many_pixels_as_are_allowed_are_not_too_many() -> None:
+    images = make_images({})
+    (content,) = images.read(np.array([4]))
+    check_header(images, 4, content, 44 * 36)
+    with pytest.raises(BadImage, match="44 x 36 pixels are more than the 1583"):
+        check_header(images, 4, content, 44 * 36 - 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -336,3 +337,12 @@ def test_the_share_of_waiting_is_that_of_the_slower_side() -> None:
     assert share(read_seconds=0.1, step_seconds=0) > 0.8
     assert share(read_seconds=0, step_seconds=0.1) < 0.2
     assert share(read_seconds=0.2, step_seconds=0.1) == pytest.approx(0.5, abs=0.2)
+
+
+def test_the_clock_of_steps_leaves_out_what_lies_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 3.0, 10.0, 12.0])
+    monkeypatch.setattr("hvd_lb.training.clock.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    clock = StepClock(SimpleNamespace(wait_seconds=0.0))
+    with clock.paused():
+        pass
+    assert clock.lap() == (5.0, 0.0)

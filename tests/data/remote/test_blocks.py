@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hvd_lb.data.remote import store
 from hvd_lb.data.remote.address import Address
-from hvd_lb.data.remote.blocks import BLOCK, Blocks, _key, open_blocks
+from hvd_lb.data.remote.blocks import BLOCK, Blocks, _key, _write, open_blocks
+from hvd_lb.data.remote.objects import ObjectReader
 from hvd_lb.data.remote.store import ObjectState
 from hvd_lb.errors import UserError
 
@@ -54,6 +58,55 @@ def test_damage_is_found_by_whoever_meets_the_block_first(tmp_path: Path) -> Non
     assert blocks.missing(0, SIZE) == (BLOCK, 2 * BLOCK)
     blocks.put(BLOCK, CONTENT[BLOCK : 2 * BLOCK])
     assert (Blocks(tmp_path / "x", SIZE).get(0, SIZE) == CONTENT).all()
+
+
+def test_a_block_whose_checksum_is_0_is_there(tmp_path: Path) -> None:
+    content = np.frombuffer(b"\x9d\x0a\xd9\x6d", np.uint8)
+    assert zlib.crc32(content.data) == 0
+    Blocks(tmp_path / "x", 4).put(0, content)
+    assert Blocks(tmp_path / "x", 4).get(0, 4) is not None
+
+
+def test_no_block_is_announced_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process would take it for damaged, and throw the checksum away."""
+    blocks, write, written = Blocks(tmp_path / "x", SIZE), _write, list[int]()
+
+    def half(descriptor: int, content: memoryview, offset: int) -> None:
+        if written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(len(content))
+        write(descriptor, content, offset)
+
+    monkeypatch.setattr("hvd_lb.data.remote.blocks._write", half)
+    blocks.put(0, CONTENT)
+    assert written
+    assert blocks.missing(0, SIZE) == (0, SIZE)
+
+
+def test_the_use_of_blocks_is_noted() -> None:
+    for again in (False, True):
+        (blocks,) = opened("a")
+        assert blocks
+        assert not again or os.fstat(blocks._descriptor).st_mtime > 1
+        os.utime(blocks._descriptor, (1, 1))
+
+
+def test_what_another_thread_has_fetched_meanwhile_is_not_fetched_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader = ObjectReader(FOLDER, ["a"], [ObjectState(SIZE, 1)])
+    (blocks,) = reader._blocks
+    assert blocks
+    get = blocks.get
+
+    def at_first_nothing(start: int, stop: int) -> np.ndarray | None:
+        monkeypatch.setattr(blocks, "get", get)
+        blocks.put(0, CONTENT)
+        return None
+
+    monkeypatch.setattr(blocks, "get", at_first_nothing)
+    monkeypatch.setattr(store, "part", lambda *_: pytest.fail("fetched again"))
+    assert (reader.read(0, 5, 9) == CONTENT[5:14]).all()
 
 
 def test_another_version_of_an_object_has_blocks_of_its_own() -> None:
