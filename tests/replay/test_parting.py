@@ -13,6 +13,7 @@ import torch
 from metrics_lines import lines, rewrite
 
 from hvd_lb.replay.again import Again
+from hvd_lb.replay.parting import _start
 from hvd_lb.replay.recorded import open_run
 
 pytestmark = pytest.mark.slow
@@ -81,6 +82,12 @@ def test_float_mode_is_not_held_to_bits(hvd_lb: Run, in_float_mode: Path, copied
         in said.out
     )
     assert "A by itself" not in said.out
+
+
+def test_from_where_on_both_are_taken_again(recorded: Path) -> None:
+    """The newest checkpoint before the first difference; that of 8 steps knows step 7."""
+    run = open_run(recorded)
+    assert [_start(run, run, step)[0] for step in (7, 8, 15, None)] == [0, 8, 8, 30]
 
 
 def test_each_run_has_its_own_threads(recorded: Path) -> None:

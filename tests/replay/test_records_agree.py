@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from metrics_lines import Record, lines, rewrite, sealed_anew
 
+from hvd_lb.replay.agreement import unlike_records, unlike_summary
 from hvd_lb.replay.recorded import open_run
 from hvd_lb.replay.verify import Examined, examine_records
 
@@ -67,9 +68,15 @@ def without(records: list[Record], *kinds: str) -> list[Record]:
         ),
         (
             lambda records: sealed_anew(
-                [*records, {"kind": "train", "epoch": 90, "step": 2000, "lr": 0.1, "loss": 0.1}]
+                [*records, {"kind": "train", "epoch": 30, "step": 660, "lr": 0.1, "loss": 0.1}]
             ),
-            "metrics.jsonl tells of 2,001 steps, and the recipe has 660",
+            "metrics.jsonl tells of 661 steps, and the recipe has 660",
+        ),
+        (
+            lambda records: sealed_anew(
+                [{**of, "step": 8} if (of["kind"], of["step"]) == ("train", 7) else of for of in records]
+            ),
+            "with step 5 as the last one that is recorded before it there were 128",
         ),
         (lambda records: without(records, "begin"), "a chain without its beginning"),
         (
@@ -125,6 +132,20 @@ def test_another_summary(
         change(run, steps=20, final=None, best=None, chain=records[-1]["chain"])
     status, out = verified(hvd_lb, run)
     assert (status, told in out) == (1, True), out
+
+
+def test_an_evaluation_is_told_before_its_checkpoint_knows_it(recorded: Path) -> None:
+    """And the run may be killed in between."""
+    run = open_run(recorded)
+    due = replace(run.saved[22], evaluation=None, evaluation_due=True)
+    assert unlike_records(replace(run, saved={22: due}), 22) == []
+
+
+def test_a_last_step_that_is_not_recorded(recorded: Path) -> None:
+    run = open_run(recorded)
+    last = next(of for of in run.records if (of["kind"], of["step"]) == ("train", 29))
+    shorter = [*(of for of in run.records if of["step"] < 28), {**last, "step": 28}]
+    assert "of 30 steps 29 are recorded" in unlike_summary(replace(run, records=shorter))[0][-1]
 
 
 def test_a_run_that_was_stopped_is_not_called_finished(hvd_lb: Run, recorded: Path, copied: Copied) -> None:

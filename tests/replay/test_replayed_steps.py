@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from hvd_lb.errors import UserError
 from hvd_lb.recipe import Recipe
+from hvd_lb.replay.again import Compared, Difference
 from hvd_lb.replay.recorded import Jump, RecordedRun, open_run, worst_jump
 from hvd_lb.report.run_directory import RunDirectory
 
@@ -144,6 +145,19 @@ def test_a_record_that_is_not_so_is_found(
     difference = found["compared"]["first_difference"]
     assert (difference["step"], difference["what"]) == (11, "loss")
     assert found["verdict"].startswith("no: step 11: loss recorded ")
+
+
+def test_what_is_noted_of_a_comparison() -> None:
+    """The largest difference, relative, and the first one; of digests also those that were not recorded."""
+    one, other = Compared(), Compared()
+    one.number(3, "loss", 200.0, 100.0)
+    one.number(5, "loss", 1.0, 1.25)
+    other.digest(4, {"weights": "x"}, {"weights": "x", "velocities": "y"})
+    assert (other.digests, other.same_digests) == (1, 0)
+    assert other.first == Difference(4, "digest of velocities", None, "y")
+    one.add(other)
+    assert (one.largest, one.digests) == (0.5, 1)
+    assert one.first == Difference(3, "loss", 200.0, 100.0)
 
 
 def test_a_record_without_all_that_it_tells_is_none(
