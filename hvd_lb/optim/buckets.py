@@ -275,7 +275,8 @@ class Bucket:
         """After it has, in place or, where there was no gradient, by a tensor of its own."""
         if slot.rounded:
             slot.add_rounded()
-        slot.gathered = True
+        # Also where what a step had left was cleared before, so that nothing had to be done about it.
+        slot.gathered, slot.spent = True, False
         slot.seen = grad = gradient(slot.parameter)
         slot.version = grad._version if grad is not None else 0
 

@@ -337,6 +337,25 @@ def test_unused_and_shared_parameters(set_to_none: bool, explicit: bool, terms: 
     assert difference(model, reference) < (1e-13 if terms else 1e-14)
 
 
+@pytest.mark.parametrize("clear", NOTHING)
+def test_microbatches_that_leave_a_parameter_out(clear: str, terms: int | None) -> None:
+    """So their bucket is not full before the end of the step, however the gradients of the step before were cleared."""
+    model, reference = Branches(), Branches()
+    opt = wrap(model)
+    plain = torch.optim.SGD(reference.parameters(), 0.1, 0.9, nesterov=True, weight_decay=1e-4)
+    for step in range(4):
+        NOTHING[clear](model, opt)
+        plain.zero_grad()
+        for number in range(3):
+            x = torch.full((2, 3), 1.0 + number, dtype=torch.float64)
+            with_b = step == 3 and number == 1
+            opt.backward(model(x, with_b).square().sum(), last=number == 2)
+            (reference(x, with_b).square().sum() / 6).backward()
+        opt.step(images=6)
+        plain.step()
+    assert difference(model, reference) < (1e-13 if terms else 1e-14)
+
+
 def test_parameters_unfrozen_and_frozen_later() -> None:
     model, reference = convnet(), convnet()
     world = Recorder()
