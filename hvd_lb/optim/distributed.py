@@ -52,6 +52,8 @@ from hvd_lb.world import Handle, World, current
 # alone takes no number: the others know nothing of it.
 _instances: WeakKeyDictionary[World, Iterator[int]] = WeakKeyDictionary()
 _owners = WeakTensorKeyDictionary()  # of each parameter: its newest optimizer, weakly, and the hooks of that
+# Weak references to a parameter's bucket and slot, if it has them, and what removes its hooks.
+_Hooks = tuple[list[Any], list[Any]]
 _STEPS = "hvd_lb_steps"  # an option of groups
 # Classes of torch, by name: to import some of them takes long.
 _EXCHANGING = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
@@ -204,6 +206,10 @@ class DistributedOptimizer(Optimizer):
         self._adopted: list[tuple[Tensor, bool]] = []
         self._others: list[Tensor] = []
         self._nodes: dict[Tensor, Any] = {}
+        # The hooks of parameters that have no place, as they do not learn: should they do so once.
+        self._asleep: dict[Tensor, _Hooks] = {}
+        # Buckets that a backward has made, on whose parameters the processes have not agreed.
+        self._fresh: list[Bucket] = []
         self._taken = ""  # the name of a parameter that belongs to a newer optimizer
         self._phase = Phase.GATHERING
         self._armed = True
@@ -534,14 +540,20 @@ class DistributedOptimizer(Optimizer):
                 group.update({key: _plain(value) for key, value in group.items() if key != "params"})
         self._follow_moved()
         homeless = [p for p in parameters if p.requires_grad and p not in self._places]
-        if not unknown and not homeless:
+        if not unknown and not homeless and not self._fresh:
             return
         self._check_dtypes(homeless)
         self._check_agreement(parameters)
         if self.world.size > 1 and unknown:
             broadcast_tensors(self.world, {self._label(p): p for p in unknown}, f"{self._name}.weights")
+        # Those that were known first: elsewhere a backward may have given them their places.
+        self._give_places([p for p in homeless if p in self._known])
         self._known.update(unknown)
-        self._give_places(homeless)
+        self._give_places([p for p in homeless if p not in self._places])
+        self._fresh.clear()
+        for p in unknown:
+            if p not in self._places and p.is_floating_point() and not p.is_inference():
+                self._asleep[p] = self._hook(p)
 
     def _in_order(self) -> list[Tensor]:
         """The parameters in the groups, in the model's order if that is known."""
@@ -577,9 +589,9 @@ class DistributedOptimizer(Optimizer):
         self._give_places(again)
         self.exponents = exponents
 
-    def _give_places(self, parameters: list[Tensor]) -> None:
+    def _give_places(self, parameters: list[Tensor]) -> list[Bucket]:
         """Buckets for parameters that have none."""
-        planned = plan_buckets(parameters, self._bucket_bytes)
+        planned, made = plan_buckets(parameters, self._bucket_bytes), list[Bucket]()
         for members in planned:
             name = f"{self._name}.bucket.{next(self._numbers)}"
             # Riders go last, when they are newest; those of a process alone stay on the host.
@@ -593,10 +605,12 @@ class DistributedOptimizer(Optimizer):
             if riders:
                 self._carrier = bucket
             self._buckets.append(bucket)
+            made.append(bucket)
             for slot in bucket.slots:
                 self._places[slot.parameter] = bucket, slot
                 self._watch(slot.parameter)
         self._lay_out_state(parameters)
+        return made
 
     @torch.no_grad()
     def _lay_out_state(self, parameters: Iterable[Tensor]) -> None:
@@ -671,31 +685,58 @@ class DistributedOptimizer(Optimizer):
         )
 
     def _watch(self, parameter: Tensor) -> None:
-        """Calls `_before` and `_after` around autograd's addition to `parameter.grad`; keeps none alive."""
-        bucket, slot = self._places[parameter]
-        me, in_bucket, place = weakref.ref(self), weakref.ref(bucket), weakref.ref(slot)
-
-        def before(_: Any) -> None:
-            optimizer, bucket, slot = me(), in_bucket(), place()
-            if optimizer is not None and bucket is not None and slot is not None:
-                optimizer._before(bucket, slot)
-
-        def after(_: Any) -> None:
-            optimizer, bucket, slot = me(), in_bucket(), place()
-            if optimizer is not None and bucket is not None and slot is not None:
-                optimizer._after(bucket, slot)
-
+        """Calls `_before` and `_after` with its place around autograd's addition to `parameter.grad`."""
         owner = _unhook(parameter)
         if owner is not None and owner is not self:
             owner._give_up(parameter)
+        asleep = parameter in self._asleep
+        place, hooks = self._asleep.pop(parameter) if asleep else self._hook(parameter)
+        place[:] = map(weakref.ref, self._places[parameter])
+        _owners[parameter] = weakref.ref(self), hooks
+
+    def _hook(self, parameter: Tensor) -> _Hooks:
+        """Hooks that keep none alive, and where they find the parameter's place, when there is one."""
+        me, of, place = weakref.ref(self), weakref.ref(parameter), list[Any]()
+
+        def before(_: Any) -> None:
+            optimizer = me()
+            if optimizer is not None and (place or optimizer._awakes(of())):
+                bucket, slot = place[0](), place[1]()
+                if bucket is not None and slot is not None:
+                    optimizer._before(bucket, slot)
+
+        def after(_: Any) -> None:
+            optimizer = me()
+            if optimizer is not None and (place or optimizer._awakes(of())):
+                bucket, slot = place[0](), place[1]()
+                if bucket is not None and slot is not None:
+                    optimizer._after(bucket, slot)
+
+        learns = parameter.requires_grad
+        parameter.requires_grad_()  # else there are neither nodes nor hooks; they stay when it is frozen again
         # a hook on the node, not on the tensor: torch.autograd.grad() runs the latter without adding anything
         node = get_gradient_edge(parameter).node
         self._nodes[parameter] = node  # autograd keeps nodes of parameters only while somebody does
-        hooks = [
-            node.register_prehook(before),
-            parameter.register_post_accumulate_grad_hook(after),
-        ]
-        _owners[parameter] = me, hooks
+        hooks = [node.register_prehook(before), parameter.register_post_accumulate_grad_hook(after)]
+        parameter.requires_grad_(learns)
+        return place, hooks
+
+    def _awakes(self, parameter: Tensor | None) -> bool:
+        """Gives places to parameters that did not learn before, as a backward comes to the first of them.
+
+        Without a word with the other processes, which may come to it later; their bucket is not exchanged before.
+        """
+        owner, _ = _owners.get(parameter, (None, ())) if parameter is not None else (None, ())
+        if parameter is None or self._taken or (owner and owner()):
+            return False
+        self._follow_moved()
+        learning = [p for p in self._in_order() if p.requires_grad and p in self._known]
+        homeless = [p for p in learning if p not in self._places]
+        self._check_dtypes(homeless)
+        self._fresh += self._give_places(homeless)
+        if self._phase is Phase.EXCHANGING:
+            self._lookout.watch(self._places)
+        return parameter in self._places
 
     def _give_up(self, parameter: Tensor) -> None:
         """A newer optimizer has taken this parameter: two would both exchange its gradient, and divide it."""
@@ -704,6 +745,8 @@ class DistributedOptimizer(Optimizer):
         for mine in self._places:
             if mine is not parameter:
                 _unhook(mine)
+        for _, hooks in self._asleep.values():
+            _remove(hooks)
 
     def _check_owner(self) -> None:
         if self._taken:
@@ -731,7 +774,7 @@ class DistributedOptimizer(Optimizer):
             self._phase = Phase.EXCHANGING
             for each in self._buckets:
                 each.await_all()
-            self._lookout.watch(self._places)
+            self._lookout.watch([*self._places, *self._added()])
         if not bucket.looked:
             bucket.looked = True
             if not bucket.fits():
@@ -740,6 +783,13 @@ class DistributedOptimizer(Optimizer):
         slot.opened = True
         if slot.gathered or slot.rounded or gradient(slot.parameter) is not None:
             bucket.before_accumulation(slot)
+
+    def _added(self) -> list[Tensor]:
+        """Parameters of groups that were added to the wrapped optimizer since they were looked at last."""
+        groups = self.optimizer.param_groups
+        if sum([len(group["params"]) for group in groups]) == len(self._adopted):
+            return []
+        return [p for group in groups for p in group["params"] if p not in self._known]
 
     def _open_late(self, slot: Slot) -> tuple[Bucket, Slot]:
         """Where torch has made a new node, without our hook, as the parameter came to another dtype or device."""
@@ -779,11 +829,11 @@ class DistributedOptimizer(Optimizer):
                 self._own_norms.setdefault(bucket, bucket.own_norm())
             if self._own_digests is not None and isinstance(bucket, FixedPointBucket):
                 self._own_digests.setdefault(bucket, bucket.own_digest())
-            if self._armed:
-                self._start(bucket)
-            else:
+            if not self._armed:
                 bucket.gather()
                 bucket.await_all()
+            elif bucket not in self._fresh:
+                self._start(bucket)
 
     @torch.no_grad()
     def _start(self, bucket: Bucket) -> None:
@@ -1011,9 +1061,13 @@ class DistributedOptimizer(Optimizer):
 def _unhook(parameter: Tensor) -> DistributedOptimizer | None:
     """Takes it from its optimizer, which is returned if it is still there."""
     owner, hooks = _owners.pop(parameter, (None, ()))
+    _remove(hooks)
+    return owner and owner()
+
+
+def _remove(hooks: Iterable[Any]) -> None:
     for hook in hooks:
         hook.remove()
-    return owner and owner()
 
 
 def _plain(value: Any) -> Any:
