@@ -3,12 +3,52 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+# Elements that a core updates at once: what each pass leaves of them is still in its cache for the next one.
+_PIECE = 1 << 17
+
+
+def in_pieces(*lists: Sequence[Tensor]) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
+    """Lists of equally many tensors, those at a place shaped alike, in parts for an update of several passes.
+
+    A part has the places that its tensors had, and as many lists. On CPUs it is small, with large tensors cut in
+    pieces, so that all passes together go through memory once; elementwise operations give the same bits. On other
+    devices, where each operation is a kernel to launch, there is one part.
+    """
+    if lists[0][0].device.type != "cpu":
+        yield list(range(len(lists[0]))), list(map(list, lists))
+        return
+    part: list[tuple[int, Sequence[Tensor]]] = []
+    count, most = 0, _PIECE * torch.get_num_threads()
+    for place, alike in enumerate(zip(*lists, strict=True)):
+        for pieces in _cut(alike, most):
+            if part and count + pieces[0].numel() > most:
+                yield _unzipped(part)
+                part, count = [], 0
+            part.append((place, pieces))
+            count += pieces[0].numel()
+    if part:
+        yield _unzipped(part)
+
+
+def _unzipped(part: list[tuple[int, Sequence[Tensor]]]) -> tuple[list[int], list[list[Tensor]]]:
+    return [place for place, _ in part], list(map(list, zip(*(pieces for _, pieces in part), strict=True)))
+
+
+def _cut(alike: Sequence[Tensor], most: int) -> Iterator[Sequence[Tensor]]:
+    """Pieces of at most so many elements, in the order of memory, of tensors that fill theirs in the same order."""
+    first = alike[0]
+    count, strides = first.numel(), first.stride()
+    filled = 1 + sum((size - 1) * stride for size, stride in zip(first.shape, strides, strict=True)) == count
+    if count <= most or not filled or any(of.stride() != strides for of in alike):
+        return iter([alike])
+    return zip(*(of.as_strided((count,), (1,)).split(most) for of in alike), strict=True)
 
 
 class ByGroup(Optimizer, ABC):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_lb.optim import SGD
+from hvd_lb.optim import SGD, by_group
 from hvd_lb.optim.lamb import LAMB
 from hvd_lb.optim.lars import LARS
 
@@ -313,3 +314,56 @@ def test_groups_without_parameters_or_gradients() -> None:
     w = torch.ones(2, requires_grad=True)
     SGD([{"params": []}, {"params": [w]}]).step()
     assert w.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("piece", [7, 64, 1 << 30])
+def test_on_a_cpu_an_update_in_pieces_has_the_bits_of_one_pass_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, piece: int, threads: int
+) -> None:
+    shapes = [(33, 5, 3, 3), (), (0,), (1,), (257,), (64, 32)]
+
+    def trained(**options: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        params = [torch.randn(shape) for shape in shapes]
+        params[0] = params[0].to(memory_format=torch.channels_last)
+        params[-1] = torch.randn(64, 64)[:, ::2]  # does not fill its memory
+        optimizer = SGD(params, 0.1, **options)
+        for lr in (0.1, 0.3, 0.0, 0.3):
+            optimizer.param_groups[0]["lr"] = lr
+            for p in params:
+                p.grad = torch.randn_like(p)
+            params[4].grad = torch.randn(514)[::2]  # other strides than the weights'
+            optimizer.step()
+        return [*params, *(optimizer.state[p]["velocity"] for p in params)]
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for options in (
+        {"weight_decay": 1e-2},
+        {"form": 9, "weight_decay": 1e-2},
+        {"nesterov": False, "momentum_correction": False},
+        {"form": 9, "nesterov": False},
+    ):
+        monkeypatch.setattr(by_group, "_PIECE", 1 << 30)
+        whole = trained(**options)
+        monkeypatch.setattr(by_group, "_PIECE", piece)
+        for ours, expected in zip(trained(**options), whole, strict=True):
+            assert torch.equal(ours, expected), options
+
+
+def test_parts_are_small_on_a_cpu_and_hold_every_element_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_group, "_PIECE", 10)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    tensors = [torch.arange(float(count)) + 100 * count for count in (3, 45, 4, 20, 17, 1)]
+    parts = list(by_group.in_pieces(tensors, tensors))
+    assert all(sum(of.numel() for of in pieces) <= 20 for _, (pieces, _) in parts)
+    assert len(parts) == 6  # 3, 20; 20; 5 and 4; 20; 17 and 1: of 90 elements
+    found = [
+        (place, piece) for places, (pieces, _) in parts for place, piece in zip(places, pieces, strict=True)
+    ]
+    for place, tensor in enumerate(tensors):
+        assert torch.equal(torch.cat([piece for at, piece in found if at == place]), tensor)
+    on_meta = [tensor.to("meta") for tensor in tensors]
+    ((places, (whole,)),) = by_group.in_pieces(on_meta)
+    assert places == list(range(6))
+    assert all(a is b for a, b in zip(whole, on_meta, strict=True))

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvd_lb.data.images import ArrayImages, Dataset
 from hvd_lb.exact import fixed_point
-from hvd_lb.optim import parameter_groups
+from hvd_lb.optim import by_group, parameter_groups
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.training.models import build_model
@@ -97,6 +97,7 @@ def trainers_step(batch: tuple[Tensor, Tensor], reproducible: bool) -> Callable[
 @pytest.mark.slow
 def test_launches_and_calls_beside_torchs_own_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fixed_point, "_CHUNK_ON_CPU", fixed_point._CHUNK)  # as on a GPU
+    monkeypatch.setattr(by_group, "_PIECE", 1 << 30)
     batch = torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)
     model = build_model("resnet50", 2, seed=0).train()
     optimizer = torch.optim.SGD(parameter_groups(model), 0.1, 0.9, nesterov=True, foreach=True)
