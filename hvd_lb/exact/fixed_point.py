@@ -36,7 +36,7 @@ _SUM_BITS = 62
 _LARGEST_EXPONENT = 120
 # Elements converted at once. On a CPU their integers, the sums and the scratch space stay in a core's cache; elsewhere
 # it bounds the scratch space, 12 bytes an element.
-_CHUNK_ON_CPU, _CHUNK = 1 << 16, 1 << 21
+_CHUNK_ON_CPU, _CHUNK = 1 << 17, 1 << 21
 # Every tensor's place starts on a multiple of 64 bytes, in fp32 and wider.
 ALIGNMENT = 16
 
