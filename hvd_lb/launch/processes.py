@@ -114,14 +114,19 @@ class RankProcesses:
         text = retried(read, str(self._run.stopped))
         return json.loads(text) if text else None
 
-    def stop(self) -> None:
-        """End the job at once: politely, then not."""
+    def stop(self, *, ours: bool = True) -> None:
+        """End the job at once: politely, then not.
+
+        Where the run directory is not `ours` any more nobody is asked: what ranks would save, or a wish in there, would
+        be another run's.
+        """
+        signs = [(signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)]
         try:
-            if self.poll() is None:
+            if ours and self.poll() is None:
                 with suppress(OSError):
                     replace_text(self._run.stop, AT_ONCE)
                 self._say(stop=True)
-            for sign, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
+            for sign, seconds in signs if ours else signs[1:]:
                 if self.poll() is not None:
                     return
                 self._process.end(sign)

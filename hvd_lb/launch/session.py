@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -350,7 +351,7 @@ def _watch(
                     view.update()
             _heed(read_wish(run.stop), received)
         finally:
-            processes.stop()
+            processes.stop(ours=_is_ours(lock))
         stopped = processes.stopped()
         if (stopped and not stopped["gives_up"]) or len(received) > 1:
             number = signal.Signals(stopped["signal"] if stopped else received[0])
@@ -455,7 +456,9 @@ class _Identity:
 
     def __init__(self, run: RunDirectory, lock: DirectoryLock) -> None:
         self._run, self._lock = run, lock
-        self._texts = {path: path.read_text("utf-8") for path in (run.recipe, run.environment)}
+        # Of the job's file those need what is in it who join later; it is for its owner alone.
+        files = (run.recipe, run.environment, run.job)
+        self._files = {path: (path.read_text("utf-8"), stat.S_IMODE(path.stat().st_mode)) for path in files}
         self._looked = time.monotonic()
 
     def restored(self) -> Iterator[str]:
@@ -464,20 +467,37 @@ class _Identity:
             return
         self._looked = time.monotonic()
         try:
-            held = self._lock.holds(self._run.path)
-            if held and all(path.exists() for path in self._texts):
+            held = self._lock.is_held()
+            if held and all(path.exists() for path in self._files):
                 return
             self._run.logs.mkdir(parents=True, exist_ok=True)
             if not held:
-                self._lock = self._run.lock()
-            for path, text in self._texts.items():
-                replace_text(path, text)
+                self._take_again()
+            for path, (text, mode) in self._files.items():
+                replace_text(path, text, mode=mode)
         except OSError:  # the file system is away: later
             return
         yield (
             f"{self._run.path}, or a part of it, was removed while this run writes there. It is made again, but what "
             "was removed is gone; the next checkpoint has all that is trained"
         )
+
+    def _take_again(self) -> None:
+        try:
+            self._lock.take_again()
+        except UserError:
+            raise UserError(
+                f"{self._run.path} was removed or renamed while this run wrote there, and another run is there now: "
+                "this one ends"
+            ) from None
+
+
+def _is_ours(lock: DirectoryLock) -> bool:
+    """Whether the run directory is this run's, as far as can be seen: not another one's that has its name now."""
+    try:
+        return lock.is_held()
+    except OSError:
+        return True
 
 
 def _finish(run: RunDirectory, resolved: Resolved, processes: int, seconds: float, console: Console) -> int:

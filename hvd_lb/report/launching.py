@@ -18,7 +18,7 @@ from rich.console import Console, ConsoleRenderable, NewLine, RenderHook
 from rich.control import Control
 
 from hvd_lb.machine.process import this_process
-from hvd_lb.report.run_directory import RunDirectory, write_json
+from hvd_lb.report.run_directory import RunDirectory, read_json, write_json
 
 BEAT_SECONDS = 5.0
 
@@ -34,24 +34,29 @@ class SignOfLife:
         self._thread = threading.Thread(target=self._beat, name="sign of life", daemon=True)
 
     def begin(self, facts: Mapping[str, Any]) -> None:
-        content = {**this_process(), "since": time.time(), **facts}
+        self._content = {**this_process(), "since": time.time(), **facts}
         if job := os.environ.get("SLURM_JOB_ID"):
-            content["slurm_job"] = job
+            self._content["slurm_job"] = job
         with suppress(OSError):
-            write_json(self._file, content)
+            write_json(self._file, self._content)
         self._thread.start()
 
     def end(self) -> None:
+        """Another run's sign of life, in whose place the folder is now, stays."""
         self._over.set()
         if self._thread.ident is not None:
             self._thread.join()
         with suppress(OSError):
-            self._file.unlink(missing_ok=True)
+            if read_json(self._file).items() >= this_process().items():
+                self._file.unlink()
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
             with suppress(OSError):
-                os.utime(self._file)  # no time is given: it is that of the file system, and takes no room
+                try:
+                    os.utime(self._file)  # no time is given: it is that of the file system, and takes no room
+                except FileNotFoundError:  # the folder was removed, and made again
+                    write_json(self._file, self._content)
 
 
 class Recorded(RenderHook):

@@ -32,6 +32,11 @@ class DirectoryLock:
     """
 
     def __init__(self, folder: Path, maker: Path):
+        self._of = folder, maker
+        self._take()
+
+    def _take(self) -> None:
+        folder, maker = self._of
         self.warning = ""
         self._maker: Path | None = None
         self.descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -51,12 +56,22 @@ class DirectoryLock:
             "start no second run there from another machine"
         )
 
-    def holds(self, folder: Path) -> bool:
-        """Whether what is there by that name is still what was locked."""
+    def is_held(self) -> bool:
+        """Whether what is there by the folder's name is still what was locked. OSError where that cannot be seen."""
         try:
-            return os.path.samestat(os.stat(folder / ".lock"), os.fstat(self.descriptor))
+            return os.path.samestat(os.stat(self._of[0] / ".lock"), os.fstat(self.descriptor))
         except FileNotFoundError:
             return False
+
+    def take_again(self) -> None:
+        """Hold what is there by that name now. OSError; UserError when another run holds it."""
+        before = self.descriptor
+        try:
+            self._take()
+        except BaseException:
+            self.descriptor = before
+            raise
+        os.close(before)
 
     def close(self) -> None:
         with suppress(OSError):

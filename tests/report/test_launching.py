@@ -44,6 +44,22 @@ def test_the_file_is_there_and_touched_as_long_as_the_run_is_launched(
     assert not run.launching.exists()
 
 
+def test_it_is_made_again_with_its_folder_and_that_of_another_run_stays(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "BEAT_SECONDS", 0.02)
+    alive = SignOfLife(run)
+    alive.begin({"total_steps": 5})
+    try:
+        run.launching.unlink()
+        until(run.launching.exists, 20, every=0.01)
+        theirs = {**json.loads(run.launching.read_text()), "pid": 1}
+        run.launching.write_text(json.dumps(theirs))
+    finally:
+        alive.end()
+    assert json.loads(run.launching.read_text()) == theirs
+
+
 def test_one_that_never_began_ends_as_well(run: RunDirectory) -> None:
     SignOfLife(run).end()
 

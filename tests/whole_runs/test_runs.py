@@ -161,12 +161,42 @@ def test_a_run_whose_folder_is_removed_makes_it_again_and_is_stopped_as_others(
     second = hvd_lb(*a_run(run, "--epochs", 2000, "--steps", 100_000))
     assert (second.status, second.out) == (2, "")
     assert "is in use by another run" in second.err
+    until((run / "logs" / "job.json").exists)  # who joins an elastic run reads it
+    assert (run / "logs" / "job.json").stat().st_mode & 0o077 == 0
+    until(lambda: json.loads(hvd_lb("status", run, "--json").out)["state"] == "running")
     process.send_signal(signal.SIGTERM)
     out, err = finish(process, 128 + signal.SIGTERM)
     assert f"{run}, or a part of it, was removed while this run writes there" in "".join(out.split("\n"))
     assert "SIGTERM: finishing this step, then a checkpoint" in out
     assert "interrupted by SIGTERM" in hvd_lb("status", run).out
     assert hvd_lb("evaluate", run).status == 0
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_run_that_another_one_has_taken_the_place_of_ends_and_leaves_it_alone(
+    start: Start, tmp_path: Path, hvd_lb: Callable[..., Any], processes: int
+) -> None:
+    """It was away, or slow, when its folder was renamed and the same command was typed again."""
+    run = tmp_path / "run"
+    endless = ("--processes", processes, "--epochs", 2000, "--steps", 100_000, "--checkpoint-every", "never")
+    first = start(*a_run(run, *endless))
+    until(lambda: trained_steps(run) > 3)
+    first.send_signal(signal.SIGSTOP)
+    run.rename(tmp_path / "renamed")
+    second = start(*a_run(run, *endless))
+    until(lambda: (run / "logs" / "progress.json").exists() or second.poll() is not None)
+    first.send_signal(signal.SIGCONT)
+    _, err = finish(first, 2)
+    assert err == (
+        f"hvd-lb: error: {run} was removed or renamed while this run wrote there, and another run is there now: this "
+        "one ends\n"
+    )
+    assert json.loads(hvd_lb("status", run, "--json").out)["pid"] == second.pid
+    before = trained_steps(run)
+    until(lambda: trained_steps(run) > before + 3 or second.poll() is not None)
+    second.send_signal(signal.SIGTERM)
+    finish(second, 128 + signal.SIGTERM)
+    assert not processes_of(run)
 
 
 @pytest.mark.parametrize(
