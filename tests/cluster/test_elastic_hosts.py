@@ -270,7 +270,7 @@ def test_hosts_that_a_script_names_join_and_leave(
     ):
         for step, now, said in (
             (4, "h1:1\nh2:1\nh3:2\n", "rank 2 on h3 is ready to join"),
-            (7, "h1:1\nh3:2\n", "h2 is to go"),
+            (7, "h1:1\nh3:2\n", "rank 1 on h2 has heard that it is to leave"),
             (10, "h1:1\nh3:2\n", "rank 3 on h3 is ready to join"),
         ):
             until(lambda step=step: (tmp_path / f"go{step}.there").exists() or process.poll() is not None)  # type: ignore[misc]
@@ -299,7 +299,7 @@ def test_a_run_on_one_host_grows_to_three_and_is_alone_again(
     faults: list[Fault] = [(0, "step", 4, str(grow)), (0, "step", 8, str(shrink))]
     where = ("--host-discovery", script, "--engine", engine)
     ready = [f"on h{number} is ready to join" for number in (2, 3)]
-    gone = [f"h{number} is to go" for number in (2, 3)]
+    gone = [f"on h{number} has heard that it is to leave" for number in (2, 3)]
     with running(hosts[0], tmp_path, monkeypatch, faults, where=where) as process:
         at(grow, process, run, lambda: names.write_text("h1:1\nh2:1\nh3:1\n"), ready)
         at(shrink, process, run, lambda: names.write_text("h1:1\n"), gone)
@@ -398,7 +398,8 @@ def test_k_follows_the_hosts_that_a_script_names(
     ready = [f"rank {member} on h3 is ready to join" for member in (2, 3)]
     with running(hosts[0], tmp_path, monkeypatch, faults, where=where, recipe=recipe) as process:
         at(come, process, run, lambda: names.write_text("h1:1\nh2:1\nh3:2\n"), ready)
-        at(leave, process, run, lambda: names.write_text("h1:1\nh3:2\n"), ["h2 is to go"])
+        heard = ["rank 1 on h2 has heard that it is to leave"]
+        at(leave, process, run, lambda: names.write_text("h1:1\nh3:2\n"), heard)
         finished(process, run)
     recorded = assert_it_comes_again(run)
     begun, joined, left = recorded.scales(None)

@@ -198,7 +198,9 @@ def test_one_process_becomes_three_and_one_again(
     process = start(*RECIPE, *options, "--output", run)
     ready = [f"rank {member} on localhost is ready to join" for member in (1, 2)]
     at(grow, process, run, lambda: names.write_text("localhost:3\n"), ready)
-    at(shrink, process, run, lambda: names.write_text("localhost:1\n"), ["localhost takes 1 now, before 3"])
+    gone = [f"rank {member} on localhost has heard that it is to leave" for member in (1, 2)]
+    told = ["localhost takes 1 now, before 3", *gone]
+    at(shrink, process, run, lambda: names.write_text("localhost:1\n"), told)
     finish(process)
     assert not processes_of(run)
     assert_the_same(undisturbed, run)
@@ -273,7 +275,9 @@ def test_when_the_only_host_has_notice_to_end_the_run_ends_with_a_checkpoint(
     process = begin(start, tmp_path, monkeypatch, 2, faults=[(0, "step", 5, str(here))])
     until(lambda: (tmp_path / "go.there").exists() or process.poll() is not None)
     os.kill(agent_of(run), signal.SIGTERM)
-    until(lambda: "has notice to end" in (run / "logs" / "launcher.log").read_text())
+    log = run / "logs" / "launcher.log"
+    until(lambda: log.read_text().count("has heard that it is to leave") == 2)
+    assert "has notice to end" in log.read_text()
     here.touch()
     out, _ = finish(process, 128 + signal.SIGTERM)
     assert re.search(r"stopped after [67] steps, with a checkpoint", out)

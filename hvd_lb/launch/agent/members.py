@@ -118,6 +118,7 @@ class Members:
         elif kind == "finished":
             self._finished.add(member)
         elif kind == "notice":
+            print(f"{self._named(member)} has heard that it is to leave", flush=True)
             self._generations.notice(member)
             self._go_on()
         elif kind == "begun":
@@ -126,9 +127,12 @@ class Members:
             self._bar(values["members"])
         else:
             if member in self._generations.newcomers:
-                print(f"rank {member} on {self._generations.hosts[member]} is ready to join", flush=True)
+                print(f"{self._named(member)} is ready to join", flush=True)
             self._generations.ready(member, **values)
             self._go_on()
+
+    def _named(self, member: int) -> str:
+        return f"rank {member} on {self._head.table[member]['host']}"
 
     def _bar(self, members: list[int]) -> None:
         """These have computed wrongly, as the others say: nobody takes their places."""
