@@ -334,7 +334,8 @@ def test_tensorboard_is_made_anew_after_an_error(run: RunDirectory, monkeypatch:
     observer.train(train(0))
     observer.flush()
     assert observer._board
-    writer = observer._board._get_file_writer().event_writer._async_writer._writer
+    board_writer = observer._board._get_file_writer().event_writer._async_writer
+    writer = board_writer._writer
     with monkeypatch.context() as broken:
 
         def refuse(*_: object) -> None:
@@ -344,6 +345,7 @@ def test_tensorboard_is_made_anew_after_an_error(run: RunDirectory, monkeypatch:
         while observer._board:
             observer.train(train(1))
             observer.flush()
+    board_writer._worker.join()  # else Python may tell of it within the next test
     observer.train(train(2))
     observer.close()
     steps = [record["step"] for record in lines(run.metrics) if record["kind"] == "train"]
