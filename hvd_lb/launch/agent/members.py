@@ -103,6 +103,7 @@ class Members:
         self._killed: set[int] = set()  # as they did not answer
         self._waits_until = math.inf  # for hosts that are away, as too few are left
         self._seen = set(head.hosts)
+        self._told_control = {str(rank): name for rank, name in where.items()}  # from the job's file
         for host in head.hosts.values():
             host.wanted.set()
         self.patience = Patience.of_elastic(self._hang)
@@ -429,6 +430,15 @@ class Members:
                 case GiveUp(why):
                     head.record.ending(gave_up=why)
                     head.stop(0.0)
+        self._tell_control()
+
+    def _tell_control(self) -> None:
+        """Who trains, where that has changed. A lost one may have left a report that it waits for the others: by that
+        they would hang, as long as they wait for the next generation."""
+        there = {str(member): self._generations.hosts[member] for member in self._generations.members}
+        if there and there != self._told_control:
+            self._told_control = there
+            self._head.tell_control(members=there)
 
     def _begin(self, begin: Begin) -> None:
         head = self._head
@@ -462,4 +472,3 @@ class Members:
             f"generation {begin.generation}: {begin.hosts}; lost: {begin.lost}, left: {begin.left}",
             flush=True,
         )
-        head.tell_control(members={str(member): host for host, there in begin.hosts for member in there})

@@ -42,13 +42,14 @@ class Head:
         self.signalled: list[tuple[int, int]] = []
         self.lost: list[str] = []
         self.notes: list[str] = []
+        self.told: list[dict[str, Any]] = []  # the launching process
 
     def tell_agents(self, kind: str, body: bytes = b"", but: Host | None = None, **fields: Any) -> None:
         if kind == "signal":
             self.signalled.append((fields["rank"], fields["signal"]))
 
     def tell_control(self, **message: Any) -> None:
-        pass
+        self.told.append(message)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -81,6 +82,25 @@ def members_of(head: Head, least: int = 1, hang_timeout: int = 0) -> Members:
     environment = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "600", "HVD_LB_HANG_TIMEOUT": str(hang_timeout)}
     hosts = [[host.name, len(host.ranks)] for host in head.hosts.values()]
     return Members({"hosts": hosts, "min_processes": least, "environment": environment}, head)
+
+
+def test_the_launching_process_knows_at_once_who_is_lost() -> None:
+    """While two wait for a third, as few as they are, nothing that the lost one has said counts against them."""
+    head = Head(h1={0}, h2={1}, h3={2})
+    members = members_of(head, least=3)
+    for rank in range(3):
+        members.told(rank)
+    assert head.told == []
+    head.hosts["h2"].ranks.clear()
+    members.host_lost(head.hosts["h2"], [1], "its network went away")
+    assert head.told == [{"members": {"0": "h1", "2": "h3"}}]
+    members.word(0, "awaits", {"generation": 0, "step": 5, "unfinished": False})
+    members.word(2, "awaits", {"generation": 0, "step": 5, "unfinished": False})
+    assert "2 of 3 processes are left" in head.notes[-1]
+    members.host_is_there(head.hosts["h2"], "another boot")
+    assert len(head.told) == 1
+    members.word(3, "awaits", {"generation": -1, "step": -1, "unfinished": False})
+    assert head.told[1:] == [{"members": {"0": "h1", "2": "h3", "3": "h2"}}]
 
 
 class Clock:
