@@ -17,6 +17,8 @@ from hvd_lb.recipe import Recipe
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Of the gradients, at most so much more than this share comes out of one compiled graph; buckets hold as much.
 _PARTS = 6
+# Of batches in a run: whole and short ones, of each size of images, in training and evaluation.
+_SHAPES = 256
 
 
 def dtype(recipe: Recipe) -> torch.dtype:
@@ -47,15 +49,19 @@ def compiled(model: nn.Module) -> Callable[..., Any]:
 
     Gradients come out of a compiled graph when its whole backward has ended. Of a single graph all would come at the
     end, and their exchange after it; so the graph is parted, by what torch parts those of DDP with.
+
+    Each shape of a batch has its own graphs. By itself torch takes, once it has met a second size, one graph for all of
+    them, which rounds otherwise: bits would depend on what this process has computed before.
     """
-    from torch._dynamo import lookup_backend  # here: takes a second
+    from torch._dynamo import config, lookup_backend  # here: takes a second
     from torch._dynamo.backends.distributed import DDPOptimizer
 
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     most = sum(parameter.nbytes for parameter in learning) // _PARTS
     by_default = inspect.signature(torch.compile).parameters["backend"].default or "inductor"
     parts = DDPOptimizer(most, lookup_backend(by_default), first_bucket_cap=most)
-    return torch.compile(model, backend=parts.compile_fn)
+    config.recompile_limit = max(config.recompile_limit, _SHAPES)  # what comes after these is not compiled
+    return torch.compile(model, backend=parts.compile_fn, dynamic=False)
 
 
 def widen_depthwise(model: nn.Module, recipe: Recipe, device: torch.device) -> None:

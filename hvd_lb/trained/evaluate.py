@@ -20,6 +20,7 @@ from hvd_lb.trained.weights import Trained
 from hvd_lb.training.bad_images import BadImages, Record
 from hvd_lb.training.batchnorm import allow_single_values
 from hvd_lb.training.evaluation import Evaluation, Evaluator
+from hvd_lb.training.models import freeze_backbone
 from hvd_lb.world.solo import Solo
 
 
@@ -113,7 +114,9 @@ def evaluate(trained: Trained, images: Images, what: str, *, device: torch.devic
     evaluator = Evaluator.of(recipe, images, device, threads, accounts)
     model = trained.network(device)
     allow_single_values(model)
-    forward = torch.compile(model) if recipe.compile else model
+    if recipe.freeze == "backbone":  # what is compiled together depends on what learns
+        freeze_backbone(model)
+    forward = arithmetic.compiled(model) if recipe.compile else model
     step = max(0, trained.checkpoint.step - 1) if trained.checkpoint else 0
     with arithmetic.kernels(recipe):
         figures = evaluator(forward, world, arithmetic.autocast(recipe, device), Origin("eval", 0, step, 0))

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hvd_lb.data.dataset import open_dataset
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.trained.card import Loading, model_card
+from hvd_lb.trained.evaluate import evaluate
 from hvd_lb.trained.weights import metadata_of, open_trained
 from hvd_lb.training.checkpoint import CheckpointStore
 from hvd_lb.training.models import SmallResNet, build_model
@@ -109,6 +111,30 @@ def errors_in_card(path: Path, averaged: bool = False) -> str | None:
     found = re.search(r"^\| ([0-9.]+) % \|", card, re.MULTILINE)
     assert bool(found) != ("No evaluation of these weights is known" in card)
     return found[1] if found else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("freeze", ["none", "backbone"])
+def test_evaluate_compiles_what_training_compiled(
+    freeze: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same parts, in which what is rounded where is the same."""
+    graphs: list[int] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=note))
+    torch.compiler.reset()
+    first = {"init_from": str(train(tmp_path / "first"))} if freeze == "backbone" else {}
+    trained = open_trained(train(tmp_path / "run", compile=True, freeze=freeze, **first))
+    of_training = list(graphs)
+    graphs.clear()
+    torch.compiler.reset()
+    evaluate(trained, open_dataset("digits").val, "-", device=CPU, threads=1)
+    assert graphs
+    assert graphs == of_training[-len(graphs) :]
 
 
 def test_a_card_has_the_errors_of_its_own_weights(tmp_path: Path) -> None:

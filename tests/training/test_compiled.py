@@ -60,3 +60,21 @@ def test_the_same_steps_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
         weights.append(torch.cat([parameter.flatten() for parameter in trainer.model.parameters()]))
     assert events.count("end") >= 3 * 2
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-9, atol=1e-12)
+
+
+def test_each_shape_has_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, and whatever came before: one for several would have other bits."""
+    torch.compiler.reset()
+    compiled_for: list[Any] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled_for.extend(of.shape[0] for of in inputs if of.shape[1:] == (3, 2, 2))
+        return boxed_nop(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=aot_autograd(fw_compiler=note)))
+    forward = arithmetic.compiled(torch.nn.Conv2d(3, 4, 1))
+    sizes = [8, 5, 8, 4, 3, 7, 5, 9, 10, 11, 12, 13, 2]
+    for images in sizes:
+        forward(torch.randn(images, 3, 2, 2)).sum().backward()
+    assert all(type(size) is int for size in compiled_for)
+    assert set(compiled_for) == set(sizes)
