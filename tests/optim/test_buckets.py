@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hvd_lb.optim.buckets import Bucket, half, plan_buckets
+from hvd_lb.optim.buckets import Bucket, half, plan_buckets, squared_norm
 from hvd_lb.world.solo import Solo
 
 
@@ -64,6 +64,10 @@ def test_exchange_tells_who_had_a_gradient() -> None:
     assert bucket.flags.tolist() == [1.0, 0.0]
     with pytest.raises(RuntimeError, match="not started"):
         bucket.finish()
+
+
+def test_the_squared_norm_of_many_tensors_may_be_beyond_single_precision() -> None:
+    assert squared_norm([torch.tensor([1.5e19])] * 2).item() == pytest.approx(4.5e38)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

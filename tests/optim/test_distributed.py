@@ -140,6 +140,16 @@ def test_microbatches_add_up_to_one_minibatch(clear: str, channels_last: bool) -
     assert difference(model, reference) < 1e-13
 
 
+def test_gradients_that_were_set_to_zero_are_no_term_of_a_sum() -> None:
+    w = nn.Parameter(torch.zeros(2))
+    opt = DistributedOptimizer(torch.optim.SGD([w], 1.0), world=Solo(), reproducible_terms=1)
+    for _ in range(2):
+        opt.zero_grad(set_to_none=False)
+        opt.backward(w.sum())
+        opt.step(images=1)
+    assert w.tolist() == [-2.0, -2.0]
+
+
 def test_gradients_are_views_of_buckets_and_stay_so() -> None:
     model = convnet().to(memory_format=torch.channels_last)
     opt = wrap(model, bucket_bytes=3000)

@@ -137,8 +137,8 @@ def test_another_summary(
 def test_an_evaluation_is_told_before_its_checkpoint_knows_it(recorded: Path) -> None:
     """And the run may be killed in between."""
     run = open_run(recorded)
-    due = replace(run.saved[22], evaluation=None, evaluation_due=True)
-    assert unlike_records(replace(run, saved={22: due}), 22) == []
+    due = replace(run.saved[30], evaluation=run.saved[22].evaluation, evaluation_due=True)
+    assert unlike_records(replace(run, saved={30: due}), 30) == []
 
 
 def test_a_last_step_that_is_not_recorded(recorded: Path) -> None:

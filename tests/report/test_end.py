@@ -77,7 +77,7 @@ def test_the_best_is_among_those_that_are_numbers(run: RunDirectory) -> None:
     records = [
         evaluation(step, top1_error=error, top5_error=0.0, loss=None) for step, error in enumerate(errors)
     ]
-    rates = [train(step, images_per_second=rate) for step, rate in enumerate((None, 10.0))]
+    rates = [train(step, images_per_second=rate) for step, rate in enumerate((None, 1.0, 10.0, 99.0))]
     run.metrics.write_text("".join(f"{strict_json(record)}\n" for record in records + rates))
     summary, _ = summarise(run, "finished", 1.0, total_steps=10, steps_per_epoch=2)
     assert summary["best"]["step"] == 2

@@ -8,11 +8,14 @@ from functools import partial
 
 import pytest
 import torch
+from together import together
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 from hvd_lb.training.batchnorm import RunningStatistics, allow_single_values, running_statistics
+from hvd_lb.training.together import Group
+from hvd_lb.world import World
 from hvd_lb.world.solo import Solo
 
 
@@ -172,6 +175,7 @@ def test_activation_checkpointing_goes_forward_once(terms: int | None, reentrant
             out = checkpoint(layer, x.requires_grad_(), use_reentrant=reentrant)
             statistics.after_forward()
             out.square().sum().backward()
+            assert not layer.running_mean.any()  # type: ignore[union-attr]  # as it was published, or made
         step(statistics, workers=2)
         mean = 0.9 * mean + 0.1 * torch.cat(microbatches).detach().mean(0)
     statistics.publish()
@@ -234,6 +238,39 @@ def test_single_values_beside_it(terms: int | None) -> None:
     assert close(layer.running_mean, torch.tensor([0.3, 0.4]))
     assert close(layer.running_var, torch.tensor([0.9, 0.9]))
     assert copy.deepcopy(layer)(torch.ones(1, 2)) is not None
+
+
+def test_single_values_of_two_workers_together(terms: int | None) -> None:
+    layer, group = nn.BatchNorm1d(2), Group()
+    allow_single_values(nn.Sequential(layer))
+    statistics = running_statistics(nn.Sequential(layer), Solo(), terms, group)
+    group.begin([1, 1], [0, 0])
+    layer(torch.tensor([[3.0, 4.0], [5.0, 8.0]]))
+    statistics.after_forward()
+    step(statistics, workers=2)
+    statistics.publish()
+    assert close(layer.running_mean, torch.tensor([0.4, 0.6]))
+    assert close(layer.running_var, torch.tensor([0.9, 0.9]))
+
+
+def test_processes_go_on_from_what_was_published_as_from_a_checkpoint() -> None:
+    """To the bit: with what each of them then has of r and of its average."""
+
+    def alike(world: World) -> bool:
+        layer = nn.BatchNorm1d(2)
+        statistics = RunningStatistics(nn.Sequential(layer), world)
+        statistics.keep_average()
+        layer(views(2)[world.rank])
+        statistics.after_forward()
+        step(statistics, workers=2)
+        statistics.average(0.5)
+        statistics.publish()
+        shares = [of.clone() for of in (*statistics._share, *statistics._averages)]
+        statistics.adopt()
+        statistics.adopt_average(statistics.averaged())
+        return all(map(torch.equal, shares, [*statistics._share, *statistics._averages]))
+
+    assert together(2, alike) == [True, True]
 
 
 @pytest.mark.slow

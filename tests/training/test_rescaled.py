@@ -137,6 +137,16 @@ def test_losses_since_the_last_record_are_told_over_a_change() -> None:
     assert together["loss"] == pytest.approx(mean, rel=1e-12)
 
 
+def test_what_is_due_each_epoch_is_due_where_epochs_end_after_changes() -> None:
+    of = recipe(last_batch="keep")
+    trainer = make(of, scales=scales_of(of, [(2, 2), (8, 4)]))
+    plan, due = trainer.run_plan, []
+    assert plan.offset % plan.plan.steps_per_epoch
+    for trainer.state.step in range(9, plan.end + 1):
+        due += [trainer.step] * trainer._due("1epoch")
+    assert due == [step for step in range(9, plan.end + 1) if plan.at(step).begins == 0]
+
+
 def test_an_epoch_goes_on_over_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """With bad images counted since it began, and the average of weights at the image where warmup ends."""
     begun: list[bool] = []

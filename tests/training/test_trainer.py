@@ -261,6 +261,17 @@ def test_stopped_and_resumed_in_mid_epoch_is_bitwise_the_same(
         assert (files[0] / name).read_bytes() == (files[1] / name).read_bytes()
 
 
+def test_the_loss_of_a_record_is_the_mean_since_the_one_before() -> None:
+    """Of the last step there is always one."""
+    told = []
+    for log_every in (1, 2):
+        trainer = make_trainer(small_recipe(steps=3, log_every=log_every))
+        trainer.fit()
+        told.append([(record["step"], record["loss"]) for record in trainer.observer.training])  # type: ignore[attr-defined]
+    losses = [loss for _, loss in told[0]]
+    assert told[1] == [(1, pytest.approx(sum(losses[:2]) / 2)), (2, pytest.approx(losses[2]))]
+
+
 def test_a_checkpoint_of_other_data_or_another_recipe_is_refused(tmp_path: Path) -> None:
     recipe = small_recipe(steps=1)
     make_trainer(recipe, store=CheckpointStore(tmp_path)).fit()

@@ -23,6 +23,7 @@ from hvd_lb.data.index.index import Index, open_index
 from hvd_lb.data.prepare.pack import pack
 from hvd_lb.data.sources.folders import FolderSource
 from hvd_lb.data.sources.lists import ListSource
+from hvd_lb.data.sources.source import States, stamped
 from hvd_lb.errors import UserError
 
 Make = Callable[..., Path]
@@ -193,6 +194,31 @@ def test_an_image_of_the_same_length_put_in_place_of_another_is_named_when_read(
     shutil.copy(folder / "train" / "a" / "1.bmp", folder / "train" / "a" / "0.bmp")
     with pytest.raises(UserError, match=r"train/a/0.bmp: is another file than when .*data index --check"):
         data.train.read(np.array([0]))
+
+
+def test_a_file_of_a_list_that_was_overwritten_is_seen_whatever_its_time_is(tmp_path: Path) -> None:
+    """The system knows when it touched a file last."""
+    bitmaps(tmp_path / "i", {"a": 1, "b": 2})
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.csv").write_text("i/a.bmp,x\ni/b.bmp,y")
+    settle(tmp_path)
+    before = fingerprint(tmp_path)
+    bitmaps(tmp_path / "i", {"a": 7})
+    assert not same_images(before, fingerprint(tmp_path))
+
+
+def test_what_a_stamp_changes_with() -> None:
+    def digests(*states: tuple[int, int, int]) -> list[bytes]:
+        found = States()
+        for state in states:
+            found.add(state)
+        return [found.digest(few) for few in (True, False)]
+
+    few, many = digests((1, 2, 3), (4, 5, 6))
+    for states, of_many in (((9, 2, 3), True), ((1, 9, 3), True), ((1, 2, 9), False)):
+        other, other_many = digests(states, (4, 5, 6))
+        assert [other != few, other_many != many] == [True, of_many]
+    assert stamped([b"a\0b"]) != stamped([b"a", b"b"])
 
 
 def test_a_check_of_everything_sees_what_nothing_else_shows(tmp_path: Path) -> None:

@@ -153,6 +153,16 @@ def test_broken_headers_are_refused_or_kept_without_a_size(folder: Path) -> None
         assert (index.heights[broken] == 0).all()
 
 
+def test_the_first_broken_file_is_named_whichever_was_found_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ant/0.png", "bee/1.JPEG"):
+        (folder / name).write_text("broken")
+    monkeypatch.setattr("hvd_lb.data.files.rows.in_threads", lambda work, items: map(work, [*items][::-1]))
+    with pytest.raises(UserError, match=r"ant/0.png: .* \(2 such files in"):
+        open_index(folder)
+
+
 def test_a_header_that_the_file_system_does_not_give_is_no_broken_one(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,8 +262,9 @@ def test_a_folder_touched_in_vain_is_listed_once(folder: Path, monkeypatch: pyte
 
 def test_what_changed_just_now_is_looked_at_again(folder: Path) -> None:
     open_index(folder, cheap=0)
+    before = os.stat(folder / "ant").st_mtime_ns
     (folder / "ant" / "0.png").rename(folder / "ant" / "x.png")
-    os.utime(folder / "ant", ns=(0, os.stat(folder / "ant").st_mtime_ns))
+    os.utime(folder / "ant", ns=(0, before))  # of the same tick of a clock
     assert open_index(folder, cheap=0).path(4).endswith("x.png")
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.images import Dataset
 from hvd_lb.data.index.dataset import IndexedDataset, index_splits
 from hvd_lb.data.remote import objects, store
+from hvd_lb.data.remote.address import Address
 from hvd_lb.data.spec import absolute_spec, data_folder
 from hvd_lb.errors import UserError
 
@@ -171,6 +173,18 @@ def test_what_stays_ends_the_run_with_the_object(
         data.train.read(np.array([0]))
     assert "\n" not in str(raised.value)
     assert len(web.requests) == (3 if "3 times" in said else 1)
+
+
+def test_fewer_bytes_than_were_asked_for_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the library makes of an answer."""
+    address, answers = Address.of("s3://bucket/x"), [b"12", b"12345"]
+    meta = {"e_tag": "x", "size": 99}
+    answer = SimpleNamespace(get=lambda *_, **__: SimpleNamespace(meta=meta, bytes=lambda: answers.pop(0)))
+    monkeypatch.setattr(store, "_store", lambda _: answer)
+    assert store.part(address, 0, 5, store._state(meta)).tobytes() == b"12345"
+    answers += [b"12"] * 3
+    with pytest.raises(UserError, match=r"x: cannot be read \(fewer bytes than were asked for, 3 times\)"):
+        store.part(address, 0, 5, store._state(meta))
 
 
 def test_redirects_are_followed(packed: Path, web: StaticServer, monkeypatch: pytest.MonkeyPatch) -> None:

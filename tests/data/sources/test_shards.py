@@ -267,6 +267,10 @@ def dots_and_no_label(folder: Path) -> None:
     write_tar(third(folder), [*samples("a", b"x"), ("photo.2019.png", png())])
 
 
+def dots_after_a_name_without_a_label(folder: Path) -> None:
+    write_tar(third(folder), [("photo.png", png()), *samples(["photo.2019"], b"x")])
+
+
 def dots_in_the_ending_of_an_image(folder: Path) -> None:
     write_tar(third(folder), [*samples("a", b"x"), ("b.input.png", png()), ("b.cls", b"x")])
 
@@ -394,6 +398,7 @@ MISTAKES = {
     zeros_instead_of_the_end: r"train-000002.tar: has nothing but zeros from byte \d+ on, .*copy it again",
     dots_and_both_readings: "train-000002.tar: 'photo.2019' has an image and a label, but would belong to 'photo'",
     dots_and_no_label: "train-000002.tar: 'photo.2019' has no label; expected photo.2019.cls",
+    dots_after_a_name_without_a_label: "train-000002.tar: 'photo' has no label",
     dots_in_the_ending_of_an_image: "train-000002.tar: 'b' has a label, but no image",
     long_name: "'nnn.* has a name of 70004 bytes; rename it",
     numbers_in_two_files_disagree: "'a.cls' says '3', but `label` in 'a.json' says '4.0'; leave one of them out",
@@ -474,6 +479,7 @@ def test_joined_tar_files_are_read_whole(zeros: int, kind: int, tmp_path: Path) 
         (None, {"label": 1, "cls": "ant"}, 1),
         (None, {"cls": 2, "label": None}, 2),
         (None, {"cls": 1, "url": "x"}, 1),
+        (None, {"url": "x" * 9000, "cls": 1}, 1),
         (b"2", {"label": "ant"}, 2),
         (b"2", [], 2),
         (None, {"label": 2.0}, 2),
