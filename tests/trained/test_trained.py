@@ -106,6 +106,14 @@ def test_evaluate_counts_what_training_counted(
     assert of_training["images"] == 1438
 
 
+def test_weights_go_with_the_recipe_that_they_were_trained_by(run: Path, tmp_path: Path) -> None:
+    """Not with a recipe.yaml that was edited since; the checkpoint knows."""
+    edited = shutil.copytree(run, tmp_path / "run", symlinks=True) / "recipe.yaml"
+    edited.write_text(edited.read_text().replace("eval_crop: 1.0", "eval_crop: 0.5"))
+    assert open_trained(run).recipe.threads == 1  # which no checkpoint knows
+    assert open_trained(edited.parent).recipe.eval_crop == 1.0
+
+
 def errors_in_card(path: Path, averaged: bool = False) -> str | None:
     card = model_card(open_trained(path, averaged=averaged), Loading("torch", "logits = network(x)"))
     found = re.search(r"^\| ([0-9.]+) % \|", card, re.MULTILINE)
@@ -222,6 +230,9 @@ def test_weights_that_do_not_say_how_many_classes_they_tell_apart(
     found = json.loads(hvd_lb("evaluate", file, *words).out)
     expected = json.loads(hvd_lb("evaluate", run, "--json").out)
     assert found["top1_error"] == expected["top1_error"]
+    nine = {name: of[:9] if name.startswith("fc.") else of for name, of in load_file(file).items()}
+    save_file(nine, file)
+    assert "10 classes for a network of 9 outputs" in hvd_lb("evaluate", file, *words).err
     save_file({"conv1.weight": torch.zeros(4, 3, 1, 1)}, file)
     said = hvd_lb("evaluate", file, *words)
     assert (said.status, said.out) == (2, "")
@@ -241,6 +252,15 @@ def test_predictions_are_those_of_torch(hvd_lb: Callable[..., Any], run: Path, f
     ]
     found = torch.tensor([[one["probability"] for one in line["top"]] for line in lines])
     assert found == pytest.approx(shares.numpy(), abs=1e-5)
+
+
+def test_images_are_predicted_at_the_size_of_evaluations(
+    hvd_lb: Callable[..., Any], run: Path, folder: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: resnet8\nimage_size: 16\neval_size: 8\neval_crop: 1.0\nchannels_last: true\n")
+    said = hvd_lb("predict", run, folder / "1", "--recipe", recipe)
+    assert (said.status, said.out) == (0, hvd_lb("predict", run, folder / "1").out)
 
 
 def test_a_table_for_a_person(
@@ -329,7 +349,7 @@ def test_a_network_that_cannot_be_exported(
 
     def forward(self: SmallResNet, images: torch.Tensor) -> torch.Tensor:
         if fault == "other logits":
-            return plain(self, images) * (2.0 if torch.compiler.is_exporting() else 1.0)
+            return plain(self, images * (2.0 if torch.compiler.is_exporting() else 1.0))
         return plain(self, images if images.sum() > 0 else -images)
 
     monkeypatch.setattr(SmallResNet, "forward", forward)
@@ -399,7 +419,9 @@ def test_torchvision_takes_its_own_networks(hvd_lb: Callable[..., Any], tmp_path
     again: nn.Module = torchvision.models.get_model("squeezenet1_1", weights=None, num_classes=3)
     again.load_state_dict(load_file(tmp_path / "e" / "model.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), theirs.parameters(), strict=True))
+    (tmp_path / "e" / "model.onnx").write_bytes(b"of a former export")
     assert hvd_lb(*words, "--output", tmp_path / "e").status == 0  # in place of the other
+    assert not (tmp_path / "e" / "model.onnx").exists()
     (tmp_path / "e" / "thesis.tex").write_text("")
     kept = hvd_lb(*words, "--output", tmp_path / "e")
     assert kept.status == 2
