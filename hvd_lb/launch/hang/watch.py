@@ -46,7 +46,8 @@ def watched(run: RunDirectory, rank: int, stages: Stages, timeout: float) -> Ite
 def _watch(run: RunDirectory, rank: int, stages: Stages, timeout: float, over: threading.Event) -> None:
     # Of the present step; evaluations and the like belong to the one before.
     began, position = time.monotonic(), -1
-    reported, renewed, hung = False, -math.inf, None
+    # Of an elastic job this process may have been another program, which has left a report.
+    reported, renewed, hung = True, -math.inf, None
     while not over.wait(min(_LOOK_SECONDS, timeout / 10)):
         # Written by C when this thread cannot run for so long, as a library holds Python's lock.
         faulthandler.dump_traceback_later(timeout)

@@ -89,6 +89,15 @@ def test_who_waits_for_a_generation_does_not_hang(tmp_path: Path) -> None:
         until(run.hang(0).exists)
 
 
+def test_what_this_process_has_reported_as_another_program_is_taken_back(tmp_path: Path) -> None:
+    """By that the others would be waited for, for ever."""
+    (tmp_path / "logs").mkdir()
+    run, stages = RunDirectory(tmp_path), Stages()
+    run.hang(1).write_text("{}")
+    with watched(run, 1, stages, 10.0):
+        until(lambda: not run.hang(1).exists())
+
+
 def test_without_a_timeout_nobody_watches(tmp_path: Path) -> None:
     with watched(RunDirectory(tmp_path), 0, Stages(), 0.0):
         assert not watchers()
