@@ -64,6 +64,26 @@ def test_flock_needs_no_warning_and_lasts_as_long_as_who_inherited_it(run: RunDi
     assert not maker(run).exists()
 
 
+def test_a_folder_that_was_renamed_is_taken_again_unless_another_run_is_there(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    held = run.lock()
+    for name in ("renamed", "again"):
+        assert held.is_held()
+        run.path.rename(tmp_path / name)
+        assert not held.is_held()
+        run.logs.mkdir(parents=True)
+        if name == "renamed":
+            held.take_again()
+    other = run.lock()
+    with pytest.raises(UserError, match="in use by another run"):
+        held.take_again()
+    held.close()
+    with pytest.raises(UserError, match="in use by another run"):
+        run.lock()
+    other.close()
+
+
 @pytest.mark.parametrize("number", MISSING, ids=errno.errorcode.get)
 def test_without_flock_fcntl_locks(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     without(monkeypatch, "flock", number=number)

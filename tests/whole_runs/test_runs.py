@@ -172,7 +172,8 @@ def test_a_run_whose_folder_is_removed_makes_it_again_and_is_stopped_as_others(
     assert hvd_lb("evaluate", run).status == 0
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_another_one_has_taken_the_place_of_ends_and_leaves_it_alone(
     start: Start, tmp_path: Path, hvd_lb: Callable[..., Any], processes: int
 ) -> None:
