@@ -9,6 +9,7 @@ opens them again; torchvision's ImageFolder and PIL's headers are the peers.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -171,4 +172,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["open"]:
         open_it(*sys.argv[2:])
     else:
-        main(*[int(argument) for argument in sys.argv[1:]] or (100_000_000, 20_000))
+        parser = argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("images", nargs="?", type=int, default=100_000_000)
+        parser.add_argument("files", nargs="?", type=int, default=20_000)
+        main(**vars(parser.parse_args()))

@@ -5,6 +5,7 @@ interleaved steps and their ratios; then the same for the update of SGD alone ag
 fused update with its division by B, that of runs in fp32, tf32 and bf16; --reproducible has the plain form 10.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -91,6 +92,9 @@ def main() -> None:
         updates()
         lb.shutdown()
         return
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     horovodrun = Path(sys.executable).with_name("horovodrun")
     command = [horovodrun, "--gloo", "-np", "2", "-H", "localhost:2", "--network-interface", "lo"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

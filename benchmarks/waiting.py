@@ -4,6 +4,7 @@
 for a late process, and the median time of sums that nobody is late for, taken in turns, with their ratios.
 """
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -74,6 +75,9 @@ if __name__ == "__main__":
     if "HOROVOD_RANK" in os.environ:
         main()
     else:
+        argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        ).parse_args()
         launcher = Path(sys.executable).with_name("horovodrun")
         command = [launcher, "--gloo", "-np", "2", "-H", "localhost:2", "--network-interface", "lo"]
         subprocess.run([*command, sys.executable, __file__], check=True)
