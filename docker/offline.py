@@ -170,7 +170,9 @@ def join(folder: Path, target: Path) -> None:
     wrong = []
     for line in lines:
         expected, name = line.split("  ", 1)
-        parts = sorted(folder.glob(f"{name}{PART}*")) or [folder / name]
+        # In the order of their numbers, of which those from 1000 on are longer.
+        found = sorted(folder.glob(f"{name}{PART}*"), key=lambda part: (len(part.name), part.name))
+        parts = found or [folder / name]
         with (target / name).open("wb") as whole:
             for part in filter(Path.exists, parts):
                 with part.open("rb") as file:

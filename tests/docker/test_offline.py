@@ -47,6 +47,16 @@ def test_parts_are_joined(folder: Path, tmp_path: Path, offline: ModuleType) -> 
     assert whole["a.whl"] == bytes(i * 7 % 251 for i in range(3001))
 
 
+def test_more_than_a_thousand_parts_are_joined(tmp_path: Path, offline: ModuleType) -> None:
+    folder, content = tmp_path / "folder", bytes(i * 7 % 251 for i in range(1100))
+    folder.mkdir()
+    (folder / "a.whl").write_bytes(content)
+    (folder / offline.SUMS).write_text(f"{offline.checksum(folder / 'a.whl')}  a.whl\n")
+    offline.split(folder / "a.whl", 1)
+    offline.join(folder, tmp_path)
+    assert (tmp_path / "a.whl").read_bytes() == content
+
+
 def lose_a_part(folder: Path) -> None:
     (folder / "a.whl.part-001").unlink()
 
