@@ -210,6 +210,8 @@ class DistributedOptimizer(Optimizer):
         self._asleep: dict[Tensor, _Hooks] = {}
         # Buckets that a backward has made, on whose parameters the processes have not agreed.
         self._fresh: list[Bucket] = []
+        # Buckets of parameters that came after this step's backward, which has given them their gradients.
+        self._behind: list[Bucket] = []
         self._taken = ""  # the name of a parameter that belongs to a newer optimizer
         self._phase = Phase.GATHERING
         self._armed = True
@@ -549,7 +551,8 @@ class DistributedOptimizer(Optimizer):
         # Those that were known first: elsewhere a backward may have given them their places.
         self._give_places([p for p in homeless if p in self._known])
         self._known.update(unknown)
-        self._give_places([p for p in homeless if p not in self._places])
+        made = self._give_places([p for p in homeless if p not in self._places])
+        self._behind = made if self._phase is Phase.EXCHANGING else []
         self._fresh.clear()
         for p in unknown:
             if p not in self._places and p.is_floating_point() and not p.is_inference():
@@ -926,6 +929,10 @@ class DistributedOptimizer(Optimizer):
         for bucket in self._buckets:
             if not bucket.started:
                 self._start(bucket)
+        for bucket in self._behind:  # their gradients count once, as those of others
+            for slot in bucket.slots:
+                slot.given = None
+        self._behind = []
         touched = any(bucket.touched() for bucket in self._buckets)
         overflowed = {parameter for bucket in self._buckets for parameter in bucket.finish()}
         if self._carrier:

@@ -116,6 +116,39 @@ def test_a_group_that_is_added_behind_its_back(processes: int, way: str) -> None
         assert difference(found, expected) < 1e-12
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_a_backward_gave_to_an_added_group_counts_once(processes: int) -> None:
+    """In the next step only the last process uses it, and nobody clears gradients."""
+
+    def run(world: Together) -> nn.Module:
+        model = network()
+        opt = DistributedOptimizer(torch.optim.SGD(model[2].parameters(), 0.1, 0.9), model, world=world)
+        for step in range(4):
+            if step == 1:
+                opt.optimizer.add_param_group({"params": model[0].parameters()})
+            model[0].requires_grad_(step != 2 or world.rank == processes - 1)
+            loss_of(model, world.rank, step).backward()
+            model[0].requires_grad_()
+            opt.step()
+            if step == 0:
+                model[0].zero_grad()  # not the optimizer's yet
+        return model
+
+    model = network()
+    opt = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    for step in range(4):
+        model.zero_grad()
+        for rank in range(processes):
+            model[0].requires_grad_(step != 2 or rank == processes - 1)
+            (loss_of(model, rank, step) / processes).backward()
+            model[0].requires_grad_()
+        if step == 0:
+            model[0].zero_grad()
+        opt.step()
+    for found in together(processes, run):
+        assert difference(found, model) < 1e-12
+
+
 def exact(world: Together, backwards: int) -> nn.Module:
     """Processes may have none; a step that overflows is taken again."""
     model = network()
