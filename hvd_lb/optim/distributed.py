@@ -961,6 +961,12 @@ class DistributedOptimizer(Optimizer):
         It cannot have seen the gradients that others have clipped or unscaled.
         """
         self._late = self._phase is Phase.GATHERING
+        if self._late and self.world.size > 1 and _within(GradScaler._maybe_opt_step):
+            # Nothing else would tell: unscaling leaves no trace in a tensor's version.
+            raise RuntimeError(
+                "GradScaler.step() before this process has taken part in the exchange: what it has unscaled, and looked "
+                "at for overflows, are no sums. Call opt.synchronize() first, also where a process has no backward"
+            )
         try:
             self.synchronize(images=images, global_images=global_images)
         finally:

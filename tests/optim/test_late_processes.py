@@ -12,7 +12,7 @@ import torch
 from together import Together, together
 from torch import Tensor, nn
 
-from hvd_lb.optim import DistributedOptimizer
+from hvd_lb.optim import SGD, DistributedOptimizer
 
 ALONE = "rank 1 has no backward in every second step"
 
@@ -109,3 +109,46 @@ def test_to_look_only_is_fine(options: dict[str, Any]) -> None:
     weights = train(only_read, network(), options)
     assert not any(isinstance(of, str) for of in weights)
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("synchronizes", [True, False])
+@pytest.mark.parametrize("explicitly", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_scaler_that_looks_before_the_exchange_is_an_error(
+    synchronizes: bool, explicitly: bool, fused: bool
+) -> None:
+    """Gradients that were cleared to zeros are unscaled by it as any others, and leave no trace of that."""
+    images = torch.randn(2, 6, 3)
+
+    def run(world: Together) -> list[Tensor]:
+        model = network()
+        opt = DistributedOptimizer(SGD(model.parameters(), 0.1, fused=fused), model, world=world)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(3):
+            late = world.rank == 1 and step == 1
+            opt.zero_grad(set_to_none=False)
+            if late:
+                scaler.scale(torch.zeros(()))
+            else:
+                scaler.scale(model(images[world.rank]).square().sum()).backward()
+            if late and synchronizes:
+                opt.synchronize()
+            if explicitly:
+                scaler.unscale_(opt)
+            scaler.step(opt)
+            scaler.update()
+        return [p.detach() for p in model.parameters()]
+
+    def told(world: Together) -> list[Tensor] | str:
+        try:
+            return run(world)
+        except RuntimeError as error:
+            world._meeting.give_up()
+            return str(error)
+
+    one, other = together(2, told)
+    if synchronizes:
+        torch.testing.assert_close(other, one, rtol=0, atol=0)
+        assert max(p.abs().max() for p in one) < 10  # not of gradients times the scale
+    else:
+        assert "GradScaler.step() before this process has taken part" in other
