@@ -964,8 +964,8 @@ class DistributedOptimizer(Optimizer):
         if self._late and self.world.size > 1 and _within(GradScaler._maybe_opt_step):
             # Nothing else would tell: unscaling leaves no trace in a tensor's version.
             raise RuntimeError(
-                "GradScaler.step() before this process has taken part in the exchange: what it has unscaled, and looked "
-                "at for overflows, are no sums. Call opt.synchronize() first, also where a process has no backward"
+                "GradScaler.step() before this process has taken part in the exchange: it has unscaled gradients of "
+                "its own, which are no sums. Call opt.synchronize() first, also where a process has no backward"
             )
         try:
             self.synchronize(images=images, global_images=global_images)
