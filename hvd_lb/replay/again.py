@@ -252,8 +252,10 @@ class Again(SilentObserver):
             self.compared.records += 1
             self.compared.number(step, "loss", told["loss"], self.trainer.state.take_loss())
             self.compared.number(step, "learning rate", told["lr"], self.trainer.schedule(step))
-        # Statistics that were taken anew before an evaluation are part of the state.
-        evaluate = step in self._evaluated and (self.evaluations or bool(self.run.recipe.recompute_bn))
+        # Statistics that were taken anew before an evaluation are part of the state, also where a stop came before it.
+        recompute = bool(self.run.recipe.recompute_bn)
+        last = step + 1 == self.run.steps and self.trainer.due(self.run.recipe.eval_every)
+        evaluate = (self.evaluations or recompute) if step in self._evaluated else recompute and last
         self.trainer.after_step(evaluate, False, step in self._digested)
 
     # What the trainer tells
@@ -262,7 +264,8 @@ class Again(SilentObserver):
         self.on_microbatch(step, done, of)
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        told = self._evaluated[record["step"]]
+        if (told := self._evaluated.get(record["step"])) is None:
+            return
         self.compared.records += 1
         for name in _OF_EVALUATIONS:
             self.compared.number(

@@ -489,7 +489,7 @@ class Trainer:
         """Steps of an epoch between records."""
         return self.recipe.log_every or max(1, min(10, self.plan.steps_per_epoch // 20))
 
-    def _due(self, every: str) -> bool:
+    def due(self, every: str) -> bool:
         """Whether something of this period happens after the present number of steps; always at the end."""
         period = period_in_steps(every, self.plan.steps_per_epoch)
         # Epochs end where they do, whatever k was before.
@@ -504,8 +504,8 @@ class Trainer:
     def _finish_step(self, clock: StepClock | None, save_now: bool = False) -> None:
         """What is due after a step; without a clock its time is not known."""
         recipe = self.recipe
-        evaluate, save = self._due(recipe.eval_every), self._due(recipe.checkpoint_every)
-        digest = recipe.digest_every != "never" and self._due(recipe.digest_every)
+        evaluate, save = self.due(recipe.eval_every), self.due(recipe.checkpoint_every)
+        digest = recipe.digest_every != "never" and self.due(recipe.digest_every)
         evaluate |= clock is None and self.state.evaluation_due
         if evaluate or save:
             save_now |= self._hear()

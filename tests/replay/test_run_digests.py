@@ -20,7 +20,9 @@ from together import together
 from hvd_lb.data.images import ArrayImages, Dataset
 from hvd_lb.exact.chain import ChainReport, examine_chain
 from hvd_lb.recipe import Recipe
+from hvd_lb.replay.again import Again
 from hvd_lb.replay.beginning import beginning
+from hvd_lb.replay.recorded import open_run
 from hvd_lb.report.metrics import RunObserver, SilentObserver, read_metrics, truncate_metrics
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.training.checkpoint import CheckpointStore
@@ -154,6 +156,18 @@ def test_a_minibatch_that_is_left_out_is_in_the_chain(alone: Path, tmp_path: Pat
     assert [record.get("left_out") for record in report.digests] == [None, None, None, [6], [6]]
     assert digest_lines(tmp_path)[:2] == digest_lines(alone)[:2]
     assert json.loads(digest_lines(tmp_path)[-1])["chain"] != json.loads(digest_lines(alone)[-1])["chain"]
+
+
+def test_a_run_is_taken_again_with_minibatches_left_out_and_statistics_recomputed(tmp_path: Path) -> None:
+    """Also those before an evaluation that a stop came before: the last one here."""
+    run(Solo(), tmp_path, on_nan="rollback", bad=6, recompute_bn=20)
+    assert_agrees(tmp_path)
+    recorded = open_run(tmp_path)
+    assert sorted(recorded.of_kind("eval")) == [2, 5, 8]
+    again = Again(recorded, small_data(), torch.device("cpu"), None)
+    again.take(END)
+    compared = again.compared
+    assert (compared.first, compared.records, compared.same_digests) == (None, END - 1 + 3, 5)
 
 
 def test_without_digests_there_is_no_chain(tmp_path: Path) -> None:

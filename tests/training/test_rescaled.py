@@ -143,7 +143,7 @@ def test_what_is_due_each_epoch_is_due_where_epochs_end_after_changes() -> None:
     plan, due = trainer.run_plan, []
     assert plan.offset % plan.plan.steps_per_epoch
     for trainer.state.step in range(9, plan.end + 1):
-        due += [trainer.step] * trainer._due("1epoch")
+        due += [trainer.step] * trainer.due("1epoch")
     assert due == [step for step in range(9, plan.end + 1) if plan.at(step).begins == 0]
 
 
