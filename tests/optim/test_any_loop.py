@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_distributed import NOTHING
 from together import Together, together
 from torch import Tensor, nn
 
@@ -24,14 +25,6 @@ from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.optim import SGD, DistributedOptimizer
 
 NEVER = 99
-CLEAR: dict[str, Callable[[nn.Module, torch.optim.Optimizer], object]] = {
-    "optimizer, to none": lambda model, opt: opt.zero_grad(),
-    "optimizer, to zero": lambda model, opt: opt.zero_grad(set_to_none=False),
-    "model, to none": lambda model, opt: model.zero_grad(),
-    "model, to zero": lambda model, opt: model.zero_grad(set_to_none=False),
-    "by hand": lambda model, opt: [setattr(p, "grad", None) for p in model.parameters()],
-    "never": lambda model, opt: None,
-}
 INNER: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "form 10": lambda groups: SGD(groups, weight_decay=0.01),
     "fused": lambda groups: SGD(groups, weight_decay=0.01, fused=True),
@@ -120,7 +113,7 @@ class Loop:
             draw.choice([0, 1, 2, 3, NEVER]),
             draw.choice([NEVER, NEVER, 2, 3]),
             draw.choice([NEVER, NEVER, 1, 2]),
-            draw.choice(list(CLEAR)),
+            draw.choice(list(NOTHING)),
             draw.choice(list(INNER)),
             draw.choice([None, 64]),
             draw.choice([200, 25 << 20]),
@@ -203,7 +196,7 @@ def by_torch(loop: Loop) -> list[Tensor]:
         if step.then == "halve":
             halve(model)
         opt.step()
-        CLEAR["by hand" if loop.clear == "never" else loop.clear](model, opt)
+        NOTHING["by hand" if loop.clear == "never" else loop.clear](model, opt)
     return [p.detach() for p in model.parameters()]
 
 
@@ -237,7 +230,7 @@ def by_hvd_lb(loop: Loop, world: Together) -> list[Tensor]:
         except FixedPointOverflow:
             take(step, share, model, opt, scaler)
         if not step.given_up:
-            CLEAR[loop.clear](model, opt)
+            NOTHING[loop.clear](model, opt)
     return [p.detach() for p in model.parameters()]
 
 

@@ -41,12 +41,25 @@ def only_read(opt: DistributedOptimizer, model: nn.Module) -> None:
     [p.grad.norm() for p in model.parameters() if p.grad is not None]
 
 
+def or_told(run: Callable[[Together], list[Tensor]]) -> Callable[[Together], list[Tensor] | str]:
+    """What a process has, or what it was told; then the others do not wait for it."""
+
+    def told(world: Together) -> list[Tensor] | str:
+        try:
+            return run(world)
+        except RuntimeError as error:
+            world._meeting.give_up()
+            return str(error)
+
+    return told
+
+
 def train(change: Callable, model: nn.Module, options: dict[str, Any]) -> list[list[Tensor] | str]:
     """The weights of three processes, or what they were told; with `waits` rank 1 calls `synchronize`."""
     options = {"waits": False, "clears": True, "sums": False, "closure": False, **options}
     terms = options.pop("reproducible_terms", None)
 
-    def run(world: Together) -> list[Tensor] | str:
+    def run(world: Together) -> list[Tensor]:
         own = copy.deepcopy(model)
         sgd = torch.optim.SGD(own.parameters(), 0.1)
         opt = DistributedOptimizer(sgd, own, world=world, reproducible_terms=terms)
@@ -74,14 +87,7 @@ def train(change: Callable, model: nn.Module, options: dict[str, Any]) -> list[l
                 opt.step(**counts)
         return [p.detach() for p in own.parameters()]
 
-    def told(world: Together) -> list[Tensor] | str:
-        try:
-            return run(world)
-        except RuntimeError as error:
-            world._meeting.give_up()
-            return str(error)
-
-    return together(3, told)
+    return together(3, or_told(run))
 
 
 @pytest.mark.parametrize(
@@ -139,14 +145,7 @@ def test_a_scaler_that_looks_before_the_exchange_is_an_error(
             scaler.update()
         return [p.detach() for p in model.parameters()]
 
-    def told(world: Together) -> list[Tensor] | str:
-        try:
-            return run(world)
-        except RuntimeError as error:
-            world._meeting.give_up()
-            return str(error)
-
-    one, other = together(2, told)
+    one, other = together(2, or_told(run))
     if synchronizes:
         torch.testing.assert_close(other, one, rtol=0, atol=0)
         assert max(p.abs().max() for p in one) < 10  # not of gradients times the scale
