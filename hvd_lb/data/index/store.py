@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from hvd_lb.data.files.header import KINDS
+from hvd_lb.data.files.journal import sync
 from hvd_lb.data.files.rows import ROW, Table
 from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.remote.address import Place
@@ -181,6 +182,8 @@ def save(folder: Path, fill: Callable[[Path], None], whole: Callable[[Path], obj
         made = Path(temporary) / "made"
         made.mkdir()
         fill(made)
+        for path in [*made.iterdir(), made]:  # before it has its name, as the power may go
+            sync(path)
         if folder.exists() and not whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
         try:

@@ -14,6 +14,7 @@ from hvd_lb.data.dataset import open_dataset
 from hvd_lb.data.files.rows import ROW, Table
 from hvd_lb.data.index import store
 from hvd_lb.data.index.dataset import index_splits
+from hvd_lb.data.index.hold_out import divide
 from hvd_lb.data.index.index import Index, open_index
 from hvd_lb.data.sources.folders import FolderSource
 
@@ -192,3 +193,21 @@ def test_an_index_beside_the_data_is_for_everybody(tmp_path: Path, make_dataset:
     files = [path for path in (tmp_path / "set" / ".hvd-lb-index").rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {"rows.npy", "names.npy", "facts.json", "places.json"}
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~before}
+
+
+def test_an_index_is_on_the_disk_before_it_has_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a machine whose power goes could have one of the right size, full of zeros."""
+    synced, fsync = dict[int, int](), os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    monkeypatch.setattr(os, "fsync", noted)
+    made = index(folder)
+    divide(made, 0.5, 0)
+    files = [path for path in made.keep[0].rglob("*.*") if path.is_file()]
+    assert len(files) == 4 + 4
+    for path in files:
+        assert synced[path.stat().st_ino] == path.stat().st_size
+        assert path.parent.stat().st_ino in synced
