@@ -345,6 +345,8 @@ def test_preempted_and_its_nodes_lost_a_run_ends_at_the_same_bits(
     lost = trained_steps(run)
     until(lambda: trained_steps(run) >= lost + 8)
     by_name["h2"].fix()
+    # It ends what it still has of the start that lost it, by the job's number: the next one's would be of the same.
+    until(lambda: not by_name["h2"].run(["pgrep", "slurmstepd"], check=False).stdout, 120, every=0.3)
     by_name["h1"].kill()  # where the script and rank 0 are
     restarted(cluster, job, 3)
 
