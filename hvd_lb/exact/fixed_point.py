@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hvd_lb.world import Handle, World
+from hvd_lb.world.arriving import Arriving
 
 GROWTH_BITS = 10
 # Before the first sum nothing is known: terms up to 2^14 are expected, more than gradients of a summed loss have.
@@ -63,7 +64,8 @@ class FixedPointSum:
     """Sums of up to `terms` terms for each of several tensors, of the dtype, shapes and strides of `like`.
 
     A sum is gathered by `add`, exchanged by `start`, and ends with `finish`, which makes room for the
-    next one. `start` and `finish` are collective. Raises `RuntimeError` when more than `terms` terms were added.
+    next one; between these `arrive` may be called, so that of several sums the host waits for the device once.
+    `start` and `finish` are collective. Raises `RuntimeError` when more than `terms` terms were added.
     `riders` are as many integers that are added along: each process sets its own before `start`.
 
     Sums of few terms are formed in `room`, if given: of the dtype, with places for all of `like` at their `offsets_of`,
@@ -100,6 +102,7 @@ class FixedPointSum:
         self._integer = None if exact == first.dtype else torch.empty_like(self._float, dtype=exact)
         self._blocks = self._in_blocks(offsets)
         self._handles: tuple[Handle, Handle] | None = None
+        self._told: Arriving[float] | None = None  # numbers of terms, and maxima
 
     def _in_blocks(self, offsets: list[int]) -> list[_Block]:
         """Blocks of at most a chunk, in which no tensor occurs twice; none where some tensor is empty."""
@@ -145,8 +148,8 @@ class FixedPointSum:
 
     @property
     def started(self) -> bool:
-        """Whether its exchange is under way."""
-        return self._handles is not None
+        """Whether `finish` is to come."""
+        return self._handles is not None or self._told is not None
 
     @torch.no_grad()
     def add(self, index: int, term: Tensor) -> None:
@@ -209,6 +212,17 @@ class FixedPointSum:
         )
 
     @torch.no_grad()
+    def arrive(self) -> None:
+        """Waits for the exchange; what the host has to know of the sums is on its way then."""
+        if self._handles is None:
+            raise RuntimeError(f"{self._name}: the sum was not started")
+        for handle in self._handles:
+            handle.wait()
+        self._handles = None
+        # In one copy from the device; counts are exact in any floating-point number of 64 bits.
+        self._told = Arriving(torch.cat([self._counts.double(), self._maxima.double()]), float)
+
+    @torch.no_grad()
     def finish(self, out: Sequence[Tensor], flat: Tensor | None = None) -> tuple[list[int], list[int]]:
         """Waits and writes the sums into `out`: NaN where any term was not finite.
 
@@ -216,13 +230,10 @@ class FixedPointSum:
         Returns the number of terms of each tensor, and the tensors whose terms were too large for their exponent:
         of those `out` holds nothing, and the sum has to be gathered again, with the exponents that are now right.
         """
-        if self._handles is None:
-            raise RuntimeError(f"{self._name}: the sum was not started")
-        for handle in self._handles:
-            handle.wait()
-        self._handles = None
-        # Both in one copy from the device; these counts are exact in any floating-point number of 64 bits.
-        numbers = torch.cat([self._counts.double(), self._maxima.double()]).tolist()
+        if self._told is None:
+            self.arrive()
+        assert self._told
+        numbers = self._told.wait()
         counts, largest = list(map(int, numbers[: len(out)])), numbers[len(out) :]
         if max(counts) > self._terms:
             raise RuntimeError(f"{self._name}: a sum of {max(counts)} terms, announced were {self._terms}")
@@ -266,6 +277,7 @@ class FixedPointSum:
 
     def discard(self) -> None:
         """Forgets the terms that were added."""
+        self._handles = self._told = None
         self._maxima.zero_()
         self._added = [0] * len(self._added)
 

@@ -23,6 +23,7 @@ from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import FixedPointSum, offsets_of
 from hvd_lb.optim.watched import gathering, gradient, set_gradient
 from hvd_lb.world import Handle, World
+from hvd_lb.world.arriving import Arriving
 
 HALF = (torch.float16, torch.bfloat16)
 _SPARSE = "DistributedOptimizer was given a sparse gradient; make the embedding with sparse=False"
@@ -75,19 +76,6 @@ class Riders:
 
     count: int
     ask: Callable[[], Sequence[int]]
-
-
-class Arriving:
-    """A few integers on their way from a device, for which the host need not wait at once."""
-
-    def __init__(self, numbers: Tensor) -> None:
-        self._numbers = numbers.to("cpu", copy=True, non_blocking=True)
-        self._event = torch.cuda.current_stream().record_event() if numbers.is_cuda else None
-
-    def wait(self) -> list[int]:
-        if self._event:
-            self._event.synchronize()
-        return list(map(int, self._numbers.tolist()))
 
 
 class Held(enum.Enum):
@@ -238,6 +226,7 @@ class Bucket:
         self.slots = [Slot(p, self.flat, offset) for p, offset in zip(parameters, offsets, strict=True)]
         self.rounded = [slot for slot in self.slots if slot.rounded]
         self.handles: list[Handle] = []
+        self._told: Arriving[int] | None = None  # the flags
         self.started = False  # its exchange is under way
         self._versions: list[int] = []  # of the gradients, when it began
         self.awaited = dict.fromkeys(self.slots)  # those to which the present backward has not added
@@ -392,23 +381,30 @@ class Bucket:
             for slot in self.slots
         )
 
-    def finish(self) -> list[Tensor]:
-        """Waits for the sums; parameters without a gradient on any process get none.
-
-        Returns the parameters whose sum was given up on all processes and has to be gathered again: here, none.
-        """
-        if not self.handles:
+    def arrive(self) -> None:
+        """Waits for the sums. What the host has to know of them is on its way then, and `finish` waits for that."""
+        if not self.started:
             raise RuntimeError(f"bucket {self.name} was not started")
         for handle in self.handles:
             handle.wait()
-        self.handles, self.started = [], False
+        self.handles = []
+        # Only where they tell more: the host would wait for the device.
+        self._told = None if self.complete else Arriving(self.flags, int)
+
+    def finish(self) -> list[Tensor]:
+        """Completes what `arrive` begins, if it was called; parameters without a gradient on any process get none.
+
+        Returns the parameters whose sum was given up on all processes and has to be gathered again: here, none.
+        """
+        if self.handles or not self.started:
+            self.arrive()
+        self.started = False
         if self._wire is not None and self._compress is not None:
             self.gradients.copy_(self._wire).mul_(1 / self._compress.scale)
-        complete = self.complete
-        if not complete:  # reading flags waits for the device: only where it tells more
-            for slot, flag in zip(self.slots, self.flags.tolist(), strict=True):
+        if self._told:
+            for slot, flag in zip(self.slots, self._told.wait(), strict=True):
                 slot.present = flag > 0
-        if self.rounded or not complete:
+        if self.rounded or self._told:
             self.publish()
         return []
 
@@ -505,6 +501,9 @@ class FixedPointBucket(Bucket):
     @property
     def exchanged_bytes(self) -> int:
         return self.sum.exchanged_bytes
+
+    def arrive(self) -> None:
+        self.sum.arrive()
 
     def finish(self) -> list[Tensor]:
         counts, overflowed = self.sum.finish([slot.view for slot in self.slots], self.gradients)

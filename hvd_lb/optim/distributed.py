@@ -34,7 +34,6 @@ from hvd_lb.exact.fixed_point import GROWTH_BITS, FixedPointOverflow
 from hvd_lb.machine.process import keep_memory
 from hvd_lb.optim.buckets import (
     DTYPES,
-    Arriving,
     Bucket,
     FixedPointBucket,
     Held,
@@ -47,6 +46,7 @@ from hvd_lb.optim.buckets import (
 from hvd_lb.optim.state_dict import broadcast_optimizer, broadcast_tensors
 from hvd_lb.optim.watched import Lookout, gradient, set_gradient
 from hvd_lb.world import Handle, World, current
+from hvd_lb.world.arriving import Arriving
 
 # Names agree between the processes of a world and differ between optimizers of a process. An optimizer of this process
 # alone takes no number: the others know nothing of it.
@@ -124,6 +124,8 @@ class DistributedOptimizer(Optimizer):
         Not with `reproducible_terms`; Horovod has no bf16.
     images: with `compress`, about how many images a step has on all processes, where losses are sums over images; by
         default losses are means over those of a process. It only keeps numbers in the range of fp16.
+    skip_on_device: with GradScaler a step whose gradients are not finite is skipped by the wrapped optimizer's fused
+        kernel, if it has one, and the host does not wait to know of it. So `steps` counts it, too.
     state: a state dict of this class, or of the wrapped optimizer, to go on from. That of rank 0 counts, for all
         processes, with "steps" and "exponents"; the wrapped optimizer's `load_state_dict` would drop these two.
     riders: integers that travel in the gradients' exchange; after `synchronize` their sums are in `carried`. With
@@ -147,6 +149,7 @@ class DistributedOptimizer(Optimizer):
         riders: Riders | None = None,
         compress: Literal["none", "fp16", "bf16"] = "none",
         images: int | None = None,
+        skip_on_device: bool = False,
         state: dict[str, Any] | None = None,
     ) -> None:
         # Optimizer.__init__ is left out: groups, defaults, state and hooks are the wrapped optimizer's own,
@@ -180,6 +183,7 @@ class DistributedOptimizer(Optimizer):
         self._bucket_bytes = bucket_bytes
         self._terms = reproducible_terms
         self._riders = riders
+        self._skip_on_device = skip_on_device
         alone = compress == "none" or self.world.size == 1
         self._compress = None if alone else half(compress, images or self.world.size)
         self._carrier: Bucket | None = None
@@ -187,8 +191,8 @@ class DistributedOptimizer(Optimizer):
         self._late, self._changed = False, False
         self._options = 0  # what its groups said in the last step: `_options_of_step`
         # In the last exchanges: how many did so, the sum of their options, and this process's own.
-        self._told: deque[tuple[Arriving, int]] = deque(maxlen=2)
-        self.carried: Arriving | None = None
+        self._told: deque[tuple[Arriving[int], int]] = deque(maxlen=2)
+        self.carried: Arriving[int] | None = None
         number = (
             next(_instances.setdefault(self.world, itertools.count())) if self.world.size > 1 else "alone"
         )
@@ -871,16 +875,27 @@ class DistributedOptimizer(Optimizer):
                 self._divisor, self._counted = self.world.size, (None, None)
             self._divide()
 
-    def _divides_itself(self) -> bool:
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves it to the kernel to unscale gradients and to skip a step; the word is torch's."""
+        return self._skip_on_device and self._is_fused()
+
+    def _is_fused(self) -> bool:
         """Whether the wrapped optimizer is one of those that divide all gradients while they update.
 
         torch's fused ones do, for GradScaler's sake. They write the quotients back.
         """
         return bool(
             getattr(self.optimizer, "_step_supports_amp_scaling", False)
-            and self._buckets
-            and not self._optimizer_step_pre_hooks  # which would see sums
+            and not self._optimizer_step_pre_hooks  # which would see what is not divided
             and not _global_optimizer_pre_hooks
+        )
+
+    def _divides_itself(self) -> bool:
+        """Whether it divides by the number of images."""
+        return bool(
+            self._is_fused()
+            and self._buckets
             and not any(bucket.rounded for bucket in self._buckets)
             and all(gradient(p) is None for p in self._others)
         )
@@ -890,17 +905,21 @@ class DistributedOptimizer(Optimizer):
         if self._phase is Phase.REDUCED and not self._divides_itself():
             self._divide()
         self._lookout.end()
-        if self._phase is not Phase.REDUCED:
+        scale, found_inf = map(self.__dict__.get, ("grad_scale", "found_inf"))  # GradScaler's
+        if self._phase is Phase.REDUCED:
+            # A fill, not a copy: on a GPU the host does not wait.
+            divisor = torch.full(
+                (), float(self._divisor or 1), dtype=torch.float32, device=self._buckets[0].flat.device
+            )
+            scale = divisor if scale is None else divisor * scale
+        if scale is found_inf is None:
             return self.optimizer.step()
         inner: Any = self.optimizer
-        # A fill, not a copy: on a GPU the host does not wait.
-        inner.grad_scale = torch.full(
-            (), float(self._divisor or 1), dtype=torch.float32, device=self._buckets[0].flat.device
-        )
+        inner.grad_scale, inner.found_inf = scale, found_inf
         try:
             return inner.step()
         finally:
-            del inner.grad_scale
+            del inner.grad_scale, inner.found_inf
 
     @torch.no_grad()
     def _divide(self) -> None:
@@ -934,11 +953,14 @@ class DistributedOptimizer(Optimizer):
                 slot.given = None
         self._behind = []
         touched = any(bucket.touched() for bucket in self._buckets)
+        # All of them, before the host waits for what it has to know of the first.
+        for bucket in self._buckets:
+            bucket.arrive()
         overflowed = {parameter for bucket in self._buckets for parameter in bucket.finish()}
         if self._carrier:
-            self._told.append((Arriving(self._carrier.riders[:_OWN_RIDERS]), self._options))
+            self._told.append((Arriving(self._carrier.riders[:_OWN_RIDERS], int), self._options))
         if self._riders:
-            self.carried = Arriving(self._sums_of(self._riders))
+            self.carried = Arriving(self._sums_of(self._riders), int)
         self._phase = Phase.REDUCED
         if touched:
             self.zero_grad()
@@ -961,7 +983,8 @@ class DistributedOptimizer(Optimizer):
         It cannot have seen the gradients that others have clipped or unscaled.
         """
         self._late = self._phase is Phase.GATHERING
-        if self._late and self.world.size > 1 and _within(GradScaler._maybe_opt_step):
+        unscaled = "found_inf" in self.__dict__ or _within(GradScaler._maybe_opt_step)
+        if self._late and self.world.size > 1 and unscaled:
             # Nothing else would tell: unscaling leaves no trace in a tensor's version.
             raise RuntimeError(
                 "GradScaler.step() before this process has taken part in the exchange: it has unscaled gradients of "

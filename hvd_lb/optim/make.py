@@ -14,8 +14,6 @@ from hvd_lb.optim.sgd import SGD
 from hvd_lb.optim.state_dict import group_sizes
 from hvd_lb.recipe import Recipe
 
-_PLAIN = ("fp16", "fp64")
-
 
 def make_optimizer(recipe: Recipe, model: nn.Module, learning_rate: float, saved: Any = None) -> Optimizer:
     """On the parameters of `model`, as the recipe says; `learning_rate` is that of the first step.
@@ -41,7 +39,6 @@ def make_optimizer(recipe: Recipe, model: nn.Module, learning_rate: float, saved
     if recipe.optimizer == "lars":  # biases and norms are left alone, as in MLPerf
         plain["trust_coefficient"] = 0.0
         return LARS(groups, trust_coefficient=recipe.trust_coefficient, **options)
-    # The plain form where bits are promised, where numbers are compared with the paper's formula (fp64), and beside the
-    # loss scaler (fp16), which goes over all gradients by itself.
-    fused = recipe.momentum_correction and not recipe.reproducible and recipe.precision not in _PLAIN
+    # The plain form where bits are promised, and where numbers are compared with the paper's formula (fp64).
+    fused = recipe.momentum_correction and not recipe.reproducible and recipe.precision != "fp64"
     return SGD(groups, **options, fused=fused)

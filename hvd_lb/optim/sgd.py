@@ -28,8 +28,8 @@ class SGD(ByGroup):
     without a gradient are skipped, as in torch.
 
     fused: whether to update by torch's fused kernel. Then gradients may be multiples of what they should be: if there
-        is an attribute `grad_scale`, a tensor, they are divided by it first, as torch's fused optimizers do for
-        GradScaler.
+        is an attribute `grad_scale`, a tensor, they are divided by it first; where `found_inf`, another one, is not 0,
+        nothing changes. So torch's fused optimizers have it for GradScaler, and no host waits to know.
 
     Raises `ValueError` for numbers out of range, for form 9 with `momentum_correction=False`, as form 9 has nothing to
     correct, and for form 10 without it where `fused`, as that kernel knows form 9 only.
@@ -63,7 +63,7 @@ class SGD(ByGroup):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether it heeds `grad_scale`: torch's word for it."""
+        """Whether it heeds `grad_scale` and `found_inf`: torch's word for it."""
         return self.fused
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,6 +94,7 @@ class SGD(ByGroup):
         self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
     ) -> None:
         scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         for state in states:  # of a plain one that was loaded
             if "reference_lr" in state and state["reference_lr"] != 1:
                 state["velocity"].div_(state["reference_lr"])
@@ -106,10 +107,11 @@ class SGD(ByGroup):
             if not p.stride() == grad.stride() == velocity.stride()
         }
         if odd:
-            if scale is not None:
-                torch._foreach_div_([grads[index] for index in odd], float(scale))
-            some = [[items[index] for index in odd] for items in (params, grads)]
-            self._update_plain(some[0], some[1], [states[index] for index in odd], group)
+            if found_inf is None or not found_inf.item():
+                if scale is not None:
+                    torch._foreach_div_([grads[index] for index in odd], float(scale))
+                some = [[items[index] for index in odd] for items in (params, grads)]
+                self._update_plain(some[0], some[1], [states[index] for index in odd], group)
             params, grads, velocities = (
                 [item for index, item in enumerate(items) if index not in odd]
                 for items in (params, grads, velocities)
@@ -127,6 +129,7 @@ class SGD(ByGroup):
                 maximize=False,
                 is_first_step=False,
                 grad_scale=None if scale is None else scale.to(device),
+                found_inf=None if found_inf is None else found_inf.to(device),
             )
 
     def _update_plain(

@@ -350,6 +350,9 @@ class RunningStatistics:
             return [index for index, added in enumerate(self._added) if added]
         return [index for index, layer in enumerate(self._layers) if self._used[index] and layer.training]
 
+    def start(self) -> None:
+        """Collective: begins what `synchronize` completes, so that the host waits once for this and for other sums."""
+
     def synchronize(self) -> None:
         """Collective, before `step` or `replace`. `FixedPointOverflow` where a sum has to be gathered again."""
 
@@ -504,8 +507,13 @@ class ReproducibleStatistics(RunningStatistics):
             for number, part in zip(numbers, wide, strict=True):
                 self._sum.add(number, part)
 
-    def synchronize(self) -> None:
+    def start(self) -> None:
         self._sum.start(self._world)
+        self._sum.arrive()
+
+    def synchronize(self) -> None:
+        if not self._sum.started:
+            self.start()
         _, overflowed = self._sum.finish(self._sums, self._flat)
         if overflowed:
             raise FixedPointOverflow(

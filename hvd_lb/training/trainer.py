@@ -35,7 +35,7 @@ from hvd_lb.machine.gpus import gpu_in_words
 from hvd_lb.machine.graphs import GraphRecorder, Recorder, Recording, Recordings, Trial
 from hvd_lb.machine.process import peak_memory
 from hvd_lb.optim.average import WeightAverage
-from hvd_lb.optim.buckets import Arriving, Riders
+from hvd_lb.optim.buckets import Riders
 from hvd_lb.optim.distributed import DistributedOptimizer
 from hvd_lb.optim.make import make_optimizer
 from hvd_lb.optim.noise_scale import NoiseScale
@@ -65,6 +65,7 @@ from hvd_lb.training.run_state import RunState
 from hvd_lb.training.saved_state import Rescaled
 from hvd_lb.training.together import Group, GroupSize, draw_apart, room_for_groups, strange
 from hvd_lb.world import World
+from hvd_lb.world.arriving import Arriving
 from hvd_lb.world.stages import Stage, Staged, Stages
 
 # A step whose gradients or statistics overflow is taken again; the second time their scales are right.
@@ -171,7 +172,7 @@ class Membership(Protocol):
 class _Said:
     """What the processes said to each other in a step; `sums` are None where the step was left out."""
 
-    sums: Arriving | None
+    sums: Arriving[int] | None
     stand_ins: list[StandIn]
     first: bool  #: of an epoch
 
@@ -282,6 +283,7 @@ class Trainer:
             riders=Riders(signal.NSIG + (3 if membership else 1), self._to_say),
             compress=recipe.compress,
             images=recipe.global_batch,
+            skip_on_device=True,
         )
         # A microbatch's loss is a sum: dividing by n gives the scale the gradients of a mean would get.
         scaler = torch.amp.GradScaler(
@@ -671,8 +673,9 @@ class Trainer:
         exponents = self.state.exponents() if self.audit.of(self.step) else ({}, [])
         for complete in (
             self.state.wait_for_losses,
-            self.state.statistics.synchronize,
+            self.state.statistics.start,
             partial(self.state.optimizer.synchronize, global_images=global_images),
+            self.state.statistics.synchronize,
         ):
             try:
                 complete()

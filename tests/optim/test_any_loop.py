@@ -205,8 +205,13 @@ def by_hvd_lb(loop: Loop, world: Together) -> list[Tensor]:
 
     def wrapped(groups: list[dict[str, Any]]) -> DistributedOptimizer:
         return DistributedOptimizer(
-            INNER[loop.inner](groups), model, world=world, reproducible_terms=loop.terms, bucket_bytes=loop.bucket_bytes
-        )  # fmt: skip
+            INNER[loop.inner](groups),
+            model,
+            world=world,
+            reproducible_terms=loop.terms,
+            bucket_bytes=loop.bucket_bytes,
+            skip_on_device=True,
+        )
 
     opt = wrapped(loop.begin(model))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=loop.scaled)

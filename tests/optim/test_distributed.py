@@ -9,6 +9,7 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -513,6 +514,34 @@ class TestScaler:
                 nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
             plain.step()
         assert difference(model, reference) < 1e-13
+
+    @pytest.mark.parametrize("inner", [torch.optim.SGD, torch.optim.AdamW, SGD])
+    def test_a_fused_kernel_skips(self, inner: Any) -> None:
+        """Its step counts; there is no more of it than in torch, with sums that it divides, or means."""
+        model, reference = convnet(), convnet()
+        plain = inner(reference.parameters(), 0.1, fused=True)
+        fused = inner(model.parameters(), 0.1, fused=True)
+        opt = DistributedOptimizer(fused, model, world=Solo(), skip_on_device=True, **DEFAULTS)
+        ours, theirs = self.scaler(), self.scaler()
+        for number, batch in enumerate(batches(6)):
+            factor = float("inf") if number in (0, 3) else 1.0
+            before = [p.detach().clone() for p in model.parameters()]
+            ours.scale(loss_sum(model, batch) * factor).backward()
+            if number == 4:
+                opt.synchronize(images=4)
+                ours.unscale_(opt)
+            ours.step(opt, images=4)
+            plain.zero_grad()
+            theirs.scale(loss_sum(reference, batch) / 4 * factor).backward()
+            theirs.step(plain)
+            for scaler in (ours, theirs):
+                scaler.update()
+            changed = [bool((p != q).any()) for p, q in zip(model.parameters(), before, strict=True)]
+            assert any(changed) == (factor == 1)
+        assert difference(model, reference) < 1e-7  # Adam makes much of gradients that are rounding
+        assert ours.state_dict() == theirs.state_dict()
+        assert opt.steps == 6
+        assert not {"grad_scale", "found_inf"} & {*vars(opt), *vars(opt.optimizer)}
 
     @pytest.mark.parametrize("clear", [name for name in NOTHING if name != "never"])
     def test_skipped_step_leaves_no_trace(self, clear: str) -> None:

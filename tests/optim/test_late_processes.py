@@ -119,16 +119,17 @@ def test_to_look_only_is_fine(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("synchronizes", [True, False])
 @pytest.mark.parametrize("explicitly", [True, False])
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("fused", "on_device"), [(True, True), (True, False), (False, False)])
 def test_a_scaler_that_looks_before_the_exchange_is_an_error(
-    synchronizes: bool, explicitly: bool, fused: bool
+    synchronizes: bool, explicitly: bool, fused: bool, on_device: bool
 ) -> None:
     """Gradients that were cleared to zeros are unscaled by it as any others, and leave no trace of that."""
     images = torch.randn(2, 6, 3)
 
     def run(world: Together) -> list[Tensor]:
         model = network()
-        opt = DistributedOptimizer(SGD(model.parameters(), 0.1, fused=fused), model, world=world)
+        inner = SGD(model.parameters(), 0.1, fused=fused)
+        opt = DistributedOptimizer(inner, model, world=world, skip_on_device=on_device)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         for step in range(3):
             late = world.rank == 1 and step == 1

@@ -113,7 +113,35 @@ def test_a_skipped_step_leaves_weights_and_velocity_and_counts_as_a_step() -> No
     assert (trainer.step, trainer.state.loss_images) == (4, 4 * 32)
     assert rates == [trainer.schedule(step) for step in (0, 1, 3)]
     assert len(set(rates)) == 3
-    assert state_of(trainer)[2] == [trainer.schedule(3)] * len(before[2])
+    assert state_of(trainer)[2] == [1.0] * len(before[2])
+
+
+@pytest.mark.parametrize("changes", [{}, {"clip_norm": 0.05}, {"channels_last": True, "nesterov": False}])
+def test_a_kernel_skips_what_the_host_would(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, and the host does not look whether a step is to be skipped."""
+    by_kernel, by_host = (make_trainer(half(learning_rate=0.1, **changes)) for _ in range(2))
+    by_host.state.optimizer._skip_on_device = False
+    looked: list[object] = []
+    look = torch.amp.GradScaler._maybe_opt_step
+
+    def noted(scaler: torch.amp.GradScaler, optimizer: Any, *more: Any) -> Any:
+        looked.append(optimizer)
+        return look(scaler, optimizer, *more)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", noted)
+    for step in range(4):
+        before = state_of(by_kernel) if step else None
+        for trainer in (by_kernel, by_host):
+            if step == 2:
+                trainer.state.scaler.update(TOO_LARGE)
+            run_steps(trainer, 1)
+            if step == 2:
+                assert trainer.state.scaler.get_scale() == TOO_LARGE / 2
+                trainer.state.scaler.update(2.0**13)
+        for found, expected in zip(state_of(by_kernel)[:2], state_of(by_host)[:2], strict=True):
+            assert equal(found, expected)
+        assert before is None or equal(before[0], state_of(by_kernel)[0]) == (step == 2)
+    assert looked == [by_host.state.optimizer] * 4
 
 
 @pytest.mark.slow

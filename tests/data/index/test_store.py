@@ -195,7 +195,9 @@ def test_an_index_beside_the_data_is_for_everybody(tmp_path: Path, make_dataset:
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~before}
 
 
-def test_an_index_is_on_the_disk_before_it_has_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_is_on_the_disk_before_it_has_its_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else a machine whose power goes could have one of the right size, full of zeros."""
     synced, fsync = dict[int, int](), os.fsync
 
