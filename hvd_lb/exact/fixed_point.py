@@ -206,6 +206,7 @@ class FixedPointSum:
         self._counts.copy_(torch.tensor(self._added), non_blocking=True)
         # NaN has no order, so a maximum over processes would depend on theirs.
         self._maxima.nan_to_num_(nan=math.inf, posinf=math.inf)
+        self._told = None
         self._handles = (
             world.maximum_async(self._maxima, f"{self._name}.largest"),
             world.allreduce_async(self._total, self._name),
@@ -214,6 +215,8 @@ class FixedPointSum:
     @torch.no_grad()
     def arrive(self) -> None:
         """Waits for the exchange; what the host has to know of the sums is on its way then."""
+        if self._told is not None:
+            return
         if self._handles is None:
             raise RuntimeError(f"{self._name}: the sum was not started")
         for handle in self._handles:
@@ -230,8 +233,7 @@ class FixedPointSum:
         Returns the number of terms of each tensor, and the tensors whose terms were too large for their exponent:
         of those `out` holds nothing, and the sum has to be gathered again, with the exponents that are now right.
         """
-        if self._told is None:
-            self.arrive()
+        self.arrive()
         assert self._told
         numbers = self._told.wait()
         counts, largest = list(map(int, numbers[: len(out)])), numbers[len(out) :]

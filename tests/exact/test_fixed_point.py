@@ -263,3 +263,18 @@ def test_sums_of_few_terms_have_the_bits_of_integers(dtype: torch.dtype, terms: 
     for result in results:
         assert result.numpy().tobytes() == expected.tobytes()
     assert sums[0].exchanged_bytes < (1.01 if terms <= 2 else 8.01 / like.element_size()) * like.nbytes
+
+
+def test_a_sum_that_was_given_up_on_its_way_is_not_the_next_one() -> None:
+    """A process that has added nothing itself has nothing to forget, and the sum of the others was there already."""
+    mine, other = (FixedPointSum([torch.zeros(2)], 3, "sum") for _ in range(2))
+    for value in (1.0, 2.0):
+        other.add(0, torch.full((2,), value))
+        for each, world in zip((mine, other), Team(2).members, strict=True):
+            each.start(world)  # type: ignore[arg-type]
+        mine.arrive()
+        mine.arrive()
+        other.discard()
+    found = [torch.zeros(2)]
+    assert mine.finish(found) == ([1], [])
+    assert found[0].tolist() == [2.0, 2.0]
