@@ -476,8 +476,8 @@ def launches(bench: Bench) -> Iterator[dict[str, Any]]:
 def update(bench: Bench) -> Iterator[dict[str, Any]]:
     """The update alone: SGD of this project against torch's.
 
-    Runs in fp32, tf32 and bf16 have the fused one, which divides by the images of a step as well, here by 1, as the
-    quotients are written back. The plain ones are for --reproducible, fp16 and fp64.
+    Runs in the float mode have the fused one, which divides by the images of a step as well, here by 1, as the
+    quotients are written back. The plain ones are for --reproducible and fp64.
     """
     sides: dict[str, Step] = {}
     for label in ("fused", "form 10", "form 9", "torch foreach", "torch fused"):

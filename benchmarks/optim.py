@@ -2,7 +2,7 @@
 
 `python benchmarks/optim.py` starts two Horovod processes on the CPU, one thread each, and prints medians over
 interleaved steps and their ratios; then the same for the update of SGD alone against torch.optim.SGD. First comes the
-fused update with its division by B, that of runs in fp32, tf32 and bf16; --reproducible has the plain form 10.
+fused update with its division by B, that of the float mode; --reproducible has the plain form 10.
 """
 
 import argparse
