@@ -980,7 +980,8 @@ class DistributedOptimizer(Optimizer):
     def _synchronize_now(self, images: int | None, global_images: int | None) -> None:
         """`synchronize` right before the update. That a process comes to it first here is told to all.
 
-        It cannot have seen the gradients that others have clipped or unscaled.
+        It cannot have seen the gradients that others have clipped or unscaled. On a GPU the next exchange tells it
+        (`_refuse_drift`), as it has not changed its own.
         """
         self._late = self._phase is Phase.GATHERING
         unscaled = "found_inf" in self.__dict__ or _within(GradScaler._maybe_opt_step)
@@ -996,7 +997,7 @@ class DistributedOptimizer(Optimizer):
             self._late = False
         normalised = self._carrier is not None and self._phase is Phase.NORMALISED
         self._changed = normalised and any(bucket.changed() for bucket in self._buckets)
-        if self._changed and self._told:
+        if self._changed and self._told and self._hears_at_once:
             late, *_ = self._told[-1][0].wait()
             if late:
                 raise RuntimeError(
@@ -1011,9 +1012,9 @@ class DistributedOptimizer(Optimizer):
 
         On a GPU it is what the exchange before told: to wait for this one would have the host wait.
         """
-        on_host = self._carrier is not None and not self._carrier.riders.is_cuda
-        if self._told and (on_host or len(self._told) > 1):
-            told, own = self._told[-1 if on_host else 0]
+        at_once = self._hears_at_once
+        if self._told and (at_once or len(self._told) > 1):
+            told, own = self._told[-1 if at_once else 0]
             _, changed, options = told.wait()
             if 0 < changed < self.world.size:
                 self.zero_grad()
@@ -1029,6 +1030,11 @@ class DistributedOptimizer(Optimizer):
                     f"{self.world.rank} (its lr: {rates}), so their weights are no longer the same: give schedulers "
                     "the same numbers everywhere, as the loss of all processes and not each its own"
                 )
+
+    @property
+    def _hears_at_once(self) -> bool:
+        """Whether what others say is there with the sums; to have it from a GPU at once the host would wait."""
+        return self._carrier is not None and not self._carrier.riders.is_cuda
 
     def _options_of_step(self) -> int:
         """Ten bits of the numbers that the groups have for an option, the same where these agree to rounding.

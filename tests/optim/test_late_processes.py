@@ -13,6 +13,7 @@ from together import Together, together
 from torch import Tensor, nn
 
 from hvd_lb.optim import SGD, DistributedOptimizer
+from hvd_lb.optim.buckets import Arriving
 
 ALONE = "rank 1 has no backward in every second step"
 
@@ -108,6 +109,35 @@ def test_it_is_told_or_the_replicas_are_the_same(
     else:  # what rank 1 has clipped is from the step before
         expected = "gradients of the last step were changed.* call opt.synchronize"
     assert [message for message in told if re.match(expected, message)]
+
+
+def test_on_gpus_the_next_exchange_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the step is not waited for, also by processes that clip in every step."""
+    monkeypatch.setattr(DistributedOptimizer, "_hears_at_once", False)
+    waits = list[bool]()
+    wait = Arriving.wait
+
+    def noted(arriving: Arriving) -> list[int]:
+        owners = [of for of in optimizers if arriving in [told for told, _ in of._told]]
+        waits.extend(of._told[-1][0] is arriving for of in owners)
+        return wait(arriving)
+
+    optimizers = list[DistributedOptimizer]()
+
+    def clip(opt: DistributedOptimizer, model: nn.Module) -> None:
+        optimizers.append(opt)
+        by_norm(opt, model)
+
+    monkeypatch.setattr(Arriving, "wait", noted)
+    same = train(clip, network(), {"waits": True})
+    torch.testing.assert_close(same[1], same[0], rtol=0, atol=0)
+    told = [of for of in train(clip, network(), {}) if isinstance(of, str)]
+    expected = (
+        "2 of 3 processes have changed gradients before the last step.*their weights are no longer the same"
+    )
+    assert [message for message in told if re.match(expected, message)]
+    assert waits
+    assert not any(waits)
 
 
 @pytest.mark.parametrize("options", [{}, {"reproducible_terms": 8}, {"sums": True}], ids=str)
