@@ -13,7 +13,7 @@ from together import Together, together
 from torch import Tensor, nn
 
 from hvd_lb.optim import SGD, DistributedOptimizer
-from hvd_lb.optim.buckets import Arriving
+from hvd_lb.world.arriving import Arriving
 
 ALONE = "rank 1 has no backward in every second step"
 
@@ -117,7 +117,7 @@ def test_on_gpus_the_next_exchange_tells_it(monkeypatch: pytest.MonkeyPatch) -> 
     waits = list[bool]()
     wait = Arriving.wait
 
-    def noted(arriving: Arriving) -> list[int]:
+    def noted(arriving: Arriving[int]) -> list[int]:
         owners = [of for of in optimizers if arriving in [told for told, _ in of._told]]
         waits.extend(of._told[-1][0] is arriving for of in owners)
         return wait(arriving)
