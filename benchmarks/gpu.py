@@ -237,6 +237,7 @@ def graphed_step(bench: Bench, ready: list[tuple[Tensor, Tensor]]) -> Step:
 
     torch.backends.cudnn.benchmark = True
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             one()
@@ -684,9 +685,9 @@ def processes(bench: Bench) -> Iterator[dict[str, Any]]:
                 str(file),
             ]
             command += ["--small"] if bench.small else []
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-            if done.returncode:
-                yield {"processes": count, "error": (done.stderr or done.stdout).strip()[-600:]}
+            output, errors, failure = run_limited(command, RANKS_SECONDS)
+            if failure:
+                yield {"processes": count, "error": failure, "last": (errors or output).strip()[-600:]}
                 continue
             digests[f"Horovod, {count}"] = json.loads(file.read_text())
         digests["alone"] = steps_of_a_rank(bench, ThroughTheHost(lb.current()))
@@ -829,7 +830,8 @@ def commands(bench: Bench) -> Iterator[dict[str, Any]]:
             hvd_lb = [sys.executable, "-c", "from hvd_lb_cli.main import main; main()"]
             process = subprocess.Popen(
                 [*hvd_lb, *map(str, arguments)], text=True, cwd=here,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                start_new_session=name == "killed",  # others end with this row, where it has no more time
             )  # fmt: skip
             if name == "killed":
                 while process.poll() is None and not list((here / "parts").glob("checkpoints/step-*5")):
@@ -881,6 +883,7 @@ ROWS: dict[str, Row] = {
 
 
 LONGER = {"selftest": 120.0, "tests": 150.0}  #: seconds for these, at least
+RANKS_SECONDS = 30.0  #: for each start of `processes`, so that a row has room for both and for more
 
 
 NO_GPU = "none: "
@@ -949,8 +952,11 @@ def main() -> None:
 def run_row(command: list[str], seconds: float) -> list[dict[str, Any]]:
     """What a row has found in so many seconds."""
     output, errors, failure = run_limited(command, seconds)
-    lines = output.splitlines(keepends=True)
-    found = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}\n")]
+    found = list[dict[str, Any]]()
+    for line in output.splitlines(keepends=True):
+        if line.startswith("{") and line.endswith("}\n"):
+            with suppress(ValueError):  # a library's
+                found.append(json.loads(line))
     return found + ([{"error": failure, "last": errors[-1500:]}] if failure else [])
 
 
