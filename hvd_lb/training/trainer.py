@@ -680,7 +680,7 @@ class Trainer:
             try:
                 complete()
             except FixedPointOverflow as error:
-                overflow = error
+                overflow = overflow or error
         if overflow:
             self.state.give_up_step()
             raise overflow
