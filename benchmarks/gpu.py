@@ -882,7 +882,7 @@ ROWS: dict[str, Row] = {
 }  # fmt: skip
 
 
-LONGER = {"selftest": 120.0, "tests": 150.0}  #: seconds for these, at least
+LONGER = {"selftest": 120.0, "tests": 150.0, "steps": 100.0}  #: seconds for these, at least
 RANKS_SECONDS = 30.0  #: for each start of `processes`, so that a row has room for both and for more
 
 
