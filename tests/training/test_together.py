@@ -21,7 +21,7 @@ from torchvision.models import VisionTransformer
 from hvd_lb.errors import UserError
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.recipe import Recipe
-from hvd_lb.training.batchnorm import RunningStatistics, running_statistics
+from hvd_lb.training.batchnorm import RunningStatistics, allow_single_values, running_statistics
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
 from hvd_lb.training.models import build_model
 from hvd_lb.training.together import Group, GroupSize, draw_apart, strange
@@ -275,6 +275,21 @@ def test_other_modules_are_found_by_numbers(module: nn.Module, why: str) -> None
     assert bool(found) is bool(why)
     statistics.discard()
     assert largest_difference(model, before) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "images", "size"), [("googlenet", 1, 64), ("efficientnet_b0", 2, 32)])
+def test_rounding_that_batch_norm_makes_large_is_no_mixing(model: str, images: int, size: int) -> None:
+    """Of maps of 1 × 1 and 2 × 2 pixels it has a few values, nearly equal: the last bit decides about all of them."""
+    network, group = build_model(model, 10, seed=1).train(), Group()
+    allow_single_values(network)
+    draw_apart(network, group)
+    RunningStatistics(network, Solo(), group)
+    shape = images, 3, size, size
+    assert not strange(network, group, shape, torch.zeros(1, 3, 8, 8))
+    # What does mix images is found in it all the same.
+    network.avgpool = nn.Sequential(network.avgpool, Centring())
+    assert "mixes images" in strange(network, group, shape, torch.zeros(1, 3, 8, 8))
 
 
 def test_a_network_that_mixes_images(monkeypatch: pytest.MonkeyPatch) -> None:
