@@ -27,6 +27,7 @@ def export_command(source: str, target: Path, val: str | None, val_fraction: flo
     """
     from hvd_lb.data.dataset import open_dataset  # here: --help needs none of it
     from hvd_lb.data.prepare.export import export
+    from hvd_lb.data.spec import spec_of
     from hvd_lb.machine.cpu import usable_cores
 
     with long_progress(plain_console()) as on_progress:
@@ -37,5 +38,5 @@ def export_command(source: str, target: Path, val: str | None, val_fraction: flo
         folders = export(dataset, target, threads=4 * usable_cores(), on_progress=on_progress)
     click.echo(
         f"{target}: {len(dataset.train):,} training and {len(dataset.val):,} validation images in "
-        f"{count(len(folders), 'class')}; train with --data {target}"
+        f"{count(len(folders), 'class')}; train with --data {spec_of(target)}"
     )

@@ -40,6 +40,8 @@ def data() -> None:
 )
 def prepare_imagenet_command(source: Path, target: Path, allow_partial: bool) -> None:
     columns = (*Progress.get_default_columns()[:-1], TransferSpeedColumn(), TimeRemainingColumn())
+    from hvd_lb.data.spec import spec_of  # here: --help needs none of it
+
     with Progress(*columns, console=plain_console(stderr=True)) as progress:
         tasks = {label: progress.add_task(f"unpacking {label}", total=None) for label in ("train", "val")}
 
@@ -50,5 +52,5 @@ def prepare_imagenet_command(source: Path, target: Path, allow_partial: bool) ->
         counts = prepare_imagenet(source, target, expected=expected, on_progress=show)
     click.echo(
         f"{target}: {counts.train:,} training and {counts.val:,} validation images in "
-        f"{counts.classes:,} classes; train with --data {target}"
+        f"{counts.classes:,} classes; train with --data {spec_of(target)}"
     )

@@ -86,7 +86,7 @@ def pack_command(
     from hvd_lb.data.dataset import open_dataset  # here: --help needs none of it
     from hvd_lb.data.prepare.encode import Encoding
     from hvd_lb.data.prepare.pack import pack
-    from hvd_lb.data.spec import absolute_spec, is_named
+    from hvd_lb.data.spec import absolute_spec, is_named, spec_of
     from hvd_lb.machine.cpu import usable_cores
 
     console = plain_console()
@@ -114,7 +114,7 @@ def pack_command(
     kept = f", {packed.kept:,} of them kept from before" if packed.kept else ""
     click.echo(
         f"{target}: {count(packed.images, 'image')} in {count(len(packed.shards), 'shard')}, "
-        f"{packed.bytes / 1e6:,.1f} MB{kept}; train with --data {target}"
+        f"{packed.bytes / 1e6:,.1f} MB{kept}; train with --data {spec_of(target)}"
     )
     broken = sum(int((split.widths[:] == 0).sum()) for split in (dataset.train, dataset.val))
     if broken + packed.undecodable:

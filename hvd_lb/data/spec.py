@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from hvd_lb.data.remote.address import Address, is_address
@@ -48,6 +49,11 @@ def absolute_spec(spec: str) -> str:
 def data_folder(spec: str) -> Path | None:
     """The folder in which the data that `--data` names lie; None where they lie in none of a file system."""
     return None if is_named(spec) or is_address(spec) else folder_of(absolute_spec(spec))
+
+
+def spec_of(path: Path) -> str:
+    """What is typed after `--data` for a path, also for one that is called as a built-in data set."""
+    return quote(f"./{path}" if is_named(str(path)) else str(path))
 
 
 def is_named(spec: str) -> bool:

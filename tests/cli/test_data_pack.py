@@ -42,6 +42,15 @@ def test_it_says_what_it_made(hvd_lb: Run) -> None:
     )
 
 
+@pytest.mark.slow
+def test_a_folder_that_is_called_as_a_built_in_data_set_is_named_so_that_it_is_found(hvd_lb: Run) -> None:
+    """`--data digits` would be the built-in set, whatever lies here."""
+    said = hvd_lb("data", "export", "digits", "digits")
+    assert said.out.endswith("; train with --data ./digits\n"), said.err
+    said = hvd_lb("data", "pack", "./digits", "synthetic")
+    assert said.out.endswith("; train with --data ./synthetic\n"), said.err
+
+
 def test_images_that_would_not_decode_are_counted(hvd_lb: Run) -> None:
     for split in ("train", "val"):
         for name in ("ant", "bee"):
