@@ -233,6 +233,30 @@ class Noisy(nn.Module):
         return F.dropout(x, 0.5, self.training)
 
 
+class Deciding(nn.Module):
+    """How often it calls a layer depends on all images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(1 + int(x.abs().mean() > 0.7)):
+            x = self.layer(x)
+        return x
+
+
+class OfSix(nn.Module):
+    """Has a table with as many rows as two workers have images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table(torch.ones(6, 8)).mean()
+
+
 class Remembering(nn.Module):
     """Follows the mean of what it sees, and makes another tensor of it; it is not used in training."""
 
@@ -249,6 +273,8 @@ class Remembering(nn.Module):
     ("module", "why"),
     [
         (Centring(), "1 mixes images"),
+        (Deciding(), "1.layer is called more often for some images"),
+        (OfSix(), ""),
         (Remembering(), "its buffer 1.mean is changed by each forward"),
         (nn.InstanceNorm2d(8, track_running_stats=True), "its buffer 1.running_mean is changed"),
         (spectral_norm(nn.Conv2d(8, 8, 1)), "its buffer 1.parametrizations.weight.0._u is changed"),
