@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from itertools import pairwise
@@ -29,6 +30,12 @@ class LazyGroup(click.RichGroup):
         module, _, function = self._lazy[name].partition(":")
         command: click.Command = getattr(import_module(module), function)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # `| head`: click would end by 1, which of `compare` is "they differ"
+            ctx.exit(128 + signal.SIGPIPE)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -223,3 +223,17 @@ def test_the_exit_status_when_the_reader_is_gone(body: str, status: int, unbuffe
         said = process.stderr.read()
         assert process.wait() == status
         assert said == ("hvd-lb: error: no\n" if status == 2 else "")
+
+
+@pytest.mark.parametrize("words", [("recipes",), ("recipes", "digits")])
+def test_a_command_whose_reader_is_gone_ends_as_by_sigpipe(words: tuple[str, ...]) -> None:
+    """Not by click's own 1, which of `hvd-lb compare A B | head` would be "they differ"."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "hvd_lb_cli.main", *words], stdout=write, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        os.close(write)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
