@@ -92,8 +92,10 @@ def generation_in_words(record: dict[str, Any]) -> str:
     lost, left = (", ".join(map(str, record.get(name) or ())) for name in ("lost", "left"))
     why = [f"lost: {lost}" if lost else "", f"asked to leave: {left}" if left else ""]
     why.append(f"new: {record['joined']}" if record.get("joined") else "")
+    number = record.get("processes")
+    go_on = "1 process goes on" if number == 1 else f"{number} processes go on"
     return (
-        f"{record.get('processes')} processes go on, before {record.get('before')} "
+        f"{go_on}, before {record.get('before')} "
         f"({'; '.join(filter(None, why)) or 'an exchange failed'})"
         + ("; this step is taken again" if record.get("repeated") else "")
     )
