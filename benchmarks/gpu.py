@@ -425,6 +425,20 @@ def reproducible(bench: Bench) -> Iterator[dict[str, Any]]:
             yield figures(bench, makers, images, images=images, precision=precision)
 
 
+def compiled(bench: Bench) -> Iterator[dict[str, Any]]:
+    """`--compile` against the same steps without: one virtual worker, and eight, which it computes together."""
+    images = 8 if bench.small else 32
+    for workers in (1, 2 if bench.small else 8):
+        ready = bench.batches(images, workers)
+        ours = partial(our_step, bench, ready, workers, images, precision="bf16", channels_last=True)
+        makers: dict[str, Make] = {
+            "hvd-lb": partial(ours, together=1),
+            "without graphs": partial(ours, together=1, cuda_graphs="off"),
+            "compiled": partial(ours, together=workers, cuda_graphs="off", compile=True),
+        }
+        yield figures(bench, makers, workers * images, workers=workers, images=images, precision="bf16")
+
+
 def figures(bench: Bench, makers: dict[str, Make], step_images: int, **about: Any) -> dict[str, Any]:
     sides, peaks = bench.make_one_by_one(makers)
     took = bench.take_turns(sides, warm_up=0)
@@ -878,11 +892,12 @@ ROWS: dict[str, Row] = {
     "doctor": doctor, "selftest": selftest, "tests": tests, "right": right, "steps": steps, "loaders": loaders,
     "virtual": virtual, "waits": waits, "launches": launches, "processes": processes, "reproducible": reproducible,
     "simulated": simulated, "graphs": graphs, "nccl": nccl, "commands": commands, "decoder": decoder,
-    "update": update,
+    "update": update, "compiled": compiled,
 }  # fmt: skip
 
 
-LONGER = {"selftest": 120.0, "tests": 150.0, "steps": 100.0}  #: seconds for these, at least
+#: seconds for these, at least
+LONGER = {"selftest": 120.0, "tests": 150.0, "steps": 100.0, "compiled": 200.0}
 RANKS_SECONDS = 30.0  #: for each start of `processes`, so that a row has room for both and for more
 
 

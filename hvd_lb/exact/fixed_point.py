@@ -146,11 +146,6 @@ class FixedPointSum:
         """The integers, and the maxima beside them."""
         return self._total.nbytes + self._maxima.nbytes
 
-    @property
-    def started(self) -> bool:
-        """Whether `finish` is to come."""
-        return self._handles is not None or self._told is not None
-
     @torch.no_grad()
     def add(self, index: int, term: Tensor) -> None:
         """Adds a term to tensor `index`."""

@@ -123,6 +123,9 @@ class _Forward(Replaced):
             put(layer, "momentum", momentum)
 
     def _worker_by_worker(self, x: Tensor, again: bool) -> Tensor:
+        sizes = self._group.sizes
+        if torch.compiler.is_compiling() and len(set(sizes)) == 1 and x.numel() > len(sizes) * x.shape[1]:
+            return self._at_once(x, again)
         layer, outputs, statistics = self.layer, [], []
         for part in self._group.split(x):
             mean, variance = (torch.zeros_like(buffer) for buffer in self.buffers())
@@ -147,6 +150,26 @@ class _Forward(Replaced):
             self._of_workers.append(statistics)
             self.count += 1
         return torch.cat(outputs)
+
+    def _at_once(self, x: Tensor, again: bool) -> Tensor:
+        """The same in a compiled graph, which makes a few loops of this, and of slices as many for each worker."""
+        layer = self.layer
+        parts = x.unflatten(0, (len(self._group.sizes), -1))
+        of_channels = [1, 1, -1, *[1] * (parts.dim() - 3)]
+        wide = parts.to(gathering_dtype(parts))
+        variance, mean = torch.var_mean(wide, [1, *range(3, parts.dim())], correction=0, keepdim=True)
+        factor = torch.rsqrt(variance + layer.eps)
+        if layer.weight is not None:
+            factor = factor * layer.weight.view(of_channels)
+        y = (wide - mean) * factor
+        if layer.bias is not None:
+            y = y + layer.bias.view(of_channels)
+        if not again:
+            values = x.numel() // mean.numel()
+            found = mean.detach().flatten(1), (variance.detach() * (values / (values - 1))).flatten(1)
+            self._of_workers.append([list(of_worker) for of_worker in zip(*found, strict=True)])
+            self.count += 1
+        return y.to(x.dtype).flatten(0, 1)
 
     def buffers(self) -> list[Tensor]:
         return [self.layer.running_mean, self.layer.running_var]  # type: ignore[list-item]
@@ -221,6 +244,7 @@ class RunningStatistics:
         self._used = [True] * len(self._layers)  # when it could be told last
         self._added = [0] * len(self._layers)  # microbatches since the last update
         self._microbatches = 0
+        self._started = False
         self._sums = [torch.zeros_like(buffer, dtype=gathering_dtype(buffer)) for buffer in self._buffers()]
         self._share = [torch.zeros_like(total) for total in self._sums]
         self._published = [buffer.clone() for buffer in self._buffers()]
@@ -352,9 +376,21 @@ class RunningStatistics:
 
     def start(self) -> None:
         """Collective: begins what `synchronize` completes, so that the host waits once for this and for other sums."""
+        if not self._started:
+            self._begin()
+            self._started = True
 
     def synchronize(self) -> None:
         """Collective, before `step` or `replace`. `FixedPointOverflow` where a sum has to be gathered again."""
+        self.start()
+        self._started = False
+        self._complete()
+
+    def _begin(self) -> None:
+        """Adds up over the processes what every one has to know of a step."""
+
+    def _complete(self) -> None:
+        """Waits for it."""
 
     @torch.no_grad()
     def step(self, active_workers: int) -> None:
@@ -392,6 +428,7 @@ class RunningStatistics:
         self.forget_forward()
         self._added = [0] * len(self._layers)
         self._microbatches = 0
+        self._started = False
         if self._layers:
             torch._foreach_zero_(self._sums)
 
@@ -453,7 +490,7 @@ class WholeStatistics(RunningStatistics):
     """Added up over the processes at every step: each has the whole of r."""
 
     @torch.no_grad()
-    def synchronize(self) -> None:
+    def _begin(self) -> None:
         flat = torch.cat([total.flatten() for total in self._sums])
         self._world.allreduce(flat, "hvd_lb.batch_norm")
         parts = flat.split([total.numel() for total in self._sums])
@@ -507,13 +544,11 @@ class ReproducibleStatistics(RunningStatistics):
             for number, part in zip(numbers, wide, strict=True):
                 self._sum.add(number, part)
 
-    def start(self) -> None:
+    def _begin(self) -> None:
         self._sum.start(self._world)
         self._sum.arrive()
 
-    def synchronize(self) -> None:
-        if not self._sum.started:
-            self.start()
+    def _complete(self) -> None:
         _, overflowed = self._sum.finish(self._sums, self._flat)
         if overflowed:
             raise FixedPointOverflow(

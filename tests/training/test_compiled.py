@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from test_trainer import make_trainer, small_recipe
+from test_trainer import make_trainer, run_steps, small_recipe
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch.aot_autograd import make_boxed_func
 
 from hvd_lb import arithmetic
+from hvd_lb.training.models import batch_norms
 
 
 def watched(events: list[Any]) -> Callable[..., Any]:
@@ -78,3 +79,21 @@ def test_each_shape_has_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
         forward(torch.randn(images, 3, 2, 2)).sum().backward()
     assert all(type(size) is int for size in compiled_for)
     assert set(compiled_for) == set(sizes)
+
+
+def test_batch_norm_of_several_workers_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph it is not there once for each worker, so that as many as one likes can be compiled."""
+    for workers in (2, 4):
+        operators: list[str] = []
+
+        def note(graph: torch.fx.GraphModule, _: Any, operators: list[str] = operators) -> Callable[..., Any]:
+            operators.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+            return make_boxed_func(graph.forward)
+
+        torch.compiler.reset()
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=aot_autograd(fw_compiler=note)))
+        trainer = make_trainer(small_recipe(gpus=4, together=workers, compile=True))
+        monkeypatch.undo()
+        run_steps(trainer, 1)
+        assert operators.count("aten.var_mean.correction") == len(batch_norms(trainer.model))
+        assert not [name for name in operators if "batch_norm" in name]
