@@ -138,13 +138,26 @@ def _of_elastic(
     launcher_log: Path,
 ) -> RankFailure | None:
     """Why an elastic job did not go on; other failures in it were overcome."""
+    ended: dict[str, Any] | None = None
     for entry in endings:
         if "wrong" in entry and (found := [error for error in errors if error["rank"] == entry["wrong"]]):
             return _from_error_file(found[0], launcher_log.parent, hosts)
         if gave_up := entry.get("gave_up"):
-            last = f"; {_said(errors[-1])}" if errors else ""
-            return RankFailure(f"{gave_up}{last}; {_GOES_ON}", None, "", launcher_log)
+            last = _last_words(ended, errors, launcher_log.parent)
+            return RankFailure("; ".join(filter(None, [gave_up, last, _GOES_ON])), None, "", launcher_log)
+        if "status" in entry and not entry["signalled"]:
+            ended = entry
     return None
+
+
+def _last_words(ended: dict[str, Any] | None, errors: Sequence[dict[str, Any]], logs: Path) -> str:
+    """Of the process that ended last: what it said, else how it ended."""
+    if said := [error for error in errors if not ended or error["rank"] == ended["rank"]]:
+        return _said(said[-1])
+    if not ended:
+        return ""
+    rank, host = ended["rank"], ended["host"]
+    return f"rank {rank} on {host} {_how(ended['status'], logs / log_name(rank, host))}"
 
 
 def _said(error: dict[str, Any]) -> str:

@@ -187,6 +187,15 @@ def test_an_elastic_job_tells_why_it_could_not_go_on_not_what_it_has_overcome(lo
     why = "all processes that had the state of the run were lost; ValueError: odd"
     what_to_do = "the same command goes on from the newest checkpoint, and --restarts has it do so by itself"
     assert str(failure(logs)) == f"{why}; {what_to_do} (full log: {logs}/launcher.log)"
+    for status, how in (
+        (-9, "ended by SIGKILL (killed by hand, or the"),
+        (0, "ended with exit code 0; the same"),
+    ):
+        lost = {"rank": 2, "host": "h2", "pid": 2, "status": status, "signalled": False}
+        (logs / "endings.jsonl").write_text(
+            "".join(f"{json.dumps(entry)}\n" for entry in [*endings[:-1], lost, endings[-1]])
+        )
+        assert f"were lost; rank 2 on h2 {how}" in str(failure(logs))
     tell(logs, 5, "UserError", "put it right", 2.0)
     endings[-1] = {"wrong": 5}
     (logs / "endings.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in endings))
