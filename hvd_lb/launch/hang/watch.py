@@ -29,6 +29,8 @@ def watched(run: RunDirectory, rank: int, stages: Stages, timeout: float) -> Ite
     if not timeout:
         yield
         return
+    # Written by C when no thread can run for so long, as a library holds Python's lock; from the first moment on.
+    faulthandler.dump_traceback_later(timeout)
     over = threading.Event()
     thread = threading.Thread(
         target=_watch, args=(run, rank, stages, timeout, over), name="hvd-lb hang", daemon=True
@@ -49,8 +51,7 @@ def _watch(run: RunDirectory, rank: int, stages: Stages, timeout: float, over: t
     # Of an elastic job this process may have been another program, which has left a report.
     reported, renewed, hung = True, -math.inf, None
     while not over.wait(min(_LOOK_SECONDS, timeout / 10)):
-        # Written by C when this thread cannot run for so long, as a library holds Python's lock.
-        faulthandler.dump_traceback_later(timeout)
+        faulthandler.dump_traceback_later(timeout)  # anew: this thread can run
         now, (stage, since) = time.monotonic(), stages.now
         if stage == Stage.BETWEEN:
             since = began = now

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -101,3 +104,20 @@ def test_what_this_process_has_reported_as_another_program_is_taken_back(tmp_pat
 def test_without_a_timeout_nobody_watches(tmp_path: Path) -> None:
     with watched(RunDirectory(tmp_path), 0, Stages(), 0.0):
         assert not watchers()
+
+
+def test_a_library_that_holds_the_lock_from_the_start_is_seen(tmp_path: Path) -> None:
+    """Before the thread that watches has looked for the first time."""
+    program = """
+        import ctypes, sys
+        from pathlib import Path
+        from hvd_lb.launch.hang.watch import watched
+        from hvd_lb.report.run_directory import RunDirectory
+        from hvd_lb.world.stages import Stages
+
+        with watched(RunDirectory(Path(sys.argv[1])), 0, Stages(), 1.0):
+            ctypes.PyDLL(None).sleep(3)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stderr
+    assert "Timeout (0:00:01)" in said
