@@ -42,6 +42,7 @@ from torch import Tensor
 import hvd_lb as lb
 from hvd_lb.data.images import ArrayImages, Dataset
 from hvd_lb.exact.fixed_point import FixedPointOverflow
+from hvd_lb.kernels.batch_norm import proved_batch_norm
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import SilentObserver
 from hvd_lb.training.models import build_model
@@ -153,9 +154,17 @@ def whole_step(made: Trainer, ready: list[tuple[Tensor, Tensor]]) -> Step:
 
 
 def our_step(
-    bench: Bench, ready: list[tuple[Tensor, Tensor]], workers: int, images: int, **changes: Any
+    bench: Bench,
+    ready: list[tuple[Tensor, Tensor]],
+    workers: int,
+    images: int,
+    own_batch_norm: bool = True,
+    **changes: Any,
 ) -> Step:
-    return whole_step(bench.trainer(workers, images, **changes), ready)
+    trainer = bench.trainer(workers, images, **changes)
+    if not own_batch_norm:
+        trainer.group.batch_norm = None
+    return whole_step(trainer, ready)
 
 
 def autocast(bench: Bench, precision: str) -> Any:
@@ -408,6 +417,7 @@ def virtual(bench: Bench) -> Iterator[dict[str, Any]]:
             "hvd-lb": partial(ours, together=1),
             "without graphs": partial(ours, together=1, cuda_graphs="off"),
             "together": partial(ours, together=workers),
+            "together, torch's batch norm": partial(ours, together=workers, own_batch_norm=False),
             "bare": partial(bare_step, bench, ready, precision, last, workers, fused=True),
             "bare, one batch": partial(bare_step, bench, whole, precision, last, fused=True),
             "reproducible": partial(ours, reproducible=True),
@@ -423,6 +433,70 @@ def reproducible(bench: Bench) -> Iterator[dict[str, Any]]:
             ours = partial(our_step, bench, ready, 1, images, precision=precision, channels_last=last)
             makers: dict[str, Make] = {"reproducible": partial(ours, reproducible=True), "float": ours}
             yield figures(bench, makers, images, images=images, precision=precision)
+
+
+def batch_norms(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Batch norm of eight virtual workers of 32 images, forward and backward, by our kernels and by torch's.
+
+    torch's for one batch of all images have other statistics, and no more to do. Bytes are those that have to be read
+    or written: three times all values forward, five times backward.
+    """
+    if bench.device.type != "cuda":
+        return
+    workers, images = 8, 32
+    ours, errors = proved_batch_norm(bench.device, torch.bfloat16, True)
+    for channels, side in ((64, 112), (256, 56), (512, 28), (1024, 14), (512, 7), (2048, 7)):
+        for order in (torch.channels_last, torch.contiguous_format):
+            shape = workers * images, channels, side, side
+            x, along = (
+                torch.randn(shape, device=bench.device, dtype=torch.bfloat16).to(memory_format=order)
+                for _ in range(2)
+            )
+            weight, bias = torch.randn(2, channels, device=bench.device)
+            leaves = [of.requires_grad_() for of in (x, weight, bias)]
+
+            def each(x: Tensor = x, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
+                return torch.cat([F.batch_norm(of, None, None, weight, bias, True) for of in x.split(images)])
+
+            def at_once(x: Tensor = x, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
+                assert ours, errors
+                return ours(x, workers, weight, bias, 1e-5)[0]
+
+            def one_batch(x: Tensor = x, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
+                return F.batch_norm(x, None, None, weight, bias, True)
+
+            def recorded(of: Callable[[], Tensor], leaves: Any = leaves, along: Tensor = along) -> Make:
+                def make() -> Step:
+                    def work() -> Any:
+                        return torch.autograd.grad(of(), leaves, along)
+
+                    stream = torch.cuda.Stream()
+                    stream.wait_stream(torch.cuda.current_stream())
+                    with torch.cuda.stream(stream):
+                        for _ in range(3):
+                            work()
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, stream=stream):
+                        work()
+                    return graph.replay
+
+                return make
+
+            makers = {
+                "hvd-lb": recorded(at_once),
+                "torch, worker by worker": recorded(each),
+                "torch, one batch": recorded(one_batch),
+            }
+            took = bench.take_turns(bench.make_one_by_one(makers)[0], warm_up=0)
+            yield {
+                "channels": channels,
+                "side": side,
+                "channels_last": order == torch.channels_last,
+                "milliseconds": {name: round(value, 4) for name, value in took.items()},
+                "gigabytes_per_second": {
+                    name: round(8 * x.nbytes / value / 1e6) for name, value in took.items()
+                },
+            }
 
 
 def compiled(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -892,7 +966,7 @@ ROWS: dict[str, Row] = {
     "doctor": doctor, "selftest": selftest, "tests": tests, "right": right, "steps": steps, "loaders": loaders,
     "virtual": virtual, "waits": waits, "launches": launches, "processes": processes, "reproducible": reproducible,
     "simulated": simulated, "graphs": graphs, "nccl": nccl, "commands": commands, "decoder": decoder,
-    "update": update, "compiled": compiled,
+    "update": update, "compiled": compiled, "batch_norms": batch_norms,
 }  # fmt: skip
 
 

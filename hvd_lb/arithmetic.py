@@ -26,6 +26,11 @@ def dtype(recipe: Recipe) -> torch.dtype:
     return torch.float64 if recipe.precision == "fp64" else torch.float32
 
 
+def activations(recipe: Recipe) -> torch.dtype:
+    """What convolutions make, and batch norm of it."""
+    return _AUTOCAST.get(recipe.precision, dtype(recipe))
+
+
 def memory_format(recipe: Recipe) -> torch.memory_format:
     """Of weights and images."""
     return torch.channels_last if recipe.channels_last else torch.contiguous_format

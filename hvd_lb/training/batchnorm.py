@@ -14,7 +14,7 @@ in fixed point at every step, and every process has the whole of r.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
@@ -123,10 +123,15 @@ class _Forward(Replaced):
             put(layer, "momentum", momentum)
 
     def _worker_by_worker(self, x: Tensor, again: bool) -> Tensor:
-        sizes = self._group.sizes
-        if torch.compiler.is_compiling() and len(set(sizes)) == 1 and x.numel() > len(sizes) * x.shape[1]:
-            return self._at_once(x, again)
         layer, outputs, statistics = self.layer, [], []
+        sizes, kernels = self._group.sizes, self._group.batch_norm
+        if len(set(sizes)) == 1 and x.numel() > len(sizes) * x.shape[1]:
+            if torch.compiler.is_compiling():
+                return self._at_once(x, again)
+            if kernels:
+                y, *found = kernels(x, len(sizes), layer.weight, layer.bias, layer.eps)
+                self._keep(found, again)
+                return y
         for part in self._group.split(x):
             mean, variance = (torch.zeros_like(buffer) for buffer in self.buffers())
             if part.numel() > part.shape[1]:
@@ -146,10 +151,14 @@ class _Forward(Replaced):
                 _note_single(part, mean, variance)
                 outputs.append(_of_single_values(layer, part))
             statistics.append([mean, variance])
-        if not again:
-            self._of_workers.append(statistics)
-            self.count += 1
+        self._keep(zip(*statistics, strict=True), again)
         return torch.cat(outputs)
+
+    def _keep(self, found: Iterable[Iterable[Tensor]], again: bool) -> None:
+        """The means, and the variances, by worker."""
+        if not again:
+            self._of_workers.append([list(of_worker) for of_worker in zip(*found, strict=True)])
+            self.count += 1
 
     def _at_once(self, x: Tensor, again: bool) -> Tensor:
         """The same in a compiled graph, which makes a few loops of this, and of slices as many for each worker."""
@@ -164,11 +173,9 @@ class _Forward(Replaced):
         y = (wide - mean) * factor
         if layer.bias is not None:
             y = y + layer.bias.view(of_channels)
-        if not again:
-            values = x.numel() // mean.numel()
-            found = mean.detach().flatten(1), (variance.detach() * (values / (values - 1))).flatten(1)
-            self._of_workers.append([list(of_worker) for of_worker in zip(*found, strict=True)])
-            self.count += 1
+        values = x.numel() // mean.numel()
+        unbiased = variance.detach() * (values / (values - 1))
+        self._keep((mean.detach().flatten(1), unbiased.flatten(1)), again)
         return y.to(x.dtype).flatten(0, 1)
 
     def buffers(self) -> list[Tensor]:

@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
+from hvd_lb.kernels.batch_norm import GroupBatchNorm
 from hvd_lb.machine.limits import available_memory
 from hvd_lb.training.models import batch_norms
 
@@ -47,6 +48,8 @@ class Group:
 
     def __init__(self, device: torch.device = torch.device("cpu")):  # noqa: B008 - it cannot be changed
         self.sizes: Sequence[int] = ()
+        #: Of all workers at once, on a GPU that has it.
+        self.batch_norm: GroupBatchNorm | None = None
         self._generator = (
             torch.cuda.default_generators[device.index or 0]
             if device.type == "cuda"

@@ -31,6 +31,7 @@ from hvd_lb.errors import HostError, UserError
 from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.exact.reproducible import fast_kernels, rounding_environment
+from hvd_lb.kernels.batch_norm import proved_batch_norm
 from hvd_lb.machine.gpus import gpu_in_words
 from hvd_lb.machine.graphs import GraphRecorder, Recorder, Recording, Recordings, Trial
 from hvd_lb.machine.process import peak_memory
@@ -59,7 +60,7 @@ from hvd_lb.training.checkpoint import (
 )
 from hvd_lb.training.clock import StepClock, Timer
 from hvd_lb.training.evaluation import Evaluation, Evaluator, Stopped, open_loaders
-from hvd_lb.training.models import begin_with, build_model, freeze_backbone, sum_loss
+from hvd_lb.training.models import batch_norms, begin_with, build_model, freeze_backbone, sum_loss
 from hvd_lb.training.recomputation import Recomputation
 from hvd_lb.training.run_state import RunState
 from hvd_lb.training.saved_state import Rescaled
@@ -231,6 +232,7 @@ class Trainer:
         self.watched_until = 0
         self.searching, self.vanished = False, 0  # for such a step; how often none was found
         self.told_group_size = False
+        self.untold = ""  # why groups are slower than they could be
         #: Called in each step when its gradients are known, before the update: for whoever looks at them.
         self.on_gradients: Callable[[], None] = lambda: None
         self.told: dict[str, dict[str, Any]] = {}  # the last record of each kind, as rank 0 has told it
@@ -370,6 +372,7 @@ class Trainer:
             given = 1
         why = ""
         if len(self.workers) > 1 and given != 1:
+            self._find_batch_norm()
             why = "dropout cannot be compiled so" if self.drawing and recipe.compile else self._strange()
             if why and given:
                 raise UserError(
@@ -384,6 +387,17 @@ class Trainer:
             room=partial(room_for_groups, self.device, self.world.local_size),
             why=why,
         )
+
+    def _find_batch_norm(self) -> None:
+        """Kernels for a group's batch norm, on a GPU; compiled graphs have their own."""
+        recipe = self.recipe
+        if self.device.type != "cuda" or recipe.compile or not batch_norms(self.model):
+            return
+        last = self.memory_format == torch.channels_last
+        self.group.batch_norm, why = proved_batch_norm(self.device, arithmetic.activations(recipe), last)
+        if why and recipe.reproducible:  # a choice by machine, and it changes bits
+            raise UserError(f"--together {recipe.together}: {why}: mend that, or leave the option out")
+        self.untold = why and f"{why}: it is computed for one after the other, which takes longer"
 
     def _recorder(self) -> Recorder | None:
         """Of CUDA graphs, where there may be any."""
@@ -628,6 +642,9 @@ class Trainer:
 
     def _tell_group_size(self) -> None:
         """Once it has been found, or there was a reason not to look for one."""
+        if self.untold:
+            self._warn(self.untold)
+            self.untold = ""
         size = self.group_size
         if self.told_group_size or not (size.speeds or size.why):
             return

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_on_cpu import EmulatedProgram
 from test_trainer import CPU, Records, largest_difference, make_trainer, run_steps, small_data, small_recipe
 from together import together
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torchvision.models import VisionTransformer
 
 from hvd_lb.errors import UserError
 from hvd_lb.exact.fixed_point import FixedPointOverflow
+from hvd_lb.kernels.batch_norm import GroupBatchNorm
 from hvd_lb.recipe import Recipe
 from hvd_lb.training.batchnorm import RunningStatistics, allow_single_values, running_statistics
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
@@ -55,6 +57,31 @@ def test_an_epoch_with_a_short_last_step(size: int, changes: dict[str, Any]) -> 
     apart, found = after(5, together=1, **recipe), after(5, together=size, **recipe)
     assert found.group_size.size == size
     assert_the_same(found, apart)
+
+
+@pytest.mark.parametrize("changes", [{}, {"channels_last": True, "reproducible": True}])
+def test_an_epoch_with_the_batch_norm_of_gpus(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose kernels are computed here thread by thread; workers with different numbers of images do without."""
+    calls = []
+
+    class Counted(GroupBatchNorm):
+        def __call__(self, x: Tensor, workers: int, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+            calls.append((len(x), workers))
+            return super().__call__(x, workers, *more)
+
+    def find(trainer: Trainer) -> None:
+        trainer.group.batch_norm = Counted(CPU, EmulatedProgram, 8)
+
+    recipe = {"last_batch": "keep", **changes}
+    apart = after(5, together=1, **recipe)
+    monkeypatch.setattr(Trainer, "_find_batch_norm", find)
+    found = after(5, together=4, **recipe)
+    assert_the_same(found, apart)
+    sizes = {size for size, _ in calls}
+    assert 4 * 8 in sizes
+    assert 22 not in sizes
 
 
 def test_workers_without_images_and_with_a_single_one() -> None:
