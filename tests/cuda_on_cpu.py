@@ -7,6 +7,7 @@ import hashlib
 import re
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class EmulatedProgram:
     """As `hvd_lb.kernels.program.Program`, for tensors on a CPU; no float16, whose conversions are of a GPU's own."""
 
     folder = tempfile.TemporaryDirectory(prefix="cuda-on-cpu-")  # of compiled libraries
+    _one_at_a_time = threading.Lock()  # what a library's threads share is for one launch
 
     def __init__(self, source: str, constants: dict[str, int], device: torch.device):
         names = re.findall(r"__global__ void (\w+)", source)
@@ -73,17 +75,20 @@ class EmulatedProgram:
         defined = [f"-D{name}={value}" for name, value in constants.items()]
         key = hashlib.sha256(repr((whole, defined)).encode()).hexdigest()[:16]
         library = Path(self.folder.name) / f"{key}.so"
-        if not library.exists():
-            options = "-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"
-            command = ["g++", "-x", "c++", *options, *defined, "-o", str(library), "-"]
-            subprocess.run(command, input=whole, text=True, check=True)
+        with self._one_at_a_time:
+            if not library.exists():
+                options = "-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"
+                command = ["g++", "-x", "c++", *options, *defined, "-o", str(library), "-"]
+                subprocess.run(command, input=whole, text=True, check=True)
         self._launch = ctypes.CDLL(str(library)).launch
 
     def launch(self, name: str, grid: Any, block: Any, *arguments: Tensor | float) -> None:
         values = [_value(of) for of in arguments]
         pointers = [ctypes.cast(ctypes.pointer(of), ctypes.c_void_p) for of in values]
         three = ctypes.c_uint * 3
-        self._launch(name.encode(), three(*grid), three(*block), (ctypes.c_void_p * len(pointers))(*pointers))
+        array = (ctypes.c_void_p * len(pointers))(*pointers)
+        with self._one_at_a_time:
+            self._launch(name.encode(), three(*grid), three(*block), array)
 
 
 def _value(argument: Tensor | float) -> Any:
