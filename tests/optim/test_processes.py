@@ -30,7 +30,11 @@ def run(launcher: Callable, processes: int) -> tuple[dict[str, int], str]:
 
 @pytest.fixture(
     scope="module",
-    params=[("horovodrun", 2), ("horovodrun", 3), ("torchrun", 2), ("torchrun", 3)],
+    params=[
+        ("horovodrun", 3),
+        ("torchrun", 2),
+        *(pytest.param(job, marks=pytest.mark.long) for job in (("horovodrun", 2), ("torchrun", 3))),
+    ],
     ids=lambda param: f"{param[0]} of {param[1]}",
 )
 def job(request: pytest.FixtureRequest) -> tuple[dict[str, int], str]:

@@ -28,7 +28,9 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return weights(run)
 
 
-@pytest.mark.parametrize(("engine", "processes"), [("torch", 2), ("torch", 3), ("horovod", 3)])
+@pytest.mark.parametrize(
+    ("engine", "processes"), [pytest.param("torch", 2, marks=pytest.mark.long), ("torch", 3), ("horovod", 3)]
+)
 def test_both_engines_have_the_bits_of_one_process(
     engine: str, processes: int, simulated: bytes, start: Start, tmp_path: Path
 ) -> None:
