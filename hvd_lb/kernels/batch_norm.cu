@@ -101,25 +101,46 @@ template <class Visit> __device__ inline void each(int rows, int channels, int p
     }
 }
 
-// Adds up what the threads of a block have of each channel; `all` is by worker, split and channel.
-template <class Sum> __device__ inline void add_up(Sum *mine, Sum *all, int channels)
+// Adds up what the threads of a column have, each `width` sums; the first one's place has all of it.
+template <class Sum> __device__ inline Sum *column(const Sum *mine, int width)
 {
     __shared__ Sum shared[VECTOR * THREADS];
-    const int channel = own_channel(), width = LAST ? VECTOR : 1;
-    const int me = threadIdx.y * blockDim.x + threadIdx.x;
-    for (int i = width; i < VECTOR; ++i)
-        mine[0].add(mine[i]);
+    Sum *own = shared + threadIdx.y * blockDim.x + threadIdx.x;
     for (int i = 0; i < width; ++i)
-        shared[i * THREADS + me] = mine[i];
+        own[i * THREADS] = mine[i];
     for (int half = blockDim.y / 2; half; half /= 2) {
         __syncthreads();
         if (threadIdx.y < half)
             for (int i = 0; i < width; ++i)
-                shared[i * THREADS + me].add(shared[i * THREADS + me + half * blockDim.x]);
+                own[i * THREADS].add(own[i * THREADS + half * blockDim.x]);
     }
+    return own;
+}
+
+// What the threads of a block have of each channel; `all` is by worker, split and channel.
+template <class Sum> __device__ inline void keep(Sum *mine, Sum *all, int channels)
+{
+    const int channel = own_channel(), width = LAST ? VECTOR : 1;
+    for (int i = width; i < VECTOR; ++i)
+        mine[0].add(mine[i]);
+    const Sum *sums = column(mine, width);
     if (threadIdx.y == 0 && channel < channels)
         for (int i = 0; i < width; ++i)
-            all[(long long)(blockIdx.z * gridDim.y + blockIdx.y) * channels + channel + i] = shared[i * THREADS + me];
+            all[(long long)(blockIdx.z * gridDim.y + blockIdx.y) * channels + channel + i] = sums[i * THREADS];
+}
+
+// The sum of all splits, for a worker and channel in each column of threads: the first thread has it.
+template <class Sum> __device__ inline Sum kept(const Sum *__restrict__ all, int splits, int channels, int workers)
+{
+    const int me = blockIdx.x * blockDim.x + threadIdx.x;
+    Sum sum = {};
+    if (me < workers * channels) {
+        all += (long long)(me / channels) * splits * channels + me % channels;
+#pragma unroll 4
+        for (int split = threadIdx.y; split < splits; split += blockDim.y)
+            sum.add(all[(long long)split * channels]);
+    }
+    return *column(&sum, 1);
 }
 
 extern "C" __global__ void statistics(Input x, Moments *all, int rows, int channels, int positions)
@@ -137,20 +158,17 @@ extern "C" __global__ void statistics(Input x, Moments *all, int rows, int chann
     });
     for (int i = 0; i < VECTOR; ++i)
         mine[i].count = count;
-    add_up(mine, all, channels);
+    keep(mine, all, channels);
 }
 
-// A thread for each worker and channel, as the next one: mean, 1/σ and the variance that is kept (of n − 1 values).
+// Mean, 1/σ and the variance that is kept (of n − 1 values) of each worker and channel.
 extern "C" __global__ void finish_statistics(const Moments *all, WIDE *mean, WIDE *inverse, WIDE *variance, int splits,
                                              int channels, int workers, double eps)
 {
+    const Moments sum = kept(all, splits, channels, workers);
     const int me = blockIdx.x * blockDim.x + threadIdx.x;
-    if (me >= workers * channels)
+    if (threadIdx.y || me >= workers * channels)
         return;
-    all += (long long)(me / channels) * splits * channels + me % channels;
-    Moments sum = all[0];
-    for (int split = 1; split < splits; ++split)
-        sum.add(all[(long long)split * channels]);
     mean[me] = sum.mean;
     inverse[me] = 1 / sqrt(sum.squares / sum.count + (WIDE)eps);
     variance[me] = sum.squares / (sum.count - 1);
@@ -194,20 +212,17 @@ extern "C" __global__ void gradients(Input x, Input dy, ByChannel mean, Sums *al
             mine[i].products += gradient * (widen(values.of[i]) - middle[i]);
         }
     });
-    add_up(mine, all, channels);
+    keep(mine, all, channels);
 }
 
 // Each worker's share of the gradients of weight and bias.
 extern "C" __global__ void finish_gradients(const Sums *all, ByChannel inverse, WIDE *of_weight, WIDE *of_bias,
                                             int splits, int channels, int workers)
 {
+    const Sums sum = kept(all, splits, channels, workers);
     const int me = blockIdx.x * blockDim.x + threadIdx.x;
-    if (me >= workers * channels)
+    if (threadIdx.y || me >= workers * channels)
         return;
-    all += (long long)(me / channels) * splits * channels + me % channels;
-    Sums sum = all[0];
-    for (int split = 1; split < splits; ++split)
-        sum.add(all[(long long)split * channels]);
     of_weight[me] = sum.products * inverse[me];
     of_bias[me] = sum.gradients;
 }

@@ -22,8 +22,8 @@ _TYPES = {torch.float64: 64, torch.float32: 32, torch.float16: 16, torch.bfloat1
 # Bytes that a thread takes at once.
 _ACCESS = 16
 # Threads of a block, and of them side by side in channels; how many blocks keep any GPU busy; parts (of up to 16 bytes)
-# that are worth a thread.
-_THREADS, _ACROSS, _BLOCKS, _LEAST = 256, 32, 1024, 4
+# that are worth a thread; threads that add up splits.
+_THREADS, _ACROSS, _BLOCKS, _LEAST, _DOWN = 256, 32, 1024, 4, 8
 # What results may differ by from those of fp64, of the largest: their rounding.
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -108,12 +108,12 @@ class GroupBatchNorm:
     def _launch_small(
         self, name: str, layout: _Layout, sums: Tensor, *tensors: Tensor, **more: float
     ) -> None:
-        """A thread for each worker and channel."""
-        blocks = -(-layout.workers * layout.channels // self._threads)
+        """A column of threads for each worker and channel, whose splits they share."""
+        down = min(_DOWN, self._threads)
+        across = self._threads // down
+        grid = -(-layout.workers * layout.channels // across), 1, 1
         shape = sums.shape[1], layout.channels, layout.workers
-        self._kernels(layout).launch(
-            name, (blocks, 1, 1), (self._threads, 1, 1), sums, *tensors, *shape, *more.values()
-        )
+        self._kernels(layout).launch(name, grid, (across, down, 1), sums, *tensors, *shape, *more.values())
 
     def _grid(self, layout: _Layout) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Blocks and threads, the same on every GPU: they decide in which order is added."""
