@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
 import rich_click as click
+from click.exceptions import Exit
 
 from hvd_lb.errors import nearest
 from hvd_lb_cli.arguments import flags
@@ -31,11 +33,13 @@ class LazyGroup(click.RichGroup):
         command: click.Command = getattr(import_module(module), function)
         return command
 
+    def make_context(self, *arguments: Any, **more: Any) -> click.Context:
+        with _ended_as_by_sigpipe():  # `--help` and `--version` are answered here
+            return super().make_context(*arguments, **more)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _ended_as_by_sigpipe():
             return super().invoke(ctx)
-        except BrokenPipeError:  # `| head`: click would end by 1, which of `compare` is "they differ"
-            ctx.exit(128 + signal.SIGPIPE)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -48,6 +52,15 @@ class LazyGroup(click.RichGroup):
         if command:
             _refuse_options_as_values(command, rest, ctx.help_option_names)
         return name, command, rest
+
+
+@contextmanager
+def _ended_as_by_sigpipe() -> Iterator[None]:
+    """Where the reader is gone (`| head`), click would end by 1, which of `compare` is "they differ"."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise Exit(128 + signal.SIGPIPE) from None
 
 
 def _refuse_options_as_values(command: click.Command, words: Sequence[str], more: Sequence[str]) -> None:

@@ -225,7 +225,9 @@ def test_the_exit_status_when_the_reader_is_gone(body: str, status: int, unbuffe
         assert said == ("hvd-lb: error: no\n" if status == 2 else "")
 
 
-@pytest.mark.parametrize("words", [("recipes",), ("recipes", "digits")])
+@pytest.mark.parametrize(
+    "words", [("recipes",), ("recipes", "digits"), ("--help",), ("--version",), ("data", "--help")]
+)
 def test_a_command_whose_reader_is_gone_ends_as_by_sigpipe(words: tuple[str, ...]) -> None:
     """Not by click's own 1, which of `hvd-lb compare A B | head` would be "they differ"."""
     read, write = os.pipe()
