@@ -72,7 +72,7 @@ class GroupBatchNorm:
     def forward(
         self, x: Tensor, workers: int, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """y, and of each worker mean, 1/σ and unbiased variance; of an `arranged` x."""
+        """y, and of each worker mean, 1/σ and unbiased variance; x is contiguous, in some order, and aligned."""
         layout, y = _Layout.of(x, workers), torch.empty_like(x)
         mean, inverse, variance = weight.new_empty(3, workers, layout.channels)
         sums = self._summed("statistics", 3, layout, x, like=weight)
