@@ -237,7 +237,7 @@ def _figures(point: Any) -> str:
     from hvd_lb.sweep.results import error_in_words, error_of
 
     error = error_of(point)
-    return "ended" if error is None else error_in_words(error)
+    return "ended" if error is None else error_in_words(point, error)
 
 
 def _grid(command: click.Command, vary: tuple[str, ...], seeds: int) -> Any:

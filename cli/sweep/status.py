@@ -51,7 +51,7 @@ def status(folder: Path, as_json: bool) -> None:
             why = (
                 f": {state.reason}" if state and word in ("failed", "diverged", "lost", "interrupted") else ""
             )
-            ended = f", {error_in_words(error)}" if error is not None else ""
+            ended = f", {error_in_words(point, error)}" if error is not None else ""
             console.print(printable(f"{point.name}  {word}{far}{ended}{why}"), soft_wrap=True)
     if as_json:
         click.echo(json.dumps(told))

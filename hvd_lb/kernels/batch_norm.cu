@@ -55,7 +55,7 @@ struct alignas(sizeof(T) * VECTOR) Values {
     T of[VECTOR];
 };
 
-// Count, mean and squared distances from it of some values (Welford), which are as good as those of all values in fp64.
+// Count and mean of some values, and the sum of their squared distances from it (Welford; merged as by Chan et al.).
 struct Moments {
     WIDE count, mean, squares;
 
@@ -80,7 +80,7 @@ struct Sums {
     }
 };
 
-// The first channel of this thread, and whether there is one.
+// The first channel of this thread; there may be none of that number.
 __device__ inline int own_channel() { return LAST ? (blockIdx.x * blockDim.x + threadIdx.x) * VECTOR : blockIdx.x; }
 
 // Calls visit(where) for all that this thread takes.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvd_lb.launch.failure import read_errors
+from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import read_metrics
 from hvd_lb.report.summary import ended_after
 from hvd_lb.schedule import scaled_learning_rate
@@ -79,9 +80,14 @@ def unfinished(points: Iterable[Point]) -> list[Point]:
     return [point for point in points if not (ended_after(point.run) or has_diverged(point))]
 
 
-def error_in_words(error: float) -> str:
+def error_in_words(point: Point, error: float) -> str:
     """As `error_of` counts by default."""
-    return f"top-1 error {error:.2f} % (median of the last {LAST_EPOCHS} epochs)"
+    return f"top-1 error {error:.2f} % ({_counted(LAST_EPOCHS, point.recipe).removeprefix('the ')})"
+
+
+def _counted(epochs: int, recipe: Recipe) -> str:
+    of = min(epochs, recipe.epochs)
+    return f"the median of the last {of} epochs" if of > 1 else "that of the last epoch"
 
 
 def results(sweep: Sweep, epochs: int = LAST_EPOCHS, only: Collection[str] | None = None) -> list[Result]:
@@ -168,8 +174,7 @@ def whose_error(sweep: Sweep) -> str:
 
 def how(sweep: Sweep, epochs: int = LAST_EPOCHS) -> str:
     """How the errors are counted, in a sentence."""
-    of = min(epochs, sweep.base.epochs)
-    which = f"the median of the last {of} epochs" if of > 1 else "that of the last epoch"
+    which = _counted(epochs, sweep.base)
     return (
         f"Top-1 validation error{whose_error(sweep)} in per cent: of each run {which}, mean ± standard deviation over "
         "the seeds that did not diverge."

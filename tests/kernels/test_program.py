@@ -128,9 +128,8 @@ def test_what_does_not_compile_says_where() -> None:
         compile_cuda(SOURCE, {"FACTOR": 2}, "7")
 
 
-@pytest.mark.parametrize("_", [pytest.param(None, marks=GPU)])
-def test_on_a_gpu(_: None) -> None:
-    device = torch.device("cuda", 0)
+@pytest.mark.parametrize("device", [pytest.param(torch.device("cuda", 0), id="cuda", marks=GPU)])
+def test_on_a_gpu(device: torch.device) -> None:
     out = torch.zeros(5, dtype=torch.float64, device=device)
     Program(SOURCE, {"FACTOR": 2}, device).launch("fill", (1, 1, 1), (32, 1, 1), out, 4, 0.25)
     assert out.tolist() == [0.5, 0.5, 0.5, 0.5, 0]

@@ -141,6 +141,21 @@ def test_whose_errors_are_counted_is_said(tmp_path: Path, ema: tuple[float | Non
     )
 
 
+@pytest.mark.parametrize(
+    ("epochs", "said"), [(1, "that of the last epoch"), (3, "median of the last 3 epochs")]
+)
+def test_of_a_short_run_no_more_epochs_are_told(
+    hvd_lb: Callable[..., Any], tmp_path: Path, epochs: int, said: str
+) -> None:
+    short = BASE.model_copy(update={"epochs": epochs})
+    of = Sweep(tmp_path / "s", short, "simulate", (Grid({"gpus": (2,)}, 1),))
+    of.folder.mkdir()
+    of.save()
+    write(of.points()[0].run, [10.0] * epochs)
+    assert f"top-1 error 10.00 % ({said})" in hvd_lb("sweep", "status", of.folder).out
+    assert f"of each run {'the ' * (epochs > 1)}{said}," in how(of)
+
+
 def test_status(hvd_lb: Callable[..., Any], sweep: Sweep) -> None:
     lines = hvd_lb("sweep", "status", sweep.folder).out.splitlines()
     assert lines[0] == "gpus=2,seed=0  finished, top-1 error 10.00 % (median of the last 5 epochs)"

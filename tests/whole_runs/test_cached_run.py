@@ -51,7 +51,7 @@ def test_a_cache_changes_no_bit(
 ) -> None:
     before = in_memory()
     runs = []
-    for cache, processes in (("none", 1), ("memory", 1), ("memory", 2), ("disk", 2)):
+    for cache, processes in (("none", 1), ("memory", 1), ("memory", 2), ("disk", 2), ("disk", 1)):
         run = tmp_path / f"{len(runs)}-{cache}-{processes}"
         command = ("train", "--data", folder, *RUN, "--processes", processes, "--cache", cache)
         finish(start(*command, "--on-bad-image", "skip", "--max-bad-images", 1, "--output", run))
