@@ -64,7 +64,9 @@ from hvd_lb.training.models import batch_norms, begin_with, build_model, freeze_
 from hvd_lb.training.recomputation import Recomputation
 from hvd_lb.training.run_state import RunState
 from hvd_lb.training.saved_state import Rescaled
-from hvd_lb.training.together import Group, GroupSize, draw_apart, room_for_groups, strange
+from hvd_lb.training.together.group import Group, draw_apart
+from hvd_lb.training.together.size import GroupSize, room_for_groups
+from hvd_lb.training.together.strange import strange
 from hvd_lb.world import World
 from hvd_lb.world.arriving import Arriving
 from hvd_lb.world.stages import Stage, Staged, Stages

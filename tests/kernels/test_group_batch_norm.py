@@ -20,7 +20,7 @@ from hvd_lb.kernels import batch_norm
 from hvd_lb.kernels.batch_norm import GroupBatchNorm, proved_batch_norm
 from hvd_lb.kernels.program import compile_cuda, why_not
 from hvd_lb.training.batchnorm import running_statistics
-from hvd_lb.training.together import Group
+from hvd_lb.training.together.group import Group
 from hvd_lb.training.trainer import Trainer
 from hvd_lb.world.solo import Solo
 

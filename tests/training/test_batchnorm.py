@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 from hvd_lb.training.batchnorm import RunningStatistics, allow_single_values, running_statistics
-from hvd_lb.training.together import Group
+from hvd_lb.training.together.group import Group
 from hvd_lb.world import World
 from hvd_lb.world.solo import Solo
 

@@ -26,7 +26,9 @@ from hvd_lb.recipe import Recipe
 from hvd_lb.training.batchnorm import RunningStatistics, allow_single_values, running_statistics
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
 from hvd_lb.training.models import build_model
-from hvd_lb.training.together import Group, GroupSize, draw_apart, strange
+from hvd_lb.training.together.group import Group, draw_apart
+from hvd_lb.training.together.size import GroupSize
+from hvd_lb.training.together.strange import strange
 from hvd_lb.training.trainer import Trainer
 from hvd_lb.world.solo import Solo
 
@@ -440,7 +442,7 @@ def test_one_worker_has_nothing_to_be_found() -> None:
 
 
 def test_a_run_finds_it_and_tells_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hvd_lb.training.together._SECONDS", 0.0)
+    monkeypatch.setattr("hvd_lb.training.together.size._SECONDS", 0.0)
     trainer = make_trainer(small_recipe(learning_rate=0.1, together="auto", epochs=8))
     apart = make_trainer(small_recipe(learning_rate=0.1, together=1, epochs=8))
     for of in (trainer, apart):
