@@ -163,7 +163,7 @@ def our_step(
 ) -> Step:
     trainer = bench.trainer(workers, images, **changes)
     if not own_batch_norm:
-        trainer.group.batch_norm = None
+        trainer.forward.group.batch_norm = None
     return whole_step(trainer, ready)
 
 

@@ -141,7 +141,7 @@ def rehearse(
         step_seconds=statistics.median(steps[chosen or 1 :] or steps) if steps else typical * recipe.gpus,
         losses=losses,
         peak_memory=peak_memory(str(device)),
-        together=trainer.group_size.size,
+        together=trainer.forward.group_size.size,
         noise=trainer.noise_scale.estimate() if trainer.noise_scale else None,
     )
 
@@ -212,13 +212,13 @@ def _probe(trainer: Trainer, images: int) -> float:
     """Seconds of forward and backward for so many images of noise, without touching the run: the second of two."""
     model = copy.deepcopy(trainer.model)
     size = trainer.recipe.image_size
-    noise = torch.randn(images, 3, size, size, device=trainer.device, dtype=trainer.dtype)
+    noise = torch.randn(images, 3, size, size, device=trainer.device, dtype=trainer.forward.dtype)
     labels = torch.zeros(images, dtype=torch.int64, device=trainer.device)
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
-        with trainer.autocast():
-            loss = trainer.loss(model(noise), labels)
+        with trainer.forward.autocast():
+            loss = trainer.forward.loss(model(noise), labels)
         loss.backward()
         loss.item()
         seconds = time.perf_counter() - began

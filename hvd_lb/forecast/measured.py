@@ -63,7 +63,7 @@ def measure_compute(trainer: Trainer, images: int, deadline: float) -> MeasuredC
     optimizer.backward = marked  # type: ignore[method-assign]
     optimizer.on_exchange = begun
     trainer.model.train()
-    warm = 3 if trainer.recorder else 1  # a graph is recorded in the second, and first replayed
+    warm = 3 if trainer.forward.recorder else 1  # a graph is recorded in the second, and first replayed
     times: list[tuple[float, float, float, dict[int, float]]] = []
     while len(times) < warm + _LEAST or (time.monotonic() < deadline and len(times) <= _MOST):
         with trainer.kernels(), trainer.batches() as batches:

@@ -74,8 +74,8 @@ class WatchedSteps:
         self._watch(again.trainer)
 
     def _watch(self, trainer: Trainer) -> None:
-        self._loss_of = trainer.loss_of
-        trainer.loss_of = self._watched_loss  # type: ignore[method-assign]
+        self._loss_of = trainer.forward.loss_of
+        trainer.forward.loss_of = self._watched_loss  # type: ignore[method-assign]
         trainer.on_gradients = self._watch_gradients
 
     def take(self) -> StepSeen:
@@ -95,7 +95,7 @@ class WatchedSteps:
         loss = self._loss_of(targets, logits)
         if self._again.step in self._steps:
             trainer, known = self._again.trainer, logits.detach()
-            alone = sum_loss(trainer.recipe.label_smoothing, trainer.class_weights, reduction="none")
+            alone = sum_loss(trainer.recipe.label_smoothing, trainer.forward.class_weights, reduction="none")
             each = targets.loss(alone, known)
             self._noted.append(_Noted(loss.item(), each.tolist(), known.argmax(1).tolist()))
         return loss
@@ -114,7 +114,7 @@ class WatchedSteps:
         trainer = self._again.trainer
         with trainer.loaders_at(step).open([trainer.microbatch(step, worker)]) as loader:
             batch = next(loader)
-        loss = trainer.losses([worker], [batch])[0] / len(batch[1])
+        loss = trainer.forward.losses(step, [worker], [batch])[0] / len(batch[1])
         learning = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
         found = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
         trainer.state.statistics.discard()

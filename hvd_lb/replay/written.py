@@ -71,7 +71,7 @@ def _load(trainer: Trainer, step: int, worker: int) -> dict[str, Tensor]:
     microbatch = trainer.microbatch(step, worker)
     with trainer.loaders_at(step).open([microbatch]) as loader:
         images, labels = next(loader)
-    images, _ = trainer.mixing(images, labels, step, worker)
+    images, _ = trainer.forward.mixing(images, labels, step, worker)
     return {
         "images": images.cpu(),
         "labels": labels.cpu(),

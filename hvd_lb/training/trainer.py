@@ -18,7 +18,6 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from hvd_lb import arithmetic
@@ -27,13 +26,11 @@ from hvd_lb.data.decoding.stand_in import StandIn, sizes
 from hvd_lb.data.images import Dataset, refuse_other_images
 from hvd_lb.data.loading.contract import Batch, Loader
 from hvd_lb.data.loading.open import InTurn, Loaders
-from hvd_lb.errors import HostError, UserError
+from hvd_lb.errors import UserError
 from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import FixedPointOverflow
-from hvd_lb.exact.reproducible import fast_kernels, rounding_environment
-from hvd_lb.kernels.batch_norm import proved_batch_norm
+from hvd_lb.exact.reproducible import rounding_environment
 from hvd_lb.machine.gpus import gpu_in_words
-from hvd_lb.machine.graphs import GraphRecorder, Recorder, Recording, Recordings, Trial
 from hvd_lb.machine.process import peak_memory
 from hvd_lb.optim.average import WeightAverage
 from hvd_lb.optim.buckets import Riders
@@ -41,15 +38,12 @@ from hvd_lb.optim.distributed import DistributedOptimizer
 from hvd_lb.optim.make import make_optimizer
 from hvd_lb.optim.noise_scale import NoiseScale
 from hvd_lb.plan.augment import Microbatch, Origin
-from hvd_lb.plan.classes import class_weights
-from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.hosting import hosted
-from hvd_lb.plan.mixing import Mixing, Targets
 from hvd_lb.plan.run_plan import RunPlan, Scale
 from hvd_lb.recipe import Recipe, differing_fields, period_in_seconds, period_in_steps
 from hvd_lb.schedule import RescaledSchedule
 from hvd_lb.training.bad_images import BadImages
-from hvd_lb.training.batchnorm import allow_single_values, running_statistics
+from hvd_lb.training.batchnorm import running_statistics
 from hvd_lb.training.checkpoint import (
     BackgroundWriter,
     Checkpoint,
@@ -60,13 +54,11 @@ from hvd_lb.training.checkpoint import (
 )
 from hvd_lb.training.clock import StepClock, Timer
 from hvd_lb.training.evaluation import Evaluation, Evaluator, Stopped, open_loaders
-from hvd_lb.training.models import batch_norms, begin_with, build_model, freeze_backbone, sum_loss
+from hvd_lb.training.forward import Forward, make_network
 from hvd_lb.training.recomputation import Recomputation
 from hvd_lb.training.run_state import RunState
 from hvd_lb.training.saved_state import Rescaled
-from hvd_lb.training.together.group import Group, draw_apart
-from hvd_lb.training.together.size import GroupSize, room_for_groups
-from hvd_lb.training.together.strange import strange
+from hvd_lb.training.together.group import Group
 from hvd_lb.world import World
 from hvd_lb.world.arriving import Arriving
 from hvd_lb.world.stages import Stage, Staged, Stages
@@ -233,8 +225,6 @@ class Trainer:
         # Steps below are watched one by one: among them is one after which loss or weights are no numbers.
         self.watched_until = 0
         self.searching, self.vanished = False, 0  # for such a step; how often none was found
-        self.told_group_size = False
-        self.untold = ""  # why groups are slower than they could be
         #: Called in each step when its gradients are known, before the update: for whoever looks at them.
         self.on_gradients: Callable[[], None] = lambda: None
         self.told: dict[str, dict[str, Any]] = {}  # the last record of each kind, as rank 0 has told it
@@ -250,34 +240,8 @@ class Trainer:
         self.sizes = recipe.image_sizes(self.plan.steps_per_epoch, self.run_plan.offset)
         self.windows_of = cache(recipe.random_windows)
         self.recomputation = Recomputation(recipe, dataset.train, recipe.random_windows())
-        self.dtype, self.memory_format = arithmetic.dtype(recipe), arithmetic.memory_format(recipe)
-
-        self.model = build_model(
-            recipe.model,
-            recipe.num_classes or len(dataset.train.classes),
-            seed=generator_seed(recipe.seed, 0),
-            zero_gamma=recipe.zero_gamma,
-            bn_momentum=recipe.bn_momentum,
-        ).to(device, self.dtype)
         begins = carried or checkpoint
-        if recipe.init_from and not begins:
-            begin_with(self.model, recipe.init_from, dataset.train.classes)
-        if recipe.freeze == "backbone":
-            freeze_backbone(self.model)
-        self.model.to(memory_format=self.memory_format)
-        allow_single_values(self.model)
-        arithmetic.widen_depthwise(self.model, recipe, device)
-        self.forward = arithmetic.compiled(self.model) if recipe.compile else self.model
-        self.class_weights = self._class_weights()
-        self.loss = sum_loss(recipe.label_smoothing, self.class_weights)
-        self.mixing = Mixing(recipe.seed, recipe.mixup, recipe.cutmix)
-        self.group = Group(device)
-        self.drawing = draw_apart(self.model, self.group)
-        self.recorder = self._recorder()
-        self.recordings = Recordings()
-        several = world.size > 1
-        self.trial = Trial(device) if self.recorder and several and recipe.cuda_graphs == "auto" else None
-        self.launches = False  # the present microbatch's kernels one by one, whatever is recorded
+        self.model = make_network(recipe, dataset.train.classes, device, goes_on=begins is not None)
         optimizer = DistributedOptimizer(
             make_optimizer(recipe, self.model, self.schedule(0), begins and begins.saved.optimizer),
             self.model,
@@ -301,6 +265,7 @@ class Trainer:
         # One process knows enough: the first virtual worker is its own, and the sum is everybody's.
         measured = recipe.noise_scale == "on" and self.gpus > 1 and world.rank == 0
         self.noise_scale = NoiseScale() if measured else None
+        group = Group(device)
         self.state = RunState(
             world,
             self.workers,
@@ -308,11 +273,22 @@ class Trainer:
             model=self.model,
             optimizer=optimizer,
             scaler=scaler,
-            statistics=running_statistics(self.model, world, terms, self.group, whole=membership is not None),
+            statistics=running_statistics(self.model, world, terms, group, whole=membership is not None),
             bad_images=BadImages.of(recipe, world, observer.bad_images),
             device=device,
             whole=membership is not None,
             average=self._average(),
+        )
+        self.forward = Forward(
+            recipe,
+            dataset.train,
+            world,
+            self.workers,
+            model=self.model,
+            group=group,
+            statistics=self.state.statistics,
+            device=device,
+            warn=lambda message: self._warn(message, self.step),
         )
         self.audit = Audit(
             recipe.audit,
@@ -327,7 +303,6 @@ class Trainer:
         )
         self._loaders: dict[int, Loaders] = {}  # by the size of images
         self.evaluator = Evaluator.of(recipe, dataset.val, device, threads, self.state.bad_images)
-        self.group_size = self._choose_group_size()
         # Whether the store has what this run begins with.
         self.kept = bool(store and checkpoint and checkpoint.path.parent.resolve() == store.folder.resolve())
         if carried:
@@ -347,79 +322,6 @@ class Trainer:
         since = part.scale.step - part.virtual_step(part.scale.step)
         begins = self.schedule.warmup_steps + round(since)
         return WeightAverage(self.model, recipe.ema, self.plan.global_batch, begins)
-
-    def _class_weights(self) -> torch.Tensor | None:
-        """Of the network's outputs, in the dtype of its weights."""
-        recipe, train = self.recipe, self.dataset.train
-        if recipe.class_weights is None:
-            return None
-        classes = len(train.classes)
-        drawn = np.bincount(train.labels, minlength=classes)
-        if recipe.sampling == "balanced":
-            drawn = (drawn > 0).astype(np.int64)
-        weights = class_weights(recipe.class_weights, drawn, recipe.num_classes or classes)
-        return torch.from_numpy(weights).to(self.device, self.dtype)
-
-    def _choose_group_size(self) -> GroupSize:
-        """As `together` says, where this process has several workers that can be computed together.
-
-        By itself a run leaves them apart where the size of a group would change more than rounding, or costs a
-        compilation each time.
-        """
-        recipe = self.recipe
-        cautious = recipe.reproducible or recipe.compile or recipe.precision == "fp16"
-        cautious |= bool(recipe.progressive_size)  # what has room at first need not have it later
-        given: int | None = None if recipe.together == "auto" else recipe.together
-        if given is None and cautious:
-            given = 1
-        why = ""
-        if len(self.workers) > 1 and given != 1:
-            self._find_batch_norm()
-            why = "dropout cannot be compiled so" if self.drawing and recipe.compile else self._strange()
-            if why and given:
-                raise UserError(
-                    f"--together {given}: virtual workers of {recipe.model} cannot be computed together ({why}): leave "
-                    "the option out"
-                )
-        return GroupSize(
-            self.workers,
-            1 if why else given,
-            images=recipe.per_gpu_batch,
-            device=self.device,
-            room=partial(room_for_groups, self.device, self.world.local_size),
-            why=why,
-        )
-
-    def _find_batch_norm(self) -> None:
-        """Kernels for a group's batch norm, on a GPU; compiled graphs have their own."""
-        recipe = self.recipe
-        if self.device.type != "cuda" or recipe.compile or not batch_norms(self.model):
-            return
-        last = self.memory_format == torch.channels_last
-        self.group.batch_norm, why = proved_batch_norm(self.device, arithmetic.activations(recipe), last)
-        if why and recipe.reproducible:  # a choice by machine, and it changes bits
-            raise UserError(f"--together {recipe.together}: {why}: mend that, or leave the option out")
-        self.untold = why and f"{why}: it is computed for one after the other, which takes longer"
-
-    def _recorder(self) -> Recorder | None:
-        """Of CUDA graphs, where there may be any."""
-        wanted = self.recipe.cuda_graphs != "off" and not self.recipe.compile
-        return GraphRecorder(self.device) if wanted and self.device.type == "cuda" else None
-
-    def _strange(self) -> str:
-        """Why workers together are not workers apart; nothing of the run is changed by trying it."""
-        recipe, training = self.recipe, self.model.training
-        shape = min(2, recipe.per_gpu_batch), 3, recipe.image_size, recipe.image_size
-        like = torch.empty(0, 0, 0, 0, dtype=self.dtype, device=self.device).to(
-            memory_format=self.memory_format
-        )
-        self.model.train()
-        try:
-            with fast_kernels():
-                return strange(self.model, self.group, shape, like)
-        finally:
-            self.model.train(training)
-            self.state.statistics.discard()
 
     @property
     def step(self) -> int:
@@ -567,7 +469,7 @@ class Trainer:
         self.state.bad_images.discard()
         self.stages.step = self.step
         own: tuple[torch.Tensor | None, int] = None, 0
-        for group in self.group_size.groups(workers):
+        for group in self.forward.group_size.groups(workers):
             watched = not losses and self.noise_scale is not None and self.noise_scale.due(self.step)
             if watched:
                 self.state.optimizer.watch_norm()
@@ -575,12 +477,10 @@ class Trainer:
             parts = [next(batches) for _ in group]
             self.stages.enter(Stage.COMPUTE)
             last = group[-1] == workers[-1]
-            if last and self.trial and not self.group_size.searching:
-                self.launches = not self.trial.replays
-                if len(workers) == len(self.workers):  # the same group each time
-                    self.trial.begin()
-            with self.group_size.timed(sum(len(labels) for _, labels in parts)):
-                each = self.losses(group, parts)
+            if last:
+                self.forward.before_exchange(whole=len(workers) == len(self.workers))
+            with self.forward.group_size.timed(sum(len(labels) for _, labels in parts)):
+                each = self.forward.losses(self.step, group, parts)
                 audited = self.audit.owns(self.step, group)
                 if audited:
                     self.state.optimizer.watch_digest()
@@ -604,9 +504,7 @@ class Trainer:
             self.observer.catch_up()
         self.state.exchange_losses(losses)
         self._synchronize(global_images)
-        if self.trial:
-            self.launches = False
-            self.trial.end()
+        self.forward.exchanged()
         self._note_norms(*own, global_images)
         self.on_gradients()
         if self.recipe.clip_norm:  # of the mean gradient, which every process has: the same factor on all
@@ -643,20 +541,12 @@ class Trainer:
             self.state.gradient_norm = (total / scale).sqrt() / images
 
     def _tell_group_size(self) -> None:
-        """Once it has been found, or there was a reason not to look for one."""
-        if self.untold:
-            self._warn(self.untold)
-            self.untold = ""
-        size = self.group_size
-        if self.told_group_size or not (size.speeds or size.why):
-            return
-        self.told_group_size = True
-        self.recordings.keep(lambda key: key[0] == size.size)
-        if self.world.rank:
-            return
-        found = {str(size): speed for size, speed in size.speeds.items()}
-        record = {"together": size.size, "images_per_second": found, "why": size.why}
-        self.observer.together({**self._position(), **record})
+        if self.forward.untold:
+            self._warn(self.forward.untold)
+            self.forward.untold = ""
+        found = self.forward.settled()
+        if found and self.world.rank == 0:
+            self.observer.together({**self._position(), **found})
 
     def _to_say(self) -> list[int]:
         """What this process has to tell the others in each step: its signal, a wish to save, and its stand-ins."""
@@ -722,7 +612,7 @@ class Trainer:
         told = len(self.state.bad_images.found)
         parts = [next(batches) for _ in workers]
         del self.state.bad_images.found[told:]  # their own process tells them
-        each = self.losses(workers, parts)
+        each = self.forward.losses(self.step, workers, parts)
         beside = self._digests_beside(each)
         loss = each[0] if len(each) == 1 else torch.stack(each).sum()
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -734,84 +624,6 @@ class Trainer:
     def _digests_beside(self, losses: Sequence[torch.Tensor]) -> torch.Tensor:
         """Of the statistics of the forward that was made last, and of its losses."""
         return torch.cat([self.state.statistics.digest(), integer_digest(losses).cpu()])
-
-    def losses(self, workers: Sequence[int], parts: Sequence[Batch]) -> list[torch.Tensor]:
-        """The loss of each of these workers, computed together, on its images and labels."""
-        seeds = [generator_seed(self.recipe.seed, 1, self.step, worker) for worker in workers]
-        mixed = [self.mixing(*part, self.step, worker) for worker, part in zip(workers, parts, strict=True)]
-        images, targets = zip(*mixed, strict=True)
-        logits = self._forward(images, seeds).split(list(map(len, targets)))
-        with self.autocast():
-            return [self.loss_of(*of) for of in zip(targets, logits, strict=True)]
-
-    def loss_of(self, targets: Targets, logits: torch.Tensor) -> torch.Tensor:
-        """Of one virtual worker's images, a sum."""
-        return targets.loss(self.loss, logits)
-
-    def _forward(self, parts: Sequence[torch.Tensor], seeds: Sequence[int]) -> torch.Tensor:
-        """Logits of microbatches, one after the other.
-
-        What the model draws for each (dropout) depends on its seed, and neither on the process nor on the others.
-        """
-        sizes = list(map(len, parts))
-        recording = self._recording(parts, sizes, seeds)
-        self.group.begin(sizes, seeds)
-        if recording:
-            torch.cat(list(parts), out=recording.images)
-            return recording()
-        if len(parts) == 1:
-            images = parts[0].to(self.dtype, memory_format=self.memory_format)
-        else:
-            images = self._images_like(parts)
-            torch.cat(list(parts), out=images)
-        with self.autocast():
-            return self.forward(images)
-
-    def _images_like(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Room for all of them as the network gets them."""
-        shape = sum(map(len, parts)), *parts[0].shape[1:]
-        return torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=self.memory_format)
-
-    def _recording(
-        self, parts: Sequence[torch.Tensor], sizes: Sequence[int], seeds: Sequence[int]
-    ) -> Recording | None:
-        """Of a forward and backward of such microbatches, where there is one; what it takes to make it is drawn."""
-        choice, full = self.recipe.cuda_graphs, set(sizes) == {self.recipe.per_gpu_batch}
-        if not (self.recorder and full and self.model.training and torch.is_grad_enabled()):
-            return None
-        if self.launches or (self.drawing and len(sizes) > 1):  # a graph draws the numbers of one worker
-            return None
-
-        def record() -> Recording:
-            assert self.recorder
-            self.group.begin(sizes, seeds)
-            images = self._images_like(parts).zero_()
-            return Recording(self.model, images, self.recorder, self.autocast, self.state.statistics)
-
-        key = len(sizes), parts[0].shape
-        try:
-            return self.recordings.of(key, record)
-        except torch.OutOfMemoryError as error:
-            if choice == "on" and not self.group_size.searching:
-                raise HostError(
-                    f"--cuda-graphs on: there is no memory to record {len(sizes)} × {sizes[0]} images of "
-                    f"{self.recipe.model}: leave the option out"
-                ) from error
-            self.recordings.leave_out(key)
-            self.group_size.drop(len(sizes))
-            message = f"no memory for a CUDA graph of {len(sizes)} × {sizes[0]} images: they do without"
-            self.observer.warning({**self._position(self.step), "message": message})
-            self.state.statistics.forget_forward()
-            return None
-        except RuntimeError as error:
-            why = " ".join(str(error).split())
-            if choice == "on":
-                raise UserError(f"--cuda-graphs on: {self.recipe.model} cannot be recorded: {why}") from error
-            message = f"without CUDA graphs, as {self.recipe.model} cannot be recorded: {why}"
-            self.observer.warning({**self._position(self.step), "message": message})
-            self.recorder = None
-            self.state.statistics.forget_forward()
-            return None
 
     def microbatches(self, steps: range | None = None) -> Iterator[Microbatch]:
         """What this process's virtual workers see in these steps, by default from the present one to the end."""
@@ -840,7 +652,7 @@ class Trainer:
 
     def batches(self) -> Loader:
         """This process's microbatches as tensors, from the present step to the end."""
-        more = self.group_size.most - 1
+        more = self.forward.group_size.most - 1
         stretches = self.sizes.stretches(self.step, self.end)
         return InTurn(
             partial(self.loaders_at(steps.start).open, self.microbatches(steps), more) for steps in stretches
@@ -862,9 +674,6 @@ class Trainer:
     def kernels(self) -> AbstractContextManager[None]:
         """What steps run in."""
         return arithmetic.kernels(self.recipe)
-
-    def autocast(self) -> AbstractContextManager[None]:
-        return arithmetic.autocast(self.recipe, self.device)
 
     def _position(self, step: int | None = None) -> dict[str, int]:
         """Of a step, by default the one just taken: its epoch, and its number in the run."""
@@ -970,8 +779,8 @@ class Trainer:
         ids = [planned.image_ids(worker) for worker in range(planned.plan.workers)]
         return [int(image) for of_worker in ids for image in of_worker]
 
-    def _warn(self, message: str) -> None:
-        self.observer.warning({**self._position(), "message": message})
+    def _warn(self, message: str, step: int | None = None) -> None:
+        self.observer.warning({**self._position(step), "message": message})
 
     @torch.no_grad()
     def _recompute_statistics(self) -> None:
@@ -983,7 +792,7 @@ class Trainer:
         with loaders.open(anew.microbatches(epoch, self.step, mine)) as loader:
             for number, (images, _) in zip(mine, loader, strict=True):
                 self.stages.enter(Stage.EVALUATION)
-                self._forward([images], [anew.seed(self.step, number)])
+                self.forward.logits([images], [anew.seed(self.step, number)])
                 self.state.statistics.after_forward(len(images) / full)
         try:
             self.state.statistics.synchronize()
@@ -1003,12 +812,12 @@ class Trainer:
         self.state.statistics.publish(self.step)
         self.model.eval()
         origin = Origin("eval", **self._position(), number=0)
-        evaluate = partial(self.evaluator, self.forward, self.world)
+        evaluate = partial(self.evaluator, self.forward.network, self.world)
         try:
-            evaluation = evaluate(self.autocast(), origin, self._ask_evaluating)
+            evaluation = evaluate(self.forward.autocast(), origin, self._ask_evaluating)
             if self.state.average:
                 with self.state.averaged(), self.state.bad_images.untold():
-                    averaged = evaluate(self.autocast(), origin, self._ask_evaluating)
+                    averaged = evaluate(self.forward.autocast(), origin, self._ask_evaluating)
                 evaluation = evaluation.with_averaged(averaged)
         except Stopped as stopped:
             self.stopped_by = stopped.number

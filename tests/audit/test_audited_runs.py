@@ -35,7 +35,7 @@ def one_initialisation() -> Iterator[None]:
     """Threads share torch's random numbers."""
     fresh = build_model("resnet8", 5, seed=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
+        patch.setattr("hvd_lb.training.forward.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
         yield
 
 

@@ -20,8 +20,8 @@ from hvd_lb.kernels import batch_norm
 from hvd_lb.kernels.batch_norm import GroupBatchNorm, proved_batch_norm
 from hvd_lb.kernels.program import compile_cuda, why_not
 from hvd_lb.training.batchnorm import running_statistics
+from hvd_lb.training.forward import Forward
 from hvd_lb.training.together.group import Group
-from hvd_lb.training.trainer import Trainer
 from hvd_lb.world.solo import Solo
 
 CPU = torch.device("cpu")
@@ -213,14 +213,14 @@ def test_a_run_without_them_says_so_or_refuses(reproducible: bool, monkeypatch: 
     """Where bits must not depend on what a machine has installed."""
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     recipe = SimpleNamespace(compile=False, reproducible=reproducible, together=2, precision="fp32")
-    trainer = SimpleNamespace(
+    forward = SimpleNamespace(
         device=torch.device("cuda"),
         recipe=recipe,
         model=nn.BatchNorm2d(3),
         memory_format=torch.channels_last,
         group=Group(),
     )
-    find = partial(Trainer._find_batch_norm, trainer)
+    find = partial(Forward._find_batch_norm, forward)
     if reproducible:
         with pytest.raises(
             UserError, match=r"--together 2: no kernel for batch norm of several .*: mend that"
@@ -228,8 +228,8 @@ def test_a_run_without_them_says_so_or_refuses(reproducible: bool, monkeypatch: 
             find()
     else:
         find()
-        assert trainer.group.batch_norm is None
-        assert "computed for one after the other, which takes longer" in trainer.untold
+        assert forward.group.batch_norm is None
+        assert "computed for one after the other, which takes longer" in forward.untold
 
 
 @pytest.mark.parametrize("device", [pytest.param(torch.device("cuda", 0), id="cuda", marks=GPU)])

@@ -61,7 +61,7 @@ def one_initialisation() -> Iterator[None]:
     """Threads share torch's random numbers."""
     fresh = build_model("resnet8", 5, seed=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
+        patch.setattr("hvd_lb.training.forward.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
         yield
 
 
@@ -88,12 +88,12 @@ def run(world: World, folder: Path, stop_after: int = END, bad: int = -1, **chan
         checkpoint=checkpoint,
         stop_requested=lambda: signal.SIGTERM * (trainer.model.training and trainer.step + 1 == stop_after),
     )  # fmt: skip
-    plain = trainer.loss
+    plain = trainer.forward.loss
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return plain(logits, labels) * (math.nan if trainer.step == bad else 1.0)
 
-    trainer.loss = loss
+    trainer.forward.loss = loss
     trainer.fit()
     observer.close()
 

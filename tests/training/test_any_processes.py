@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 def one_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads share torch's random numbers."""
     fresh = build_model("resnet8", 5, seed=0)
-    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
+    monkeypatch.setattr("hvd_lb.training.forward.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
 
 
 def run(

@@ -124,7 +124,7 @@ def test_reproducible_steps_have_the_same_bits_on_three_processes(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = build_model("resnet8", 5, seed=0)  # threads share torch's random numbers
-    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
+    monkeypatch.setattr("hvd_lb.training.forward.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
     data, recipe = small_data(), small_recipe(precision="fp32", reproducible=True, steps=3)
 
     def run(world: World) -> list[torch.Tensor]:

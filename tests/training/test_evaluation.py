@@ -141,7 +141,7 @@ def noise(count: int, seed: int) -> ArrayImages:
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_the_trainer_evaluates_the_model_as_it_is(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In evaluation mode, with the statistics of that moment, without label smoothing; training mode comes back."""
-    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: Dropping())
+    monkeypatch.setattr("hvd_lb.training.forward.build_model", lambda *args, **kwargs: Dropping())
     train, val = noise(64, 0), noise(29, 1)
     recipe = Recipe(
         model="resnet8", image_size=4, gpus=2, per_gpu_batch=8, epochs=2, precision="fp64", eval_crop=1.0,
@@ -170,7 +170,7 @@ def test_whole_runs_evaluate_alike_on_any_number_of_processes(
 ) -> None:
     """Five batches on one to three processes, by the trainer itself."""
     fresh = build_model("resnet8", 12, seed=0)  # threads share torch's random numbers
-    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
+    monkeypatch.setattr("hvd_lb.training.forward.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
     recipe = Recipe(
         model="resnet8", image_size=4, gpus=3, per_gpu_batch=6, epochs=2, precision="fp64", eval_crop=1.0,
         learning_rate=0.2, last_batch="keep", warmup="none", reproducible=True,

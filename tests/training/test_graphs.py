@@ -82,7 +82,7 @@ def counting_recorder(device: torch.device) -> Counting:
 
 def trained(device: torch.device, steps: int, recorder: Recorder | None, **changes: Any) -> Trainer:
     trainer = make_trainer(small_recipe(**changes), device=device)
-    trainer.recorder = recorder
+    trainer.forward.recorder = recorder
     while trainer.step < steps:
         try:
             with trainer.kernels():
@@ -142,14 +142,14 @@ class Unused(SmallResNet):
 
 
 def test_what_cannot_be_recorded_is_told_and_trained_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *_, **__: Unused())
+    monkeypatch.setattr("hvd_lb.training.forward.build_model", lambda *_, **__: Unused())
     found, expected = (trained(CPU, 3, of) for of in (counting_recorder(CPU), None))
     assert largest_difference(found.model, expected.model) == 0.0
     (warning,) = found.observer.warnings  # type: ignore[attr-defined]
     assert "without CUDA graphs, as resnet8 cannot be recorded: " in warning
     trainer = make_trainer(small_recipe())
-    trainer.recipe = trainer.recipe.model_copy(update={"cuda_graphs": "on"})
-    trainer.recorder = counting_recorder(CPU)
+    trainer.forward.recipe = trainer.recipe.model_copy(update={"cuda_graphs": "on"})
+    trainer.forward.recorder = counting_recorder(CPU)
     with pytest.raises(UserError, match="--cuda-graphs on: resnet8 cannot be recorded"):
         run_steps(trainer, 2)
 
@@ -167,9 +167,9 @@ class Full(Counting):
 def test_a_shape_without_memory_is_launched_and_others_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers together at first, then apart."""
     trainer = make_trainer(small_recipe(together=2))
-    trainer.recorder = recorder = Full(OnTheCPU())
+    trainer.forward.recorder = recorder = Full(OnTheCPU())
     run_steps(trainer, 3)
-    trainer.group_size.size = 1
+    trainer.forward.group_size.size = 1
     run_steps(trainer, 3)
     assert largest_difference(trainer.model, trained(CPU, 6, None, together=1).model) < 1e-10
     assert recorder.replays[0] == 0
@@ -177,26 +177,26 @@ def test_a_shape_without_memory_is_launched_and_others_are_recorded(monkeypatch:
     (warning,) = trainer.observer.warnings  # type: ignore[attr-defined]
     assert warning == "no memory for a CUDA graph of 2 × 8 images: they do without"
     trainer = make_trainer(small_recipe())
-    trainer.recipe = trainer.recipe.model_copy(update={"cuda_graphs": "on"})
-    trainer.recorder = Full(OnTheCPU())
+    trainer.forward.recipe = trainer.recipe.model_copy(update={"cuda_graphs": "on"})
+    trainer.forward.recorder = Full(OnTheCPU())
     with pytest.raises(HostError, match="--cuda-graphs on: there is no memory to record"):
         run_steps(trainer, 2)
 
 
 def test_recordings_of_other_groups_go_when_a_size_is_found() -> None:
     trainer = trained(CPU, 3, counting_recorder(CPU), together=2)
-    kept = dict(trainer.recordings._made)
+    kept = dict(trainer.forward.recordings._made)
     assert [size for size, _ in kept] == [2]
-    trainer.recordings.keep(lambda key: key[0] == 1)
-    assert trainer.recordings._made == kept  # there is none of it yet
-    trainer.recordings._made[1, torch.Size()] = None
-    trainer.recordings.keep(lambda key: key[0] == 2)
-    assert trainer.recordings._made == kept
+    trainer.forward.recordings.keep(lambda key: key[0] == 1)
+    assert trainer.forward.recordings._made == kept  # there is none of it yet
+    trainer.forward.recordings._made[1, torch.Size()] = None
+    trainer.forward.recordings.keep(lambda key: key[0] == 2)
+    assert trainer.forward.recordings._made == kept
 
 
 def test_backward_after_the_next_forward_is_refused() -> None:
     trainer = trained(CPU, 1, counting_recorder(CPU), reproducible=True)
-    (recording,) = trainer.recordings._made.values()
+    (recording,) = trainer.forward.recordings._made.values()
     assert recording
     trainer.state.statistics.discard()
     first = recording()
@@ -216,8 +216,8 @@ def trained_with_others(world: Together, faster: str) -> tuple[list[Tensor], lis
         threads=1,
         observer=Records(),
     )
-    trainer.recorder = recorder = counting_recorder(CPU)
-    trainer.trial = trial = Trial(CPU, clock=lambda: sum(seconds.values()))
+    trainer.forward.recorder = recorder = counting_recorder(CPU)
+    trainer.forward.trial = trial = Trial(CPU, clock=lambda: sum(seconds.values()))
 
     def synchronize(global_images: int) -> None:
         way = "replaying" if trial.replays else "launching"
@@ -235,7 +235,7 @@ def test_where_gradients_are_exchanged_the_faster_way_is_found_out(
 ) -> None:
     """Of two microbatches the first is replayed from the second step on; the last is tried."""
     fresh = build_model("resnet8", 5, seed=0)  # not in threads, which share torch's generator
-    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *_, **__: copy.deepcopy(fresh))
+    monkeypatch.setattr("hvd_lb.training.forward.build_model", lambda *_, **__: copy.deepcopy(fresh))
     for parameters, (forward, backward) in together(2, lambda world: trained_with_others(world, faster)):
         assert forward == backward == replays
         expected = trained(CPU, 12, None, reproducible=True).model.parameters()

@@ -61,7 +61,7 @@ def test_the_network_sees_them() -> None:
         precision="fp32",
     )  # fmt: skip
     trainer = make_trainer(recipe)
-    assert trainer.group_size.size == 1
+    assert trainer.forward.group_size.size == 1
     found = seen(trainer)
     trainer.fit()
     expected = []

@@ -147,12 +147,12 @@ def test_a_checkpoint_tells_of_its_evaluation(whole: Trainer) -> None:
 
 def spoil(trainer: Trainer, *steps: int, by: float = math.nan) -> None:
     """The loss of one virtual worker is multiplied so in these steps."""
-    plain = trainer.loss
+    plain = trainer.forward.loss
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return plain(logits, labels) * (by if trainer.step in steps else 1.0)
 
-    trainer.loss = loss
+    trainer.forward.loss = loss
 
 
 @pytest.mark.parametrize("reproducible", [False, True])
@@ -246,14 +246,14 @@ def test_not_more_minibatches_are_left_out_than_allowed(tmp_path: Path) -> None:
 def test_faults_that_do_not_come_again_count_too(tmp_path: Path) -> None:
     """A machine that computes wrongly now and then."""
     trainer = make_trainer(periodic(on_nan="rollback", max_rollbacks=2), store=CheckpointStore(tmp_path))
-    plain, still = trainer.loss, {1, 5, 9}
+    plain, still = trainer.forward.loss, {1, 5, 9}
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         wrong = trainer.step in still
         still.discard(trainer.step)
         return plain(logits, labels) * (math.nan if wrong else 1.0)
 
-    trainer.loss = loss
+    trainer.forward.loss = loss
     with pytest.raises(Diverged, match="0 minibatches were left out before, 2 times it did not come again"):
         trainer.fit()
     assert not still

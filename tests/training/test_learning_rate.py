@@ -38,7 +38,7 @@ def make_trainer(
         torch.manual_seed(0)
         return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
 
-    monkeypatch.setattr("hvd_lb.training.trainer.build_model", linear)
+    monkeypatch.setattr("hvd_lb.training.forward.build_model", linear)
     recipe = Recipe(
         model="resnet8", image_size=2, eval_crop=1.0, gpus=4, per_gpu_batch=80, epochs=6, warmup_epochs=2,
         drop_epochs=(60,), momentum=0.0, nesterov=False, weight_decay=0.0, log_every=1, precision="fp64", steps=steps,

@@ -191,7 +191,7 @@ def test_all_processes_skip_a_step_that_overflows_on_one(
     reproducible: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = build_model("resnet8", 5, seed=0)
-    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
+    monkeypatch.setattr("hvd_lb.training.forward.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
 
     def run(world: World) -> tuple[list[torch.Tensor], list[torch.Tensor], float]:
         trainer = Trainer(
@@ -200,9 +200,9 @@ def test_all_processes_skip_a_step_that_overflows_on_one(
         )  # fmt: skip
         take_step(trainer)
         before, scale = state_of(trainer)[0], trainer.state.scaler.get_scale()
-        forward = trainer.forward
+        forward = trainer.forward.network
         if world.rank == 1:
-            trainer.forward = lambda x: forward(x) * torch.inf
+            trainer.forward.network = lambda x: forward(x) * torch.inf
         take_step(trainer)
         return before, state_of(trainer)[0], trainer.state.scaler.get_scale() / scale
 

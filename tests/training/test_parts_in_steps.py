@@ -44,7 +44,7 @@ def test_the_weighted_loss_and_its_gradient(sampling: str) -> None:
     trainer.model.train()
     with trainer.batches() as batches:
         x, y = next(batches)
-        (ours,) = trainer.losses([0], [(x, y)])
+        (ours,) = trainer.forward.losses(trainer.step, [0], [(x, y)])
     logits = trainer.model(x.double())
     plain = F.cross_entropy(
         logits, y, torch.tensor(weights, dtype=torch.float64) * scale, reduction="sum", label_smoothing=0.1

@@ -54,8 +54,8 @@ def masks(recipe: Recipe, steps: int, rank: int = 0, size: int = 1, **more: Any)
         small_data(), AmongCopies(rank, size), device=torch.device("cpu"), threads=1,
         observer=SilentObserver(), **more,
     )  # fmt: skip
-    first, drawing = trainer.step, Drawing(trainer.forward)
-    trainer.forward = drawing
+    first, drawing = trainer.step, Drawing(trainer.forward.network)
+    trainer.forward.network = drawing
     run_steps(trainer, steps)
     keys = [(step, worker) for step in range(first, first + steps) for worker in trainer.workers]
     return dict(zip(keys, drawing.drawn, strict=True))
@@ -98,7 +98,7 @@ def test_a_recomputation_draws_for_each_of_its_microbatches() -> None:
         )  # fmt: skip
         for step in (4, 8):
             trainer.state.step = step
-            trainer.forward = drawing = Drawing(trainer.model.train())
+            trainer.forward.network = drawing = Drawing(trainer.model.train())
             trainer._recompute_statistics()
             drawn.setdefault((size, step), []).extend(drawing.drawn)
     assert drawn[1, 4] == drawn[2, 4]

@@ -59,19 +59,19 @@ def train(folder: Path, processes: int, in_loader: dict[int, float], in_model: d
             small_recipe(gpus=processes, log_every=1, steps=6), small_data(), world, device=torch.device("cpu"),
             threads=1, observer=observer,
         )  # fmt: skip
-        batches, forward = trainer.batches, trainer._forward
+        batches, forward = trainer.batches, trainer.forward.logits
         trainer.batches = lambda: Slow(batches(), in_loader.get(world.rank, 0))  # type: ignore[assignment, method-assign, return-value]
 
         def late(images: torch.Tensor, seed: int) -> torch.Tensor:
             time.sleep(in_model.get(world.rank, 0))
             return forward(images, seed)
 
-        trainer._forward = late  # type: ignore[method-assign]
+        trainer.forward.logits = late  # type: ignore[method-assign]
         trainer.fit()
         observer.close()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
+        patch.setattr("hvd_lb.training.forward.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
         together(processes, run)
     return read_metrics(folder / "metrics.jsonl")
 

@@ -32,7 +32,7 @@ PARTS: list[dict[str, Any]] = [
 def one_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads share torch's random numbers."""
     fresh = build_model("resnet8", 5, seed=0)
-    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
+    monkeypatch.setattr("hvd_lb.training.forward.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
 
 
 def run(world: World, folder: Path, *, resume: bool = False, **changes: Any) -> list[dict[str, Any]]:

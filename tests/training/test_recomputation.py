@@ -125,7 +125,7 @@ def test_the_processes_share_them_and_all_get_the_same_statistics(
     """Six microbatches on up to seven processes: the same bits, as it is a reproducible run."""
     recipe = small_recipe(recompute_bn=45, gpus=7, reproducible=True, precision="fp32")
     fresh = build_model("resnet8", 5, seed=0)
-    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
+    monkeypatch.setattr("hvd_lb.training.forward.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
 
     def run(world: World) -> tuple[list[int], list[int], list[torch.Tensor]]:
         data = small_data(IMAGES)

@@ -25,6 +25,7 @@ from hvd_lb.kernels.batch_norm import GroupBatchNorm
 from hvd_lb.recipe import Recipe
 from hvd_lb.training.batchnorm import RunningStatistics, allow_single_values, running_statistics
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
+from hvd_lb.training.forward import Forward
 from hvd_lb.training.models import build_model
 from hvd_lb.training.together.group import Group, draw_apart
 from hvd_lb.training.together.size import GroupSize
@@ -57,7 +58,7 @@ def test_an_epoch_with_a_short_last_step(size: int, changes: dict[str, Any]) -> 
     """Its 22 images make workers of 5 and 6 images, or of 3 and 4; each has its own loss."""
     recipe = {"last_batch": "keep", **changes}
     apart, found = after(5, together=1, **recipe), after(5, together=size, **recipe)
-    assert found.group_size.size == size
+    assert found.forward.group_size.size == size
     assert_the_same(found, apart)
 
 
@@ -73,12 +74,12 @@ def test_an_epoch_with_the_batch_norm_of_gpus(
             calls.append((len(x), workers))
             return super().__call__(x, workers, *more)
 
-    def find(trainer: Trainer) -> None:
-        trainer.group.batch_norm = Counted(CPU, EmulatedProgram, 8)
+    def find(forward: Forward) -> None:
+        forward.group.batch_norm = Counted(CPU, EmulatedProgram, 8)
 
     recipe = {"last_batch": "keep", **changes}
     apart = after(5, together=1, **recipe)
-    monkeypatch.setattr(Trainer, "_find_batch_norm", find)
+    monkeypatch.setattr(Forward, "_find_batch_norm", find)
     found = after(5, together=4, **recipe)
     assert_the_same(found, apart)
     sizes = {size for size, _ in calls}
@@ -128,10 +129,10 @@ def small_transformer(attention_dropout: float = 0.0) -> nn.Module:
 
 def test_a_transformer_with_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = {"image_size": 32, "learning_rate": 0.02}
-    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: small_transformer())
+    monkeypatch.setattr("hvd_lb.training.forward.build_model", lambda *args, **kwargs: small_transformer())
     assert_the_same(after(2, together=3, **recipe), after(2, together=1, **recipe))
     # That of the attention's weights is drawn inside torch's attention.
-    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: small_transformer(0.1))
+    monkeypatch.setattr("hvd_lb.training.forward.build_model", lambda *args, **kwargs: small_transformer(0.1))
     with pytest.raises(UserError, match="self_attention"):
         after(2, together=3, **recipe)
 
@@ -199,7 +200,7 @@ def test_activation_checkpointing_draws_the_same_again(
 ) -> None:
     def trained(size: int, reentrant: bool | None) -> Trainer:
         monkeypatch.setattr(
-            "hvd_lb.training.trainer.build_model", lambda *args, **kwargs: Recomputed(reentrant)
+            "hvd_lb.training.forward.build_model", lambda *args, **kwargs: Recomputed(reentrant)
         )
         return after(3, together=size)
 
@@ -350,7 +351,7 @@ def test_rounding_that_batch_norm_makes_large_is_no_mixing(model: str, images: i
 def test_a_network_that_mixes_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone it is left apart, and that is told; to ask for more is an error."""
     fresh = nn.Sequential(build_model("resnet8", 5, seed=0), Centring())
-    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
+    monkeypatch.setattr("hvd_lb.training.forward.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
     with pytest.raises(UserError, match=r"--together 2: .*module 1 mixes images.*leave the option out"):
         make_trainer(small_recipe(together=2))
     trainer = make_trainer(small_recipe(together="auto"))
@@ -363,7 +364,7 @@ def test_a_network_that_mixes_images(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_a_run_does_not_look_for_a_size_by_itself() -> None:
     for changes in ({"reproducible": True}, {"compile": True}, {"precision": "fp16"}):
         trainer = make_trainer(small_recipe(together="auto", **changes))
-        assert trainer.group_size.most == 1
+        assert trainer.forward.group_size.most == 1
     with pytest.raises(UserError, match="dropout cannot be compiled so"):
         make_trainer(small_recipe(model="squeezenet1_1", image_size=32, compile=True, together=2))
 
@@ -448,7 +449,7 @@ def test_a_run_finds_it_and_tells_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for of in (trainer, apart):
         run_steps(of, 30)
     (record,) = trainer.observer.groups  # type: ignore[attr-defined]
-    assert record["together"] == trainer.group_size.size
+    assert record["together"] == trainer.forward.group_size.size
     assert not record["why"]
     assert list(record["images_per_second"])[:2] == ["1", "2"]
     assert apart.observer.groups == []  # type: ignore[attr-defined]
@@ -462,7 +463,7 @@ def test_a_run_finds_it_and_tells_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def one_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads share torch's random numbers."""
     fresh = build_model("resnet8", 5, seed=0)
-    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
+    monkeypatch.setattr("hvd_lb.training.forward.build_model", lambda *args, **kwargs: copy.deepcopy(fresh))
 
 
 def of_processes(processes: int, recipe: Recipe, folder: Path | None = None) -> list[Trainer]:
@@ -539,12 +540,12 @@ def test_loss_scaling_and_minibatches_left_out(tmp_path: Path) -> None:
             small_recipe(together=size, on_nan="rollback", steps=8, checkpoint_every="2steps", log_every=1),
             store=CheckpointStore(tmp_path / str(size)),
         )
-        loss = trainer.loss
+        loss = trainer.forward.loss
 
         def spoilt(logits: Tensor, labels: Tensor, of: Any = trainer, real: Any = loss) -> Tensor:
             return real(logits, labels) * (float("nan") if of.step == 5 else 1.0)
 
-        trainer.loss = spoilt  # type: ignore[assignment]
+        trainer.forward.loss = spoilt  # type: ignore[assignment]
         trainer.fit()
         assert trainer.state.left_out == {5}
 

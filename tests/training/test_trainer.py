@@ -309,7 +309,7 @@ def test_dropout_belongs_to_the_virtual_worker_and_step() -> None:
     for noise in (1, 2):
         torch.manual_seed(noise)
         trainer = make_trainer(small_recipe(precision="fp32"))
-        trainer.forward = nn.Sequential(trainer.model, nn.Dropout(0.5)).train()
+        trainer.forward.network = nn.Sequential(trainer.model, nn.Dropout(0.5)).train()
         torch.manual_seed(noise)
         run_steps(trainer, 2)
         models.append(trainer.model)
@@ -448,7 +448,7 @@ def test_a_kernel_that_has_no_deterministic_form_is_named(monkeypatch: pytest.Mo
             out = self.fc(x.mean((2, 3)))
             return out.put(torch.arange(2), torch.zeros(2, dtype=x.dtype))
 
-    monkeypatch.setattr("hvd_lb.training.trainer.build_model", lambda *args, **kwargs: Put())
+    monkeypatch.setattr("hvd_lb.training.forward.build_model", lambda *args, **kwargs: Put())
     with pytest.raises(UserError, match="resnet8 uses put_, which has no deterministic kernel"):
         make_trainer(small_recipe(reproducible=True)).fit()
     assert not torch.are_deterministic_algorithms_enabled()

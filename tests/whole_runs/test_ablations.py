@@ -81,13 +81,13 @@ def normalise(trainer: Trainer, by: Callable[[int], int]) -> None:
 
 def normalised_by_each_process(trainer: Trainer) -> None:
     """Every worker divides by its own count, and the sum by the number of workers, as averaging allreduces do."""
-    loss_sum, plan = trainer.loss, trainer.plan
+    loss_sum, plan = trainer.forward.loss, trainer.plan
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         images = plan.step_images(trainer.step % plan.steps_per_epoch)
         return loss_sum(logits, labels) / len(labels) * images / plan.workers
 
-    trainer.loss = loss
+    trainer.forward.loss = loss
 
 
 def decayed_batch_norm(trainer: Trainer) -> None:
@@ -102,8 +102,8 @@ def decayed_by_each_worker(trainer: Trainer) -> None:
 
 def scaled_loss(trainer: Trainer) -> None:
     """kn / 256 multiplies the loss and not the learning rate: of weight decay too little is left (remark 1)."""
-    ratio, loss_sum = trainer.recipe.global_batch / 256, trainer.loss
-    trainer.loss = lambda logits, labels: ratio * loss_sum(logits, labels)
+    ratio, loss_sum = trainer.recipe.global_batch / 256, trainer.forward.loss
+    trainer.forward.loss = lambda logits, labels: ratio * loss_sum(logits, labels)
     for group in trainer.state.optimizer.param_groups:
         group["lr_scale"] = 1 / ratio
 

@@ -37,7 +37,7 @@ stopped.stop_requested = lambda: asked.append(stopped.step) or 15 * (told and as
 stopped.fit()
 
 spoilt = trainer("spoilt", on_nan="rollback")
-loss = spoilt.loss
+loss = spoilt.forward.loss
 
 
 def spoiling(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ def spoiling(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return loss(logits, labels) * (math.nan if spoilt.step == 5 and world.rank == 0 else 1.0)
 
 
-spoilt.loss = spoiling
+spoilt.forward.loss = spoiling
 spoilt.fit()
 
 (folder / f"{world.rank}.json").write_text(
