@@ -195,21 +195,25 @@ def _refuse_strangers(root: Path, found: Sequence[Folder]) -> None:
 
 
 def _refuse_other_level(root: Path, found: Sequence[Folder]) -> None:
-    """UserError for a class folder without images of its own in which there are folders that look like classes."""
-    direct = {folder.label for folder in found if folder.images and folder.relative == folder.label}
-    below: dict[str, dict[str, None]] = {}
+    """UserError for a class folder that divides into folders, which look like classes, above all of its images."""
+    below: dict[str, list[str]] = {}
     for folder in found:
-        if folder.images and folder.label not in direct:
-            below.setdefault(folder.label, {})[folder.relative.split("/")[1]] = None
-    for label, folders in below.items():
-        splits = [name for name in folders if split_of(name)]
-        if len(folders) > 1 or splits:
-            inside = f"{root / label} holds no images, only folders ({some(list(folders))})"
-            if splits:
-                raise UserError(
-                    f"{inside}: these are no classes but splits; give --data {quote(str(root / label))}"
-                )
-            raise UserError(
-                f"{inside}: which are the classes? Give --data {quote(str(root / label))} if they are in there; "
-                f"else move them to {root}, a folder for each class, or name images and labels in a list (docs/data.md)"
-            )
+        if folder.images:
+            below.setdefault(folder.label, []).append(folder.relative)
+    for place, holding in below.items():
+        while place not in holding:
+            folders = list(dict.fromkeys(of[len(place) + 1 :].split("/")[0] for of in holding))
+            splits = [name for name in folders if split_of(name)]
+            if len(folders) > 1 or splits:
+                _refuse_level(root, place, folders, bool(splits))
+            place = f"{place}/{folders[0]}"
+
+
+def _refuse_level(root: Path, place: str, folders: Sequence[str], splits: bool) -> None:
+    inside = f"{root / place} holds no images, only folders ({some(folders)})"
+    if splits:
+        raise UserError(f"{inside}: these are no classes but splits; give --data {quote(str(root / place))}")
+    raise UserError(
+        f"{inside}: which are the classes? Give --data {quote(str(root / place))} if they are in there; else move them "
+        f"to {root}, a folder for each class, or name images and labels in a list (docs/data.md)"
+    )

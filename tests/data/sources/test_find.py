@@ -152,6 +152,26 @@ def test_a_level_too_high_or_too_low_says_which_is_meant(tmp_path: Path, make_cl
         open_dataset(str(tmp_path / "up"), val_fraction=0.5)
 
 
+def test_a_level_too_high_is_seen_through_folders_that_hold_one_other(
+    tmp_path: Path, make_classes: Make
+) -> None:
+    """seg_train/seg_train/CLASS beside seg_test/seg_test/CLASS: archives unpacked into folders of their names."""
+    for split in ("seg_train", "seg_test"):
+        make_classes(tmp_path / "set" / split / split, {"ant": 2, "bee": 2})
+    with pytest.raises(
+        UserError,
+        match=r"set/seg_test/seg_test holds no images, only folders \(ant, bee\): .* --data \S*/seg_test/seg_test ",
+    ):
+        open_dataset(str(tmp_path / "set"), val_fraction=0.5)
+    for name in ("one", "two"):
+        make_splits(make_classes, tmp_path / "more" / name / "inner", "train", "val")
+    with pytest.raises(UserError, match="these are no classes but splits; give --data .*more/one/inner"):
+        open_dataset(str(tmp_path / "more"), val_fraction=0.5)
+    for name in ("one", "two"):
+        make_classes(tmp_path / "deep" / name / "images", {"large": 3})
+    assert open_dataset(str(tmp_path / "deep"), val_fraction=0.4).train.classes == ["one", "two"]
+
+
 def test_images_may_lie_one_folder_deeper_in_each_class(tmp_path: Path, make_classes: Make) -> None:
     for split in ("train", "val"):
         for label in ("ant", "bee"):
