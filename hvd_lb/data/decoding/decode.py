@@ -1,4 +1,4 @@
-"""Images by PIL, as stored: EXIF orientation is not applied, of 16-bit grey the high byte counts."""
+"""Images by PIL, as stored: EXIF orientation is not applied, of deep grey the upper 8 bits count."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import AvifImagePlugin, ExifTags, Image
+from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin
 
 from hvd_lb.data.decoding.essential import essential
 from hvd_lb.data.files.header import BrokenHeader, read_header
@@ -129,12 +129,19 @@ def _changed(images: Images, image_id: int, size: tuple[int, int]) -> UserError:
 def _as_stored(image: Image.Image) -> np.ndarray:
     turned = _tiff_orientation(image)
     if image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I"):
-        grey = (np.asarray(image) >> 8).astype(np.uint8)  # PIL would cut off at 255
+        grey = (np.asarray(image) >> (_grey_bits(image) - 8)).astype(np.uint8)  # PIL would cut off at 255
         image = Image.fromarray(grey)
     image.info.pop("transparency", None)  # convert drops it too, but may warn
     if image.mode != "RGB":
         image = image.convert("RGB")
     return np.asarray(image.transpose(_TURN_BACK[turned]) if turned in _TURN_BACK else image)
+
+
+def _grey_bits(image: Image.Image) -> int:
+    """Of a level of deep grey; PIL gives those of 12 bits, which only TIFF has, as they are."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 16
+    return 12 if image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else 16
 
 
 def _reason(error: Exception) -> str:
