@@ -256,7 +256,16 @@ def _twelve_bits(levels: np.ndarray) -> bytes:
     """A TIFF of levels up to 4095, two in three bytes, as microscopes and scanners write it."""
     first, second = levels[:, ::2], levels[:, 1::2]
     rows = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=2).astype(np.uint8)
-    tags = [(256, _WIDTH), (257, _HEIGHT), (258, 12), (259, 1), (262, 1), (273, 122), (277, 1), (278, _HEIGHT)]
+    tags = [
+        (256, _WIDTH),
+        (257, _HEIGHT),
+        (258, 12),
+        (259, 1),
+        (262, 1),
+        (273, 122),
+        (277, 1),
+        (278, _HEIGHT),
+    ]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (279, rows.size)])
     return b"II*\0" + struct.pack("<IH", 8, 9) + entries + bytes(4) + rows.tobytes()
 

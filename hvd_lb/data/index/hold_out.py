@@ -30,7 +30,7 @@ class Divided:
 def divide(index: Index, fraction: float, seed: int) -> Divided:
     """The index without and with the images that `hold_out` chooses: computed once, then mapped."""
     # An index made anew can have the same folder in the cache, though not in its own.
-    name = f"held-out-{fraction!r}-{seed}-{index.facts.sum:08x}"
+    name = f"held-out-2-{fraction!r}-{seed}-{index.facts.sum:08x}"
     folders = [folder / name for folder in index.keep]
     for folder in folders:
         if found := _load(index, folder):
@@ -53,7 +53,8 @@ def divide(index: Index, fraction: float, seed: int) -> Divided:
 def hold_out(index: Index, fraction: float, seed: int) -> np.ndarray:
     """bool (N,): which images validate. Those whose keyed hash of the relative path falls below `fraction`.
 
-    So a file added to the folder moves no other. A class of two images or more always has one on either side.
+    So a file added to the folder moves no other. A class of two images or more always has one on either side; a file
+    that a list names several times is one image.
     """
     hashes = _hashes(index, seed.to_bytes(8, "little", signed=True))
     held_out = hashes < np.uint64(fraction * 2.0**64)
@@ -61,12 +62,14 @@ def hold_out(index: Index, fraction: float, seed: int) -> np.ndarray:
     held = np.bincount(index.labels[held_out], minlength=len(index.classes))
     for label in np.flatnonzero((count > 0) & ((held == 0) | (held == count))):
         members = np.flatnonzero(index.labels == label)
-        if len(members) < 2:
+        # In shards images can have the same name.
+        of = np.arange(len(members)) if index.facts.shards else hashes[members]
+        if len(np.unique(of)) < 2:
             held_out[members] = False
         elif held[label]:
-            held_out[members[np.argmax(hashes[members])]] = False
+            held_out[members[of == of[np.argmax(hashes[members])]]] = False
         else:
-            held_out[members[np.argmin(hashes[members])]] = True
+            held_out[members[of == of[np.argmin(hashes[members])]]] = True
     return held_out
 
 

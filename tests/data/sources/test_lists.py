@@ -78,6 +78,21 @@ def test_one_list_is_divided_and_paths_may_be_absolute(folder: Path, tmp_path: P
     assert sorted(names) == sorted(path for path, _ in records)
 
 
+def test_a_file_that_is_named_several_times_is_on_one_side(folder: Path) -> None:
+    """Also of a class so small that one of its images is moved over to validate, and of one with a single file."""
+    photo(9, 9).save(folder / "e.png")
+    counts = {"a.png": ("x", 9), "b c.png": ("x", 9), "sub/d.png": ("y", 9), "e.png": ("z", 1)}
+    write(
+        folder / "train.csv", [[name, label] for name, (label, count) in counts.items() for _ in range(count)]
+    )
+    for fraction in (1e-9, 1 - 1e-9):
+        data = open_dataset(str(folder / "train.csv"), val_fraction=fraction)
+        train, val = ({of.name(i) for i in range(len(of))} for of in (data.train, data.val))
+        assert not train & val
+        assert np.bincount(data.train.labels).tolist() == [9, 9, 1]
+        assert np.bincount(data.val.labels, minlength=3).tolist() == [9, 0, 0]
+
+
 def test_names_that_are_no_text_are_kept(folder: Path) -> None:
     strange = os.fsencode(folder) + b"/\xff\xfe.png"
     os.rename(folder / "a.png", strange)
