@@ -51,9 +51,9 @@ class Tried:
 class Audit:
     """The audits of a run on this process, which are collective: all take the same decisions.
 
-    `compute` gives the digests of some virtual workers of a step by computing them here, int64 and of one length, and
-    changes nothing. `images(step)` is the number of images of a step. `name` and `gpu()` tell people which process this
-    is: `rank 5 on h2`, and `GPU 1 (0000:17:00.0)`, or nothing.
+    `compute` gives the digests of some virtual workers of a step by computing them here, int64, of a length that
+    follows from how many these are, and changes nothing. `images(step)` is the number of images of a step. `name` and
+    `gpu()` tell people which process this is: `rank 5 on h2`, and `GPU 1 (0000:17:00.0)`, or nothing.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Audit:
             self._draw
         )  # asked for by the loader's thread, too, some steps ahead
         self._hosts = _hosts(world) if rate else [0]
-        self._length = 0  # of the digests of a microbatch
+        self._lengths: dict[int, int] = {}  # of the digests of so many workers
         self._given: tuple[int, Tensor] | None = None  # the step, and this process's digests in it
         # By step, virtual workers that another process than theirs computes.
         self._moved: dict[int, tuple[list[int], int]] = {}
@@ -120,7 +120,7 @@ class Audit:
             return
         mine, self._given = self._given, None
         parties = [drawn.owner, drawn.auditor]
-        one, other = self._exchange(mine[1] if mine and mine[0] == step else None, parties)
+        one, other = self._exchange(mine[1] if mine and mine[0] == step else None, parties, drawn)
         if not torch.equal(one, other):
             self._disputed = step, drawn, [one, other]
             raise Disagreement(
@@ -138,7 +138,7 @@ class Audit:
         who = [json.loads(one) for one in gather_bytes(self._world, told, "hvd_lb.audit.who")]
         asked = [rank for rank in (drawn.owner, drawn.auditor, third) if rank is not None]
         mine = self._compute(step, drawn.workers) if self._world.rank in asked else None
-        now = dict(zip(asked, map(_key, self._exchange(mine, asked)), strict=True))
+        now = dict(zip(asked, map(_key, self._exchange(mine, asked, drawn)), strict=True))
         judged = judge([(drawn.owner, _key(first[0])), (drawn.auditor, _key(first[1])), *now.items()])
         if judged.truth is None:
             names = [f"{name} ({gpu})" if gpu else name for name, gpu in (who[rank] for rank in asked)]
@@ -156,12 +156,15 @@ class Audit:
         used = {self._hosts[rank] for rank in parties}
         return min(left, key=lambda rank: (self._hosts[rank] in used, rank), default=None)
 
-    def _exchange(self, mine: Tensor | None, parties: list[int]) -> list[Tensor]:
+    def _exchange(self, mine: Tensor | None, parties: list[int], drawn: Draw) -> list[Tensor]:
         """What each of these processes has found, by their order; collective."""
-        if not self._length:  # which who computes nothing does not know; the same in every step
+        workers = len(drawn.workers)  # the last group, or one in a short step, may have fewer
+        if workers not in self._lengths:  # which who computes nothing does not know; the same in every step
             length = torch.tensor([0 if mine is None else mine.numel()])
-            self._length = int(self._world.maximum_async(length, "hvd_lb.audit.length").wait().item())
-        said = torch.zeros(len(parties), self._length, dtype=torch.int64)
+            self._lengths[workers] = int(
+                self._world.maximum_async(length, "hvd_lb.audit.length").wait().item()
+            )
+        said = torch.zeros(len(parties), self._lengths[workers], dtype=torch.int64)
         if mine is not None:
             said[parties.index(self._world.rank)] = mine
         return list(self._world.allreduce(said, "hvd_lb.audit"))

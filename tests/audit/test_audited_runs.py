@@ -116,7 +116,7 @@ def assert_right(found: list[tuple[Trainer, Told]], right: tuple[list[Tensor], l
     assert found[0][1].losses == right[1]
 
 
-@pytest.mark.parametrize("changes", [{}, {"together": 2}, {"audit": 0.5}])
+@pytest.mark.parametrize("changes", [{}, {"together": 2}, {"together": 3, "gpus": 7}, {"audit": 0.5}])
 def test_audits_change_nothing(changes: dict[str, Any], right: tuple[list[Tensor], list[float]]) -> None:
     expected = right
     if "together" in changes:
