@@ -35,9 +35,18 @@ _KIND = attrgetter("dtype", "device", "shape")
 DTYPES = (torch.float32, torch.float64, *HALF)
 
 
-def gathering_dtype(parameter: Tensor) -> torch.dtype:
+def gathering_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of its sums: its own, but fp32 for half precision, where sums lose bits or overflow."""
-    return torch.float32 if parameter.dtype in HALF else parameter.dtype
+    return _of_sums(tensor.dtype)
+
+
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """That of `p.grad`: another than the parameter's own where somebody has set `p.grad_dtype`."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
+def _of_sums(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in HALF else dtype
 
 
 def _dense(grad: Tensor | None) -> Tensor:
@@ -110,8 +119,10 @@ class Slot:
         strides = torch.empty_like(parameter, device="meta").stride()
         # .data gives the view a version counter of its own instead of one shared by the whole bucket
         self.view = flat.as_strided(parameter.shape, strides, offset).data
-        self.rounded = self.view.dtype != parameter.dtype
-        self.grad = torch.empty_like(self.view, dtype=parameter.dtype) if self.rounded else self.view
+        self.rounded = self.view.dtype != gradient_dtype(parameter)
+        self.grad = (
+            torch.empty_like(self.view, dtype=gradient_dtype(parameter)) if self.rounded else self.view
+        )
         self.present = False
         self.opened = False  # autograd is about to add to it
         self.gathered = False  # a backward of this step has added to it
@@ -220,7 +231,9 @@ class Bucket:
         self.name, self._compress = name, compress
         *offsets, end = offsets_of(parameters)
         first, flags = parameters[0], len(parameters)
-        self.flat = torch.zeros(end + flags + riders, dtype=gathering_dtype(first), device=first.device)
+        self.flat = torch.zeros(
+            end + flags + riders, dtype=_of_sums(gradient_dtype(first)), device=first.device
+        )
         self.gradients, self.flags, self.riders = self.flat.split([end, flags, riders])
         self._wire = torch.zeros_like(self.gradients, dtype=compress.dtype) if compress else None
         self.slots = [Slot(p, self.flat, offset) for p, offset in zip(parameters, offsets, strict=True)]
@@ -449,7 +462,7 @@ class FixedPointBucket(Bucket):
         self.sum = FixedPointSum([slot.view for slot in self.slots], terms, name, riders, self.flat)
         self.riders = self.sum.riders
         self._index = {slot: index for index, slot in enumerate(self.slots)}
-        self._stand_ins = [gathering(parameter) for parameter in parameters]
+        self._stand_ins = [gathering(parameter, gradient_dtype(parameter)) for parameter in parameters]
         self._terms: dict[Slot, Tensor] = {}  # that are not in the sum yet
 
     def before_accumulation(self, slot: Slot) -> None:
@@ -562,12 +575,12 @@ def plan_buckets(parameters: Iterable[Tensor], bucket_bytes: int) -> list[list[T
     parameters = list(parameters)
     total: Counter[tuple[torch.dtype, torch.device]] = Counter()
     for parameter in parameters:
-        total[gathering_dtype(parameter), parameter.device] += _bytes(parameter)
+        total[_of_sums(gradient_dtype(parameter)), parameter.device] += _bytes(parameter)
     left = total.copy()
     buckets: list[list[Tensor]] = []
     filling: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], int]] = {}
     for parameter in reversed(parameters):
-        key = gathering_dtype(parameter), parameter.device
+        key = _of_sums(gradient_dtype(parameter)), parameter.device
         bucket, room = filling.get(key, ([], 0))
         if not bucket or _bytes(parameter) > room:
             part = min(total[key] // _PART, left[key] // 2) if key in filling else 0
@@ -581,4 +594,4 @@ def plan_buckets(parameters: Iterable[Tensor], bucket_bytes: int) -> list[list[T
 
 def _bytes(parameter: Tensor) -> int:
     """Of its sum."""
-    return parameter.numel() * gathering_dtype(parameter).itemsize
+    return parameter.numel() * _of_sums(gradient_dtype(parameter)).itemsize

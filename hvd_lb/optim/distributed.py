@@ -39,6 +39,7 @@ from hvd_lb.optim.buckets import (
     Held,
     Riders,
     Slot,
+    gradient_dtype,
     half,
     plan_buckets,
     squared_norm,
@@ -337,6 +338,8 @@ class DistributedOptimizer(Optimizer):
                 "not count again, and what was written into them by p.grad.data tells nobody; give p.grad = ..., or "
                 "call opt.zero_grad() before"
             )
+        if self.world.size > 1 and closure is None:
+            self._refuse_own()
         if self._schedule is not None:
             self._set_learning_rate(self._schedule(self.steps))
         if closure is None:
@@ -661,8 +664,9 @@ class DistributedOptimizer(Optimizer):
 
     def _check_dtypes(self, parameters: list[Tensor]) -> None:
         for p in parameters:
-            if p.dtype not in DTYPES:
-                raise TypeError(f"{self._label(p)} is a parameter of {p.dtype}; expected one of {DTYPES}")
+            for what, dtype in (("a parameter", p.dtype), ("to have gradients", gradient_dtype(p))):
+                if dtype not in DTYPES:
+                    raise TypeError(f"{self._label(p)} is {what} of {dtype}; expected one of {DTYPES}")
 
     def _check_agreement(self, parameters: list[Tensor]) -> None:
         described: list[Any] = [
@@ -673,7 +677,10 @@ class DistributedOptimizer(Optimizer):
                 self._riders and self._riders.count,
                 self._compress and [str(self._compress.dtype), self._compress.scale],
             ],
-            *([self._label(p), list(p.shape), str(p.dtype), p.requires_grad] for p in parameters),
+            *(
+                [self._label(p), list(p.shape), str(p.dtype), str(gradient_dtype(p)), p.requires_grad]
+                for p in parameters
+            ),
             *([name, list(p.shape), str(p.dtype)] for p, name in self._names.items()),
             *([name, list(b.shape), str(b.dtype)] for name, b in self._buffers.items()),
         ]
@@ -887,6 +894,8 @@ class DistributedOptimizer(Optimizer):
         """
         return bool(
             getattr(self.optimizer, "_step_supports_amp_scaling", False)
+            # A group may be updated otherwise: by its own word, or as that of a state that was loaded.
+            and all(group.get("fused", True) for group in self.optimizer.param_groups)
             and not self._optimizer_step_pre_hooks  # which would see what is not divided
             and not _global_optimizer_pre_hooks
         )
@@ -1029,6 +1038,26 @@ class DistributedOptimizer(Optimizer):
                     "processes have taken the last step() with other options of the optimizer than rank "
                     f"{self.world.rank} (its lr: {rates}), so their weights are no longer the same: give schedulers "
                     "the same numbers everywhere, as the loss of all processes and not each its own"
+                )
+
+    def _refuse_own(self) -> None:
+        """RuntimeError where a gradient that was set by hand would be used as it is, without those of other processes.
+
+        Parameters that never learnt have no place in the exchange; and what comes after it is not in it.
+        """
+        late = [slot.parameter for slot in self._slots() if not slot.present]
+        for parameter, why in (
+            *(
+                (p, "which is not exchanged, as it does not learn: call its requires_grad_()")
+                for p in self._others
+            ),
+            *((p, "after the exchange, in which no process had one: do it before backward") for p in late),
+        ):
+            grad = gradient(parameter)
+            if grad is not None and bool(grad.any()):
+                self.zero_grad()
+                raise RuntimeError(
+                    f"this process has set a gradient of its own by hand, that of {self._label(parameter)}, {why}"
                 )
 
     @property

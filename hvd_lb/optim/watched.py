@@ -98,7 +98,7 @@ class Gathering(Tensor):
         )
 
 
-def gathering(parameter: Tensor) -> Gathering:
-    """A stand-in that takes no memory."""
-    scalar = torch.empty((), dtype=parameter.dtype, device=parameter.device)
+def gathering(parameter: Tensor, dtype: torch.dtype) -> Gathering:
+    """A stand-in that takes no memory, for its gradient of this dtype."""
+    scalar = torch.empty((), dtype=dtype, device=parameter.device)
     return scalar.expand(parameter.shape).as_subclass(Gathering)

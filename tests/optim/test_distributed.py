@@ -458,6 +458,23 @@ class TestHalfPrecision:
             if number % 2:
                 opt.zero_grad()
 
+    @pytest.mark.parametrize("terms", [None, 4])
+    def test_gradients_of_a_dtype_of_their_own(self, dtype: torch.dtype, terms: int | None) -> None:
+        """By `p.grad_dtype`: as exact as their sum is, or rounded though the weights are not."""
+        narrow, wide = nn.Parameter(torch.zeros(3, dtype=dtype)), nn.Parameter(torch.zeros(3))
+        narrow.grad_dtype, wide.grad_dtype = torch.float32, dtype
+        opt = DistributedOptimizer(
+            torch.optim.SGD([narrow, wide], 0.0, foreach=False), world=Solo(), reproducible_terms=terms
+        )
+        for _ in range(2):
+            for last in (False, True):
+                opt.backward((narrow * 0.1).sum() + (wide * 0.3).sum(), last=last)
+            opt.synchronize(images=1)
+            for p, factor, of in ((narrow, 0.1, torch.float32), (wide, 0.3, dtype)):
+                assert p.grad.dtype == of
+                assert p.grad[0].item() == 2 * torch.tensor(factor).to(dtype).item()
+            opt.zero_grad()
+
     def test_sums_do_not_overflow(self, dtype: torch.dtype) -> None:
         w = nn.Parameter(torch.zeros(3, dtype=dtype))
         opt = DistributedOptimizer(torch.optim.SGD([w], 1.0), world=Recorder(size=16))

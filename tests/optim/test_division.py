@@ -123,6 +123,31 @@ def test_a_gradient_that_is_not_the_optimizers_to_divide() -> None:
     assert torch.allclose(model[0].bias, before - 0.1)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_groups_that_are_not_updated_by_the_fused_kernel(
+    kind: Callable[..., Optimizer], loaded: bool
+) -> None:
+    """By their own word, or as those of a state that was saved without it: torch's other kernels take no divisor."""
+
+    def train(fused: bool) -> nn.Module:
+        model = network()
+        groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters())}]
+        state = kind(copy.deepcopy(groups), lr=0.1).state_dict()
+        if fused and not loaded:
+            groups[0]["fused"] = False  # type: ignore[assignment]
+        opt = DistributedOptimizer(kind(groups, lr=0.1, fused=fused), model, world=Solo())
+        if loaded:
+            opt.load_state_dict(state)
+        for step in range(2):
+            opt.backward(model(images(step)).square().sum())
+            opt.step(images=5)
+        return model
+
+    for a, b in zip(train(True).parameters(), train(False).parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12)
+
+
 def test_giving_a_step_up_after_its_exchange() -> None:
     model, twin = network(), network()
     opt, other = (

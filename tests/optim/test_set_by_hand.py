@@ -125,6 +125,52 @@ def test_what_is_written_onto_the_gradient_of_a_backward_in_secret_is_an_error()
         opt.step()
 
 
+def frozen(world: Together) -> nn.Module:
+    """As of an estimate that needs no backward."""
+    model = network().requires_grad_(False)
+    opt = DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, world=world)
+    model[2].bias.grad = torch.full((2,), 1.0 + world.rank, dtype=torch.float64)
+    opt.step()
+    return model
+
+
+def after_a_backward(world: Together) -> nn.Module:
+    """Of another part of the network."""
+    model = network()
+    opt = DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, world=world)
+    model(images(0, world.rank, world.size)).sum().backward(inputs=list(model[0].parameters()))
+    for p in model[2].parameters():
+        p.grad = torch.full_like(p, 1.0 + world.rank)
+    opt.step()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("loop", "words"), [(frozen, "2.bias, which is not exchanged"), (after_a_backward, "after the exchange")]
+)
+def test_one_that_would_be_used_without_those_of_the_others_is_an_error(
+    loop: Callable[[Together], nn.Module], words: str
+) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        together(2, loop)
+    together(1, loop)
+
+
+def test_zeros_may_be_filled_in_where_there_is_none() -> None:
+    def train(world: Together) -> Tensor:
+        model = network()
+        opt = DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, world=world)
+        model(images(0, world.rank, world.size)).sum().backward(inputs=[model[0].weight])
+        for p in model.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        opt.step()
+        return model[0].weight.detach()
+
+    one, other = together(2, train)
+    assert torch.equal(one, other)
+
+
 def test_attributes_of_the_wrapped_optimizer_are_set_there() -> None:
     class Scaling(torch.optim.SGD):
         factor = 1.0
