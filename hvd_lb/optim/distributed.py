@@ -14,6 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -153,6 +154,7 @@ class DistributedOptimizer(Optimizer):
         skip_on_device: bool = False,
         state: dict[str, Any] | None = None,
     ) -> None:
+        _not_compiled()
         # Optimizer.__init__ is left out: groups, defaults, state and hooks are the wrapped optimizer's own,
         # and its step fires the hooks, once.
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, DistributedOptimizer):
@@ -242,6 +244,7 @@ class DistributedOptimizer(Optimizer):
 
     # The gradients of a step
 
+    @torch._disable_dynamo
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Adds the gradients of a loss, a sum over images; the `last` call of a step starts the exchange."""
         self._check_owner()
@@ -260,6 +263,7 @@ class DistributedOptimizer(Optimizer):
         finally:
             self._armed = before
 
+    @torch._disable_dynamo
     def synchronize(self, *, images: int | None = None, global_images: int | None = None) -> None:
         """Completes the exchange and divides, once per step, by the number of images of all processes.
 
@@ -306,6 +310,7 @@ class DistributedOptimizer(Optimizer):
         else:
             self._divide()
 
+    @torch._disable_dynamo
     def step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -355,6 +360,7 @@ class DistributedOptimizer(Optimizer):
         self.steps += 1
         return result
 
+    @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discards all gradients; an exchange under way is completed first, for the other processes' sake."""
         if self._phase is Phase.EXCHANGING and not self._taken:
@@ -849,6 +855,7 @@ class DistributedOptimizer(Optimizer):
             elif bucket not in self._fresh:
                 self._start(bucket)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def _start(self, bucket: Bucket) -> None:
         riders: list[int] = []
@@ -863,6 +870,7 @@ class DistributedOptimizer(Optimizer):
         if self.on_exchange:
             self.on_exchange(self._buckets.index(bucket), bucket.exchanged_bytes)
 
+    @torch._disable_dynamo
     def _look(self) -> None:
         """Before somebody reads or sets a gradient while backward and exchange are under way: completes the exchange.
 
@@ -1127,6 +1135,18 @@ class DistributedOptimizer(Optimizer):
         self._synchronize_now(images, global_images)
         total = torch.as_tensor(loss).detach().to("cpu", torch.float64).reshape(1).clone()
         return self.world.allreduce(total, f"{self._name}.loss")[0] / (self._divisor or 1)
+
+
+@cache
+def _not_compiled() -> None:
+    """Has torch.compile leave our hooks alone where somebody compiles a step as a whole: it mistakes what they do.
+
+    By their files, as a decorator takes microseconds for each parameter. Torch's optimizers have imported this module.
+    """
+    from torch._dynamo import trace_rules
+
+    for name in ("distributed", "buckets", "watched"):
+        trace_rules.add(f"{__package__}.{name}")
 
 
 def _unhook(parameter: Tensor) -> DistributedOptimizer | None:

@@ -165,7 +165,7 @@ class _Forward(Replaced):
         layer = self.layer
         parts = x.unflatten(0, (len(self._group.sizes), -1))
         of_channels = [1, 1, -1, *[1] * (parts.dim() - 3)]
-        wide = parts.to(gathering_dtype(parts))
+        wide = parts.to(torch.promote_types(parts.dtype, torch.float32))
         variance, mean = torch.var_mean(wide, [1, *range(3, parts.dim())], correction=0, keepdim=True)
         factor = torch.rsqrt(variance + layer.eps)
         if layer.weight is not None:

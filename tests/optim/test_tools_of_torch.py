@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from test_distributed import Recorder
 from torch import Tensor, nn
 from torch.distributed import HashStore
 from torch.distributed.checkpoint.state_dict import (
@@ -128,6 +129,37 @@ def test_microbatches_of_several_sizes_are_compiled_while_sums_are_formed() -> N
             o.backward(forward(torch.ones(images, 3)).square().sum(), last=images == 3)
         o.step(images=12)
     assert difference(model, reference) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terms", [None, 4])
+@pytest.mark.parametrize("what", ["clipping", "the whole step"])
+def test_what_reads_gradients_may_be_compiled(what: str, terms: int | None) -> None:
+    def train(compiled: bool) -> nn.Module:
+        model = network()
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        opt = DistributedOptimizer(sgd, model, world=Recorder(size=2), reproducible_terms=terms)
+
+        def clip() -> None:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+        def step(x: Tensor) -> None:
+            model(x).square().mean().backward()
+            clip()
+            opt.step()
+            opt.zero_grad()
+
+        if compiled:
+            torch._dynamo.reset()
+            if what == "clipping":
+                clip = torch.compile(clip, backend="eager")
+            else:
+                step = torch.compile(step, backend="eager")
+        for seed in range(3):
+            step(torch.randn(5, 3, generator=torch.Generator().manual_seed(seed)))
+        return model
+
+    assert difference(train(compiled=True), train(compiled=False)) < 1e-6
 
 
 @pytest.mark.parametrize("terms", [None, 4])
