@@ -172,13 +172,10 @@ class DistributedOptimizer(Optimizer):
             whole("images", images)
         if compress != "none" and reproducible_terms is not None:
             raise ValueError(f"compress={compress!r} with reproducible_terms: exact sums have no fewer bits")
-        for module in model.modules() if model is not None else ():
-            if wrapper := _EXCHANGING & {kind.__name__ for kind in type(module).__mro__}:
-                raise TypeError(
-                    f"model is wrapped in {wrapper.pop()}, which exchanges gradients itself: give the network alone"
-                )
         self.optimizer = optimizer
         self.world = current() if world is None else world
+        if model is not None:
+            _check_model(model, alone=self.world.size == 1)
         self._schedule = schedule
         self.steps = 0
         for name in _SHARED:
@@ -1135,6 +1132,20 @@ class DistributedOptimizer(Optimizer):
         self._synchronize_now(images, global_images)
         total = torch.as_tensor(loss).detach().to("cpu", torch.float64).reshape(1).clone()
         return self.world.allreduce(total, f"{self._name}.loss")[0] / (self._divisor or 1)
+
+
+def _check_model(model: nn.Module, *, alone: bool) -> None:
+    """TypeError for a module that exchanges gradients itself, or changes weights by what one process has seen."""
+    for name, module in model.named_modules():
+        if wrapper := _EXCHANGING & {kind.__name__ for kind in type(module).__mro__}:
+            raise TypeError(
+                f"model is wrapped in {wrapper.pop()}, which exchanges gradients itself: give the network alone"
+            )
+        if not alone and isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise TypeError(
+                f"{name or 'the model'} has max_norm {module.max_norm:g}: its forward shortens the rows that this "
+                "process looks up, and replicas would drift apart; shorten rows after opt.step()"
+            )
 
 
 @cache

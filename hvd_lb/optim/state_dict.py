@@ -103,13 +103,17 @@ def _once(tensor: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
 
 
 def broadcast_optimizer(world: World, optimizer: Optimizer, name: str) -> None:
-    """Gives every process rank 0's optimizer state and group options, whatever the others had."""
+    """Gives every process rank 0's optimizer state and group options, whatever the others had.
+
+    Who has the same is left alone: to load a state is to make new groups, which others of an optimizer's may not get.
+    """
     tensors, skeleton = flatten_state(optimizer.state_dict())
     layout = {
-        path: [str(t.dtype).removeprefix("torch."), t.shape, t.stride(), t.device.type]
+        path: [str(t.dtype).removeprefix("torch."), [*t.shape], [*t.stride()], t.device.type]
         for path, t in tensors.items()
     }
-    sent = json.loads(world.broadcast_bytes(json.dumps([skeleton, layout]).encode(), f"{name}.skeleton"))
+    own = json.loads(json.dumps([skeleton, layout]))
+    sent = json.loads(world.broadcast_bytes(json.dumps(own).encode(), f"{name}.skeleton"))
     received = {
         path: torch.empty_strided(shape, stride, dtype=getattr(torch, dtype))
         for path, (dtype, shape, stride, _) in sent[1].items()
@@ -117,6 +121,22 @@ def broadcast_optimizer(world: World, optimizer: Optimizer, name: str) -> None:
     if world.rank == 0:
         received = {path: tensor.cpu() for path, tensor in tensors.items()}
     broadcast_tensors(world, received, f"{name}.tensors")
-    if world.rank != 0:
-        there = {path: tensor.to(sent[1][path][3]) for path, tensor in received.items()}
-        optimizer.load_state_dict(restore_state(there, sent[0]))
+    if world.rank == 0 or (
+        own == sent and all(torch.equal(tensors[of].cpu(), received[of]) for of in received)
+    ):
+        return
+    there = {path: tensor.to(sent[1][path][3]) for path, tensor in received.items()}
+    state = restore_state(there, sent[0])
+    optimizer.load_state_dict(state)
+    _keep_dtypes(optimizer, state["state"])
+
+
+def _keep_dtypes(optimizer: Optimizer, loaded: Mapping[int, Mapping[str, Any]]) -> None:
+    """torch gives what it loads the dtype of the parameter; rank 0, which has loaded nothing, has its own."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    for number, parameter in enumerate(parameters):
+        state = optimizer.state.get(parameter, {})
+        for name, value in loaded.get(number, {}).items():
+            own = state.get(name)
+            if isinstance(value, Tensor) and isinstance(own, Tensor) and own.dtype != value.dtype:
+                state[name] = torch.empty_like(own, dtype=value.dtype).copy_(value)

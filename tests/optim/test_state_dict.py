@@ -1,12 +1,15 @@
 """State dicts through tensors and JSON."""
 
+import copy
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from together import Together, together
+from torch import Tensor, nn
 
-from hvd_lb.optim import SGD
+from hvd_lb.optim import SGD, DistributedOptimizer
 from hvd_lb.optim.state_dict import flatten_state, restore_state
 
 
@@ -73,3 +76,62 @@ def test_paths_and_scalars() -> None:
 def test_what_json_cannot_hold_is_named(state: object, words: str) -> None:
     with pytest.raises(TypeError, match=words):
         flatten_state(state)
+
+
+# What processes are given of rank 0's optimizer
+
+
+class InFloat(torch.optim.Optimizer):
+    """Keeps its state in fp32, whatever the parameters are."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            average = self.state[p].setdefault("average", torch.zeros_like(p, dtype=torch.float32))
+            average.lerp_(p.grad.float(), 0.1)
+            p.sub_(average.to(p.dtype), alpha=self.param_groups[0]["lr"])
+
+
+class Around(torch.optim.Optimizer):
+    """Has the groups of another optimizer, which makes the steps."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        self.base = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
+        self.param_groups = self.base.param_groups
+
+    def step(self, closure: object = None) -> None:
+        self.base.step()
+
+
+@pytest.mark.parametrize("make", [InFloat, lambda p: torch.optim.NAdam(p, 0.01), Around])
+def test_replicas_stay_the_same_when_an_optimizer_is_wrapped_again(make: Callable) -> None:
+    begin = nn.Linear(8, 4).bfloat16()
+
+    def train(world: Together) -> list[Tensor]:
+        model = copy.deepcopy(begin)
+        inner = make(list(model.parameters()))
+        for again in range(2):
+            opt = DistributedOptimizer(inner, model, world=world, schedule=lambda step: 0.1 / (1 + step))
+            for step in range(6):
+                seed = 100 * again + 10 * step + world.rank
+                x = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)).bfloat16()
+                opt.backward(model(x).square().mean())
+                opt.step()
+        return [p.detach() for p in model.parameters()]
+
+    one, other = together(2, train)
+    assert all(map(torch.equal, one, other))
+
+
+def test_a_forward_that_changes_weights_is_refused_on_several_processes() -> None:
+    def wrap(world: Together) -> None:
+        model = nn.Sequential(nn.Embedding(10, 4, max_norm=0.5))
+        DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, world=world)
+
+    together(1, wrap)
+    with pytest.raises(TypeError, match="0 has max_norm 0.5"):
+        together(2, wrap)
