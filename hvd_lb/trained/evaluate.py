@@ -16,6 +16,7 @@ from hvd_lb.data.sources.names import some
 from hvd_lb.data.spec import is_named
 from hvd_lb.errors import UserError
 from hvd_lb.plan.augment import Origin
+from hvd_lb.report.text import printable
 from hvd_lb.trained.weights import Trained
 from hvd_lb.training.bad_images import BadImages, Record
 from hvd_lb.training.batchnorm import allow_single_values
@@ -97,13 +98,23 @@ def _split(dataset: Dataset, split: str) -> Images:
 
 def _as_trained(images: Images, trained: Trained) -> Images:
     if trained.classes is None:
-        if len(images.classes) > trained.outputs:
-            raise UserError(
-                f"{len(images.classes)} classes for a network of {trained.outputs} outputs: give the data it was "
-                "trained on"
-            )
+        _refuse_unnamed(images.classes, trained)
         return images
     return images if images.classes == trained.classes else Relabelled(images, trained.classes)
+
+
+def _refuse_unnamed(classes: list[str], trained: Trained) -> None:
+    """UserError where nothing names the outputs and the classes are not one for each, nor numbers of outputs."""
+    if len(classes) > trained.outputs:
+        raise UserError(
+            f"{len(classes)} classes for a network of {trained.outputs} outputs: give the data it was trained on"
+        )
+    if len(classes) < trained.outputs and classes != [str(number) for number in range(len(classes))]:
+        raise UserError(
+            f"{printable(str(trained.file))} does not name its {trained.outputs} outputs, so which of them the "
+            f"{len(classes)} classes {some(classes)} are is not known: give a folder for each output, some of them "
+            "empty, or a list with a classes.txt of all"
+        )
 
 
 def evaluate(trained: Trained, images: Images, what: str, *, device: torch.device, threads: int) -> Evaluated:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from hvd_lb import arithmetic
 from hvd_lb.data.decoding.decode import check_header
 from hvd_lb.data.decoding.stand_in import sizes
 from hvd_lb.data.files.header import NO_HEADER, header_or_reason
-from hvd_lb.data.files.kinds import EXTENSIONS, is_ignored, why_not_read
+from hvd_lb.data.files.kinds import EXTENSIONS, NOT_READ, is_ignored, why_not_read
 from hvd_lb.data.files.reading import read_file
 from hvd_lb.data.files.section import Section
 from hvd_lb.data.images import Images
@@ -66,11 +67,7 @@ def find_images(named: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in named:
         if path.is_dir():
-            inside = sorted(
-                file
-                for file in path.rglob("*")
-                if file.suffix.lower() in EXTENSIONS and not is_ignored(file.name) and file.is_file()
-            )
+            inside = sorted(_inside(path, frozenset()))
             if not inside:
                 raise UserError(f"{printable(str(path))}: holds no image files ({', '.join(EXTENSIONS)})")
             found += inside
@@ -79,12 +76,38 @@ def find_images(named: Sequence[Path]) -> list[Path]:
                 f"{printable(str(path))}: is not there; expected an image file, or a folder of them"
             )
         elif path.suffix.lower() not in EXTENSIONS:
-            raise UserError(
-                f"{printable(str(path))}: {why_not_read(path.name)} ({', '.join(EXTENSIONS)} are read)"
-            )
+            raise _not_read(path)
         else:
             found.append(path)
     return found
+
+
+def _inside(folder: Path, above: frozenset[str]) -> Iterator[Path]:
+    """Images at any depth, as a class folder has them: links are followed, but not into a folder around them; names
+    that are hidden or of systems are left out. UserError for images that are not read.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        entries = list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{printable(str(folder))}: cannot be listed ({error.strerror})") from error
+    for path in entries:
+        if is_ignored(path.name):
+            continue
+        if path.is_dir():
+            yield from _inside(path, above | {real})
+        elif path.suffix.lower() in EXTENSIONS:
+            if not path.exists():
+                raise UserError(f"{printable(str(path))}: leads to nothing; remove the link")
+            yield path
+        elif path.suffix.lower() in NOT_READ:
+            raise _not_read(path)
+
+
+def _not_read(path: Path) -> UserError:
+    return UserError(f"{printable(str(path))}: {why_not_read(path.name)} ({', '.join(EXTENSIONS)} are read)")
 
 
 def predict(

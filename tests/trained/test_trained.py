@@ -239,6 +239,30 @@ def test_weights_that_do_not_say_how_many_classes_they_tell_apart(
     assert "does not hold the weights of resnet8 (it has no fc.weight)" in said.err
 
 
+def test_some_of_the_classes_where_nothing_names_the_outputs(
+    hvd_lb: Callable[..., Any], run: Path, folder: Path, tmp_path: Path
+) -> None:
+    """As of torchvision's weights for 1,000 classes on ten of them: folders 3 and 7 are not outputs 0 and 1."""
+    file, recipe = tmp_path / "theirs.safetensors", tmp_path / "recipe.yaml"
+    save_file(load_file(run / "checkpoints" / "last" / "model.safetensors"), file)
+    recipe.write_text("model: resnet8\nimage_size: 8\neval_crop: 1.0\nnum_classes: 10\nchannels_last: true\n")
+    words = ("evaluate", file, "--recipe", recipe, "--threads", 1, "--json", "--data")
+    for name in "37":
+        shutil.copytree(folder / name, tmp_path / "some" / name)
+    said = hvd_lb(*words, tmp_path / "some")
+    assert (said.status, said.out) == (2, "")
+    assert "does not name its 10 outputs, so which of them the 2 classes 3, 7 are is not known" in said.err
+    expected = json.loads(hvd_lb("evaluate", run, "--data", tmp_path / "some", "--json").out)
+    records = [f"{path},{path.parent.name}\n" for path in sorted((tmp_path / "some").rglob("*.png"))]
+    (tmp_path / "train.csv").write_text("".join(records))
+    for name in set("0123456789") - set("37"):
+        (tmp_path / "some" / name).mkdir()
+    for data in (tmp_path / "train.csv", tmp_path / "some"):
+        found = json.loads(hvd_lb(*words, data).out)
+        assert found["top1_error"] == expected["top1_error"]
+        assert found["loss"] == pytest.approx(expected["loss"])
+
+
 def test_predictions_are_those_of_torch(hvd_lb: Callable[..., Any], run: Path, folder: Path) -> None:
     files = sorted(folder.rglob("*.png"))
     said = hvd_lb("predict", run, folder, "--top", 3)
@@ -252,6 +276,32 @@ def test_predictions_are_those_of_torch(hvd_lb: Callable[..., Any], run: Path, f
     ]
     found = torch.tensor([[one["probability"] for one in line["top"]] for line in lines])
     assert found == pytest.approx(shares.numpy(), abs=1e-5)
+
+
+def test_a_folder_stands_for_the_images_that_a_class_folder_has(
+    hvd_lb: Callable[..., Any], run: Path, folder: Path, tmp_path: Path
+) -> None:
+    def told() -> list[str]:
+        lines = hvd_lb("predict", run, tmp_path / "photos").out.splitlines()
+        return [str(Path(json.loads(line)["image"]).relative_to(tmp_path / "photos")) for line in lines]
+
+    file = next((folder / "1").iterdir())
+    for place in (".", "deeper", ".thumbnails", "@eaDir/a.png"):
+        (tmp_path / "photos" / place).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "photos" / place / "a.png")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(file, tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "photos" / "deeper" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "photos")
+    assert told() == ["a.png", "deeper/a.png", "deeper/linked/b.png"]
+    for name, reason in (("c.gif", "GIF is not read"), ("gone.png", "leads to nothing")):
+        odd = tmp_path / "photos" / "deeper" / name
+        odd.symlink_to(file if name == "c.gif" else tmp_path / "nowhere")
+        said = hvd_lb("predict", run, tmp_path / "photos")
+        odd.unlink()
+        assert (said.status, said.out) == (2, "")
+        assert f"{odd}: {reason}" in said.err
+        assert said.err.count("\n") == 1
 
 
 def test_images_are_predicted_at_the_size_of_evaluations(

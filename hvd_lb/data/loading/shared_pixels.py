@@ -9,6 +9,7 @@ wait for each other, as the next microbatches may hold the same image.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import threading
 import zlib
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import features
 
+from hvd_lb.data.decoding import decode, essential
 from hvd_lb.data.decoding.decode import check_header, decode_image
 from hvd_lb.data.images import Dataset, Images
 from hvd_lb.data.index.dataset import IndexedDataset
@@ -27,6 +30,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.machine.cache_folder import cache_folder
 
 MEMORY = Path("/dev/shm")
+_LIBRARIES = ("pil", "libjpeg_turbo", "webp", "avif", "libtiff")
 _PATTERN = "hvd-lb-*.pixels"
 _MARK_BYTES = 8
 _LOCKS = 256
@@ -170,14 +174,20 @@ def cached(dataset: Dataset, kind: Literal["memory", "disk"], run: str | int) ->
 
 
 def _on_disk(dataset: Dataset) -> Path:
-    """Of this index, in a folder for the path of the data, where those of older indexes are of no more use."""
+    """Of this index and what decodes, in a folder for the path of the data, where all others are of no more use."""
     if not isinstance(dataset, IndexedDataset) or not dataset.train.index.identity:
         raise UserError(f"--cache disk: the index of {dataset.name} could not be kept; use --cache memory")
     parts = (dataset.train.index, dataset.val.index)
     root = parts[0].root
     place = str(root.resolve() if isinstance(root, Path) else root)
     folder = cache_folder() / "decoded" / _digest(place)
-    return folder / f"hvd-lb-{_digest(*(index.identity for index in parts))}.pixels"
+    return folder / f"hvd-lb-{_digest(*(index.identity for index in parts), *_decoders())}.pixels"
+
+
+def _decoders() -> list[str]:
+    """What pixels depend on besides the files."""
+    libraries = [f"{name} {features.version(name)}" for name in _LIBRARIES]
+    return [*libraries, *map(inspect.getsource, (decode, essential))]
 
 
 def _digest(*names: str) -> str:

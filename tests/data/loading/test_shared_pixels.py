@@ -100,6 +100,19 @@ def test_pixels_on_disk_outlast_the_run_and_those_of_changed_data_are_removed(fo
     assert list(second.parent.iterdir()) == [second]
 
 
+def test_pixels_on_disk_are_those_of_the_present_decoder(folder, monkeypatch) -> None:
+    def run() -> Path:
+        return cached(open_dataset(str(folder)), "disk", "run")[1].path
+
+    first = run()
+    version = cache.features.version
+    monkeypatch.setattr(cache.features, "version", lambda name: f"{version(name)}.1")
+    second = run()
+    assert second != first
+    monkeypatch.setattr(cache.inspect, "getsource", lambda module: "other rules")  # hvd-lb's own
+    assert run() not in (first, second)
+
+
 def _fill(folder: str, memory: str, share: int, of: int, kind: str) -> None:
     cache.MEMORY = Path(memory)
     opened, _ = cached(open_dataset(folder), kind, "run")
