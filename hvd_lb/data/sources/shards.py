@@ -198,12 +198,24 @@ def shards_in(folder: Place) -> dict[Split, ShardSource]:
                 missing.append(f"{prefix}{number + 1:0{width}}.tar")
     if packed := sorted(name for name in names if _unpacked(name) and _unpacked(name) not in names):
         raise refused_compressed(folder / packed[0])
+    for first, *others in found.values():
+        if other := next((name for name in others if _prefix(name) != _prefix(first)), None):
+            raise UserError(
+                f"{folder}: has both {first} and {other}, which may be of two data sets; name those that are meant "
+                f"with --data and --val, such as '{folder}/{_prefix(first)}*.tar'"
+            )
     if missing:
         raise UserError(
             f"{folder}: has no {missing[0]}; copy it, or name the shards to use, such as "
             f"--data '{folder}/train-{{0000..0146}}.tar' or '{folder}/train-*.tar'"
         )
     return {split: ShardSource(folder, f"{split}-shards", tuple(names)) for split, names in found.items()}
+
+
+def _prefix(name: str) -> str:
+    """What stands before the number of a shard."""
+    match = _NUMBERED.fullmatch(name)
+    return match["prefix"] if match else name
 
 
 def tar_files(folder: Path) -> list[str]:

@@ -81,6 +81,19 @@ def test_foreign_shards(kind: int, tmp_path: Path) -> None:
         assert data.val.labels.tolist() == [1]
 
 
+def test_shards_of_several_names_in_a_folder_are_not_taken_for_one_data_set(tmp_path: Path) -> None:
+    for name in ("few-train-0", "few-val-0", "many-train-0", "many-train-1", "many-val-0"):
+        write_tar(tmp_path / f"{name}.tar", [*samples([f"{name}-0"], b"0"), *samples([f"{name}-1"], b"1")])
+    with pytest.raises(
+        UserError, match=r"has both few-train-0.tar and many-train-0.tar, .* such as '.*/few-train-\*.tar'"
+    ):
+        open_dataset(str(tmp_path))
+    data = open_dataset(f"{tmp_path}/many-train-*.tar")
+    assert (len(data.train), len(data.val)) == (4, 2)
+    both = open_dataset(f"{tmp_path}/{{few,many}}-train-*.tar", val=f"{tmp_path}/*-val-0.tar")
+    assert (len(both.train), len(both.val)) == (6, 4)
+
+
 @pytest.mark.parametrize(
     ("pattern", "named"),
     [
