@@ -32,6 +32,7 @@ _LONGEST_LABEL, _LONGEST_JSON = 1 << 12, 1 << 20
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd", b"\x04\x22": "lz4"}
 _LINKED = "is a link: pack what it points to (tar --dereference --hard-dereference)"
 _NUMBER = re.compile(r"(-?)0*([0-9]+)(?:\.0*)?")
+_CONTROL = re.compile(r"[\x00-\x1f]")
 _LONGEST_NAME = (1 << 16) - 1  # bytes, in a row
 
 
@@ -236,7 +237,8 @@ def _label(path: Place, key: str, section: Section, sample: _Sample) -> str:
     given: dict[str, str] = {}
     if cls := sample.labels.get("cls"):
         content = section.at(cls.start, cls.size) if cls.size <= _LONGEST_LABEL else b""
-        if not (text := content.decode("utf-8-sig", "surrogateescape").strip()):
+        text = content.decode("utf-8-sig", "surrogateescape").strip()
+        if not text or _CONTROL.search(text):  # several labels, or a number that is not written as text
             raise UserError(f"{path}: {cls.name!r} is no label; expected a number or the name of a class")
         given[repr(cls.name)] = text
     if member := sample.labels.get("json"):

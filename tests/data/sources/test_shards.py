@@ -355,6 +355,14 @@ def empty_label(folder: Path) -> None:
     write_tar(third(folder), samples("a", b" \n"))
 
 
+def several_labels(folder: Path) -> None:
+    write_tar(third(folder), samples("a", b"1\n2\n"))
+
+
+def binary_label(folder: Path) -> None:
+    write_tar(third(folder), samples("a", np.int64(1).tobytes()))
+
+
 def no_json(folder: Path) -> None:
     write_tar(third(folder), [("a.png", png()), ("a.json", b"{")])
 
@@ -426,6 +434,8 @@ MISTAKES = {
     pipe_for_a_shard: "train-000002.tar: is no file, but a pipe",
     socket_for_a_shard: "train-000002.tar: is no file, but a pipe",
     empty_label: "train-000002.tar: 'a.cls' is no label",
+    several_labels: "train-000002.tar: 'a.cls' is no label",
+    binary_label: "train-000002.tar: 'a.cls' is no label",
     no_json: "train-000002.tar: 'a.json' is no JSON object",
     json_without_label: "train-000002.tar: 'a.json' has no label",
     gif: "train-000002.tar: 'a.gif': GIF is not read",
