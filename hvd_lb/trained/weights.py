@@ -30,7 +30,7 @@ from hvd_lb.training.checkpoint import (
     open_checkpoint,
     weights_metadata,
 )
-from hvd_lb.training.models import build_model, input_problem, last_weight, without_auxiliary
+from hvd_lb.training.models import build_model, input_problem, last_weight, load_weights, without_auxiliary
 
 # A header that readers of safetensors take has at most 100 MB.
 _MOST_METADATA = 20_000_000
@@ -88,7 +88,7 @@ class Trained:
         """In evaluation mode. UserError where these are not the recipe's weights, or its images are none for them."""
         model = build_model(self.recipe.model, self.outputs, seed=0, zero_gamma=self.recipe.zero_gamma)
         try:
-            model.load_state_dict(without_auxiliary(model, self.tensors))
+            load_weights(model, without_auxiliary(model, self.tensors))
         except RuntimeError as error:
             first = " ".join(str(error).split("\n\t")[1:2]) or str(error)
             raise UserError(

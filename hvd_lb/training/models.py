@@ -6,10 +6,12 @@ Any classification model of torchvision, and the small residual networks for ima
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import torch
 import torchvision
@@ -173,8 +175,17 @@ def take_weights(
             f"{len(wrong) - 1} more differ): give the --model that they are of"
         )
     new = of_head if other or other_classes else []
-    model.load_state_dict({name: own[name] if name in new else tensors[name] for name in own})
+    load_weights(model, {name: own[name] if name in new else tensors[name] for name in own})
     return new
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """`load_state_dict` of what `state_dict` gave, without the versions of modules that came with it, or from a file:
+    MNASNet refuses that, as its first version had other layers.
+    """
+    state: OrderedDict[str, Any] = OrderedDict(tensors)
+    state._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
+    model.load_state_dict(state)
 
 
 def without_auxiliary(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from hvd_lb.training.bad_images import BadImages
 from hvd_lb.training.batchnorm import ReproducibleStatistics, RunningStatistics
 from hvd_lb.training.checkpoint import Snapshot, copied
 from hvd_lb.training.evaluation import Evaluation
+from hvd_lb.training.models import load_weights
 from hvd_lb.training.saved_state import AVERAGED, LOSSES, SavedState, counted_error
 from hvd_lb.world import Handle, World
 
@@ -225,11 +226,11 @@ class RunState:
     def averaged(self) -> Iterator[None]:
         """Meanwhile the model has the averaged weights, and statistics as they were published."""
         own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.model.load_state_dict(_without(AVERAGED, self._averaged()))
+        load_weights(self.model, _without(AVERAGED, self._averaged()))
         try:
             yield
         finally:
-            self.model.load_state_dict(own)
+            load_weights(self.model, own)
 
     def learnt(self, *, statistics: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies of the model's tensors, perhaps without batch norm's statistics, and of the optimizer's, on the CPU.
@@ -259,7 +260,7 @@ class RunState:
     def load(self, snapshot: Snapshot) -> None:
         """Become what was saved; every process loads the same."""
         state, tensors = snapshot.saved, snapshot.optimizer
-        self.model.load_state_dict(snapshot.model)
+        load_weights(self.model, snapshot.model)
         self.statistics.adopt()
         if self.average:
             averaged = _without(AVERAGED, tensors)

@@ -210,6 +210,22 @@ def test_evaluate_finds_classes_by_their_names(hvd_lb: Callable[..., Any], run: 
     assert "eleven" in refused.err
 
 
+@pytest.mark.slow
+def test_a_network_that_asks_for_the_version_of_its_weights(tmp_path: Path) -> None:
+    """MNASNet: a run goes on, averages are evaluated, and what was trained is found again and trained on."""
+    of = {"model": "mnasnet0_5", "image_size": 32, "ema": 0.9, "per_gpu_batch": 16}
+    first = open_trained(train(tmp_path / "run", stop_after=2, **of)).checkpoint
+    assert first
+    assert first.step == 2
+    trained = open_trained(train(tmp_path / "run", **of))
+    assert trained.checkpoint
+    assert trained.checkpoint.evaluation
+    found = evaluate(trained, open_dataset("digits").val, "-", device=CPU, threads=1).figures
+    assert found.loss == trained.checkpoint.evaluation["loss"]
+    begun = open_trained(train(tmp_path / "more", init_from=str(tmp_path / "run"), **of))
+    assert begun.tensors.keys() == trained.tensors.keys()
+
+
 def test_nothing_to_evaluate_on(hvd_lb: Callable[..., Any], run: Path, tmp_path: Path) -> None:
     for name in ("1", "2"):
         (tmp_path / name).mkdir()
