@@ -326,6 +326,7 @@ def test_a_full_disk_ends_the_cache_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("hvd_lb.data.remote.blocks._write", full)
+    monkeypatch.setattr("hvd_lb.data.remote.blocks._told", set())  # by other tests of this process
     assert contents(open_dataset(f"{web.url}/packed")) == contents(open_dataset(str(packed)))
     assert (
         capfd.readouterr().err.count("the cache of remote data takes no more (No space left on device)") == 1
