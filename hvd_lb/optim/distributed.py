@@ -759,7 +759,9 @@ class DistributedOptimizer(Optimizer):
         """A newer optimizer has taken this parameter: two would both exchange its gradient, and divide it."""
         self._taken = self._label(parameter)
         self._lookout.end()
-        for mine in self._places:
+        for mine, (_, slot) in self._places.items():
+            if slot.held() is Held.SPENT:  # the newer one would add to it
+                set_gradient(mine, None)
             if mine is not parameter:
                 _unhook(mine)
         for _, hooks in self._asleep.values():
@@ -1081,7 +1083,8 @@ class DistributedOptimizer(Optimizer):
             for name in self.optimizer.defaults:
                 value = group.get(name)
                 parts = value if isinstance(value, tuple) else (value,)
-                told += [f"{part:.6g}" for part in parts if type(part) in (int, float)]
+                numbers = [of.item() if _on_host(of) else of for of in parts]
+                told += [f"{number:.6g}" for number in numbers if type(number) in (int, float)]
         return zlib.crc32(" ".join(told).encode()) % 1024
 
     def _sums_of(self, riders: Riders) -> Tensor:
@@ -1170,6 +1173,11 @@ def _unhook(parameter: Tensor) -> DistributedOptimizer | None:
 def _remove(hooks: Iterable[Any]) -> None:
     for hook in hooks:
         hook.remove()
+
+
+def _on_host(value: Any) -> bool:
+    """Whether it is a number in a tensor, and nobody has to wait to know it."""
+    return isinstance(value, Tensor) and value.is_cpu and value.numel() == 1
 
 
 def _plain(value: Any) -> Any:

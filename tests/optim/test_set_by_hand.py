@@ -226,12 +226,12 @@ def test_clipping_by_all_or_none_is_none() -> None:
         assert "changed" not in told[0]
 
 
-def with_rates(rates: list[list[float]], world: Together) -> str:
+def with_rates(rates: list[list[float]], world: Together, in_tensor: bool = False) -> str:
     """As of a scheduler that is given numbers of each process's own: `rates` by rank and step."""
     model = network()
     opt = DistributedOptimizer(torch.optim.AdamW(model.parameters(), 0.1), model, world=world)
     for step, rate in enumerate(rates[world.rank]):
-        opt.param_groups[0]["lr"] = rate
+        opt.param_groups[0]["lr"] = torch.tensor(rate) if in_tensor else rate
         try:
             model(images(step, world.rank, world.size)).square().mean().backward()
             opt.step()
@@ -240,9 +240,10 @@ def with_rates(rates: list[list[float]], world: Together) -> str:
     return "".join(f"{p.sum().item():.9f}" for p in model.parameters())
 
 
-def test_rates_that_differ_between_processes_are_an_error() -> None:
+@pytest.mark.parametrize("in_tensor", [False, True])
+def test_rates_that_differ_between_processes_are_an_error(in_tensor: bool) -> None:
     rates = [[0.1, 0.1, 0.1, 0.1], [0.1, 0.1, 0.05, 0.05]]
-    told = together(2, lambda world: with_rates(rates, world))
+    told = together(2, lambda world: with_rates(rates, world, in_tensor))
     assert [of.partition(" than")[0] for of in told] == [
         "step 3: processes have taken the last step() with other options of the optimizer"
     ] * 2

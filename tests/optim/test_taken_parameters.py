@@ -63,6 +63,22 @@ def test_one_that_is_gone_takes_nothing_along() -> None:
     assert opt.steps == 1
 
 
+@pytest.mark.parametrize("terms", [None, 2])
+def test_what_a_step_of_the_older_one_has_left_counts_no_more(terms: int | None) -> None:
+    model = nn.Linear(3, 3)
+    old = DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, world=Solo())
+    old.backward(loss_of(model))
+    old.step(images=2)
+    assert model.weight.grad.any()
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    new = DistributedOptimizer(sgd, model, world=Solo(), reproducible_terms=terms)
+    new.backward(loss_of(model))
+    new.synchronize(images=2)
+    (expected,) = torch.autograd.grad(loss_of(model), [model.weight])
+    assert torch.allclose(model.weight.grad, expected / 2)
+    assert old.steps == 1
+
+
 def test_apart_they_stay_fine() -> None:
     generator, critic = nn.Linear(3, 3), nn.Linear(3, 3)
     first, second = made(generator), made(critic)
