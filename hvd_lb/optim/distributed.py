@@ -231,6 +231,8 @@ class DistributedOptimizer(Optimizer):
         self._adopt()
         if not any(p.is_cuda for p in self._known):
             keep_memory()
+        seed = torch.tensor([torch.initial_seed() % 2**32])
+        self._seed = int(self.world.broadcast(seed, f"{self._name}.seed"))  # rank 0's
         if state is not None and self.world.rank == 0:
             self.load_state_dict(state)
         if self.world.size > 1:
@@ -928,14 +930,34 @@ class DistributedOptimizer(Optimizer):
                 (), float(self._divisor or 1), dtype=torch.float32, device=self._buckets[0].flat.device
             )
             scale = divisor if scale is None else divisor * scale
-        if scale is found_inf is None:
-            return self.optimizer.step()
         inner: Any = self.optimizer
-        inner.grad_scale, inner.found_inf = scale, found_inf
+        with self._drawing_alike():
+            if scale is found_inf is None:
+                return inner.step()
+            inner.grad_scale, inner.found_inf = scale, found_inf
+            try:
+                return inner.step()
+            finally:
+                del inner.grad_scale, inner.found_inf
+
+    @contextmanager
+    def _drawing_alike(self) -> Iterator[None]:
+        """Meanwhile torch's random numbers are the same on all processes: what an optimizer draws in its step, as to
+        round, has to be so, or replicas drift apart."""
+        if self.world.size == 1:
+            yield
+            return
+        generators = [torch.default_generator]
+        for index in {bucket.flat.device.index or 0 for bucket in self._buckets if bucket.flat.is_cuda}:
+            generators.append(torch.cuda.default_generators[index])
+        states = [generator.get_state() for generator in generators]
         try:
-            return inner.step()
+            for generator in generators:
+                generator.manual_seed(self._seed + self.steps)
+            yield
         finally:
-            del inner.grad_scale, inner.found_inf
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
 
     @torch.no_grad()
     def _divide(self) -> None:

@@ -15,7 +15,7 @@ from hvd_lb.world import World
 def flatten_state(state: Any) -> tuple[dict[str, Tensor], Any]:
     """Takes a state dict apart: tensors by path ("state/0/velocity"), and a JSON-able skeleton of the rest.
 
-    `state` may nest dicts (keys str or int), lists and tuples of tensors, numbers, strings and None; anything
+    `state` may nest dicts (keys str or int), lists and tuples of tensors, numbers, strings, dtypes and None; anything
     else raises `TypeError`, which names its path. `ValueError` for two tensors of one path, as of the keys "a/b" and
     "a" with "b" in it, or 1 and "1". Tensors are detached, not copied.
     """
@@ -37,6 +37,8 @@ def flatten_state(state: Any) -> tuple[dict[str, Tensor], Any]:
         if isinstance(value, list | tuple):
             items = [walk(item, f"{path}/{i}".lstrip("/")) for i, item in enumerate(value)]
             return {"tuple": items} if isinstance(value, tuple) else items
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
         if isinstance(value, np.generic):
             value = value.item()
         if value is None or isinstance(value, bool | int | float | str):
@@ -55,6 +57,8 @@ def restore_state(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     ((kind, content),) = skeleton.items()
     if kind == "tensor":
         return tensors[content]
+    if kind == "dtype":
+        return getattr(torch, content)
     if kind == "tuple":
         return tuple(restore_state(tensors, item) for item in content)
     return {key: restore_state(tensors, item) for key, item in content}

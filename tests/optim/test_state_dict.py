@@ -63,7 +63,8 @@ def test_two_tensors_of_one_path_are_refused() -> None:
 
 
 def test_paths_and_scalars() -> None:
-    state = {"state": {0: {"velocity": torch.ones(2)}}, "odd": [None, True, 0.1, "x", (1, [torch.zeros(())])]}
+    odd = [None, True, 0.1, "x", (1, [torch.zeros(())]), torch.bfloat16]
+    state = {"state": {0: {"velocity": torch.ones(2)}}, "odd": odd}
     tensors, skeleton = flatten_state(state)
     assert list(tensors) == ["state/0/velocity", "odd/4/1/0"]
     assert same(restore_state(tensors, json.loads(json.dumps(skeleton))), state)

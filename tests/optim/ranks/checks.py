@@ -209,6 +209,32 @@ def rank_0_overwrites_the_others_at_the_start(world: World) -> None:
         opt.step(images=4)
 
 
+class Noisy(torch.optim.SGD):
+    """Draws in its step, as those that round stochastically."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            p.add_(torch.randn_like(p), alpha=0.01)
+
+
+@check
+def optimizers_that_draw_do_so_alike(world: World) -> None:
+    model = convnet()
+    opt = DistributedOptimizer(Noisy(model.parameters(), 0.1), model, world=world)
+    torch.manual_seed(world.rank)
+    for step in range(3):
+        opt.backward(loss_sum(model, batch(10 * step + world.rank)))
+        opt.step(images=4)
+    drawn = torch.rand(1)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    ends = world.maximum_async(torch.stack([weights, -weights]), "weights").wait()
+    assert not ends.sum(0).any()
+    torch.manual_seed(world.rank)  # what is drawn elsewhere is each process's own, as before
+    assert torch.equal(drawn, torch.rand(1))
+
+
 @check_alone_too
 def the_state_of_rank_0_is_gone_on_from(world: World) -> None:
     """With the position of its schedule and the exponents of its sums, though the others know of no state."""
