@@ -11,7 +11,7 @@ import json
 import sys
 import weakref
 import zlib
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -179,7 +179,7 @@ class DistributedOptimizer(Optimizer):
         self._schedule = schedule
         self.steps = 0
         for name in _SHARED:
-            setattr(self, name, getattr(optimizer, name))
+            setattr(self, name, getattr(optimizer, name, OrderedDict()))  # those around others may have none
         self._bucket_bytes = bucket_bytes
         self._terms = reproducible_terms
         self._riders = riders
@@ -1106,7 +1106,11 @@ class DistributedOptimizer(Optimizer):
                 value = group.get(name)
                 parts = value if isinstance(value, tuple) else (value,)
                 numbers = [of.item() if _on_host(of) else of for of in parts]
-                told += [f"{number:.6g}" for number in numbers if type(number) in (int, float)]
+                told += [
+                    f"{float(number):.6g}"
+                    for number in numbers
+                    if isinstance(number, int | float) and not isinstance(number, bool)
+                ]
         return zlib.crc32(" ".join(told).encode()) % 1024
 
     def _sums_of(self, riders: Riders) -> Tensor:

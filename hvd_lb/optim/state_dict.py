@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from hvd_lb.world import World
 def flatten_state(state: Any) -> tuple[dict[str, Tensor], Any]:
     """Takes a state dict apart: tensors by path ("state/0/velocity"), and a JSON-able skeleton of the rest.
 
-    `state` may nest dicts (keys str or int), lists and tuples of tensors, numbers, strings, dtypes and None; anything
-    else raises `TypeError`, which names its path. `ValueError` for two tensors of one path, as of the keys "a/b" and
-    "a" with "b" in it, or 1 and "1". Tensors are detached, not copied.
+    `state` may nest dicts (keys str or numbers), lists and tuples of tensors, numbers, strings, dtypes and None;
+    anything else raises `TypeError`, which names its path. `ValueError` for two tensors of one path, as of the keys
+    "a/b" and "a" with "b" in it, or 1 and "1". Tensors are detached, not copied.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -30,9 +31,9 @@ def flatten_state(state: Any) -> tuple[dict[str, Tensor], Any]:
             tensors[path] = value.detach()
             return {"tensor": path}
         if isinstance(value, Mapping):
-            wrong = [key for key in value if not isinstance(key, str | int)]
+            wrong = [key for key in value if not isinstance(key, str | int | float)]
             if wrong:
-                raise TypeError(f"state at {path!r} has the key {wrong[0]!r}; expected strings and integers")
+                raise TypeError(f"state at {path!r} has the key {wrong[0]!r}; expected strings and numbers")
             return {"dict": [[key, walk(item, f"{path}/{key}".lstrip("/"))] for key, item in value.items()]}
         if isinstance(value, list | tuple):
             items = [walk(item, f"{path}/{i}".lstrip("/")) for i, item in enumerate(value)]
@@ -131,6 +132,9 @@ def broadcast_optimizer(world: World, optimizer: Optimizer, name: str) -> None:
         return
     there = {path: tensor.to(sent[1][path][3]) for path, tensor in received.items()}
     state = restore_state(there, sent[0])
+    for group, mine in zip(state["param_groups"], optimizer.param_groups, strict=False):
+        kinds = {option: type(value) for option, value in mine.items() if isinstance(value, Enum)}
+        group.update({option: kind(group[option]) for option, kind in kinds.items() if option in group})
     optimizer.load_state_dict(state)
     _keep_dtypes(optimizer, state["state"])
 

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from enum import IntEnum
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_two_tensors_of_one_path_are_refused() -> None:
 
 
 def test_paths_and_scalars() -> None:
-    odd = [None, True, 0.1, "x", (1, [torch.zeros(())]), torch.bfloat16]
+    odd = [None, True, 0.1, "x", (1, [torch.zeros(())]), torch.bfloat16, {0.9: 1, 0: 2}]
     state = {"state": {0: {"velocity": torch.ones(2)}}, "odd": odd}
     tensors, skeleton = flatten_state(state)
     assert list(tensors) == ["state/0/velocity", "odd/4/1/0"]
@@ -72,7 +73,7 @@ def test_paths_and_scalars() -> None:
 
 @pytest.mark.parametrize(
     ("state", "words"),
-    [({"a": {"b": object()}}, "'a/b' is a object"), ({(1, 2): 3}, "expected strings and integers")],
+    [({"a": {"b": object()}}, "'a/b' is a object"), ({(1, 2): 3}, "expected strings and numbers")],
 )
 def test_what_json_cannot_hold_is_named(state: object, words: str) -> None:
     with pytest.raises(TypeError, match=words):
@@ -108,7 +109,43 @@ class Around(torch.optim.Optimizer):
         self.base.step()
 
 
-@pytest.mark.parametrize("make", [InFloat, lambda p: torch.optim.NAdam(p, 0.01), Around])
+class Norm(IntEnum):
+    SIGN = 2
+
+
+class WithNorm(torch.optim.SGD):
+    """Has an option that is a word."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        super().__init__(parameters, 0.1, 0.9)
+        self.defaults["norm"] = self.param_groups[0]["norm"] = Norm.SIGN
+
+    def step(self, closure: object = None) -> None:
+        assert self.param_groups[0]["norm"] is Norm.SIGN
+        super().step()
+
+
+class Outside(torch.optim.Optimizer):
+    """Has nothing of its own, not even what torch gives an optimizer when it is made."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.base = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+    param_groups = property(lambda self: self.base.param_groups)  # type: ignore[assignment]
+    state = property(lambda self: self.base.state)  # type: ignore[assignment]
+    defaults = property(lambda self: self.base.defaults)  # type: ignore[assignment]
+
+    def state_dict(self) -> dict[str, object]:
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        self.base.load_state_dict(state_dict)
+
+    def step(self, closure: object = None) -> None:
+        self.base.step()
+
+
+@pytest.mark.parametrize("make", [InFloat, lambda p: torch.optim.NAdam(p, 0.01), Around, Outside])
 def test_replicas_stay_the_same_when_an_optimizer_is_wrapped_again(make: Callable) -> None:
     begin = nn.Linear(8, 4).bfloat16()
 
@@ -126,6 +163,21 @@ def test_replicas_stay_the_same_when_an_optimizer_is_wrapped_again(make: Callabl
 
     one, other = together(2, train)
     assert all(map(torch.equal, one, other))
+
+
+def test_options_that_are_words_stay_so_where_a_state_is_gone_on_from() -> None:
+    def train(world: Together) -> None:
+        model = nn.Linear(8, 4)
+        opt = DistributedOptimizer(WithNorm(list(model.parameters())), model, world=world)
+        opt.backward(model(torch.ones(2, 8)).sum())
+        opt.step()
+        state = opt.state_dict() if world.rank == 0 else None
+        opt = DistributedOptimizer(WithNorm(list(model.parameters())), model, world=world, state=state)
+        for _ in range(3):
+            opt.backward(model(torch.ones(2, 8)).sum())
+            opt.step()
+
+    together(2, train)
 
 
 def test_a_forward_that_changes_weights_is_refused_on_several_processes() -> None:
