@@ -66,9 +66,11 @@ def evaluate(
             val_fraction if val is not None or val_fraction is not None else trained.recipe.val_fraction
         )
     with long_progress(console) as on_progress:
-        what, images = open_images(
+        what, images, notes = open_images(
             trained, spec, val=val, val_fraction=val_fraction, split=split, on_progress=on_progress
         )
+    for note in notes:
+        console.print(Text(printable(note)), soft_wrap=True)
     with console.status(Text(f"evaluating {count(len(images), 'image')}")):
         found = evaluate_weights(trained, images, what, device=use.device, threads=use.loader_threads)
     figures = found.figures

@@ -70,18 +70,19 @@ def open_images(
     val_fraction: float | None,
     split: str,
     on_progress: Progress | None = None,
-) -> tuple[str, Images]:
-    """The images of a data set's `split`, "val" or "train", under the labels of the trained classes; and their name.
+) -> tuple[str, Images, tuple[str, ...]]:
+    """The name and the images of a data set's `split`, "val" or "train", under the labels of the trained classes, and
+    what a user should know of how they were found.
 
     Of a folder or list without a validation split all images are taken.
     """
     if not is_named(data) and val is None and val_fraction is None:
-        indexes, _ = index_splits(data, on_progress=on_progress)
+        indexes, notes = index_splits(data, on_progress=on_progress)
         if "val" not in indexes:
             images = IndexedImages(indexes["train"])
             if not len(images):
                 raise UserError(f"{data}: holds no images; expected a folder of images for each class")
-            return f"all of {data}", _as_trained(images, trained)
+            return f"all of {data}", _as_trained(images, trained), notes
     dataset = open_dataset(
         data,
         val=val,
@@ -89,7 +90,7 @@ def open_images(
         on_progress=on_progress,
         on_bad_image=trained.recipe.on_bad_image,
     )
-    return f"{split} of {dataset.name}", _as_trained(_split(dataset, split), trained)
+    return f"{split} of {dataset.name}", _as_trained(_split(dataset, split), trained), dataset.notes
 
 
 def _split(dataset: Dataset, split: str) -> Images:

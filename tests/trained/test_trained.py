@@ -202,6 +202,11 @@ def test_evaluate_finds_classes_by_their_names(hvd_lb: Callable[..., Any], run: 
     found = json.loads(hvd_lb("evaluate", run, "--data", folder, "--json").out)
     assert found["images"] == len(files)
     assert found["top1_error"] == pytest.approx(100 * wrong / len(files))
+    shutil.copy(files[0], folder / "stray.png")
+    told = hvd_lb("evaluate", run, "--data", folder, "--json")
+    (folder / "stray.png").unlink()
+    assert json.loads(told.out) == found
+    assert "images beside the class folders, which are not used: 1, such as stray.png\n" in told.err
     (folder / "eleven").mkdir()
     shutil.copy(files[0], folder / "eleven")
     refused = hvd_lb("evaluate", run, "--data", folder)

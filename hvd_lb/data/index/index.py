@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -138,11 +138,20 @@ def _present(source: Source, homes: list[Path], check: Check) -> tuple[Index | N
         # Files of one length and time may have changed places: to look at all of them anew is as cheap as the listing.
         moved = each and store.changed(folder, source.root)
         if folder.name == store.folder_name(listing.stamp) and not moved:
-            with suppress(OSError):  # so that the next look at what is watched is enough
-                store.write_watched(folder, listing.watched)
-            store.renew(folder)
-            return index, listing
+            return _confirmed(folder, index, listing), listing
     return None, listing
+
+
+def _confirmed(folder: Path, index: Index, listing: Listing) -> Index:
+    """An index that was found to be up to date, with what there is to say now of where the images lie."""
+    if listing.remarks is not None and listing.remarks != index.facts.remarks:
+        index = replace(index, facts=replace(index.facts, remarks=listing.remarks))
+        with suppress(OSError):
+            store.write_facts(folder, index.facts)
+    with suppress(OSError):  # so that the next look at what is watched is enough
+        store.write_watched(folder, listing.watched)
+    store.renew(folder)
+    return index
 
 
 def _make(source: Source, homes: list[Path], listing: Listing | None, report: Progress) -> Index:
@@ -172,10 +181,7 @@ def _make_in(home: Path, source: Source, listing: Listing, report: Progress) -> 
     if present:
         same = _equal(present.rows, table.rows) and _equal(present.names, table.names)
         if same and present.classes == table.classes:
-            with suppress(OSError):
-                store.write_watched(folder, listing.watched)
-            store.renew(folder)
-            return present  # others may be reading it
+            return _confirmed(folder, present, listing)  # others may be reading it
         with suppress(OSError):
             store.set_aside(folder)
 

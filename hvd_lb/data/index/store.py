@@ -135,10 +135,19 @@ def changed(folder: Path, root: Place) -> bool:
 
 def write_watched(folder: Path, watched: list[FileState]) -> None:
     """OSError where that is not allowed."""
+    _replace(folder / "places.json", watched)
+
+
+def write_facts(folder: Path, facts: Facts) -> None:
+    """OSError where that is not allowed."""
+    _replace(folder / "facts.json", asdict(facts))
+
+
+def _replace(path: Path, content: object) -> None:
     # Not by tempfile, whose files other users, who may share the index, cannot read.
-    made = folder / f"places-{secrets.token_hex(8)}.json"
-    made.write_text(json.dumps(watched), "ascii")
-    os.replace(made, folder / "places.json")
+    made = path.with_name(f"{path.stem}-{secrets.token_hex(8)}.json")
+    made.write_text(json.dumps(content), "ascii")
+    os.replace(made, path)
 
 
 def facts_of(table: Table) -> Facts:

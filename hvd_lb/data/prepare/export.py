@@ -11,6 +11,7 @@ import shutil
 from contextlib import closing
 from pathlib import Path
 
+from hvd_lb.data.files.kinds import is_ignored
 from hvd_lb.data.images import Dataset, Images, Progress
 from hvd_lb.data.options import UNFINISHED
 from hvd_lb.data.prepare.encode import Encoding, encoded_in_order
@@ -28,7 +29,7 @@ def export(
     folders.
     """
     folders = [name.replace("/", "-") for name in dataset.train.classes]
-    if bad := [name for name in folders if not name or name.startswith(".") or "\0" in name]:
+    if bad := [name for name in folders if not name or is_ignored(name) or "\0" in name]:
         raise UserError(f"class {bad[0]!r} cannot be the name of a class folder")
     if len(set(folders)) < len(folders):
         raise UserError(f"{dataset.name}: two classes would have the same folder")

@@ -100,6 +100,7 @@ class FolderSource:
             lambda report, journal: replace(
                 measure_files(self.root, classes, names, labels, report, journal), remarks=remarks
             ),
+            remarks,
         )
 
     def _check_names(self, inside: Inside) -> None:

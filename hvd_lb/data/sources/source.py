@@ -36,12 +36,13 @@ class Listing:
     """One look at a source. `stamp` changes with the name, size or time of any file.
 
     `watched` are fewer than the files: whoever adds, removes or renames a file changes one of them. `build` goes on
-    where the journal of a listing with the same stamp ends.
+    where the journal of a listing with the same stamp ends. `remarks` are those that may change without the stamp.
     """
 
     stamp: str
     watched: list[FileState]
     build: Callable[[Progress, Journal], Table]
+    remarks: list[str] | None = None
 
 
 class Source(Protocol):

@@ -220,6 +220,22 @@ def test_images_beside_the_class_folders_are_said(tmp_path: Path, make_dataset: 
     )
 
 
+def test_what_came_beside_the_class_folders_later_is_said(tmp_path: Path, make_dataset: Make) -> None:
+    """Though all that is indexed is as it was."""
+    folder = make_dataset(tmp_path / "set")
+    first = open_dataset(str(folder))
+    assert first.notes == ()
+    shutil.copy(folder / "train" / "ant" / "0.png", folder / "train" / "stray.png")
+    for _ in range(2):
+        again = open_dataset(str(folder))
+        assert again.notes == (
+            "train: images beside the class folders, which are not used: 1, such as stray.png",
+        )
+        assert again.fingerprint() == first.fingerprint()
+    (folder / "train" / "stray.png").unlink()
+    assert open_dataset(str(folder)).notes == ()
+
+
 def test_val_names_the_validation_images(tmp_path: Path, make_classes: Make) -> None:
     make_splits(make_classes, tmp_path / "set", "train")
     make_classes(tmp_path / "other", {"bee": 3})
