@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from hvd_lb.data.files.threads import in_threads
 from hvd_lb.data.sources.labels import CLASSES_FILES, Classes, UnknownLabel, classes_in, find_classes
 from hvd_lb.data.sources.names import look_alike, some
 from hvd_lb.data.sources.source import Listing, States, file_state, stamped, state_of
+from hvd_lb.data.sources.splits import split_of
 from hvd_lb.errors import UserError
 
 SUFFIXES = {".csv": ",", ".tsv": "\t"}
@@ -228,11 +229,13 @@ def read_list(path: Path) -> Iterator[Entry]:
         # Paths need not be text: what is not keeps its bytes.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             records = csv.reader(_text(path, file), delimiter=delimiter, skipinitialspace=True, strict=True)
-            columns, line, solution = None, 1, False
+            columns, line, solution, header = None, 1, False, list[str]()
+            splits: dict[int, set[str]] = {}
             while True:
                 try:
                     record = next(records)
                 except StopIteration:
+                    _refuse_splits(path, header, splits)
                     return
                 except csv.Error as error:
                     why = "a quote is not closed" if "unexpected end" in str(error) else error
@@ -244,14 +247,31 @@ def read_list(path: Path) -> Iterator[Entry]:
                     solution = [name.strip().lower() for name in record] == _SOLUTION
                     columns = (0, 1) if solution else _header(path, record)
                     if columns is not None:
-                        width = len(record)
+                        width, header = len(record), record
+                        splits = {at: set() for at in range(width) if at not in columns}
                         continue
                     columns, width = (0, 1), 2
                 if solution and len(record) == width:
                     record = [f"{record[0]}.JPEG", record[1].partition(" ")[0]]
-                yield _entry(path, record, columns, width, at)
+                entry = _entry(path, record, columns, width, at)
+                for column in list(splits):
+                    if split_of(value := record[column].strip()):
+                        splits[column].add(value)
+                    else:
+                        del splits[column]
+                yield entry
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _refuse_splits(path: Path, header: Sequence[str], splits: Mapping[int, set[str]]) -> None:
+    """UserError where a column says of each record to which of several splits it belongs; by column what it says."""
+    for column, values in splits.items():
+        if len({split_of(value) for value in values}) > 1:
+            raise UserError(
+                f"{path}: has images of several splits ({some(sorted(values))}), by its column "
+                f"{header[column].strip()!r}, which is not read: write a list for each, such as train.csv and val.csv"
+            )
 
 
 def _text(path: Path, lines: Iterable[str]) -> Iterator[str]:

@@ -78,6 +78,27 @@ def test_one_list_is_divided_and_paths_may_be_absolute(folder: Path, tmp_path: P
     assert sorted(names) == sorted(path for path, _ in records)
 
 
+def test_a_column_of_splits_is_not_passed_over(folder: Path) -> None:
+    """All images would be trained on, those of the test, too."""
+    records = [
+        ["path", "label", "Split", "by"],
+        ["a.png", "x", "train", "test"],
+        ["b c.png", "y", "Test", "test"],
+    ]
+    write(folder / "train.csv", records)
+    with pytest.raises(
+        UserError, match=r"has images of several splits \(Test, train\), by its column 'Split'"
+    ):
+        open_dataset(str(folder / "train.csv"), val_fraction=0.5)
+    records = [[*record[:2], "train", "test"] for record in records[1:]]
+    write(folder / "train.csv", [["path", "label", "split", "by"], *records])
+    write(
+        folder / "val.csv",
+        [["path", "label", "split"], ["comma,.png", "x", "val"], ["sub/d.png", "y", "val"]],
+    )
+    assert len(open_dataset(str(folder)).train) == 2
+
+
 def test_a_file_that_is_named_several_times_is_on_one_side(folder: Path) -> None:
     """Also of a class so small that one of its images is moved over to validate, and of one with a single file."""
     photo(9, 9).save(folder / "e.png")
