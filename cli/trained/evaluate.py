@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import rich_click as click
@@ -28,6 +28,11 @@ from hvd_lb_cli.trained.argument import WEIGHTS, network_options, ready
     show_default=True,
     help="Validation or training images; both are cut centrally.",
 )
+@click.option(
+    "--on-bad-image",
+    type=click.Choice(["fail", "skip"]),
+    help="With skip, images that cannot be decoded are left out and counted. [default: as in the recipe]",
+)
 @click.option("--json", "as_json", is_flag=True, help="As JSON, with every digit.")
 @network_options
 def evaluate(
@@ -36,6 +41,7 @@ def evaluate(
     val: str | None,
     val_fraction: float | None,
     split: str,
+    on_bad_image: str | None,
     as_json: bool,
     recipe: str | None,
     ema: bool,
@@ -59,6 +65,8 @@ def evaluate(
     console = plain_console(stderr=as_json)
     use = ready(weights, recipe, ema, device, threads)
     trained = use.trained
+    if on_bad_image is not None:
+        trained = replace(trained, recipe=trained.recipe.model_copy(update={"on_bad_image": on_bad_image}))
     spec = data_spec({"data": data}, {"data": trained.recipe.data})
     if data is None:  # the run's, with its splits
         val = val if val is not None or val_fraction is not None else trained.recipe.val

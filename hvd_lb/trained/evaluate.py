@@ -122,7 +122,7 @@ def evaluate(trained: Trained, images: Images, what: str, *, device: torch.devic
     """As training does it on one process: the same batches, pixels, kernels and sums, and so the same bits."""
     recipe, world = trained.recipe, Solo()
     bad: list[Record] = []
-    accounts = BadImages.of(recipe, world, bad.extend)
+    accounts = BadImages(world, recipe.on_bad_image == "skip", 1.0, bad.extend)  # how many they are is told
     evaluator = Evaluator.of(recipe, images, device, threads, accounts)
     model = trained.network(device)
     allow_single_values(model)

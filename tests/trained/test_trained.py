@@ -231,6 +231,23 @@ def test_a_network_that_asks_for_the_version_of_its_weights(tmp_path: Path) -> N
     assert begun.tensors.keys() == trained.tensors.keys()
 
 
+def test_images_that_cannot_be_decoded_are_left_out_where_that_is_asked_for(
+    hvd_lb: Callable[..., Any], run: Path, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "set")
+    whole = json.loads(hvd_lb("evaluate", run, "--data", tmp_path / "set", "--json").out)
+    for file, content in (("one.png", b""), ("two.png", next((folder / "1").iterdir()).read_bytes()[:-30])):
+        (tmp_path / "set" / "1" / file).write_bytes(content)
+        said = hvd_lb("evaluate", run, "--data", tmp_path / "set")
+        assert (said.status, said.out) == (2, "")
+        assert re.search(r"(one|two)\.png: cannot be decoded .* --on-bad-image skip\n$", said.err)
+    skipping = ("evaluate", run, "--data", tmp_path / "set", "--on-bad-image", "skip")
+    found = json.loads(hvd_lb(*skipping, "--json").out)
+    assert (found["images"], found["left_out"]) == (whole["images"], 2)
+    assert found["top1_error"] == pytest.approx(whole["top1_error"])
+    assert f"images: {whole['images']}, 2 left out\n" in hvd_lb(*skipping).out
+
+
 def test_nothing_to_evaluate_on(hvd_lb: Callable[..., Any], run: Path, tmp_path: Path) -> None:
     for name in ("1", "2"):
         (tmp_path / name).mkdir()

@@ -224,7 +224,7 @@ def _folders(path: Path, splits: dict[Split, str], alone: bool) -> Sources:
         other = next(iter(splits.values()))
         raise UserError(
             f"{path}: has {other}/, but no train/; expected both. If {other}/ is all there is, give --data "
-            f"{quote(str(path / other))} --val-fraction 0.1, which holds out a tenth of it"
+            f"{quote(str(path / other))}, and to train on it --val-fraction 0.1, which holds out a tenth"
         )
     name = path.parents[2].resolve().name if _is_kaggle(path) else path.resolve().name
     train = FolderSource(path / splits["train"], path, splits["train"])
