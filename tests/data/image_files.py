@@ -60,7 +60,8 @@ def deep_grey_files() -> dict[str, bytes]:
             _chunk(b"tRNS", GREY_LEVELS[:1, :1].astype(">u2").tobytes()),
         ),
         "TIFF, 16-bit grey": save(Image.fromarray(GREY_LEVELS), "TIFF"),
-        "TIFF, 12-bit grey": _twelve_bits(GREY_LEVELS >> 4),
+        "TIFF, 12-bit grey": _tiff_of(12, 1, _twelve_bits(GREY_LEVELS >> 4)),
+        "TIFF, 16-bit grey, 0 is white": _tiff_of(16, 0, (65535 - GREY_LEVELS).astype("<u2").tobytes()),
         "TIFF, 16-bit grey, LZW": save(Image.fromarray(GREY_LEVELS), "TIFF", compression="tiff_lzw"),
         "PPM, 16-bit grey": b"P5 %d %d 65535\n" % SIZE + GREY_LEVELS.astype(">u2").tobytes(),
     }
@@ -253,21 +254,20 @@ def _tiff() -> dict[str, bytes]:
 
 
 def _twelve_bits(levels: np.ndarray) -> bytes:
-    """A TIFF of levels up to 4095, two in three bytes, as microscopes and scanners write it."""
+    """Levels up to 4095, two in three bytes, as microscopes and scanners write them."""
     first, second = levels[:, ::2], levels[:, 1::2]
-    rows = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=2).astype(np.uint8)
-    tags = [
-        (256, _WIDTH),
-        (257, _HEIGHT),
-        (258, 12),
-        (259, 1),
-        (262, 1),
-        (273, 122),
-        (277, 1),
-        (278, _HEIGHT),
-    ]
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (279, rows.size)])
-    return b"II*\0" + struct.pack("<IH", 8, 9) + entries + bytes(4) + rows.tobytes()
+    return (
+        np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=2)
+        .astype(np.uint8)
+        .tobytes()
+    )
+
+
+def _tiff_of(bits: int, photometric: int, rows: bytes) -> bytes:
+    tags = [(256, _WIDTH), (257, _HEIGHT), (258, bits), (259, 1), (262, photometric), (273, 122), (277, 1)]
+    tags += [(278, _HEIGHT), (279, len(rows))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + rows
 
 
 def _pnm() -> dict[str, bytes]:

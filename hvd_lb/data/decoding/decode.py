@@ -129,19 +129,19 @@ def _changed(images: Images, image_id: int, size: tuple[int, int]) -> UserError:
 def _as_stored(image: Image.Image) -> np.ndarray:
     turned = _tiff_orientation(image)
     if image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I"):
-        grey = (np.asarray(image) >> (_grey_bits(image) - 8)).astype(np.uint8)  # PIL would cut off at 255
-        image = Image.fromarray(grey)
+        image = Image.fromarray(_upper_bits(image))  # PIL would cut off at 255
     image.info.pop("transparency", None)  # convert drops it too, but may warn
     if image.mode != "RGB":
         image = image.convert("RGB")
     return np.asarray(image.transpose(_TURN_BACK[turned]) if turned in _TURN_BACK else image)
 
 
-def _grey_bits(image: Image.Image) -> int:
-    """Of a level of deep grey; PIL gives those of 12 bits, which only TIFF has, as they are."""
-    if not isinstance(image, TiffImagePlugin.TiffImageFile):
-        return 16
-    return 12 if image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else 16
+def _upper_bits(image: Image.Image) -> np.ndarray:
+    """uint8 (height, width) of deep grey. In TIFF it may have 12 bits, and 0 may be white: PIL says nothing."""
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    bits = 12 if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else 16
+    grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+    return 255 - grey if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0 else grey
 
 
 def _reason(error: Exception) -> str:
