@@ -224,11 +224,17 @@ def _folders(path: Path, splits: dict[Split, str], alone: bool) -> Sources:
         other = next(iter(splits.values()))
         raise UserError(
             f"{path}: has {other}/, but no train/; expected both. If {other}/ is all there is, give --data "
-            f"{quote(str(path / other))}, and to train on it --val-fraction 0.1, which holds out a tenth"
+            f"{quote(str(path / other))} --val-fraction 0.1, which holds out a tenth of it, or to evaluate on "
+            "all of it without --val-fraction"
         )
     name = path.parents[2].resolve().name if _is_kaggle(path) else path.resolve().name
     train = FolderSource(path / splits["train"], path, splits["train"])
-    if not look_into(train.root).folders and tar_files(train.root):
+    inside = look_into(train.root)
+    if inside.images and not inside.folders:
+        raise UserError(
+            f"{train.root}: holds images ({inside.images[0]}), but no class folders; {_how_to_label(path)}"
+        )
+    if not inside.folders and tar_files(train.root):
         raise UserError(
             f"{train.root}: holds shards, not class folders; name them: --data {quote(str(train.root / '*.tar'))}, "
             "and those of the validation images with --val"
@@ -248,6 +254,14 @@ def _folders(path: Path, splits: dict[Split, str], alone: bool) -> Sources:
     if (train.root.name, found) != ("train", "val"):
         notes = (f"{train.root.name}/ is trained on, {found}/ is the validation split",)
     return Sources(name, replace(train, others=(root,)), val, "", notes)
+
+
+def _how_to_label(path: Path) -> str:
+    """What to do where images of the splits in `path` lie in no class folders."""
+    for entry in sorted(path.iterdir()):
+        if _is_list(entry) and split_of(entry.stem):
+            return f"give --data {quote(str(entry))}, if that names each with its label"
+    return "sort them into these, or name each with its label in a list (docs/data.md)"
 
 
 def _is_kaggle(path: Path) -> bool:

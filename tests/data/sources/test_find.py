@@ -172,6 +172,25 @@ def test_a_level_too_high_is_seen_through_folders_that_hold_one_other(
     assert open_dataset(str(tmp_path / "deep"), val_fraction=0.4).train.classes == ["one", "two"]
 
 
+def test_a_list_beside_images_without_class_folders_is_named(tmp_path: Path) -> None:
+    """train/ and train.csv, as competitions have them."""
+    (tmp_path / "train").mkdir()
+    for number in range(4):
+        photo(9, 9, number).save(tmp_path / "train" / f"{number}.png")
+    with pytest.raises(
+        UserError, match=r"train: holds images \(0.png\), but no class folders; sort them into these, or"
+    ):
+        open_dataset(str(tmp_path), val_fraction=0.5)
+    (tmp_path / "train.csv").write_text("".join(f"train/{i}.png,{'ab'[i % 2]}\n" for i in range(4)))
+    with pytest.raises(
+        UserError, match=r"no class folders; give --data (\S*/train.csv), if that names each"
+    ) as raised:
+        open_dataset(str(tmp_path), val_fraction=0.5)
+    advised = re.search(r"--data (\S*/train.csv)", str(raised.value))
+    assert advised
+    assert open_dataset(advised[1], val_fraction=0.5).train.classes == ["a", "b"]
+
+
 def test_images_may_lie_one_folder_deeper_in_each_class(tmp_path: Path, make_classes: Make) -> None:
     for split in ("train", "val"):
         for label in ("ant", "bee"):
