@@ -162,7 +162,9 @@ def take_weights(
     """Gives `model` the tensors of a network of the same kind; those of the last layer keep their values where the
     other network tells `other_classes` apart, or so many. Their names; UserError where it is no such network.
     """
-    own, tensors = model.state_dict(), without_auxiliary(model, tensors)
+    own = model.state_dict()
+    uncounted = {name: own[name] for name in own if name.endswith(".num_batches_tracked")}  # of older files
+    tensors = uncounted | without_auxiliary(model, tensors)
     head = f"{last_layer(model)}."
     of_head = [name for name in own if name.startswith(head)]
     other = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
@@ -180,11 +182,13 @@ def take_weights(
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """`load_state_dict` of what `state_dict` gave, without the versions of modules that came with it, or from a file:
-    MNASNet refuses that, as its first version had other layers.
+    """`load_state_dict` of what `state_dict` gave, without the versions of modules that came with it, or from a file.
+
+    MNASNet refuses that, as its first version had other layers: so the version of the network is told, and no other, as
+    batch norm of the first version, which older files are of, does not count its batches.
     """
     state: OrderedDict[str, Any] = OrderedDict(tensors)
-    state._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
+    state._metadata = {"": {"version": model._version}}  # type: ignore[attr-defined]
     model.load_state_dict(state)
 
 

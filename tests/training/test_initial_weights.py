@@ -51,6 +51,14 @@ def test_all_of_them_or_all_but_a_new_head(tmp_path: Path) -> None:
             assert torch.equal(tensor.to(trained[name].dtype), trained[name])
 
 
+def test_a_file_of_old_does_not_count_batches(tmp_path: Path) -> None:
+    tensors = load_file(weights(tmp_path / "new.safetensors"))
+    uncounted = {name: of for name, of in tensors.items() if not name.endswith("num_batches_tracked")}
+    save_file(uncounted, tmp_path / "old.safetensors")
+    begun = make_trainer(small_recipe(init_from=str(tmp_path / "old.safetensors"))).model.state_dict()
+    assert all(torch.equal(begun[name].float(), of) for name, of in uncounted.items())
+
+
 @pytest.mark.parametrize("named", ["the same", "in another order", "others", "not at all"])
 def test_the_head_is_new_where_as_many_classes_are_others(tmp_path: Path, named: str) -> None:
     """By the names that the file has beside its weights, of which the head has as many as the run needs."""
