@@ -20,6 +20,14 @@ from hvd_lb.machine.packages import version
 
 # Libraries that compute: another version may round otherwise.
 _LIBRARIES = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy")
+# Variables by which libraries take other kernels. (ATEN_CPU_CAPABILITY is seen in torch's capability.)
+_VARIABLES = (
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+)
 
 
 @contextmanager
@@ -85,6 +93,7 @@ def rounding_environment(device: str) -> dict[str, Any]:
     environment["machine"] = platform.machine()
     environment["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     environment["cpu_features"] = cpu_features()
+    environment |= {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
     return environment
 
 
@@ -98,6 +107,8 @@ def rounding_differences(before: dict[str, Any], now: dict[str, Any]) -> list[st
             changes = [f"without {item}" for item in sorted(old - new)]
             changes += [f"with {item}" for item in sorted(new - old)]
             differences += [f"CPU {', '.join(changes)}"] if changes else []
+        elif old != new and name in _VARIABLES:
+            differences.append(f"{name}: {old or 'not set'} → {new or 'not set'}")
         elif old != new and new is not None:
             differences.append(f"{name}: {old} → {new}")
     return differences

@@ -51,6 +51,17 @@ def test_the_environment_is_described_and_compared() -> None:
     ]
 
 
+def test_variables_that_choose_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older checkpoints lack them, and so do runs without any: both are as not set."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    here = rounding_environment("cpu")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    there = rounding_environment("cpu")
+    assert rounding_differences(here, there) == ["ONEDNN_MAX_CPU_ISA: not set → AVX2"]
+    assert rounding_differences(there, here) == ["ONEDNN_MAX_CPU_ISA: AVX2 → not set"]
+    assert rounding_differences(there, dict(there)) == []
+
+
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_going_on_elsewhere_is_warned_about(reproducible: bool, tmp_path: Path) -> None:
     recipe, here = Recipe(reproducible=reproducible), rounding_environment("cpu")
