@@ -54,6 +54,7 @@ from hvd_lb.world.launched import launched_alone
 from hvd_lb_cli.arguments import without_secrets
 from hvd_lb_cli.options.given import refuse_options
 from hvd_lb_cli.options.train import TrainOptions
+from hvd_lb_cli.output.files import new_file
 from hvd_lb_cli.output.show import index_progress, print_preflight, print_rows
 from hvd_lb_cli.output.terminal import plain_console
 from hvd_lb_cli.submit import is_submission, refuse_unused, submit
@@ -154,6 +155,8 @@ def _train(
         )
         cluster = examine(console, target, request, ask, some_will_do=again)
     else:
+        if options.launch.timeline is not None:  # Horovod would leave it out, untold
+            new_file(options.launch.timeline)
         # Those that the ranks will see.
         variables = environment(options.launch, os.environ)
         os.environ.update({name: variables[name] for name in SHOWN_BY if name in variables})

@@ -44,6 +44,10 @@ def advice(
         )
     if preset == "fine-tune" and not recipe.init_from:
         found.append("without --init-from it begins with random weights, for which these rates are low")
+    elif recipe.freeze == "backbone" and not recipe.init_from:
+        found.append(
+            "--freeze backbone without --init-from: the last layer learns from features of random weights"
+        )
     if recipe.optimizer == "lamb" and recipe.learning_rate >= _LARGE_FOR_LAMB:
         usual = 0.0035 * math.sqrt(recipe.reference_batch / 256)
         found.append(

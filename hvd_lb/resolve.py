@@ -45,6 +45,7 @@ _READ_WITH = {
     "randaugment_operations": ("auto_augment", ("randaugment",)),
     "randaugment_strength": ("auto_augment", ("randaugment",)),
     "max_bad_images": ("on_bad_image", ("skip",)),
+    "max_rollbacks": ("on_nan", ("rollback",)),
 }
 
 

@@ -31,3 +31,12 @@ def test_advice_on_few_steps_and_a_short_warmup() -> None:
     )
     assert any("the warmup has 16 steps" in line and "--warmup-epochs 4 gives 32" in line for line in few)
     assert advice(recipe(gpus=16, warmup="none"), "images", steps_per_epoch=100, images=51200) == []
+
+
+def test_advice_on_frozen_random_weights() -> None:
+    def said(**fields: object) -> list[str]:
+        return advice(recipe(gpus=1, freeze="backbone", **fields), "images", steps_per_epoch=100, images=3200)
+
+    (line,) = said()
+    assert "--freeze backbone without --init-from" in line
+    assert said(init_from="runs/other") == []

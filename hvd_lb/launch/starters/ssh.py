@@ -74,7 +74,9 @@ def reach_over_ssh(options: LaunchOptions) -> Reach:
 
 
 def asking_over_ssh(options: LaunchOptions, over: threading.Event | None = None) -> Ask:
-    """Asks over ssh, or without when a host is this machine, until it is `over`."""
+    """Asks over ssh, or without when a host is this machine, until it is `over`; UserError without the key."""
+    if options.ssh_key is not None and not options.ssh_key.expanduser().is_file():  # ssh would try other keys
+        raise UserError(f"--ssh-key {options.ssh_key}: no such file; give the private key to log in with")
 
     def ask(hosts: list[str], question: str) -> dict[str, str | UserError]:
         ssh = ssh_command(options)
