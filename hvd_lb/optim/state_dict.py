@@ -111,14 +111,21 @@ def broadcast_optimizer(world: World, optimizer: Optimizer, name: str) -> None:
     """Gives every process rank 0's optimizer state and group options, whatever the others had.
 
     Who has the same is left alone: to load a state is to make new groups, which others of an optimizer's may not get.
+    Raises TypeError on all processes where rank 0's cannot be sent (see `flatten_state`).
     """
-    tensors, skeleton = flatten_state(optimizer.state_dict())
-    layout = {
-        path: [str(t.dtype).removeprefix("torch."), [*t.shape], [*t.stride()], t.device.type]
-        for path, t in tensors.items()
-    }
-    own = json.loads(json.dumps([skeleton, layout]))
+    tensors: dict[str, Tensor] = {}
+    try:
+        tensors, skeleton = flatten_state(optimizer.state_dict())
+        layout = {
+            path: [str(t.dtype).removeprefix("torch."), [*t.shape], [*t.stride()], t.device.type]
+            for path, t in tensors.items()
+        }
+        own = json.loads(json.dumps([skeleton, layout]))
+    except (TypeError, ValueError) as error:
+        own = str(error)
     sent = json.loads(world.broadcast_bytes(json.dumps(own).encode(), f"{name}.skeleton"))
+    if isinstance(sent, str):
+        raise TypeError(f"the optimizer's state cannot be given to other processes: {sent}")
     received = {
         path: torch.empty_strided(shape, stride, dtype=getattr(torch, dtype))
         for path, (dtype, shape, stride, _) in sent[1].items()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
 
@@ -178,6 +179,21 @@ def test_options_that_are_words_stay_so_where_a_state_is_gone_on_from() -> None:
             opt.step()
 
     together(2, train)
+
+
+def test_all_processes_hear_of_a_state_that_cannot_be_sent() -> None:
+    """Those that have none yet would wait for rank 0."""
+
+    def wrap(world: Together) -> str:
+        weight = nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.SGD([weight], 0.1)
+        if world.rank == 0:
+            optimizer.state[weight]["last"] = deque([torch.ones(2)])
+        with pytest.raises(TypeError, match=r"cannot be given to other processes: .*state/0/last.*deque"):
+            DistributedOptimizer(optimizer, world=world)
+        return "heard"
+
+    assert together(2, wrap) == ["heard"] * 2
 
 
 def test_a_forward_that_changes_weights_is_refused_on_several_processes() -> None:
