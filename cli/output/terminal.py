@@ -39,6 +39,8 @@ def plain_console(*, stderr: bool = False) -> Console:
 def tolerate_any_letter() -> None:
     """Standard output and error take all texts from here on, whatever their encoding."""
     codecs.register_error("hvd-lb", _spelled)
+    if os.environ.get("COLUMNS") == "0":  # a terminal that does not tell its width: rich would print nothing
+        del os.environ["COLUMNS"]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="hvd-lb")

@@ -126,6 +126,13 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def test_no_ssh(hvd_lb: Run, in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(in_empty_folder))
+    said = hvd_lb(*DIGITS, "--hosts", "h1:2")
+    assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
+    assert "reached by ssh, and there is none on PATH" in said.err
+
+
 def test_what_cannot_be_written_is_told_at_once(hvd_lb: Run, in_empty_folder: Path) -> None:
     Path("file").touch()
     Path("loop").symlink_to("loop")

@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.spinner import SPINNERS
@@ -147,6 +148,11 @@ def test_a_full_disk_behind_standard_output_is_named(words: tuple[str, ...]) -> 
     assert (process.returncode, process.stderr) == (
         1, b"hvd-lb: error: No space left on device: standard output, or a file that was being written\n",
     )  # fmt: skip
+
+
+def test_a_terminal_without_a_width(hvd_lb: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    assert "goyal-resnet50" in hvd_lb("recipes").out
 
 
 class Broken(io.StringIO):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -80,6 +81,10 @@ def asking_over_ssh(options: LaunchOptions, over: threading.Event | None = None)
 
     def ask(hosts: list[str], question: str) -> dict[str, str | UserError]:
         ssh = ssh_command(options)
+        if shutil.which("ssh") is None and not all(map(is_this_machine, hosts)):
+            raise UserError(
+                "hosts are reached by ssh, and there is none on PATH: apt-get install openssh-client"
+            )
         # Not from a folder of the user's: a `python -m` finds modules there.
         commands = {
             host: on_host(ssh, host, [sys.executable, "-P", "-m", "hvd_lb.launch.preflight.probe", host])
