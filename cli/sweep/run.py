@@ -109,8 +109,12 @@ def run(
     refuse_untracked(track_targets(track))
     console = plain_console()
     about_recipe = {"vary", "seeds", "train", "recipe", *options}
-    if folder and is_sweep(folder.expanduser()) and not about_recipe & given_options(context).keys():
+    if folder and not about_recipe & given_options(context).keys():
         folder = folder.expanduser()
+        if not is_sweep(folder):
+            raise UserError(
+                f"{printable(str(folder))}: is no sweep to go on with; a new one takes --data, and --vary FIELD=VALUES"
+            )
         sweep = open_sweep(folder)
     else:
         grid = _grid(context.command, vary, seeds)

@@ -176,6 +176,12 @@ def test_a_dry_run_names_the_runs_and_run_may_be_left_out(
     other = hvd_lb("sweep", "run", tmp_path / "full", *words)
     assert (other.status, other.out) == (2, "")
     assert "holds something that is no sweep" in other.err
+    monkeypatch.setenv("HVD_LB_DATA", "digits")  # with which a folder that is mistyped would be a new sweep
+    mistyped = hvd_lb("sweep", "run", tmp_path / "ful", "--jobs", 2)
+    assert (mistyped.status, mistyped.out) == (2, "")
+    assert mistyped.err.endswith(
+        "ful: is no sweep to go on with; a new one takes --data, and --vary FIELD=VALUES\n"
+    )
 
 
 def test_fields_that_are_not_set_and_paths(
