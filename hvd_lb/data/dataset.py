@@ -35,7 +35,7 @@ def open_dataset(
     if spec in _FIXED_SPLITS:
         opened = _FIXED_SPLITS[spec]()
     elif spec == "synthetic" or spec.startswith("synthetic:"):
-        opened = open_synthetic(spec.partition(":")[2])
+        opened = open_synthetic(spec.partition(":")[2] if ":" in spec else None)
     else:
 
         def open_it(check: Check) -> IndexedDataset:

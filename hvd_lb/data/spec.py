@@ -8,6 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from hvd_lb.data.options import NAMED
 from hvd_lb.data.remote.address import Address, is_address
 from hvd_lb.data.sources.find import folder_of, refuse_remote
 from hvd_lb.errors import UserError
@@ -58,4 +59,5 @@ def spec_of(path: Path) -> str:
 
 def is_named(spec: str) -> bool:
     """Whether these are data that come by a name rather than from a path."""
-    return spec in ("digits", "fashion-mnist") or spec.split(":")[0] == "synthetic"
+    *fixed, counted = NAMED
+    return spec in fixed or spec.split(":")[0] == counted

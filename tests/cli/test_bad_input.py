@@ -68,6 +68,10 @@ DIGITS = ("train", "--data", "digits", "--device", "cpu")
         ((*DIGITS, "--hosts", "h1:2", "--ssh-key", "nowhere"), "--ssh-key nowhere: no such file"),
         (("train", "--data", "nowhere", "--device", "cpu"), "nowhere"),
         (("train", "--data", "synthetic:many", "--device", "cpu"), "synthetic:many"),
+        (
+            ("train", "--data", "Fashion_MNIST", "--device", "cpu"),
+            "no such folder; did you mean 'fashion-mnist'?",
+        ),
         (("trian",), "No such command"),
         (("simulate", "--budget", "3 parsecs"), "such as 60s"),
         (("recipes", "goyal"), "goyal-resnet50"),

@@ -61,9 +61,9 @@ class SyntheticImages:
         return _magnify(self._knots[self.labels[image_id]]) + noise
 
 
-def open_synthetic(count: str) -> Dataset:
-    """`synthetic:count`, or the size of ImageNet for an empty `count`."""
-    if not count:
+def open_synthetic(count: str | None) -> Dataset:
+    """`synthetic:count`, or for None the size of ImageNet."""
+    if count is None:
         train, val = IMAGENET_TRAIN, IMAGENET_VAL
     elif re.fullmatch("[0-9]{1,9}", count, re.ASCII) and int(count):
         train = int(count)

@@ -20,12 +20,12 @@ import numpy as np
 from hvd_lb.data.files.kinds import EXTENSIONS, is_ignored, why_not_read
 from hvd_lb.data.files.rows import Names, measure_files
 from hvd_lb.data.files.threads import in_threads
-from hvd_lb.data.options import UNFINISHED
+from hvd_lb.data.options import NAMED, UNFINISHED
 from hvd_lb.data.sources.class_folder import ClassFolder, Folder
 from hvd_lb.data.sources.names import look_alike, same_composed, some
 from hvd_lb.data.sources.source import Listing, file_state, stamped
 from hvd_lb.data.sources.splits import split_of
-from hvd_lb.errors import UserError
+from hvd_lb.errors import UserError, nearest
 
 _OURS = {".hvd-lb-index", UNFINISHED}
 
@@ -163,7 +163,8 @@ class Inside:
 def look_into(root: Path) -> Inside:
     """UserError when it is missing or no folder."""
     if not root.exists():
-        raise UserError(f"{root}: no such folder")
+        meant = nearest(root.name.lower(), NAMED) if root.name == str(root) else ""
+        raise UserError(f"{root}: no such folder{meant}")
     if not root.is_dir():
         raise UserError(f"{root}: expected a folder of images, not a file")
     folders, images, ignored, dead = [], [], [], []

@@ -41,7 +41,7 @@ def test_the_validation_set_is_a_25th_up_to_imagenets(count: int, held_out: int)
 
 
 @pytest.mark.parametrize(
-    "spec", ["synthetic:0", "synthetic:-5", "synthetic:many", "synthetic:1e6", "synthetic:²"]
+    "spec", ["synthetic:0", "synthetic:-5", "synthetic:many", "synthetic:1e6", "synthetic:²", "synthetic:"]
 )
 def test_a_bad_number_is_refused(spec: str) -> None:
     with pytest.raises(UserError, match="expected a positive number of images"):
