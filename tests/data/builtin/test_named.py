@@ -75,6 +75,8 @@ def test_fashion_mnist_is_found(
 def test_without_fashion_mnist_and_without_network_one_line_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # urllib keeps the opener that it has made first, with the proxies of that moment.
+    monkeypatch.setattr("urllib.request._opener", None)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
