@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import numpy as np
 import torch
 
@@ -33,6 +36,22 @@ class BlobImages:
 
     def name(self, image_id: int) -> str:
         return f"blob {image_id}"
+
+
+class AtOnce:
+    """How many threads waited at the same time, at most."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self._lock = threading.Lock()
+
+    def wait(self, seconds: float) -> None:
+        with self._lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(seconds)
+        with self._lock:
+            self.now -= 1
 
 
 def as_levels(size: int, antialias: bool = True) -> Preprocessing:
