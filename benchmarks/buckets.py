@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from hvd_lb.optim.buckets import plan_buckets
+from hvd_lb.optim.exchange.buckets import plan_buckets
 
 MODELS = ("resnet50", "resnet18", "vit_b_16", "mobilenet_v3_small", "vgg16", "efficientnet_b0", "densenet121",
           "convnext_tiny", "resnet152", "regnet_y_8gf", "swin_t")  # fmt: skip

@@ -28,6 +28,14 @@ def one_thread() -> None:
 
 
 @pytest.fixture
+def equal_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For worlds that multiply this process's numbers by their size: what each rank says of its weights is its own."""
+    from hvd_lb.optim.exchange.replicas import Replicas
+
+    monkeypatch.setattr(Replicas, "_draw", lambda *_: None)
+
+
+@pytest.fixture
 def no_save_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints of a trainer in this process as on a fast disk: on a slow one some are left out."""
     from hvd_lb.training.checkpoint import BackgroundWriter

@@ -11,7 +11,7 @@ import json
 import sys
 import weakref
 import zlib
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -33,7 +33,7 @@ from hvd_lb.errors import one_of, whole
 from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import GROWTH_BITS, FixedPointOverflow
 from hvd_lb.machine.process import keep_memory
-from hvd_lb.optim.buckets import (
+from hvd_lb.optim.exchange.buckets import (
     DTYPES,
     Bucket,
     FixedPointBucket,
@@ -45,8 +45,9 @@ from hvd_lb.optim.buckets import (
     plan_buckets,
     squared_norm,
 )
+from hvd_lb.optim.exchange.replicas import Replicas
+from hvd_lb.optim.exchange.watched import Lookout, gradient, set_gradient
 from hvd_lb.optim.state_dict import broadcast_optimizer, broadcast_tensors
-from hvd_lb.optim.watched import Lookout, gradient, set_gradient
 from hvd_lb.world import Handle, World, current
 from hvd_lb.world.arriving import Arriving
 
@@ -59,8 +60,6 @@ _Hooks = tuple[list[Any], list[Any]]
 _STEPS = "hvd_lb_steps"  # an option of groups
 # Classes of torch, by name: to import some of them takes long.
 _EXCHANGING = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
-# Integers in each exchange: who is late, who has changed gradients, and with which options.
-_OWN_RIDERS = 3
 _ITS_OWN = ("param_groups", "state", "defaults")
 _SHARED = [
     "_optimizer_step_pre_hooks",
@@ -187,11 +186,6 @@ class DistributedOptimizer(Optimizer):
         alone = compress == "none" or self.world.size == 1
         self._compress = None if alone else half(compress, images or self.world.size)
         self._carrier: Bucket | None = None
-        # Of this process: it comes to the exchange in `step`; it has changed gradients of the last step after theirs.
-        self._late, self._changed = False, False
-        self._options = 0  # what its groups said in the last step: `_options_of_step`
-        # In the last exchanges: how many did so, the sum of their options, and this process's own.
-        self._told: deque[tuple[Arriving[int], int]] = deque(maxlen=2)
         self.carried: Arriving[int] | None = None
         number = (
             next(_instances.setdefault(self.world, itertools.count())) if self.world.size > 1 else "alone"
@@ -208,6 +202,7 @@ class DistributedOptimizer(Optimizer):
         self._places: dict[Tensor, tuple[Bucket, Slot]] = {}
         # The parameters in the groups and whether they learn, when that was looked at last; those without a place.
         self._adopted: list[tuple[Tensor, bool]] = []
+        self._weights: list[Tensor] = []  # these, and further ones of the model
         self._others: list[Tensor] = []
         self._nodes: dict[Tensor, Any] = {}
         # The hooks of parameters that have no place, as they do not learn: should they do so once.
@@ -233,6 +228,7 @@ class DistributedOptimizer(Optimizer):
             keep_memory()
         seed = torch.tensor([torch.initial_seed() % 2**32])
         self._seed = int(self.world.broadcast(seed, f"{self._name}.seed"))  # rank 0's
+        self._replicas = Replicas(optimizer, self.world.rank, self.world.size, self._seed)
         if state is not None and self.world.rank == 0:
             self.load_state_dict(state)
         if self.world.size > 1:
@@ -355,7 +351,7 @@ class DistributedOptimizer(Optimizer):
             bucket.consume()
         self._phase, self._divisor = Phase.GATHERING, None
         if self._carrier:
-            self._options = self._options_of_step()
+            self._replicas.note(self.steps, self._weights)
         self.steps += 1
         return result
 
@@ -532,6 +528,8 @@ class DistributedOptimizer(Optimizer):
             return
         self._make_room()
         self._adopted = now
+        weights = dict.fromkeys([*self._names, *(p for p, _ in now)])
+        self._weights = [p for p in weights if p.is_floating_point()]
         self._others = [p for p, _ in now if p not in self._places]
 
     def _is_adopted(self, now: list[tuple[Tensor, bool]]) -> bool:
@@ -611,7 +609,7 @@ class DistributedOptimizer(Optimizer):
             name = f"{self._name}.bucket.{next(self._numbers)}"
             # Riders go last, when they are newest; those of a process alone stay on the host.
             takes_riders = self._carrier is None and members is planned[-1] and self.world.size > 1
-            riders = (self._riders.count if self._riders else 0) + _OWN_RIDERS if takes_riders else 0
+            riders = (self._riders.count if self._riders else 0) + Replicas.riders if takes_riders else 0
             bucket = (
                 Bucket(members, name, riders, self._compress)
                 if self._terms is None
@@ -859,15 +857,9 @@ class DistributedOptimizer(Optimizer):
     @torch._disable_dynamo
     @torch.no_grad()
     def _start(self, bucket: Bucket) -> None:
-        riders: list[int] = []
         if bucket is self._carrier:
-            riders = [
-                int(self._late),
-                int(self._changed),
-                self._options,
-                *(self._riders.ask() if self._riders else ()),
-            ]
-        bucket.start(self.world, riders)
+            self._replicas.say(bucket.riders, self._riders.ask() if self._riders else ())
+        bucket.start(self.world)
         if self.on_exchange:
             self.on_exchange(self._buckets.index(bucket), bucket.exchanged_bytes)
 
@@ -996,7 +988,7 @@ class DistributedOptimizer(Optimizer):
             bucket.arrive()
         overflowed = {parameter for bucket in self._buckets for parameter in bucket.finish()}
         if self._carrier:
-            self._told.append((Arriving(self._carrier.riders[:_OWN_RIDERS], int), self._options))
+            self._replicas.hear(self._carrier.riders)
         if self._riders:
             self.carried = Arriving(self._sums_of(self._riders), int)
         self._phase = Phase.REDUCED
@@ -1021,9 +1013,10 @@ class DistributedOptimizer(Optimizer):
         It cannot have seen the gradients that others have clipped or unscaled. On a GPU the next exchange tells it
         (`_refuse_drift`), as it has not changed its own.
         """
-        self._late = self._phase is Phase.GATHERING
+        replicas = self._replicas
+        replicas.late = self._phase is Phase.GATHERING
         unscaled = "found_inf" in self.__dict__ or _within(GradScaler._maybe_opt_step)
-        if self._late and self.world.size > 1 and unscaled:
+        if replicas.late and self.world.size > 1 and unscaled:
             # Nothing else would tell: unscaling leaves no trace in a tensor's version.
             raise RuntimeError(
                 "GradScaler.step() before this process has taken part in the exchange: it has unscaled gradients of "
@@ -1032,42 +1025,24 @@ class DistributedOptimizer(Optimizer):
         try:
             self.synchronize(images=images, global_images=global_images)
         finally:
-            self._late = False
+            replicas.late = False
         normalised = self._carrier is not None and self._phase is Phase.NORMALISED
-        self._changed = normalised and any(bucket.changed() for bucket in self._buckets)
-        if self._changed and self._told and self._hears_at_once:
-            late, *_ = self._told[-1][0].wait()
-            if late:
-                raise RuntimeError(
-                    f"gradients were changed before step(), as by clipping, and {late} of {self.world.size} processes "
-                    "without a backward came to step() at once and could not do the same: call opt.synchronize() there "
-                    "first, and then what all do with gradients"
-                )
+        replicas.changed = normalised and any(bucket.changed() for bucket in self._buckets)
+        if replicas.changed and self._hears_at_once and (late := replicas.late_ones()):
+            raise RuntimeError(
+                f"gradients were changed before step(), as by clipping, and {late} of {self.world.size} processes "
+                "without a backward came to step() at once and could not do the same: call opt.synchronize() there "
+                "first, and then what all do with gradients"
+            )
 
     def _refuse_drift(self) -> None:
-        """RuntimeError where some processes have changed the gradients of a step and others have not, or where they
-        have taken it with other options.
+        """RuntimeError where the processes' weights are no longer the same.
 
         On a GPU it is what the exchange before told: to wait for this one would have the host wait.
         """
-        at_once = self._hears_at_once
-        if self._told and (at_once or len(self._told) > 1):
-            told, own = self._told[-1 if at_once else 0]
-            _, changed, options = told.wait()
-            if 0 < changed < self.world.size:
-                self.zero_grad()
-                raise RuntimeError(
-                    f"{changed} of {self.world.size} processes have changed gradients before the last step(), as by "
-                    "clipping, and the others have not: their weights are no longer the same. Do it on all processes"
-                )
-            if options not in (own * self.world.size, own):  # others that tell nothing have taken no step yet
-                self.zero_grad()
-                rates = ", ".join(f"{float(group['lr']):g}" for group in self.param_groups if "lr" in group)
-                raise RuntimeError(
-                    "processes have taken the last step() with other options of the optimizer than rank "
-                    f"{self.world.rank} (its lr: {rates}), so their weights are no longer the same: give schedulers "
-                    "the same numbers everywhere, as the loss of all processes and not each its own"
-                )
+        if why := self._replicas.parted(self._hears_at_once, self._label):
+            self.zero_grad()
+            raise RuntimeError(why)
 
     def _refuse_own(self) -> None:
         """RuntimeError where a gradient that was set by hand would be used as it is, without those of other processes.
@@ -1093,25 +1068,6 @@ class DistributedOptimizer(Optimizer):
     def _hears_at_once(self) -> bool:
         """Whether what others say is there with the sums; to have it from a GPU at once the host would wait."""
         return self._carrier is not None and not self._carrier.riders.is_cuda
-
-    def _options_of_step(self) -> int:
-        """Ten bits of the numbers that the groups have for an option, the same where these agree to rounding.
-
-        Other ones in each step: what has the same bits by chance has others soon. Switches do not count: torch adds
-        some where a state is loaded, as it is at the start by all but rank 0.
-        """
-        told = [str(self.steps)]
-        for group in self.optimizer.param_groups:
-            for name in self.optimizer.defaults:
-                value = group.get(name)
-                parts = value if isinstance(value, tuple) else (value,)
-                numbers = [of.item() if _on_host(of) else of for of in parts]
-                told += [
-                    f"{float(number):.6g}"
-                    for number in numbers
-                    if isinstance(number, int | float) and not isinstance(number, bool)
-                ]
-        return zlib.crc32(" ".join(told).encode()) % 1024
 
     def _sums_of(self, riders: Riders) -> Tensor:
         if self._carrier:
@@ -1185,7 +1141,7 @@ def _not_compiled() -> None:
     """
     from torch._dynamo import trace_rules
 
-    for name in ("distributed", "buckets", "watched"):
+    for name in ("distributed", "exchange.buckets", "exchange.replicas", "exchange.watched"):
         trace_rules.add(f"{__package__}.{name}")
 
 
@@ -1199,11 +1155,6 @@ def _unhook(parameter: Tensor) -> DistributedOptimizer | None:
 def _remove(hooks: Iterable[Any]) -> None:
     for hook in hooks:
         hook.remove()
-
-
-def _on_host(value: Any) -> bool:
-    """Whether it is a number in a tensor, and nobody has to wait to know it."""
-    return isinstance(value, Tensor) and value.is_cpu and value.numel() == 1
 
 
 def _plain(value: Any) -> Any:

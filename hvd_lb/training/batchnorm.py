@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 
 from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import FixedPointOverflow, FixedPointSum, offsets_of
-from hvd_lb.optim.buckets import gathering_dtype
+from hvd_lb.optim.exchange.buckets import gathering_dtype
 from hvd_lb.training.models import batch_norms
 from hvd_lb.training.together.group import Group, Replaced
 from hvd_lb.world import World

@@ -33,8 +33,8 @@ from hvd_lb.exact.reproducible import rounding_environment
 from hvd_lb.machine.gpus import gpu_in_words
 from hvd_lb.machine.process import peak_memory
 from hvd_lb.optim.average import WeightAverage
-from hvd_lb.optim.buckets import Riders
 from hvd_lb.optim.distributed import DistributedOptimizer
+from hvd_lb.optim.exchange.buckets import Riders
 from hvd_lb.optim.make import make_optimizer
 from hvd_lb.optim.noise_scale import NoiseScale
 from hvd_lb.plan.augment import Microbatch, Origin

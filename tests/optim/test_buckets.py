@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hvd_lb.optim.buckets import Bucket, half, plan_buckets, squared_norm
+from hvd_lb.optim.exchange.buckets import Bucket, half, plan_buckets, squared_norm
 from hvd_lb.world.solo import Solo
 
 

@@ -44,6 +44,9 @@ class Noted(Done):
         return self.tensor
 
 
+pytestmark = pytest.mark.usefixtures("equal_copies")
+
+
 class Recorder(Solo):
     """A world that notes what is exchanged; its sums multiply by `size`, as equal processes would."""
 

@@ -118,8 +118,9 @@ def test_on_gpus_the_next_exchange_tells_it(monkeypatch: pytest.MonkeyPatch) -> 
     wait = Arriving.wait
 
     def noted(arriving: Arriving[int]) -> list[int]:
-        owners = [of for of in optimizers if arriving in [told for told, _ in of._told]]
-        waits.extend(of._told[-1][0] is arriving for of in owners)
+        said = [of._replicas._said for of in optimizers]
+        owners = [of for of in said if arriving in [one.sums for one in of]]
+        waits.extend(of[-1].sums is arriving for of in owners)
         return wait(arriving)
 
     optimizers = list[DistributedOptimizer]()

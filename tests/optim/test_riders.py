@@ -7,8 +7,8 @@ import torch
 from together import Together, together
 from torch import nn
 
-from hvd_lb.optim.buckets import Riders
 from hvd_lb.optim.distributed import DistributedOptimizer
+from hvd_lb.optim.exchange.buckets import Riders
 from hvd_lb.world import World
 from hvd_lb.world.solo import Solo
 

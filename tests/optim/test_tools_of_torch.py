@@ -132,6 +132,7 @@ def test_microbatches_of_several_sizes_are_compiled_while_sums_are_formed() -> N
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("equal_copies")
 @pytest.mark.parametrize("terms", [None, 4])
 @pytest.mark.parametrize("what", ["clipping", "the whole step"])
 def test_what_reads_gradients_may_be_compiled(what: str, terms: int | None) -> None:

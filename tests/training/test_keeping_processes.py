@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_trainer import make_trainer, small_recipe
 
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
-from tests.training.test_trainer import make_trainer, small_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -67,6 +67,7 @@ def test_every_worker_draws_anew_in_every_step() -> None:
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.usefixtures("equal_copies")
 def test_it_plays_no_part_which_process_hosts_the_worker(processes: int) -> None:
     alone = masks(small_recipe(), 3)
     shared: Masks = {}

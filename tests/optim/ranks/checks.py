@@ -24,7 +24,7 @@ import hvd_lb.world
 from hvd_lb.errors import UserError
 from hvd_lb.exact.fixed_point import FixedPointOverflow
 from hvd_lb.optim import SGD, DistributedOptimizer, parameter_groups
-from hvd_lb.optim.buckets import Riders
+from hvd_lb.optim.exchange.buckets import Riders
 from hvd_lb.optim.state_dict import flatten_state
 from hvd_lb.plan.hosting import hosted
 from hvd_lb.training.batchnorm import running_statistics

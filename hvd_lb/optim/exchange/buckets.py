@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import FixedPointSum, offsets_of
-from hvd_lb.optim.watched import gathering, gradient, set_gradient
+from hvd_lb.optim.exchange.watched import gathering, gradient, set_gradient
 from hvd_lb.world import Handle, World
 from hvd_lb.world.arriving import Arriving
 
@@ -325,9 +325,8 @@ class Bucket:
             set_gradient(slot.parameter, grad)
             slot.seen, slot.version, slot.spent = grad, slot.grad._version, False
 
-    def start(self, world: World, riders: Sequence[int] = ()) -> None:
-        """Starts the exchange of what this process has; until `finish`, the views are undefined."""
-        self._set_riders(riders)
+    def start(self, world: World) -> None:
+        """Starts the exchange of what this process has, and of `riders`; until `finish`, the views are undefined."""
         self._note_given()
         self.collect()
         self.publish()
@@ -374,10 +373,6 @@ class Bucket:
     def adding(self) -> bool:
         """Whether it holds sums that are not in `p.grad`."""
         return False
-
-    def _set_riders(self, riders: Sequence[int]) -> None:
-        if riders:
-            self.riders.copy_(torch.tensor(riders, dtype=self.riders.dtype), non_blocking=True)
 
     def edited(self) -> bool:
         """Whether gradients were changed between the backwards of this process and the exchange."""
@@ -496,8 +491,7 @@ class FixedPointBucket(Bucket):
         """By a reference from before, as sums may be formed there; `_take` finds what was assigned."""
         return any(slot.gathered and slot.grad._version != slot.version for slot in self.slots)
 
-    def start(self, world: World, riders: Sequence[int] = ()) -> None:
-        self._set_riders(riders)
+    def start(self, world: World) -> None:
         self._note_given()
         for slot in self.awaited:
             self._take(slot, zeros=True)
