@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +32,7 @@ class Divided:
 def divide(index: Index, fraction: float, seed: int) -> Divided:
     """The index without and with the images that `hold_out` chooses: computed once, then mapped."""
     # An index made anew can have the same folder in the cache, though not in its own.
-    name = f"held-out-2-{fraction!r}-{seed}-{index.facts.sum:08x}"
+    name = f"held-out-3-{fraction!r}-{seed}-{index.facts.sum:08x}"
     folders = [folder / name for folder in index.keep]
     for folder in folders:
         if found := _load(index, folder):
@@ -74,12 +76,15 @@ def hold_out(index: Index, fraction: float, seed: int) -> np.ndarray:
 
 
 def _hashes(index: Index, key: bytes) -> np.ndarray:
-    """uint64 (N,): keyed hashes of the names."""
+    """uint64 (N,): keyed hashes of the names, the same however the path of a file is written."""
     hashes = np.empty(len(index.rows), "<u8")
     for start in range(0, len(hashes), _CHUNK):
         names, lengths = index.names_of(start, start + _CHUNK)
         parts = itertools.pairwise([0, *np.cumsum(lengths).tolist()])
-        digests = (hashlib.blake2b(names[a:b], digest_size=8, key=key).digest() for a, b in parts)
+        each: Iterator[bytes] = (bytes(names[a:b]) for a, b in parts)
+        if b"./" in names or b"//" in names:
+            each = map(os.path.normpath, each)
+        digests = (hashlib.blake2b(name, digest_size=8, key=key).digest() for name in each)
         hashes[start : start + len(lengths)] = np.frombuffer(b"".join(digests), "<u8")
     return hashes
 

@@ -96,6 +96,10 @@ def _sources(spec: str, val: str | None) -> Sources:
     elif isinstance(train, ListSource) and isinstance(images, ListSource):
         _refuse_same(train.path, images.path)
         images = replace(images, training=train)
+    elif isinstance(train, FolderSource) and isinstance(images, ListSource):
+        images = replace(images, training=train.root)
+    elif isinstance(train, ListSource) and isinstance(images, FolderSource):
+        train = replace(train, validation=images.root)
     elif isinstance(train, ShardSource) and isinstance(images, ShardSource):
         both = sorted(set(train.shards) & set(images.shards)) if train.root == images.root else []
         if both:

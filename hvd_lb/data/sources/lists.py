@@ -44,14 +44,16 @@ class Entry:
 class ListSource:
     """The images of a list, by their paths relative to the folder `images`, else to that of the list.
 
-    `classes` are those of the training split, and `training` is that split's list, where this is the other one.
+    `classes` are those of the training split, and `training` is that split's list or folder, where this is the other
+    one; `validation` is the folder of that where this is the training split.
     """
 
     path: Path
     classes: Classes | None = None
     cheap: int = 20_000
     images: Path | None = None
-    training: ListSource | None = None
+    training: ListSource | Path | None = None
+    validation: Path | None = None
 
     @property
     def root(self) -> Path:
@@ -73,7 +75,7 @@ class ListSource:
 
     def listing(self) -> Listing:
         try:
-            lists = [of.path for of in (self, self.training) if of]  # of the other one a remark tells
+            lists = [of.path for of in (self, self.training) if isinstance(of, ListSource)]
             own = [file_state(self.root, os.path.relpath(path, self.root)) for path in lists]
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
@@ -124,18 +126,22 @@ class ListSource:
             remarks.append(
                 f"{self.path.name}: lines that repeat others, whose images count again: {repeated:,}"
             )
-        if self.training and (shared := self._shared(entries)):
-            remarks.append(
-                f"{self.path.name}: {shared:,} of its {len(entries.names):,} images are trained on, too "
-                f"({self.training.path.name}): its accuracy will look better than it is"
-            )
+        for split, what in ((self.training, "trained on"), (self.validation, "validated with")):
+            if split and (shared := self._shared(entries, split)):
+                where = split if isinstance(split, Path) else split.path
+                remarks.append(
+                    f"{self.path.name}: {shared:,} of its {len(entries.names):,} images are {what}, too "
+                    f"({where.name}): accuracy will look better than it is"
+                )
         return remarks
 
-    def _shared(self, entries: _Entries) -> int:
-        """How many of the images are trained on, too."""
-        assert self.training
-        trained = _Entries.of(read_list(self.training.path)).hashes(self.training.root)
-        return int(np.isin(entries.hashes(self.root), trained).sum())
+    def _shared(self, entries: _Entries, other: ListSource | Path) -> int:
+        """How many of the images are of the other split, too."""
+        if isinstance(other, ListSource):
+            there = _Entries.of(read_list(other.path)).hashes(other.root)
+            return int(np.isin(entries.hashes(self.root), there).sum())
+        here, folder = (Path(os.path.realpath(of)) for of in (self.root, other))
+        return sum(_whole(here, name).startswith(os.fsencode(f"{folder}/")) for name in entries.names)
 
     def _numbered(self, entries: _Entries) -> tuple[list[str], np.ndarray]:
         """Classes, and labels int64 (N,)."""

@@ -401,7 +401,7 @@ def test_images_that_a_new_training_list_shares_with_many_validation_images_are_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        ListSource.__init__, "__defaults__", (None, 0, None, None)
+        ListSource.__init__, "__defaults__", (None, 0, None, None, None)
     )  # no file is cheap to look at
     bitmaps(tmp_path / "i", dict.fromkeys("abc", 9))
     for name, content in (("val.csv", "i/c.bmp,y"), ("train.csv", "i/a.bmp,x\ni/b.bmp,y")):

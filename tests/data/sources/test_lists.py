@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -100,11 +101,14 @@ def test_a_column_of_splits_is_not_passed_over(folder: Path) -> None:
 
 
 def test_a_file_that_is_named_several_times_is_on_one_side(folder: Path) -> None:
-    """Also of a class so small that one of its images is moved over to validate, and of one with a single file."""
+    """Also of a class so small that one of its images is moved over to validate, and of one with a single file;
+    however its path is written."""
     photo(9, 9).save(folder / "e.png")
     counts = {"a.png": ("x", 9), "b c.png": ("x", 9), "sub/d.png": ("y", 9), "e.png": ("z", 1)}
+    paths = itertools.cycle(["{}", "./{}", "sub/../{}", ".//{}"])
     write(
-        folder / "train.csv", [[name, label] for name, (label, count) in counts.items() for _ in range(count)]
+        folder / "train.csv",
+        [[next(paths).format(name), label] for name, (label, count) in counts.items() for _ in range(count)],
     )
     for fraction in (1e-9, 1 - 1e-9):
         data = open_dataset(str(folder / "train.csv"), val_fraction=fraction)
@@ -231,6 +235,28 @@ def test_validation_images_that_are_trained_on_are_said(folder: Path, given: boo
         write(other, content)
         data = open_dataset(str(folder / "train.csv"), val=str(other) if given else None)
         assert [note[: len(told)] for note in data.notes] == [told] * bool(told)
+
+
+def test_a_list_and_a_folder_that_share_images_are_said(folder: Path, tmp_path: Path) -> None:
+    for split, names in (("train", "abc"), ("val", "de")):
+        for name in names:
+            for label in ("x", "y"):
+                (folder / "set" / split / label).mkdir(parents=True, exist_ok=True)
+                photo(20, 30).save(folder / "set" / split / label / f"{name}.png")
+    link = tmp_path / "link"
+    link.symlink_to(folder / "set")
+    write(
+        folder / "list.csv",
+        [[f"set/{name}", name[-7]] for name in ("train/x/a.png", "val/x/d.png", "val/y/d.png")],
+    )
+    for train, val, told in (
+        (link / "train", folder / "list.csv", "1 of its 3 images are trained on, too (train)"),
+        (folder / "list.csv", link / "val", "2 of its 3 images are validated with, too (val)"),
+    ):
+        notes = open_dataset(str(train), val=str(val)).notes
+        assert notes == (f"list.csv: {told}: accuracy will look better than it is",)
+    write(folder / "list.csv", [[f"set/val/{name}/d.png", name] for name in "xy"])
+    assert open_dataset(str(link / "train"), val=str(folder / "list.csv")).notes == ()
 
 
 def test_a_list_does_not_validate_itself(folder: Path) -> None:
