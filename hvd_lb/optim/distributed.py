@@ -1040,9 +1040,9 @@ class DistributedOptimizer(Optimizer):
 
         On a GPU it is what the exchange before told: to wait for this one would have the host wait.
         """
-        if why := self._replicas.parted(self._hears_at_once, self._label):
+        if error := self._replicas.parted(self._hears_at_once, self._label):
             self.zero_grad()
-            raise RuntimeError(why)
+            raise error
 
     def _refuse_own(self) -> None:
         """RuntimeError where a gradient that was set by hand would be used as it is, without those of other processes.

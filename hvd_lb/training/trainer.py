@@ -35,6 +35,7 @@ from hvd_lb.machine.process import peak_memory
 from hvd_lb.optim.average import WeightAverage
 from hvd_lb.optim.distributed import DistributedOptimizer
 from hvd_lb.optim.exchange.buckets import Riders
+from hvd_lb.optim.exchange.replicas import Parted
 from hvd_lb.optim.make import make_optimizer
 from hvd_lb.optim.noise_scale import NoiseScale
 from hvd_lb.plan.augment import Microbatch, Origin
@@ -381,6 +382,12 @@ class Trainer:
                 if self.membership:
                     self.membership.found_wrong(tried.liars)
                     self.regrouping = True
+            except Parted as parted:
+                raise RuntimeError(
+                    f"weights are no longer the same on all processes, as those of {parted.parameter} tell, though all "
+                    "have taken the same steps: one of them computes wrongly, or its memory keeps what it should not. "
+                    "Go on from a checkpoint; with --reproducible, --audit finds which"
+                ) from parted
             except Diverged as diverged:
                 if self.recipe.on_nan == "stop" or self.store is None:
                     raise

@@ -92,3 +92,23 @@ def test_a_run_that_goes_on_with_other_processes(before: int, after: int, tmp_pa
     together(before, lambda world: run(world, tmp_path / "parts", steps=7))
     found = together(after, lambda world: run(world, tmp_path / "parts", resume=True))
     assert_the_same(found[0], whole, first=7)
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_weights_that_one_process_gets_wrong_end_the_run(reproducible: bool, tmp_path: Path) -> None:
+    def broken(world: World) -> None:
+        step = Trainer.train_step
+
+        class Broken(Trainer):
+            def train_step(self, loader: Any) -> bool:
+                if self.step == 2 and world.rank == 1:
+                    with torch.no_grad():
+                        for parameter in self.model.parameters():
+                            parameter += 1
+                return step(self, loader)
+
+        recipe = small_recipe(epochs=20, reproducible=reproducible)
+        Broken(recipe, small_data(), world, device=torch.device("cpu"), threads=1, observer=Records()).fit()
+
+    with pytest.raises(RuntimeError, match="one of them computes wrongly"):
+        together(2, broken)

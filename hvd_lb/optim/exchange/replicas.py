@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -25,6 +25,18 @@ _UNIT = 2**30
 _MOST = 2.0**20
 _MARGIN = 1 / 4
 """Hosts may round otherwise, in each step, also to bf16: replicas are the same to so much of a weight's usual size."""
+
+
+class Parted(RuntimeError):
+    """Weights, as this parameter's, are no longer the same on all processes."""
+
+    def __init__(self, parameter: str) -> None:
+        super().__init__(
+            f"weights are no longer the same on all processes, as those of {parameter} tell: load or change weights "
+            "on all of them alike, or make the DistributedOptimizer afterwards, which takes rank 0's; random numbers "
+            "that weights or exchanged gradients are changed by come from one seed"
+        )
+        self.parameter = parameter
 
 
 @dataclass(frozen=True)
@@ -88,8 +100,8 @@ class Replicas:
         """How many were late in the last exchange. The host waits for it."""
         return int(self._said[-1].sums.wait()[0]) if self._said else 0
 
-    def parted(self, at_once: bool, label: Any) -> str | None:
-        """Why replicas are no longer the same, or None; `label` names a parameter.
+    def parted(self, at_once: bool, label: Callable[[Tensor], str]) -> RuntimeError | None:
+        """Why replicas are no longer the same, if they are not; `label` names a parameter.
 
         By the last exchange, or by the one before, for which the host need not wait.
         """
@@ -98,23 +110,19 @@ class Replicas:
         said = self._said[-1 if at_once else 0]
         _, changed, options, sampled, total, *own = said.sums.wait()
         if 0 < changed < self._size:
-            return (
+            return RuntimeError(
                 f"{changed:.0f} of {self._size} processes have changed gradients before the last step(), as by "
                 "clipping, and the others have not: their weights are no longer the same. Do it on all processes"
             )
         if options not in (said.options * self._size, said.options):  # others have taken no step yet
             rates = ", ".join(f"{float(group['lr']):g}" for group in self._groups if "lr" in group)
-            return (
+            return RuntimeError(
                 "processes have taken the last step() with other options of the optimizer than rank "
                 f"{self._rank} (its lr: {rates}), so their weights are no longer the same: give schedulers "
                 "the same numbers everywhere, as the loss of all processes and not each its own"
             )
         if said.sample and sampled == self._size and self._is_more(total / said.unit, own[0], said.sample):
-            return (
-                f"weights are no longer the same on all processes, as those of {label(said.sample.parameter)} tell: "
-                "load or change weights on all of them alike, or make the DistributedOptimizer afterwards, which "
-                "takes rank 0's; random numbers that weights or exchanged gradients are changed by come from one seed"
-            )
+            return Parted(label(said.sample.parameter))
         return None
 
     @property
