@@ -529,7 +529,7 @@ class DistributedOptimizer(Optimizer):
         self._make_room()
         self._adopted = now
         weights = dict.fromkeys([*self._names, *(p for p, _ in now)])
-        self._weights = [p for p in weights if p.is_floating_point()]
+        self._weights = [p for p in weights if p.is_floating_point() and type(p.data) is Tensor]
         self._others = [p for p, _ in now if p not in self._places]
 
     def _is_adopted(self, now: list[tuple[Tensor, bool]]) -> bool:
