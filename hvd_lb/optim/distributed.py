@@ -7,44 +7,36 @@ division by B is done once, at the end.
 
 import enum
 import itertools
-import json
 import sys
-import weakref
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.autograd.graph import get_gradient_edge
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.checkpoint import CheckpointFunction
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from hvd_lb.errors import one_of, whole
 from hvd_lb.exact.digest import integer_digest
 from hvd_lb.exact.fixed_point import GROWTH_BITS, FixedPointOverflow
 from hvd_lb.machine.process import keep_memory
 from hvd_lb.optim.exchange.buckets import (
-    DTYPES,
     Bucket,
     FixedPointBucket,
+    Half,
     Held,
     Riders,
     Slot,
-    gradient_dtype,
     half,
-    plan_buckets,
     squared_norm,
 )
+from hvd_lb.optim.exchange.places import Places
 from hvd_lb.optim.exchange.replicas import Replicas
 from hvd_lb.optim.exchange.watched import Lookout, gradient, set_gradient
 from hvd_lb.optim.state_dict import broadcast_optimizer, broadcast_tensors
@@ -54,9 +46,6 @@ from hvd_lb.world.arriving import Arriving
 # Names agree between the processes of a world and differ between optimizers of a process. An optimizer of this process
 # alone takes no number: the others know nothing of it.
 _instances: WeakKeyDictionary[World, Iterator[int]] = WeakKeyDictionary()
-_owners = WeakTensorKeyDictionary()  # of each parameter: its newest optimizer, weakly, and the hooks of that
-# Weak references to a parameter's bucket and slot, if it has them, and what removes its hooks.
-_Hooks = tuple[list[Any], list[Any]]
 _STEPS = "hvd_lb_steps"  # an option of groups
 # Classes of torch, by name: to import some of them takes long.
 _EXCHANGING = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
@@ -179,39 +168,36 @@ class DistributedOptimizer(Optimizer):
         self.steps = 0
         for name in _SHARED:
             setattr(self, name, getattr(optimizer, name, OrderedDict()))  # those around others may have none
-        self._bucket_bytes = bucket_bytes
         self._terms = reproducible_terms
         self._riders = riders
         self._skip_on_device = skip_on_device
         alone = compress == "none" or self.world.size == 1
-        self._compress = None if alone else half(compress, images or self.world.size)
-        self._carrier: Bucket | None = None
+        compressed = None if alone else half(compress, images or self.world.size)
         self.carried: Arriving[int] | None = None
         number = (
             next(_instances.setdefault(self.world, itertools.count())) if self.world.size > 1 else "alone"
         )
         self._name = f"hvd_lb.optimizer.{number}"
-        self._order = {p: i for i, p in enumerate(model.parameters())} if model is not None else {}
-        self._names: dict[Tensor, str] = (
-            {p: name for name, p in model.named_parameters()} if model is not None else {}
+        wire = compressed and [str(compressed.dtype), compressed.scale]
+        self._places = Places(
+            self,
+            optimizer,
+            model,
+            self.world,
+            self._name,
+            make=partial(_bucket, terms=reproducible_terms, compress=compressed),
+            bucket_bytes=bucket_bytes,
+            riders=Replicas.riders + (riders.count if riders else 0),
+            options=[
+                type(optimizer).__name__,
+                bucket_bytes,
+                reproducible_terms,
+                riders and riders.count,
+                wire,
+            ],
         )
-        self._buffers: dict[str, Tensor] = dict(model.named_buffers()) if model is not None else {}
-        self._known: set[Tensor] = set()
-        self._buckets: list[Bucket] = []
-        self._numbers = itertools.count()  # of buckets
-        self._places: dict[Tensor, tuple[Bucket, Slot]] = {}
-        # The parameters in the groups and whether they learn, when that was looked at last; those without a place.
-        self._adopted: list[tuple[Tensor, bool]] = []
-        self._weights: list[Tensor] = []  # these, and further ones of the model
-        self._others: list[Tensor] = []
-        self._nodes: dict[Tensor, Any] = {}
-        # The hooks of parameters that have no place, as they do not learn: should they do so once.
-        self._asleep: dict[Tensor, _Hooks] = {}
-        # Buckets that a backward has made, on whose parameters the processes have not agreed.
-        self._fresh: list[Bucket] = []
         # Buckets of parameters that came after this step's backward, which has given them their gradients.
         self._behind: list[Bucket] = []
-        self._taken = ""  # the name of a parameter that belongs to a newer optimizer
         self._phase = Phase.GATHERING
         self._armed = True
         self._counted: tuple[int | None, int | None] = (None, None)
@@ -221,10 +207,10 @@ class DistributedOptimizer(Optimizer):
         self._own_digests: dict[Bucket, Tensor] | None = None  # as well
         #: Called when a bucket's exchange begins, with its number and bytes: for whoever measures.
         self.on_exchange: Callable[[int, int], None] | None = None
-        if self._compress:  # an engine that does not add such numbers says so now
-            self.world.allreduce(torch.zeros(1, dtype=self._compress.dtype), f"{self._name}.compress")
+        if compressed:  # an engine that does not add such numbers says so now
+            self.world.allreduce(torch.zeros(1, dtype=compressed.dtype), f"{self._name}.compress")
         self._adopt()
-        if not any(p.is_cuda for p in self._known):
+        if not any(p.is_cuda for p in self._places.known):
             keep_memory()
         seed = torch.tensor([torch.initial_seed() % 2**32])
         self._seed = int(self.world.broadcast(seed, f"{self._name}.seed"))  # rank 0's
@@ -232,8 +218,7 @@ class DistributedOptimizer(Optimizer):
         if state is not None and self.world.rank == 0:
             self.load_state_dict(state)
         if self.world.size > 1:
-            further = {name: p for p, name in self._names.items() if p not in self._known}
-            broadcast_tensors(self.world, {**further, **self._buffers}, f"{self._name}.model")
+            broadcast_tensors(self.world, self._places.further(), f"{self._name}.model")
             broadcast_optimizer(self.world, self, f"{self._name}.state")
         self._made = True
 
@@ -242,7 +227,7 @@ class DistributedOptimizer(Optimizer):
     @torch._disable_dynamo
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Adds the gradients of a loss, a sum over images; the `last` call of a step starts the exchange."""
-        self._check_owner()
+        self._places.check_owner()
         if last:
             loss.backward()
         else:
@@ -267,7 +252,7 @@ class DistributedOptimizer(Optimizer):
         Raises `ValueError` when there are no images at all, `RuntimeError` when the gradients were
         divided by another count before, or somebody looked at them before there was one.
         """
-        self._check_owner()
+        self._places.check_owner()
         counted = (images, global_images)
         if images is not None and global_images is not None:
             raise ValueError("give images (of this process) or global_images (of all), not both")
@@ -301,7 +286,7 @@ class DistributedOptimizer(Optimizer):
             raise ValueError(f"a step needs images, got {divisor} in all; zero_grad() gives it up")
         self._divisor, self._counted = divisor, counted
         if self._divides_itself():
-            self._lookout.watch(self._places)  # whoever looks before the update sees the mean
+            self._lookout.watch(self._places.of)  # whoever looks before the update sees the mean
         else:
             self._divide()
 
@@ -320,7 +305,7 @@ class DistributedOptimizer(Optimizer):
         returns, is the loss of all processes, divided like the gradients, so that all processes take the
         same decisions (LBFGS).
         """
-        self._check_owner()
+        self._places.check_owner()
         if closure is not None and not callable(closure):
             raise TypeError(
                 f"step({closure!r}): expected a closure; images are counted by name, step(images=...)"
@@ -331,7 +316,7 @@ class DistributedOptimizer(Optimizer):
         nothing_new = not self._riders and images is global_images is None and self._only_left()
         if closure is None or self._phase is Phase.EXCHANGING:
             self._synchronize_now(images, global_images)
-        if nothing_new and closure is None and not any(slot.present for slot in self._slots()):
+        if nothing_new and closure is None and not any(slot.present for slot in self._places.slots()):
             self.zero_grad()
             raise RuntimeError(
                 "step() without a backward on any process, and the gradients of the last step are still there: they do "
@@ -350,15 +335,15 @@ class DistributedOptimizer(Optimizer):
         for bucket in self._buckets:
             bucket.consume()
         self._phase, self._divisor = Phase.GATHERING, None
-        if self._carrier:
-            self._replicas.note(self.steps, self._weights)
+        if self._places.carrier:
+            self._replicas.note(self.steps, self._places.weights)
         self.steps += 1
         return result
 
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discards all gradients; an exchange under way is completed first, for the other processes' sake."""
-        if self._phase is Phase.EXCHANGING and not self._taken:
+        if self._phase is Phase.EXCHANGING and not self._places.taken:
             with suppress(FixedPointOverflow):
                 self._finish()
         self._reset()
@@ -418,7 +403,7 @@ class DistributedOptimizer(Optimizer):
             raise RuntimeError("the mean gradients are known after synchronize() and before step()")
         divisor = (self._divisor or 1) if self._phase is Phase.REDUCED else 1
         slots = [slot for bucket in self._buckets for slot in bucket.slots if slot.present]
-        return {self._label(slot.parameter): slot.view.clone().div_(divisor) for slot in slots}
+        return {self._places.label(slot.parameter): slot.view.clone().div_(divisor) for slot in slots}
 
     def abandon(self) -> None:
         """Forgets all gradients where an exchange cannot be completed, as processes were lost: then this one only has
@@ -496,284 +481,39 @@ class DistributedOptimizer(Optimizer):
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key not in own})
         steps = [group[_STEPS] for group in self.optimizer.param_groups if _STEPS in group]
         self.steps = state_dict.get("steps", max(steps, default=self.steps))
-        self._lay_out_state(self._places)
+        self._places.lay_out_state(self._places.of)
         self.exponents = state_dict.get("exponents", {})
 
     @property
     def exponents(self) -> dict[int, int]:
         """Those of the gradients' next sums, by their parameter's number in the groups; with `reproducible_terms`."""
-        return {
-            number: bucket.exponent(slot)
-            for number, (bucket, slot) in self._numbered()
-            if isinstance(bucket, FixedPointBucket)
-        }
+        return self._places.exponents
 
     @exponents.setter
     def exponents(self, exponents: Mapping[int, int]) -> None:
-        for number, (bucket, slot) in self._numbered():
-            if isinstance(bucket, FixedPointBucket) and number in exponents:
-                bucket.set_exponent(slot, exponents[number])
+        self._places.exponents = exponents
 
     # Inside
 
-    def _numbered(self) -> Iterator[tuple[int, tuple[Bucket, Slot]]]:
-        """The places of parameters that have one, by their number in the groups."""
-        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
-        return ((number, self._places[p]) for number, p in enumerate(parameters) if p in self._places)
+    @property
+    def _buckets(self) -> list[Bucket]:
+        return self._places.buckets
 
     def _adopt(self) -> None:
         """Makes room for parameters that are new, were unfrozen or moved to another device or dtype."""
-        now = [(p, p.requires_grad) for group in self.optimizer.param_groups for p in group["params"]]
-        if self._is_adopted(now):
-            return
-        self._make_room()
-        self._adopted = now
-        weights = dict.fromkeys([*self._names, *(p for p, _ in now)])
-        self._weights = [p for p in weights if p.is_floating_point() and type(p.data) is Tensor]
-        self._others = [p for p, _ in now if p not in self._places]
-
-    def _is_adopted(self, now: list[tuple[Tensor, bool]]) -> bool:
-        """Whether parameters, and whether they learn, are what they were."""
-        if len(now) != len(self._adopted):
-            return False
-        for (p, learns), (before, learnt) in zip(now, self._adopted, strict=True):
-            if p is not before or learns is not learnt:
-                return False
-        return all(bucket.fits() for bucket in self._buckets)
-
-    def _make_room(self) -> None:
-        self._check_owner()
-        parameters = self._in_order()
-        unknown = [p for p in parameters if p not in self._known]
-        if unknown:
-            self._check_kinds(unknown)
-            # The same types on all processes: numpy's numbers, which a broadcast makes Python's, round otherwise.
-            for group in self.optimizer.param_groups:
-                group.update({key: _plain(value) for key, value in group.items() if key != "params"})
-        self._follow_moved()
-        homeless = [p for p in parameters if p.requires_grad and p not in self._places]
-        if not unknown and not homeless and not self._fresh:
-            return
-        self._check_dtypes(homeless)
-        self._check_agreement(parameters)
-        if self.world.size > 1 and unknown:
-            broadcast_tensors(self.world, {self._label(p): p for p in unknown}, f"{self._name}.weights")
-        # Those that were known first: elsewhere a backward may have given them their places.
-        self._give_places([p for p in homeless if p in self._known])
-        self._known.update(unknown)
-        made = self._give_places([p for p in homeless if p not in self._places])
-        self._behind = made if self._phase is Phase.EXCHANGING else []
-        self._fresh.clear()
-        for p in unknown:
-            if p not in self._places and p.is_floating_point() and not p.is_inference():
-                self._asleep[p] = self._hook(p)
-
-    def _in_order(self) -> list[Tensor]:
-        """The parameters in the groups, in the model's order if that is known."""
-        mine = {p: None for group in self.optimizer.param_groups for p in group["params"]}
-        return sorted(mine, key=lambda p: self._order.get(p, len(self._order)))
-
-    @torch.no_grad()
-    def _follow_moved(self) -> None:
-        """New buckets for those of which a parameter was moved, without a word with the other processes.
-
-        They do the same, but may come to it later, when they are at a backward of their own.
-        """
-        left = [bucket for bucket in self._buckets if not bucket.fits()]
-        if not left:
-            return
-        slots = [slot for bucket in left for slot in bucket.slots]
-        if any(bucket.started or bucket.adding for bucket in left):
-            raise RuntimeError(
-                f"{self._label(next(p for bucket in left for p in bucket.moved()))} was moved to other memory "
-                "while its gradients were added up or exchanged; step() or zero_grad() first"
-            )
-        exponents = self.exponents
-        for slot in slots:
-            del self._places[slot.parameter]
-            if slot.held() is Held.SPENT:
-                set_gradient(slot.parameter, None)
-        self._buckets = [bucket for bucket in self._buckets if bucket not in left]
-        if self._carrier in left:
-            self._carrier = None
-        moved = {slot.parameter for slot in slots}
-        again = [p for p in self._in_order() if p in moved]
-        self._check_dtypes(again)
-        self._give_places(again)
-        self.exponents = exponents
-
-    def _give_places(self, parameters: list[Tensor]) -> list[Bucket]:
-        """Buckets for parameters that have none."""
-        planned, made = plan_buckets(parameters, self._bucket_bytes), list[Bucket]()
-        for members in planned:
-            name = f"{self._name}.bucket.{next(self._numbers)}"
-            # Riders go last, when they are newest; those of a process alone stay on the host.
-            takes_riders = self._carrier is None and members is planned[-1] and self.world.size > 1
-            riders = (self._riders.count if self._riders else 0) + Replicas.riders if takes_riders else 0
-            bucket = (
-                Bucket(members, name, riders, self._compress)
-                if self._terms is None
-                else FixedPointBucket(members, name, self._terms, riders)
-            )
-            if riders:
-                self._carrier = bucket
-            self._buckets.append(bucket)
-            made.append(bucket)
-            for slot in bucket.slots:
-                self._places[slot.parameter] = bucket, slot
-                self._watch(slot.parameter)
-        self._lay_out_state(parameters)
-        return made
-
-    @torch.no_grad()
-    def _lay_out_state(self, parameters: Iterable[Tensor]) -> None:
-        """Gives an optimizer's tensors the strides of their parameters, as fused ones go through memory."""
-        for parameter in parameters:
-            state = self.optimizer.state.get(parameter, {})
-            for name, of in state.items():
-                if (
-                    isinstance(of, Tensor)
-                    and of.shape == parameter.shape
-                    and of.stride() != parameter.stride()
-                ):
-                    state[name] = torch.empty_like(parameter, dtype=of.dtype, device=of.device).copy_(of)
-
-    def _label(self, parameter: Tensor) -> str:
-        """A parameter's name in the model, else its place in the groups."""
-        if parameter in self._names:
-            return self._names[parameter]
-        for number, group in enumerate(self.optimizer.param_groups):
-            for index, p in enumerate(group["params"]):
-                if p is parameter:
-                    names = group.get("param_names")
-                    return names[index] if names else f"parameter {index} of group {number}"
-        return "a parameter"
-
-    def _check_kinds(self, unknown: list[Tensor]) -> None:
-        """`TypeError` for what cannot be exchanged."""
-        rest = {name: p for p, name in self._names.items() if p not in self._known} | self._buffers
-        for name, tensor in ({self._label(p): p for p in unknown} | rest).items():
-            if is_lazy(tensor):
-                raise TypeError(
-                    f"{name} has no shape yet (a lazy module): run one forward before the optimizer is wrapped"
-                )
-            kind = str(tensor.layout).removeprefix("torch.")
-            kind = "quantized" if tensor.is_quantized else "on the meta device" if tensor.is_meta else kind
-            kind = (
-                "a DTensor or part of one" if type(tensor).__name__ in ("DTensor", "FlatParameter") else kind
-            )
-            if kind != "strided":
-                raise TypeError(f"{name} is {kind}; expected a dense tensor with values")
-
-    def _check_dtypes(self, parameters: list[Tensor]) -> None:
-        for p in parameters:
-            for what, dtype in (("a parameter", p.dtype), ("to have gradients", gradient_dtype(p))):
-                if dtype not in DTYPES:
-                    raise TypeError(f"{self._label(p)} is {what} of {dtype}; expected one of {DTYPES}")
-
-    def _check_agreement(self, parameters: list[Tensor]) -> None:
-        described: list[Any] = [
-            [
-                type(self.optimizer).__name__,
-                self._bucket_bytes,
-                self._terms,
-                self._riders and self._riders.count,
-                self._compress and [str(self._compress.dtype), self._compress.scale],
-            ],
-            *(
-                [self._label(p), list(p.shape), str(p.dtype), str(gradient_dtype(p)), p.requires_grad]
-                for p in parameters
-            ),
-            *([name, list(p.shape), str(p.dtype)] for p, name in self._names.items()),
-            *([name, list(b.shape), str(b.dtype)] for name, b in self._buffers.items()),
-        ]
-        text = json.dumps(described).encode()
-        digest = zlib.crc32(text)
-        extremes = self.world.maximum_async(torch.tensor([digest, -digest]), f"{self._name}.layout").wait()
-        if extremes.sum() == 0:
-            return
-        expected = json.loads(self.world.broadcast_bytes(text, f"{self._name}.layout"))
-        pairs = itertools.zip_longest(described, expected)
-        mine, rank_0 = next(((a, b) for a, b in pairs if a != b), ("the same as", "it"))
-        raise RuntimeError(
-            f"processes disagree on the parameters (rank {self.world.rank} has {len(parameters)}): all make the same "
-            " optimizers in the same order, with the same model, shapes, dtypes, requires_grad and options. "
-            f"Rank {self.world.rank} has {mine}, rank 0 {rank_0}"
-        )
-
-    def _watch(self, parameter: Tensor) -> None:
-        """Calls `_before` and `_after` with its place around autograd's addition to `parameter.grad`."""
-        owner = _unhook(parameter)
-        if owner is not None and owner is not self:
-            owner._give_up(parameter)
-        asleep = parameter in self._asleep
-        place, hooks = self._asleep.pop(parameter) if asleep else self._hook(parameter)
-        place[:] = map(weakref.ref, self._places[parameter])
-        _owners[parameter] = weakref.ref(self), hooks
-
-    def _hook(self, parameter: Tensor) -> _Hooks:
-        """Hooks that keep none alive, and where they find the parameter's place, when there is one."""
-        me, of, place = weakref.ref(self), weakref.ref(parameter), list[Any]()
-
-        def before(_: Any) -> None:
-            optimizer = me()
-            if optimizer is not None and (place or optimizer._awakes(of())):
-                bucket, slot = place[0](), place[1]()
-                if bucket is not None and slot is not None:
-                    optimizer._before(bucket, slot)
-
-        def after(_: Any) -> None:
-            optimizer = me()
-            if optimizer is not None and (place or optimizer._awakes(of())):
-                bucket, slot = place[0](), place[1]()
-                if bucket is not None and slot is not None:
-                    optimizer._after(bucket, slot)
-
-        learns = parameter.requires_grad
-        parameter.requires_grad_()  # else there are neither nodes nor hooks; they stay when it is frozen again
-        # a hook on the node, not on the tensor: torch.autograd.grad() runs the latter without adding anything
-        node = get_gradient_edge(parameter).node
-        self._nodes[parameter] = node  # autograd keeps nodes of parameters only while somebody does
-        hooks = [node.register_prehook(before), parameter.register_post_accumulate_grad_hook(after)]
-        parameter.requires_grad_(learns)
-        return place, hooks
+        made = self._places.adopt()
+        if self._phase is Phase.EXCHANGING:
+            self._behind += made
 
     def _awakes(self, parameter: Tensor | None) -> bool:
-        """Gives places to parameters that did not learn before, as a backward comes to the first of them.
+        """Whether a parameter that had no place, as it did not learn, has one now that backward comes to it."""
+        awake = self._places.awaken(parameter)
+        if awake and self._phase is Phase.EXCHANGING:
+            self._lookout.watch(self._places.of)
+        return awake
 
-        Without a word with the other processes, which may come to it later; their bucket is not exchanged before.
-        """
-        owner, _ = _owners.get(parameter, (None, ())) if parameter is not None else (None, ())
-        if parameter is None or self._taken or (owner and owner()):
-            return False
-        self._follow_moved()
-        learning = [p for p in self._in_order() if p.requires_grad and p in self._known]
-        homeless = [p for p in learning if p not in self._places]
-        self._check_dtypes(homeless)
-        self._fresh += self._give_places(homeless)
-        if self._phase is Phase.EXCHANGING:
-            self._lookout.watch(self._places)
-        return parameter in self._places
-
-    def _give_up(self, parameter: Tensor) -> None:
-        """A newer optimizer has taken this parameter: two would both exchange its gradient, and divide it."""
-        self._taken = self._label(parameter)
+    def _taken_from(self) -> None:
         self._lookout.end()
-        for mine, (_, slot) in self._places.items():
-            if slot.held() is Held.SPENT:  # the newer one would add to it
-                set_gradient(mine, None)
-            if mine is not parameter:
-                _unhook(mine)
-        for _, hooks in self._asleep.values():
-            _remove(hooks)
-
-    def _check_owner(self) -> None:
-        if self._taken:
-            raise RuntimeError(
-                f"{self._taken} belongs to another DistributedOptimizer, which was made with it after this one: give "
-                "each parameter to one of them only, in groups of its own where rates differ, or make this one anew "
-                "where it takes over"
-            )
 
     def _before(self, bucket: Bucket, slot: Slot) -> None:
         """Before backward adds to a gradient."""
@@ -782,8 +522,9 @@ class DistributedOptimizer(Optimizer):
         if bucket.started or (self._phase is Phase.EXCHANGING and slot not in bucket.awaited):
             if _within(CheckpointFunction.backward):
                 raise RuntimeError(
-                    f"backward() came to {self._label(slot.parameter)} twice, by reentrant activation checkpointing of "
-                    "a module that is used more than once: give torch.utils.checkpoint use_reentrant=False"
+                    f"backward() came to {self._places.label(slot.parameter)} twice, by reentrant activation "
+                    "checkpointing of a module that is used more than once: give torch.utils.checkpoint "
+                    "use_reentrant=False"
                 )
             raise RuntimeError(
                 "backward() after the exchange of this step has started: put all backwards of a step but the "
@@ -793,43 +534,36 @@ class DistributedOptimizer(Optimizer):
             self._phase = Phase.EXCHANGING
             for each in self._buckets:
                 each.await_all()
-            self._lookout.watch([*self._places, *self._added()])
+            self._lookout.watch([*self._places.of, *self._places.added()])
         if not bucket.looked:
             bucket.looked = True
             if not bucket.fits():
-                self._follow_moved()
-                bucket, slot = self._places[slot.parameter]
+                self._places.follow_moved()
+                bucket, slot = self._places.of[slot.parameter]
         slot.opened = True
         if slot.gathered or slot.rounded or gradient(slot.parameter) is not None:
             bucket.before_accumulation(slot)
-
-    def _added(self) -> list[Tensor]:
-        """Parameters of groups that were added to the wrapped optimizer since they were looked at last."""
-        groups = self.optimizer.param_groups
-        if sum([len(group["params"]) for group in groups]) == len(self._adopted):
-            return []
-        return [p for group in groups for p in group["params"] if p not in self._known]
 
     def _open_late(self, slot: Slot) -> tuple[Bucket, Slot]:
         """Where torch has made a new node, without our hook, as the parameter came to another dtype or device."""
         parameter = slot.parameter
         if slot.spent and gradient(parameter) is slot.grad:
             raise RuntimeError(
-                f"{self._label(parameter)} was moved to another dtype or device, and its gradient of the step before "
-                "was still there: backward() has added to that. Call opt.zero_grad() after moving a model"
+                f"{self._places.label(parameter)} was moved to another dtype or device, and its gradient of the step "
+                "before was still there: backward() has added to that. Call opt.zero_grad() after moving a model"
             )
         grad = gradient(parameter)
         set_gradient(parameter, None)
-        self._follow_moved()
-        self._watch(parameter)
-        bucket, slot = self._places[parameter]
+        self._places.follow_moved()
+        self._places.watch(parameter)
+        bucket, slot = self._places.of[parameter]
         self._before(bucket, slot)
         set_gradient(parameter, grad)
-        return self._places[parameter]
+        return self._places.of[parameter]
 
     def _forget_exchanged(self) -> None:
         """When the step was skipped and the gradients were cleared behind our back; else it is an error."""
-        grads = [grad for p in self._places if (grad := gradient(p)) is not None]
+        grads = [grad for p in self._places.of if (grad := gradient(p)) is not None]
         if any(bool(grad.any()) for grad in grads):
             raise RuntimeError("backward() onto exchanged gradients: call step() or zero_grad() first")
         self._reset()
@@ -851,13 +585,13 @@ class DistributedOptimizer(Optimizer):
             if not self._armed:
                 bucket.gather()
                 bucket.await_all()
-            elif bucket not in self._fresh:
+            elif bucket not in self._places.fresh:
                 self._start(bucket)
 
     @torch._disable_dynamo
     @torch.no_grad()
     def _start(self, bucket: Bucket) -> None:
-        if bucket is self._carrier:
+        if bucket is self._places.carrier:
             self._replicas.say(bucket.riders, self._riders.ask() if self._riders else ())
         bucket.start(self.world)
         if self.on_exchange:
@@ -907,7 +641,7 @@ class DistributedOptimizer(Optimizer):
             self._is_fused()
             and self._buckets
             and not any(bucket.rounded for bucket in self._buckets)
-            and all(gradient(p) is None for p in self._others)
+            and all(gradient(p) is None for p in self._places.others)
         )
 
     def _update(self) -> Any:
@@ -987,8 +721,8 @@ class DistributedOptimizer(Optimizer):
         for bucket in self._buckets:
             bucket.arrive()
         overflowed = {parameter for bucket in self._buckets for parameter in bucket.finish()}
-        if self._carrier:
-            self._replicas.hear(self._carrier.riders)
+        if self._places.carrier:
+            self._replicas.hear(self._places.carrier.riders)
         if self._riders:
             self.carried = Arriving(self._sums_of(self._riders), int)
         self._phase = Phase.REDUCED
@@ -1001,7 +735,7 @@ class DistributedOptimizer(Optimizer):
         self._refuse_drift()
         if overflowed:
             self.zero_grad()
-            names = sorted(self._label(p) for p in overflowed)
+            names = sorted(self._places.label(p) for p in overflowed)
             raise FixedPointOverflow(
                 f"gradients of {', '.join(names)} grew more than {2**GROWTH_BITS:,}-fold since the last step: "
                 "take this step again"
@@ -1026,7 +760,7 @@ class DistributedOptimizer(Optimizer):
             self.synchronize(images=images, global_images=global_images)
         finally:
             replicas.late = False
-        normalised = self._carrier is not None and self._phase is Phase.NORMALISED
+        normalised = self._places.carrier is not None and self._phase is Phase.NORMALISED
         replicas.changed = normalised and any(bucket.changed() for bucket in self._buckets)
         if replicas.changed and self._hears_at_once and (late := replicas.late_ones()):
             raise RuntimeError(
@@ -1040,7 +774,7 @@ class DistributedOptimizer(Optimizer):
 
         On a GPU it is what the exchange before told: to wait for this one would have the host wait.
         """
-        if error := self._replicas.parted(self._hears_at_once, self._label):
+        if error := self._replicas.parted(self._hears_at_once, self._places.label):
             self.zero_grad()
             raise error
 
@@ -1049,11 +783,11 @@ class DistributedOptimizer(Optimizer):
 
         Parameters that never learnt have no place in the exchange; and what comes after it is not in it.
         """
-        late = [slot.parameter for slot in self._slots() if not slot.present]
+        late = [slot.parameter for slot in self._places.slots() if not slot.present]
         for parameter, why in (
             *(
                 (p, "which is not exchanged, as it does not learn: call its requires_grad_()")
-                for p in self._others
+                for p in self._places.others
             ),
             *((p, "after the exchange, in which no process had one: do it before backward") for p in late),
         ):
@@ -1061,17 +795,18 @@ class DistributedOptimizer(Optimizer):
             if grad is not None and bool(grad.any()):
                 self.zero_grad()
                 raise RuntimeError(
-                    f"this process has set a gradient of its own by hand, that of {self._label(parameter)}, {why}"
+                    "this process has set a gradient of its own by hand, that of "
+                    f"{self._places.label(parameter)}, {why}"
                 )
 
     @property
     def _hears_at_once(self) -> bool:
         """Whether what others say is there with the sums; to have it from a GPU at once the host would wait."""
-        return self._carrier is not None and not self._carrier.riders.is_cuda
+        return self._places.carrier is not None and not self._places.carrier.riders.is_cuda
 
     def _sums_of(self, riders: Riders) -> Tensor:
-        if self._carrier:
-            return self._carrier.riders[-riders.count :]
+        if self._places.carrier:
+            return self._places.carrier.riders[-riders.count :]
         return self.world.allreduce(torch.tensor(riders.ask()), f"{self._name}.riders")
 
     def _reset(self) -> None:
@@ -1092,15 +827,12 @@ class DistributedOptimizer(Optimizer):
         grads = [gradient(slot.parameter) for slot in set_by_hand]
         return len(grads) == len(slots) and not any(grad is not None and bool(grad.any()) for grad in grads)
 
-    def _slots(self) -> Iterator[Slot]:
-        return (slot for bucket in self._buckets for slot in bucket.slots)
-
     def _only_left(self) -> bool:
         """Whether this process has no gradients but those that a step has left."""
         return (
             self._phase is Phase.GATHERING
-            and any(slot.held() is Held.SPENT for slot in self._slots())
-            and all(gradient(p) is None for p in self._others)
+            and any(slot.held() is Held.SPENT for slot in self._places.slots())
+            and all(gradient(p) is None for p in self._places.others)
         )
 
     def _set_learning_rate(self, learning_rate: float) -> None:
@@ -1117,6 +849,14 @@ class DistributedOptimizer(Optimizer):
         self._synchronize_now(images, global_images)
         total = torch.as_tensor(loss).detach().to("cpu", torch.float64).reshape(1).clone()
         return self.world.allreduce(total, f"{self._name}.loss")[0] / (self._divisor or 1)
+
+
+def _bucket(
+    parameters: list[Tensor], name: str, riders: int, *, terms: int | None, compress: Half | None
+) -> Bucket:
+    if terms is None:
+        return Bucket(parameters, name, riders, compress)
+    return FixedPointBucket(parameters, name, terms, riders)
 
 
 def _check_model(model: nn.Module, *, alone: bool) -> None:
@@ -1141,27 +881,14 @@ def _not_compiled() -> None:
     """
     from torch._dynamo import trace_rules
 
-    for name in ("distributed", "exchange.buckets", "exchange.replicas", "exchange.watched"):
+    for name in (
+        "distributed",
+        "exchange.buckets",
+        "exchange.places",
+        "exchange.replicas",
+        "exchange.watched",
+    ):
         trace_rules.add(f"{__package__}.{name}")
-
-
-def _unhook(parameter: Tensor) -> DistributedOptimizer | None:
-    """Takes it from its optimizer, which is returned if it is still there."""
-    owner, hooks = _owners.pop(parameter, (None, ()))
-    _remove(hooks)
-    return owner and owner()
-
-
-def _remove(hooks: Iterable[Any]) -> None:
-    for hook in hooks:
-        hook.remove()
-
-
-def _plain(value: Any) -> Any:
-    """An option of a group with numpy's numbers as Python's."""
-    if isinstance(value, tuple):
-        return tuple(map(_plain, value))
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _within(function: Any) -> bool:
