@@ -23,8 +23,11 @@ class ExchangeError(RuntimeError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean …?" for a misspelt name, else nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    """ "; did you mean …?" for a misspelt name, or the beginning of one, else nothing."""
+    names = list(known)
+    found = difflib.get_close_matches(word, names, n=1, cutoff=0.6) or [
+        name for name in names if len(word) > 1 and name.startswith(word)
+    ]
     return f"; did you mean {found[0]!r}?" if found else ""
 
 

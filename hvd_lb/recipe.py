@@ -44,6 +44,7 @@ from hvd_lb.schedule import (
     Shape,
     Warmup,
     ramp_steps,
+    scaled_learning_rate,
 )
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ LEFT_TO_THE_MACHINE = {"gpus", "num_classes"}
 # More than any run has; products of two of them are numbers of 64 bits.
 _MOST = 2**31 - 1
 _MOST_THREADS = 4096
+# What fp32 computes with: 10^±38, and room for a factor.
+_TINY, _HUGE = 1e-30, 1e30
 _MOST_GPUS = 2**20
 # The options that give what schedule and plan have by other names.
 _OPTIONS_OF_SCHEDULE = {"warmup_epochs": "--warmup-epochs", "epochs": "--epochs"}
@@ -331,10 +334,13 @@ class Recipe(BaseModel):
 
     # learning rate
     learning_rate: float = Field(
-        0.1, gt=0, description="Reference learning rate, for `reference_batch` images."
+        0.1, ge=_TINY, le=_HUGE, description="Reference learning rate, for `reference_batch` images."
     )
     reference_batch: int = Field(
-        REFERENCE_BATCH, ge=1, description="Images of the minibatch that the reference learning rate is for."
+        REFERENCE_BATCH,
+        ge=1,
+        le=_MOST,
+        description="Images of the minibatch that the reference learning rate is for.",
     )
     lr_rule: Rule = Field("linear", description="How the learning rate grows with the minibatch.")
     schedule: Shape = Field("step", description="How it falls after warmup.")
@@ -351,10 +357,14 @@ class Recipe(BaseModel):
         "sgd",
         description="sgd, or lars (the same) and lamb (Adam), in which each tensor scales the rate by a trust ratio.",
     )
-    trust_coefficient: float = Field(0.001, gt=0, description="LARS: factor of the trust ratios.")
+    trust_coefficient: float = Field(
+        0.001, ge=_TINY, le=_HUGE, description="LARS: factor of the trust ratios."
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum m; of LAMB β₁.")
     beta2: float = Field(0.999, ge=0, lt=1, description="LAMB: β₂, of the squared gradients' average.")
-    epsilon: float = Field(1e-6, gt=0, description="LAMB: ε, added to the square root of that average.")
+    epsilon: float = Field(
+        1e-6, ge=_TINY, le=_HUGE, description="LAMB: ε, added to the square root of that average."
+    )
     nesterov: bool = Field(True, description="Nesterov momentum.")
     momentum_form: Literal[9, 10] = Field(10, description="Momentum as in equation 9 or 10 of the paper.")
     momentum_correction: bool = Field(
@@ -367,9 +377,14 @@ class Recipe(BaseModel):
         description="Keep an average of the weights, too: its decay at each 256 images, such as 0.9999.",
     )
     clip_norm: float | None = Field(
-        None, gt=0, description="Longest gradient of a step, in its L2 norm; longer ones are scaled down."
+        None,
+        ge=_TINY,
+        le=_HUGE,
+        description="Longest gradient of a step, in its L2 norm; longer ones are scaled down.",
     )
-    weight_decay: float = Field(1e-4, ge=0, description="L2 penalty λ; none on batch norm's γ and β.")
+    weight_decay: float = Field(
+        1e-4, ge=0, le=_HUGE, description="L2 penalty λ; none on batch norm's γ and β."
+    )
 
     compress: Compress = Field(
         "none",
@@ -509,6 +524,13 @@ class Recipe(BaseModel):
                 "either is enough: with both, rare classes would count more than others",
                 "sampling",
                 "class_weights",
+            )
+        peak = scaled_learning_rate(self.learning_rate, self.global_batch, self.lr_rule, self.reference_batch)
+        if not _TINY <= peak <= _HUGE:
+            raise _conflict(
+                f"a minibatch of {self.global_batch:,} images has the rate {peak:g}: expected {_TINY:g} to {_HUGE:g}",
+                "learning_rate",
+                "reference_batch",
             )
         if self.progressive_size and self.progressive_size[-1] >= self.image_size:
             raise _conflict(

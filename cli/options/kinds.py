@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -15,11 +16,11 @@ THREADS = click.IntRange(1, 4096)
 
 
 class Finite(click.FloatRange):
-    """A range to which not-a-number does not belong."""
+    """A range of numbers that are finite."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = super().convert(value, param, ctx)
-        if number != number:
+        if not math.isfinite(number):
             self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
         return float(number)
 

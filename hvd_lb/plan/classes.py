@@ -27,6 +27,9 @@ def class_weights(
     if isinstance(given, str) and given != "balanced":
         raise UserError(f"class_weights {given!r}: expected balanced, or a number for each class")
     weights = 1.0 / np.maximum(drawn, 1) * (drawn > 0) if isinstance(given, str) else np.array(given)
+    if not weights[drawn > 0].any():
+        raise UserError("class_weights: all images are of classes of weight 0; expected some above 0")
+    weights = np.ldexp(weights, -np.frexp(weights.max())[1])  # or a sum might be too large for a number
     weights = weights * (drawn.sum() / (weights @ drawn))
     return np.pad(weights, (0, (outputs or len(weights)) - len(weights)))
 

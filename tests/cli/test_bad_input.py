@@ -1,6 +1,9 @@
 """Bad input: one line that names what was given and the fix, exit code 2, nothing left half-made."""
 
 import fcntl
+import os
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from hvd_lb.errors import UserError
+from hvd_lb.launch.hosts import Host, read_hostfile
 from hvd_lb.recipe import Recipe
 
 # The fixture of conftest.py: arguments to what was said.
@@ -78,6 +83,14 @@ DIGITS = ("train", "--data", "digits", "--device", "cpu")
         # no finite number, or one of more digits than anything has
         ((*DIGITS, "--learning-rate", "inf"), "--learning-rate inf: expected a finite number"),
         ((*DIGITS, "--learning-rate", "1e400"), "--learning-rate inf: expected a finite number"),
+        ((*DIGITS, "--learning-rate", "1e40"), "--learning-rate 1e+40: input should be less than"),
+        ((*DIGITS, "--learning-rate", "1e-40"), "--learning-rate 1e-40: input should be greater than"),
+        ((*DIGITS, "--learning-rate", "1e30", "--reference-batch", "1"), "has the rate 3.2e+31: expected"),
+        ((*DIGITS, "--reference-batch", "9" * 400), "--reference-batch 999"),
+        ((*DIGITS, "--weight-decay", "1e40"), "--weight-decay 1e+40"),
+        ((*DIGITS, "--clip-norm", "1e-300"), "--clip-norm 1e-300"),
+        ((*DIGITS, "--optimizer", "lamb", "--epsilon", "1e-300"), "--epsilon 1e-300"),
+        ((*DIGITS, "--optimizer", "lars", "--trust-coefficient", "1e300"), "--trust-coefficient 1e+300"),
         ((*DIGITS, "--crop-scale", "nan,1"), "--crop-scale nan,1: expected a finite number"),
         ((*DIGITS, "--crop-scale", "0.5"), "--crop-scale 0.5: expected 2 numbers"),
         ((*DIGITS, "--drop-epochs", "30,inf"), "--drop-epochs 30,inf: expected a finite number"),
@@ -99,6 +112,7 @@ DIGITS = ("train", "--data", "digits", "--device", "cpu")
             "is not a quantity",
         ),
         (("simulate", "--budget", "inf"), "such as 60s"),
+        (("simulate", "--price-per-gpu-hour", "inf"), "inf is not in the range x>=0"),
         (("simulate", "--budget", "9" * 400 + "s"), "such as 60s"),
         (("data", "info", "digits", "--val-fraction", "nan"), "not in the range"),
         (("data", "pack", "digits", "x", "--shard-size", "9" * 400 + "GB"), "such as 500MB"),
@@ -120,6 +134,41 @@ def test_one_line(arguments: tuple[object, ...], told: str, hvd_lb: Run, in_empt
     assert said.err.count("\n") == 1
     assert said.out == ""
     assert not list(in_empty_folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--hostfile", "pipe"), "hostfile pipe names no host"),
+        (("--class-weights", "pipe"), "'0' has no line"),
+        (("--forecast", "pipe"), "forecast pipe is none"),
+        (("--k8s-patch", "pipe", "--launcher", "kubernetes", "--k8s-volume", "pvc:c:/r", "--output", "/r/a",
+          "--image", "i"), "pipe: expected a manifest"),
+    ],
+)  # fmt: skip
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(
+    words: tuple[str, ...], told: str, hvd_lb: Run, in_empty_folder: Path
+) -> None:
+    os.mkfifo("pipe")
+    said = hvd_lb(*DIGITS, "--gpus", 2, "--dry-run", *words)
+    assert (said.status, said.out) == (2, "")
+    assert told in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_hosts_that_a_command_writes_into_a_pipe(in_empty_folder: Path) -> None:
+    os.mkfifo("pipe")
+    with subprocess.Popen(["sh", "-c", "exec > pipe; sleep 0.2; echo h1 slots=3"]):
+        while not (hosts := _hosts_of("pipe")):  # until it has opened it
+            time.sleep(0.01)
+    assert hosts == [Host("h1", 3)]
+
+
+def _hosts_of(path: str) -> list[Host]:
+    try:
+        return read_hostfile(Path(path))
+    except UserError:
+        return []
 
 
 @pytest.fixture

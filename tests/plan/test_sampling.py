@@ -149,6 +149,12 @@ def test_balanced_weights_are_those_of_the_usual_formula() -> None:
     """N / (C n_c), as scikit-learn's; a class without images has none, and further outputs neither."""
     drawn = np.array([10, 0, 30, 60])
     assert class_weights("balanced", drawn, 5) == pytest.approx([100 / 30, 0, 100 / 90, 100 / 180, 0])
+    for size in (1e307, 1e-307):
+        assert class_weights((size, 7 * size, 2 * size, 2 * size), drawn) == pytest.approx(
+            np.array([1, 7, 2, 2]) * 100 / 190
+        )
+    with pytest.raises(UserError, match="all images are of classes of weight 0"):
+        class_weights((0.0, 1.0, 0.0, 0.0), drawn)
     assert class_weights((1.0, 7.0, 2.0, 2.0), drawn) == pytest.approx(np.array([1, 7, 2, 2]) * 100 / 190)
 
 

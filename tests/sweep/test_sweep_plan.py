@@ -108,6 +108,7 @@ def test_it_is_kept_and_grows(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["--vary", "gpu=8"], "gpu: no field of a recipe; did you mean 'gpus'?"),
+        (["--vary", "nothing=1"], "--vary nothing: no field of a recipe\n"),
         (["--vary", "gpus"], "expected FIELD=VALUE,VALUE, such as gpus=8,32,128"),
         (["--vary", "gpus="], "expected FIELD=VALUE,VALUE"),
         (["--vary", "gpus=8,many"], "'many' is not a valid integer"),
