@@ -6,6 +6,7 @@ the last one counts. Here numbers are decimal, dates are text, and a second key 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,6 +87,16 @@ def read_text(path: Path, what: str = "recipe") -> str:
         ) from None
     except OSError as error:
         raise UserError(f"{what} {path} cannot be read: {error.strerror}") from None
+
+
+def read_named(path: Path, most: int = 1 << 26) -> bytes:
+    """The first `most` bytes of what a user has named: a file, or a pipe that somebody writes to, as `<(command)` is.
+
+    Of a pipe that nobody writes to there are none, at once. OSError.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        os.set_blocking(file.fileno(), True)
+        return file.read(most)
 
 
 def parse_values(text: str, source: str, what: str = "recipe") -> dict[str, Any]:

@@ -26,6 +26,7 @@ from hvd_lb.networks import check_input, check_model_name
 from hvd_lb.plan.run_plan import RunPlan, Scale
 from hvd_lb.plan.samples import SamplePlan
 from hvd_lb.recipe import OPTIONS, Recipe, check_fields, load_values, merged_recipe, preset_names
+from hvd_lb.recipe_file import read_named
 from hvd_lb.schedule import Schedule
 
 _IMAGENET_CLASSES, _IMAGENET_IMAGES = 1000, 1_000_000
@@ -176,7 +177,7 @@ def read_class_weights(path: Path, classes: Sequence[str]) -> tuple[float, ...]:
     """The numbers in a file with a line NAME WEIGHT for each class, in the order of `classes`; UserError."""
     found: dict[str, float] = {}
     try:
-        text = path.read_text("utf-8-sig")
+        text = read_named(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UserError(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
 import rich_click as click
 
+from hvd_lb.report.run_directory import strict_json
 from hvd_lb.report.text import count, printable
 from hvd_lb_cli.output.terminal import plain_console
 from hvd_lb_cli.sweep.argument import FOLDER
@@ -54,7 +54,7 @@ def status(folder: Path, as_json: bool) -> None:
             ended = f", {error_in_words(point, error)}" if error is not None else ""
             console.print(printable(f"{point.name}  {word}{far}{ended}{why}"), soft_wrap=True)
     if as_json:
-        click.echo(json.dumps(told))
+        click.echo(strict_json(told))
         return
     counts = Counter(str(one["state"]) for one in told)
     console.print(

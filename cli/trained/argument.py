@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from hvd_lb.report.text import printable
 from hvd_lb_cli.options.kinds import THREADS
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ _OPTIONS = (
     click.option(
         "--recipe",
         metavar="NAME|FILE",
-        help="The recipe of weights that do not bring one along: a preset or a YAML file.",
+        help="The recipe of weights that do not bring one along, a preset or a YAML file; of others it takes the "
+        "place, which is told.",
     ),
     AVERAGED,
     click.option(
@@ -62,6 +64,9 @@ def ready(weights: Path, recipe: str | None, ema: bool, device: str, threads: in
     from hvd_lb.trained.weights import open_trained
 
     trained = open_trained(weights, recipe, averaged=ema)
+    if trained.otherwise:
+        told = f"warning: --recipe {recipe}, not the one that these weights bring: {'; '.join(trained.otherwise)}"
+        click.echo(printable(told), err=True)
     known = trained.environment().get("threads_per_process")
     cores = usable_cores()
     number = threads or trained.recipe.threads or (known if isinstance(known, int) and known > 0 else cores)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import rich_click as click
 from rich.text import Text
 
+from hvd_lb.report.run_directory import strict_json
 from hvd_lb.report.text import count, figure, printable
 from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.progress import long_progress
@@ -84,7 +84,7 @@ def evaluate(
     figures = found.figures
     if as_json:
         told = {"weights": str(trained.file), "data": what, **asdict(figures), "left_out": len(found.bad)}
-        click.echo(json.dumps(told))
+        click.echo(strict_json(told))
         return
     rows = [
         ("weights", printable(str(trained.file))),

@@ -45,6 +45,10 @@ def export(weights: Path, form: str, output: Path | None, recipe: str | None, em
     from hvd_lb.trained.weights import open_trained
 
     trained = open_trained(weights, recipe, averaged=ema)
+    if trained.otherwise:
+        raise UserError(
+            f"--recipe {recipe} is not the one that these weights bring ({'; '.join(trained.otherwise)}): leave it out"
+        )
     if output is None:
         if trained.run is None:
             raise UserError(f"{printable(str(weights))} is in no run directory: give --output FOLDER")

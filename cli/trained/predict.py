@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from hvd_lb.report.run_directory import strict_json
 from hvd_lb.report.text import printable
 from hvd_lb_cli.output.terminal import plain_console
 from hvd_lb_cli.trained.argument import WEIGHTS, network_options, ready
@@ -55,7 +55,7 @@ def predict(
                 {"class": name(label), "label": label, "probability": share}
                 for label, share in prediction.top
             ]
-            click.echo(json.dumps({"image": prediction.image, "top": likeliest}))
+            click.echo(strict_json({"image": prediction.image, "top": likeliest}))
         return
     table = Table("image", "class", "probability", box=box.SIMPLE_HEAD)
     for prediction in predictions:

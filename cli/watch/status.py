@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import rich_click as click
 
+from hvd_lb.report.run_directory import strict_json
 from hvd_lb_cli.output.show import print_rows
 from hvd_lb_cli.output.terminal import plain_console
 from hvd_lb_cli.watch.argument import RUN
@@ -49,7 +49,7 @@ def _tell_of(run: Path, as_json: bool, watch: bool) -> bool:
 
     (state,) = look([run])
     if as_json:
-        click.echo(json.dumps(asdict(state)))
+        click.echo(strict_json(asdict(state)))
     elif watch:
         _line(one_line(state, 0))
     else:
@@ -66,7 +66,7 @@ def _list(folder: Path | None, as_json: bool) -> bool:
     else:
         states = look(find_runs((folder or Path("runs")).expanduser()))
     if as_json:
-        click.echo(json.dumps([asdict(state) for state in states]))
+        click.echo(strict_json([asdict(state) for state in states]))
     elif not states:
         _line(f"no runs in {folder or 'runs'}: --runs names another folder")
     width = max((len(state.run) for state in states), default=0)

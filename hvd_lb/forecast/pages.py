@@ -16,6 +16,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.forecast.predict import Forecast
 from hvd_lb.forecast.step import Span, trace_events
 from hvd_lb.forecast.words import rows
+from hvd_lb.recipe_file import read_named
 from hvd_lb.report.run_directory import replace_bytes, replace_text
 
 if TYPE_CHECKING:
@@ -59,9 +60,7 @@ def write_forecast(folder: Path, forecast: Forecast, notes: list[tuple[str, str]
 def read_forecast(path: Path) -> Forecast:
     """What `write_forecast` wrote; UserError in one line for anything else."""
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES)
-        return Forecast.model_validate_json(content)
+        return Forecast.model_validate_json(read_named(path, _MOST_BYTES))
     except OSError as error:
         raise UserError(f"forecast {path} cannot be read: {error.strerror}") from None
     except ValidationError:

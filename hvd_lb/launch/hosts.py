@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hvd_lb.errors import UserError
 from hvd_lb.machine.placement import NAME_MORE
+from hvd_lb.recipe_file import read_named
 
 #: Where the MPI operator of Kubernetes mounts the list of a job's worker pods.
 MPIJOB_HOSTFILE = Path("/etc/mpi/hostfile")
@@ -51,7 +52,7 @@ def read_hostfile(path: Path, where: str = "") -> list[Host]:
     """
     where = where or f"hostfile {path}"
     try:
-        text = path.read_text("utf-8-sig")
+        text = read_named(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise UserError(f"{where} cannot be read ({reason}): expected lines such as `h1 slots=8`") from None

@@ -25,7 +25,7 @@ def model_card(trained: Trained, loading: Loading) -> str:
     """In Markdown."""
     recipe = trained.recipe
     parts = [
-        f"# {recipe.model}, trained on {_data(recipe)}",
+        f"# {recipe.model}" + (f", trained on {_data(recipe)}" if trained.own else ""),
         _what(trained),
         "## Results",
         _results(trained),
@@ -35,10 +35,7 @@ def model_card(trained: Trained, loading: Loading) -> str:
         if "onnxruntime" not in loading.code
         else f"With {loading.library}:\n\n```python\n{loading.code}\n```",
         "The outputs are logits, in the order of `classes.txt`.",
-        "## Data",
-        _provenance(trained),
-        "## Repeating it",
-        _repeat(trained),
+        *(("## Data", _provenance(trained), "## Repeating it", _repeat(trained)) if trained.own else ()),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -50,6 +47,11 @@ def _data(recipe: Recipe) -> str:
 def _what(trained: Trained) -> str:
     names = trained.classes or []
     listed = f": {', '.join(map(printable, names))}" if 0 < len(names) <= _NAMED_CLASSES else ""
+    if not trained.own:
+        return (
+            f"An image classifier with {trained.outputs:,} classes{listed}. How it was trained, and on what, its file "
+            "does not say."
+        )
     recipe = trained.recipe
     kind = "averaged weights (`ema`)" if trained.averaged else "weights"
     after = f" after {trained.checkpoint.step:,} steps" if trained.checkpoint else ""

@@ -106,7 +106,9 @@ def _compare(trained: Trained, model: nn.Module, again: Network) -> tuple[float,
 
 def _torchvision(trained: Trained, model: nn.Module, folder: Path) -> tuple[Loading, Network]:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_tensors(tensors, folder / "model.safetensors", metadata_of(trained.recipe, trained.classes or ()))
+    # A recipe that was only named did not train them.
+    told = metadata_of(trained.recipe, trained.classes or ()) if trained.own else {}
+    save_tensors(tensors, folder / "model.safetensors", told)
     name, arguments = trained.recipe.model, model_arguments(trained.recipe.model)
     theirs = torchvision.models.get_model(name, weights=None, num_classes=trained.outputs, **arguments)
     theirs.load_state_dict(load_tensors(folder / "model.safetensors"))

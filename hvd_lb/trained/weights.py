@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hvd_lb import arithmetic
 from hvd_lb.errors import UserError
-from hvd_lb.recipe import Recipe, load_values, make_recipe, merged_recipe
+from hvd_lb.recipe import Recipe, differing_fields, load_values, make_recipe, merged_recipe
 from hvd_lb.report.run_directory import RunDirectory, read_json
 from hvd_lb.report.text import printable
 from hvd_lb.training import pointers
@@ -32,6 +32,11 @@ from hvd_lb.training.checkpoint import (
 )
 from hvd_lb.training.models import build_model, input_problem, last_weight, load_weights, without_auxiliary
 
+# What of a recipe an evaluation or prediction depends on.
+_USED = (
+    *("model", "image_size", "eval_size", "eval_crop", "mean", "std", "antialias"),
+    *("loader", "max_pixels", "precision"),
+)
 # A header that readers of safetensors take has at most 100 MB.
 _MOST_METADATA = 20_000_000
 
@@ -49,6 +54,7 @@ def metadata_of(recipe: Recipe, classes: Sequence[str]) -> dict[str, str]:
 class Trained:
     """Weights in `file` and what is known of them: `classes` are None where nothing names them.
 
+    `own` is the mathematics of the recipe that they bring along, if they do; `recipe` may be another that was named.
     `checkpoint` and `run` are those that the file belongs to, if it does.
     """
 
@@ -57,6 +63,15 @@ class Trained:
     classes: list[str] | None
     checkpoint: Checkpoint | None = None
     run: RunDirectory | None = None
+    own: dict[str, Any] | None = None
+
+    @property
+    def otherwise(self) -> list[str]:
+        """In what of a use `recipe` differs from the one that they bring along, as "name: a → b"."""
+        if self.own is None:
+            return []
+        recipes = self.own, self.recipe.mathematics()
+        return differing_fields(*({name: of[name] for name in _USED if name in of} for of in recipes))
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -147,7 +162,8 @@ def open_trained(path: Path, recipe: str | None = None, *, averaged: bool = Fals
     if run:  # which has the free fields too
         stored = make_recipe(load_values(str(run.recipe)), str(run.recipe))
         own = stored if stored.mathematics() == own.mathematics() else own
-    return Trained(file, _given(recipe) or own, classes_of(weights_metadata(file)), checkpoint, run)
+    classes = classes_of(weights_metadata(file))
+    return Trained(file, _given(recipe) or own, classes, checkpoint, run, own.mathematics())
 
 
 def _of_file(file: Path, recipe: str | None) -> Trained:
@@ -160,7 +176,7 @@ def _of_file(file: Path, recipe: str | None) -> Trained:
                 "image_size and num_classes"
             )
         of = make_recipe(metadata["recipe"], str(file))
-    return Trained(file, of, classes_of(metadata))
+    return Trained(file, of, classes_of(metadata), own=metadata.get("recipe"))
 
 
 def _given(recipe: str | None) -> Recipe | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -161,6 +162,24 @@ def test_a_card_has_the_errors_of_its_own_weights(tmp_path: Path) -> None:
     assert ended
     assert ended.evaluation
     assert errors_in_card(run) == f"{ended.evaluation['top1_error']:.2f}"
+
+
+def test_numbers_that_are_none_are_null_in_json(
+    hvd_lb: Callable[..., Any], run: Path, folder: Path, tmp_path: Path
+) -> None:
+    """NaN and Infinity are no JSON."""
+    file = run / "checkpoints" / "last" / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+        save_file(
+            {**tensors, "fc.weight": tensors["fc.weight"] * math.nan}, tmp_path / "f", opened.metadata()
+        )
+    for words in (("evaluate", "--data", "digits", "--json"), ("predict", folder / "1")):
+        lines = hvd_lb(words[0], tmp_path / "f", *words[1:]).out.splitlines()
+        assert lines
+        for line in lines:
+            json.loads(line, parse_constant=pytest.fail)
+    assert json.loads(lines[0])["top"][0]["probability"] is None
 
 
 def digits(count: int) -> tuple[np.ndarray, list[int]]:
@@ -352,6 +371,22 @@ def test_images_are_predicted_at_the_size_of_evaluations(
     recipe.write_text("model: resnet8\nimage_size: 16\neval_size: 8\neval_crop: 1.0\nchannels_last: true\n")
     said = hvd_lb("predict", run, folder / "1", "--recipe", recipe)
     assert (said.status, said.out) == (0, hvd_lb("predict", run, folder / "1").out)
+    assert "not the one that these weights bring: eval_size: None → 8; image_size: 8 → 16" in said.err
+
+
+def test_another_recipe_than_that_of_the_weights_is_told(
+    hvd_lb: Callable[..., Any], run: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("model: resnet8\nimage_size: 8\n")
+    told = "weights bring" + ".*eval_crop: 1.0 → 0.875"
+    said = hvd_lb("evaluate", run, "--recipe", other, "--data", "digits")
+    assert said.status == 0
+    assert re.search(told, said.err)
+    assert not hvd_lb("evaluate", run, "--recipe", run / "recipe.yaml").err
+    refused = hvd_lb("export", run, "--recipe", other, "--format", "torch-export", "--output", tmp_path / "e")
+    assert (refused.status, (tmp_path / "e").exists()) == (2, False)
+    assert re.search(told, refused.err)
 
 
 def test_a_table_for_a_person(
@@ -507,6 +542,9 @@ def test_torchvision_takes_its_own_networks(hvd_lb: Callable[..., Any], tmp_path
     assert "is in no run directory: give --output" in hvd_lb(*words).err
     said = hvd_lb(*words, "--output", tmp_path / "e")
     assert said.status == 0, said.err
+    card = (tmp_path / "e" / "README.md").read_text()
+    assert "How it was trained, and on what, its file does not say." in card
+    assert "epochs" not in card
     again: nn.Module = torchvision.models.get_model("squeezenet1_1", weights=None, num_classes=3)
     again.load_state_dict(load_file(tmp_path / "e" / "model.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), theirs.parameters(), strict=True))

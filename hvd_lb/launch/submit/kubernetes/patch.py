@@ -17,6 +17,7 @@ import yaml
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.submit.kubernetes.pod import Manifest
+from hvd_lb.recipe_file import read_named
 
 _MOST_BYTES = 1 << 20
 # patchMergeKey of Kubernetes' core/v1 types, and of JobSet's list of jobs.
@@ -36,8 +37,7 @@ _OF_THE_RUN = re.compile(
 def read_patch(path: Path) -> list[Manifest]:
     """The documents of a patch, YAML or JSON; UserError in one line for what is none."""
     try:
-        with path.open("rb") as file:
-            text = file.read(_MOST_BYTES).decode("utf-8")
+        text = read_named(path, _MOST_BYTES).decode("utf-8")
         documents = [one for one in yaml.load_all(text, _Loader) if one is not None]  # noqa: S506 - a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         reason = (
