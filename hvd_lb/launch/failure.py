@@ -60,7 +60,7 @@ def find_failure(
     """
     errors = read_errors(logs)
     own = sorted((e for e in errors if e["kind"] not in OF_OTHERS), key=lambda error: error["time"])
-    endings = [json.loads(line) for line in _text(logs / "endings.jsonl").splitlines()]
+    endings = [entry for line in _text(logs / "endings.jsonl").splitlines() if (entry := _entry(line))]
     if found := _of_elastic(endings, own, hosts, launcher_log):
         return found
     if own:
@@ -112,6 +112,15 @@ def _error(path: Path) -> dict[str, Any] | None:
         return None
     whole = isinstance(error, dict) and error.keys() >= {"rank", "kind", "message", "time"}
     return error if whole else None
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    """None where it is a part only, as the disk was full or the head was killed."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def _text(path: Path) -> str:

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from full_disk import room
 
+from hvd_lb.launch.agent.record import Record
 from hvd_lb.launch.failure import RankFailure, find_failure
 from hvd_lb.launch.hosts import Host
+from hvd_lb.report.run_directory import RunDirectory
 
 HOSTS = [Host("h1", 2), Host("h2", 2)]
 MPIRUN = (
@@ -201,3 +204,20 @@ def test_an_elastic_job_tells_why_it_could_not_go_on_not_what_it_has_overcome(lo
     (logs / "endings.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in endings))
     found = failure(logs)
     assert (found.rank, found.host, found.message) == (5, "?", "put it right")
+
+
+def test_what_was_heard_on_a_full_disk_is_told_as_far_as_it_is_whole(logs: Path) -> None:
+    run = RunDirectory(logs)
+    run.logs.mkdir()
+    with room(150):
+        record = Record(run)
+        record.ending(rank=1, host="h1", pid=7, status=-9, signalled=False)
+        record.ending(rank=2, host="h2", pid=8, status=1, signalled=False)
+        record.close()
+    record = Record(run)
+    record.ending(rank=3, host="h2", pid=9, status=1, signalled=False)
+    record.close()
+    assert [json.loads(line)["rank"] for line in run.endings.read_text().splitlines()] == [1, 3]
+    with run.endings.open("a") as file:
+        file.write('{"time": 3.0, "ra')  # the head was killed
+    assert "rank 1 on h1 failed: ended by SIGKILL" in str(failure(run.logs))

@@ -45,8 +45,10 @@ class Record:
 
 
 def _append(path: Path, line: str) -> None:
-    with suppress(OSError), path.open("a", encoding="utf-8") as file:  # a full disk
-        file.write(line)
+    with suppress(OSError), path.open("ab", buffering=0) as file:  # a full disk
+        text, begin = line.encode(), file.tell()
+        if file.write(text) < len(text):  # the next one is to begin a line
+            file.truncate(begin)
 
 
 def _replace(path: Path, text: str) -> None:
