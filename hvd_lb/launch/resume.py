@@ -12,7 +12,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.exact.reproducible import rounding_differences
 from hvd_lb.recipe import Recipe, differing_fields, make_recipe
 from hvd_lb.recipe_file import parse_values, read_text
-from hvd_lb.report.run_directory import FORECAST_FILES, RunDirectory
+from hvd_lb.report.run_directory import FORECAST_FILES, PASSING, RunDirectory
 from hvd_lb.report.summary import ended_after
 from hvd_lb.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 
@@ -123,9 +123,13 @@ def stored_recipe(run: RunDirectory) -> Recipe | None:
     if run.path.exists():
         if not run.path.is_dir():
             raise UserError(f"output {run.path} is a file, expected a folder: choose another --output")
-        # What a start that was killed before its recipe was there may have left, and a forecast of this run.
-        unfinished = (".lock", "logs", f".{run.recipe.name}.writing", *FORECAST_FILES)
-        if any(entry.name not in unfinished for entry in run.path.iterdir()):
+        # What a start that ended before its recipe was there may have left, and a forecast of this run.
+        # In the containers of --image caches are in .cache.
+        unfinished = (".lock", ".cache", "logs", f".{run.recipe.name}.writing", *FORECAST_FILES)
+        if any(
+            entry.name not in unfinished and not entry.name.startswith(PASSING)
+            for entry in run.path.iterdir()
+        ):
             raise UserError(
                 f"output folder {run.path} holds something that is not a run: choose an empty or new folder"
             )

@@ -18,6 +18,8 @@ from hvd_lb.report.lock import DirectoryLock
 
 #: What `simulate --cluster … --output` writes; it may be there before the run is.
 FORECAST_FILES = ("forecast.json", "forecast.png", "forecast.html", "step-trace.json", "device.yaml")
+#: How the names begin of what hosts write to tell that they see the same folder, or to measure, and leave when killed.
+PASSING = ".hvd-lb-"
 
 
 @dataclass(frozen=True)

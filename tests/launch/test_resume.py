@@ -24,6 +24,8 @@ def test_a_start_killed_while_it_writes_its_recipe_is_no_stranger(
         replace_text(run.recipe, "data: digits\n")
     assert not run.recipe.exists()
     assert len(list(run.path.iterdir())) == 3
+    (run.path / ".hvd-lb-preflight-00a1").touch()  # hosts were being asked
+    (run.path / ".cache").mkdir()  # as in containers
     assert stored_recipe(run) is None
     (run.path / "notes.txt").touch()
     with pytest.raises(UserError, match="holds something that is not a run"):

@@ -22,7 +22,7 @@ from hvd_lb.launch.rank.names import MEASURED
 from hvd_lb.machine.placement import Placement
 from hvd_lb.network.measure import NetworkReport
 from hvd_lb.recipe import Recipe
-from hvd_lb.report.run_directory import RunDirectory
+from hvd_lb.report.run_directory import PASSING, RunDirectory
 from hvd_lb.world.build import begins_at_once
 
 _NO_CYCLES = {CYCLE_TIME: "0.1"}  # ms: what is measured is not when a cycle began
@@ -94,7 +94,7 @@ def _folder(output: Path) -> Iterator[RunDirectory]:
     """A new folder in the nearest one that exists, for its owner alone."""
     parent = next(folder for folder in (output, *output.parents) if folder.is_dir())
     try:
-        path = Path(tempfile.mkdtemp(prefix=".hvd-lb-measuring-", dir=parent))
+        path = Path(tempfile.mkdtemp(prefix=f"{PASSING}measuring-", dir=parent))
     except OSError as error:
         raise UserError(
             f"output folder {parent} cannot be written ({error.strerror}): choose another --output"

@@ -22,6 +22,7 @@ from hvd_lb.launch.preflight import probe
 from hvd_lb.launch.preflight.ask import Ask
 from hvd_lb.launch.preflight.cluster import Cluster
 from hvd_lb.machine.placement import NAME_MORE, DeviceName
+from hvd_lb.report.run_directory import PASSING
 
 _ANSWER_SECONDS = 90.0
 _GIB = 2**30
@@ -299,7 +300,7 @@ def _parse(said: str | UserError, version: str) -> dict[str, Any] | UserError:
 def _marker(output: Path) -> Iterator[Path]:
     """A file in the nearest folder of `output` that exists, by which others tell that they see the same one."""
     folder = next(parent for parent in (output, *output.parents) if parent.is_dir())
-    marker = folder / f".hvd-lb-preflight-{secrets.token_hex(8)}"
+    marker = folder / f"{PASSING}preflight-{secrets.token_hex(8)}"
     try:
         marker.touch(exist_ok=False)
     except OSError as error:
