@@ -42,6 +42,7 @@ from hvd_lb.launch.starters.local import local
 from hvd_lb.launch.starters.srun import asking_over_srun, over_srun
 from hvd_lb.launch.starters.ssh import asking_over_ssh, over_ssh
 from hvd_lb.launch.target import Target, find_target
+from hvd_lb.machine.cpu import KERNEL_VARIABLES
 from hvd_lb.machine.gpus import SHOWN_BY
 from hvd_lb.machine.placement import Placement, choose_device, choose_placement, default_gpus
 from hvd_lb.recipe import Recipe
@@ -134,6 +135,9 @@ def _train(
 ) -> int:
     """Once, as `dispatch`."""
     again = restarts.begun
+    variables = environment(options.launch, os.environ)
+    # A checkpoint is held against them, and they are those of the ranks.
+    os.environ.update({name: variables[name] for name in KERNEL_VARIABLES if name in variables})
     cluster, container, discovery = None, None, None
     if target.kind != "local":
         data = data_folder(data_spec(options.fields, check_options(options.fields, options.recipe)))
@@ -150,7 +154,7 @@ def _train(
             folder,
             options.launch.network_interface,
             target.more,
-            environment(options.launch, os.environ),
+            variables,
             grows=options.launch.host_discovery is not None,
         )
         cluster = examine(console, target, request, ask, some_will_do=again)
@@ -158,7 +162,6 @@ def _train(
         if options.launch.timeline is not None:  # Horovod would leave it out, untold
             new_file(options.launch.timeline)
         # Those that the ranks will see.
-        variables = environment(options.launch, os.environ)
         os.environ.update({name: variables[name] for name in SHOWN_BY if name in variables})
     here = cluster.device if cluster else choose_device(restarts.device or options.device, target.more)
     with index_progress(console) as on_progress:

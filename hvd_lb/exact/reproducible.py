@@ -15,19 +15,11 @@ from typing import Any
 import torch
 
 from hvd_lb.errors import UserError
-from hvd_lb.machine.cpu import cpu_features
-from hvd_lb.machine.packages import version
+from hvd_lb.machine.cpu import KERNEL_VARIABLES, cpu_features
+from hvd_lb.machine.packages import COMPUTING, version
 
-# Libraries that compute: another version may round otherwise.
-_LIBRARIES = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy")
-# Variables by which libraries take other kernels. (ATEN_CPU_CAPABILITY is seen in torch's capability.)
-_VARIABLES = (
-    "ONEDNN_MAX_CPU_ISA",
-    "DNNL_MAX_CPU_ISA",
-    "MKL_CBWR",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "NVIDIA_TF32_OVERRIDE",
-)
+# Those of which torch's capability does not tell.
+_VARIABLES = tuple(name for name in KERNEL_VARIABLES if name != "ATEN_CPU_CAPABILITY")
 
 
 @contextmanager
@@ -87,7 +79,7 @@ def deterministic_kernels(model: str, *, tf32: bool = False) -> Iterator[None]:
 def rounding_environment(device: str) -> dict[str, Any]:
     """What the last bits of a run depend on besides its recipe, as JSON values; `device` is cpu or cuda, and here."""
     environment: dict[str, Any] = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
-    environment |= {name: version(name) for name in _LIBRARIES}
+    environment |= {name: version(name) for name in COMPUTING}
     environment["torch"] = torch.__version__  # with the build it is of
     environment["cuda"] = torch.version.cuda
     environment["machine"] = platform.machine()
@@ -98,9 +90,12 @@ def rounding_environment(device: str) -> dict[str, Any]:
 
 
 def rounding_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two `rounding_environment`s, in words; of what is None now, not known, nothing is said."""
+    """What differs between two `rounding_environment`s, in words.
+
+    Of what is None now, not known, nothing is said, nor of what was not recorded before, by an older version.
+    """
     differences = []
-    for name in sorted({*before, *now}):
+    for name in sorted(before.keys() | (now.keys() & {*_VARIABLES})):
         old, new = before.get(name), now.get(name)
         if name == "cpu_features":
             old, new = set(old or ()), set(new or ())

@@ -11,6 +11,16 @@ from typing import Any
 
 from hvd_lb.machine.limits import cpu_quota
 
+#: Variables by which libraries take other kernels, and so round otherwise. All processes of a run have the same.
+KERNEL_VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+)
+
 # Instruction sets by which kernels are chosen.
 _FEATURES = ("sse", "ssse", "avx", "fma", "f16c", "amx", "bmi", "asimd", "sve")
 
@@ -39,8 +49,10 @@ def describe_cpu() -> dict[str, Any]:
 
 
 def computes_by(cpu: Mapping[str, Any], gpus: Collection[str]) -> dict[str, Any]:
-    """What of a host's hardware rounding depends on, by its `describe_cpu` and the names of the GPUs that compute."""
-    names = ("machine", "cpu_features", "cpu_capability")
+    """What of a host rounding depends on, by its `describe_cpu`, with KERNEL_VARIABLES where its processes have some of
+    their own, and the names of the GPUs that compute.
+    """
+    names = ("machine", "cpu_features", "cpu_capability", *KERNEL_VARIABLES)
     return {
         **{name: cpu[name] for name in names if name in cpu},
         "device": " and ".join(sorted({*gpus})) or "cpu",

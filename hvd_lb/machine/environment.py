@@ -27,6 +27,7 @@ def describe_environment(placement: Placement, command: Sequence[str]) -> dict[s
         "nvidia-dali-cuda130",
         "horovod",
         "numpy",
+        "pillow",
         "pydantic",
         "safetensors",
     )

@@ -7,6 +7,9 @@ from importlib import metadata
 NEWEST_TRIED = {"torch": (2, 15), "torchvision": (0, 29)}
 """With these and older ones, as far as setup.cfg allows, the tests have run."""
 
+#: Those that compute, pixels or numbers: another version may round otherwise.
+COMPUTING = ("torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy", "pillow")
+
 
 def version(package: str) -> str | None:
     """The installed version, None when it is not installed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import PIL
 import pytest
 import torch
 
@@ -44,6 +45,7 @@ def test_the_environment_is_described_and_compared() -> None:
     assert here["torch"] == torch.__version__
     assert here["cpu_features"] == cpu_features() == sorted(set(cpu_features()))
     assert rounding_differences(here, dict(here)) == []
+    assert here["pillow"] == PIL.__version__
     elsewhere = {**here, "torch": "2.15.0", "cpu_features": [*here["cpu_features"][1:], "avx1024"]}
     assert rounding_differences(here, elsewhere) == [
         f"CPU without {here['cpu_features'][0]}, with avx1024",
@@ -88,3 +90,5 @@ def test_of_what_is_not_known_nothing_is_said() -> None:
     here = rounding_environment("cpu")
     assert rounding_differences(here, {**here, "cpu_capability": None}) == []
     assert rounding_differences({**here, "cpu_capability": None}, here) != []
+    older = {name: value for name, value in here.items() if name != "pillow"}
+    assert rounding_differences(older, here) == []

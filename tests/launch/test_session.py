@@ -80,11 +80,13 @@ def test_hardware_that_is_not_rank_0s_is_told_by_host() -> None:
         "h3": computes_by({**cpu, "cpu": "Xeon"}, gpu),
         **{name: computes_by({**cpu, "cpu_features": ["avx"]}, gpu) for name in ("h4", "h5")},
         "h6": computes_by(cpu, ("H100", "A100")),
+        "h7": computes_by({**cpu, "MKL_CBWR": "AVX2"}, gpu),
     }
     placement = Placement("cuda", 6, 1, tuple(hardware), gpus=("H100",) * 6, hardware=hardware)
     assert session.unlike_hosts(placement, hardware) == {
         "CPU without avx2": ["h4", "h5"],
         "device: H100 → A100 and H100": ["h6"],
+        "MKL_CBWR: not set → AVX2": ["h7"],
     }
     assert session.unlike_hosts(Placement("cpu", 2, 1), {}) == {}
 

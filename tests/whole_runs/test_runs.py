@@ -361,3 +361,15 @@ def stopped_workers(run: Path) -> bool:
     for rank in (0, 1):
         os.kill(worker_of_rank(run, rank), signal.SIGSTOP)
     return True
+
+
+def test_variables_of_env_by_which_kernels_are_chosen_count_where_a_run_goes_on(
+    start: Start, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    small = ("train", *SMALL, "--gpus", 2, "--processes", 2, "--reproducible", "--output", run, "--steps")
+    named = ("--env", "MKL_CBWR=COMPATIBLE")
+    finish(start(*small, 1, *named))
+    assert "warning" not in "".join(finish(start(*small, 2, *named)))
+    assert "MKL_CBWR: COMPATIBLE → not set" in "".join(finish(start(*small, 3)))
+    assert "MKL_CBWR: not set → COMPATIBLE" in "".join(finish(start(*small, 4, *named)))

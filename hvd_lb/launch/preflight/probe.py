@@ -23,6 +23,7 @@ from typing import Any
 from hvd_lb.machine import nccl
 from hvd_lb.machine.cpu import describe_cpu, usable_cores
 from hvd_lb.machine.gpus import SHOWN_BY, gpus
+from hvd_lb.machine.packages import COMPUTING
 
 #: Begins the line that is the answer, among whatever else a login shell may print.
 ANSWER = "hvd-lb-probe "
@@ -30,7 +31,7 @@ ANSWER = "hvd-lb-probe "
 ASKED_BY = (*SHOWN_BY, nccl.NAME)
 # By these no other host knows this one.
 _OWN_NAMES = ("localhost", "127.0.0.1")
-_PACKAGES = ("hvd-lb", "torch", "torchvision", "nvidia-dali-cuda130", "horovod", "numpy")
+_PACKAGES = ("hvd-lb", "horovod", *COMPUTING)
 
 
 def answer(name: str, request: dict[str, Any]) -> dict[str, Any]:

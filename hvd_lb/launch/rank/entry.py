@@ -17,7 +17,7 @@ from hvd_lb.launch.agent.channel import open_line
 from hvd_lb.launch.hosts import Host, place_of_rank
 from hvd_lb.launch.rank.names import MEMBER, log_name, this_rank
 from hvd_lb.machine import nccl
-from hvd_lb.machine.cpu import usable_cores
+from hvd_lb.machine.cpu import KERNEL_VARIABLES, usable_cores
 from hvd_lb.machine.gpus import gpus
 from hvd_lb.machine.pinning import pin
 
@@ -25,6 +25,8 @@ from hvd_lb.machine.pinning import pin
 def main(job_file: str) -> None:
     text = Path(job_file).read_text("utf-8")
     job: dict[str, Any] = json.loads(text)
+    for name in KERNEL_VARIABLES:  # what this host has set for itself would be another run's bits
+        os.environ.pop(name, None)
     os.environ.update(job["environment"])
     if member := os.environ.get(MEMBER):
         number, host, *there = member.split()

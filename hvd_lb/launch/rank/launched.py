@@ -28,7 +28,7 @@ from hvd_lb.launch.rank.entry import write_to
 from hvd_lb.launch.rank.names import OF_OTHERS, log_name
 from hvd_lb.launch.starters.launched import cores_of
 from hvd_lb.launch.stopping import heeded_signals
-from hvd_lb.machine.cpu import describe_cpu, usable_cores
+from hvd_lb.machine.cpu import KERNEL_VARIABLES, describe_cpu, usable_cores
 from hvd_lb.machine.gpus import gpus
 from hvd_lb.machine.pinning import pin
 from hvd_lb.world import World
@@ -130,7 +130,11 @@ def describe(world: World) -> dict[str, Any]:
         "host": socket.gethostname(),
         "bound": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
         "cores": usable_cores(),
-        "cpu": {**describe_cpu(), "cpu_capability": torch.backends.cpu.get_cpu_capability()},
+        "cpu": {
+            **describe_cpu(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            **{name: os.environ[name] for name in KERNEL_VARIABLES if name in os.environ},
+        },
         "gpu": there[index] if index < len(there) else None,
         "arguments": hashlib.sha256("\0".join(sys.argv[1:]).encode("utf-8", "surrogateescape")).hexdigest(),
         "versions": {**versions(), "python": python, "Horovod built as": json.dumps(horovod_build())},

@@ -126,6 +126,7 @@ def test_the_cpu_can_be_asked_for_where_there_are_gpus(tmp_path: Path) -> None:
         ),
         ("cpu", {"127.0.0.2": lambda a: a["versions"].update(python="3.9.2")}, "python 3.9.2, here 3.1"),
         ("cpu", {"127.0.0.2": lambda a: a["versions"].update(horovod="none")}, "horovod none, here 0."),
+        ("cpu", {"127.0.0.2": lambda a: a["versions"].update(pillow="11.3.0")}, "pillow 11.3.0, here 1"),
         (
             "cpu",
             {"127.0.0.2": change(output={"problem": "no folder /x there"})},

@@ -12,12 +12,13 @@ from hvd_lb.launch.rank.names import this_rank
 # What hvd_lb.launch.rank.entry does before the training begins, and then tells instead of training.
 _TELL = """
 import json, os, subprocess, sys, types
+KERNELS = "ATEN_CPU_CAPABILITY", "MKL_CBWR"
 worker = types.ModuleType("hvd_lb.launch.rank.train")
 def main(job, rank, host, cores):
     print("said", rank, host, flush=True)
     print("wrong", file=sys.stderr, flush=True)
     subprocess.run(["echo", "child"])
-    seen = {name: os.environ.get(name) for name in ("A", "HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME")}
+    seen = {name: os.environ.get(name) for name in ("A", "HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME", *KERNELS)}
     with open(os.path.join(json.loads(job)["output"], "logs", "seen.json"), "w") as file:
         file.write(json.dumps([seen, "torch" in sys.modules]))
     if os.environ.get("WAIT"):
@@ -66,7 +67,8 @@ def test_a_rank_finds_its_host_interface_environment_and_log(tmp_path: Path) -> 
         "wrong",
     ]
     seen, torch = json.loads((tmp_path / "logs" / "seen.json").read_text())
-    assert seen == {"A": "b", "HOROVOD_GLOO_IFACE": "ens3", "NCCL_SOCKET_IFNAME": "=ens3"}
+    interface = {"HOROVOD_GLOO_IFACE": "ens3", "NCCL_SOCKET_IFNAME": "=ens3"}
+    assert seen == {"A": "b", **interface, "ATEN_CPU_CAPABILITY": None, "MKL_CBWR": None}
     assert not torch, "torch was loaded before the environment was set"
 
 
@@ -75,6 +77,17 @@ def test_an_interface_that_the_user_named_for_nccl_stays(tmp_path: Path) -> None
         process.communicate(timeout=60)
     seen, _ = json.loads((tmp_path / "logs" / "seen.json").read_text())
     assert (seen["HOROVOD_GLOO_IFACE"], seen["NCCL_SOCKET_IFNAME"]) == ("eth0", "ib0")
+
+
+def test_variables_by_which_kernels_are_chosen_are_those_of_the_run_and_not_of_its_host(
+    tmp_path: Path,
+) -> None:
+    file = job(tmp_path, MKL_CBWR="AVX2")
+    own = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}
+    with start(file, HOROVOD_RANK="0", **own) as process:
+        process.communicate(timeout=60)
+    seen, _ = json.loads((tmp_path / "logs" / "seen.json").read_text())
+    assert (seen["MKL_CBWR"], seen["ATEN_CPU_CAPABILITY"]) == ("AVX2", None)
 
 
 @pytest.mark.slow
