@@ -21,6 +21,7 @@ from hvd_lb_cli.output.terminal import to_nowhere, tolerate_any_letter
 # slower. Read when torch is loaded, here and in the ranks.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+_LOOP = "{}: a link that leads to itself: remove it, or give another path"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 _COMMANDS = {
@@ -70,7 +71,9 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # `hvd-lb data verify | head`: whoever reads has seen enough
         return _flushed(128 + signal.SIGPIPE)
     except OSError as error:  # a full disk, a folder that went away
-        given = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)  # it is the name itself
+        if error.errno == errno.ELOOP:
+            return _failed(_LOOP.format(error.filename), 2)
+        given = error.errno == errno.ENAMETOOLONG  # it is the name itself
         unnamed = "standard output, or a file that was being written" if error.errno in _FULL else ""
         where = error.filename or unnamed  # an error of write(2) does not know what it is about
         return _failed(
@@ -79,7 +82,7 @@ def run(arguments: list[str]) -> int:
         )
     except RuntimeError as error:  # two things that pathlib says
         if "Symlink loop" in str(error):
-            return _failed(f"{error}: a link that leads to itself: remove it, or give another path", 2)
+            return _failed(_LOOP.format(error), 2)
         if "home directory" not in str(error):  # of ~ and ~NAME
             raise
         return _failed(

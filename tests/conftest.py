@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from hvd_lb.launch.agent.rendezvous import Rendezvous
 from hvd_lb_cli.commands import run as run_command
 
+hypothesis.settings.register_profile("any machine", deadline=None)  # times are no results
+hypothesis.settings.load_profile("any machine")
 pytest.register_assert_rewrite("real_runs", "elastic_runs")
 
 

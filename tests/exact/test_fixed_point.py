@@ -79,7 +79,7 @@ def random_terms(seed: int, count: int, size: int, dtype: torch.dtype = torch.fl
     return list(torch.from_numpy(numbers).to(dtype))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 10_000), st.integers(1, 12), st.data())
 def test_no_order_and_no_division_changes_a_bit(seed: int, count: int, data: st.DataObject) -> None:
     terms = random_terms(seed, count, 37)

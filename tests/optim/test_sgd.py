@@ -85,7 +85,7 @@ def test_against_torch(schedule: str, nesterov: bool, weight_decay: float) -> No
     assert (largest_difference(uncorrected, reference) < 1e-12) == (schedule == "constant")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rates=st.lists(st.one_of(st.just(0.0), st.floats(1e-4, 1.0)), min_size=1, max_size=30),
     momentum=st.floats(0, 0.99),

@@ -17,7 +17,7 @@ def flips(windows: Windows) -> np.ndarray:
     return drawn.parameters
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 4000)), min_size=1, max_size=20),
     st.integers(0, 99),

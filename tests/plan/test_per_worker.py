@@ -18,7 +18,7 @@ def seen_by(plan: SamplePlan, epoch: int, worker: int) -> list[int]:
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 400), st.integers(1, 12), st.integers(1, 9), st.integers(0, 5), st.integers(0, 3))
 def test_kept_rests_show_every_image_once_to_the_worker_that_keeps_it(
     images: int, workers: int, per_worker: int, seed: int, epoch: int
@@ -33,7 +33,7 @@ def test_kept_rests_show_every_image_once_to_the_worker_that_keeps_it(
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 300), st.sampled_from(["drop", "keep"]))
 def test_each_microbatch_has_as_many_images_as_without_shares(
     workers: int, per_worker: int, more: int, last_batch: LastBatch

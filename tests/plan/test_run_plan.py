@@ -14,7 +14,7 @@ from hvd_lb.plan.run_plan import RunPlan, Scale
 from hvd_lb.plan.samples import LastBatch, SamplePlan
 from hvd_lb.recipe import Recipe, make_recipe
 
-thrifty = settings(deadline=None, max_examples=40)
+thrifty = settings(max_examples=40)
 
 
 @st.composite

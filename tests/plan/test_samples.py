@@ -30,7 +30,7 @@ def epoch_ids(plan: SamplePlan, epoch: int) -> list[int]:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans, st.integers(0, 3))
 def test_keep_serves_every_image_once(plan: SamplePlan, epoch: int) -> None:
     assert sorted(epoch_ids(plan, epoch)) == list(range(plan.images))
@@ -41,7 +41,7 @@ def test_keep_serves_every_image_once(plan: SamplePlan, epoch: int) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans, st.integers(0, 3))
 def test_drop_serves_whole_steps_and_counts_the_rest(plan: SamplePlan, epoch: int) -> None:
     if plan.global_batch > plan.images:
@@ -53,7 +53,7 @@ def test_drop_serves_whole_steps_and_counts_the_rest(plan: SamplePlan, epoch: in
     assert {plan.step_images(step) for step in range(plan.steps_per_epoch)} == {plan.global_batch}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans, st.integers(1, 12))
 def test_processes_share_the_step_whatever_their_number(plan: SamplePlan, processes: int) -> None:
     processes = min(processes, plan.workers)
@@ -79,7 +79,7 @@ def test_groups_are_hosted_whole(workers: int, group: int, processes: int) -> No
     assert max(groups) - min(groups) <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans, st.integers(0, 3), st.integers(1, 12), st.sampled_from(["drop", "keep"]))
 def test_what_a_step_sees_does_not_depend_on_processes(
     plan: SamplePlan, epoch: int, processes: int, last_batch: LastBatch
@@ -99,7 +99,7 @@ def test_what_a_step_sees_does_not_depend_on_processes(
         assert np.array_equal(seen, order[start : start + plan.step_images(step)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(40, 400), st.integers(0, 2**31), st.integers(0, 1000), st.integers(1, 1000))
 def test_other_epochs_and_seeds_have_other_orders(images: int, seed: int, epoch: int, more: int) -> None:
     """Of at least 40! orders, two are the same by chance in no lifetime."""

@@ -47,7 +47,7 @@ def test_each_class_comes_equally_often_and_each_of_its_images() -> None:
     st.integers(1, 5),
     st.integers(1, 4),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_keys_of_an_epoch_differ_and_ids_are_in_them(
     labels: list[int], workers: int, n: int, repeats: int
 ) -> None:

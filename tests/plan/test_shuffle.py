@@ -16,7 +16,7 @@ def test_bijective(size: int) -> None:
     assert np.array_equal(np.sort(Permutation(size, 3, 5).slice(0, size)), np.arange(size))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 10**12), st.integers(0, 2**32 - 1), st.integers(0, 1000), st.data())
 def test_a_slice_is_its_positions_one_by_one(size: int, seed: int, epoch: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, size - 1))

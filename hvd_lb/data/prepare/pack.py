@@ -8,6 +8,7 @@ often that happened, nor on the number of threads.
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,8 @@ def pack(
             )
             folder.publish(dataset.train.classes)
     except OSError as error:
+        if error.errno == errno.ELOOP:  # of the name that was given: it does not go on
+            raise
         raise UserError(
             f"{error.filename or target}: {error.strerror or error}; the same command goes on where this one ended"
         ) from error

@@ -122,7 +122,7 @@ def test_claims_of_a_header_allocate_nothing() -> None:
 
 @pytest.mark.slow
 @given(st.data(), st.sampled_from(sorted(FILES)))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_any_damage_gives_a_header_or_a_reason(data: st.DataObject, kind: str) -> None:
     content = bytearray(FILES[kind])
     for _ in range(data.draw(st.integers(1, 8))):

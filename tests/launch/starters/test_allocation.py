@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_lb.errors import UserError
@@ -206,7 +206,6 @@ def test_an_mpi_is_named_and_a_mount_that_pyxis_would_misread_is_refused() -> No
 
 
 @needs_horovod
-@settings(deadline=None)  # the first call imports Horovod
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
 def test_ranks_are_horovods(counts: list[int]) -> None:
     from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
