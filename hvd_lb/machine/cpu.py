@@ -48,6 +48,11 @@ def describe_cpu() -> dict[str, Any]:
     }
 
 
+def kernel_variables() -> dict[str, str]:
+    """Those of `KERNEL_VARIABLES` that are set."""
+    return {name: os.environ[name] for name in KERNEL_VARIABLES if os.environ.get(name)}
+
+
 def computes_by(cpu: Mapping[str, Any], gpus: Collection[str]) -> dict[str, Any]:
     """What of a host rounding depends on, by its `describe_cpu`, with KERNEL_VARIABLES where its processes have some of
     their own, and the names of the GPUs that compute.

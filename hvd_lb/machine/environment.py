@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hvd_lb.machine.cpu import describe_cpu
+from hvd_lb.machine.cpu import describe_cpu, kernel_variables
 from hvd_lb.machine.packages import version
 from hvd_lb.machine.placement import Placement
 
@@ -44,6 +44,7 @@ def describe_environment(placement: Placement, command: Sequence[str]) -> dict[s
             placement.first_host
             or {**describe_cpu(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
         ),
+        "variables": kernel_variables(),
         "git_commit": _git_commit(),
         "executable": sys.executable,
     }

@@ -136,7 +136,7 @@ def _recipe(run: RunDirectory) -> Recipe:
 def _environment(run: RunDirectory) -> dict[str, Any]:
     """environment.json as names and short texts; empty when it cannot be read, as it is information only."""
     content = read_json(run.environment)
-    values = {**content, **(content.get("versions") or {})}
+    values = {**content, **(content.get("versions") or {}), **(content.get("variables") or {})}
     return {
         name: ", ".join(map(str, value)) if isinstance(value, list) else value
         for name, value in values.items()

@@ -169,7 +169,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("step", "steps", "total_steps", "processes", "pid"), int),
     **dict.fromkeys(("steps_per_epoch", "global_batch", "epochs", "wall_seconds"), _NUMBER),
     **dict.fromkeys(("images_per_second", "data_wait", "since"), _NUMBER),
-    **dict.fromkeys(("versions", "final", "best"), dict),
+    **dict.fromkeys(("versions", "variables", "final", "best"), dict),
     **dict.fromkeys(("command", "hosts"), list),
 }
 

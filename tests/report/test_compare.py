@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from hvd_lb.errors import UserError
+from hvd_lb.machine.environment import describe_environment
+from hvd_lb.machine.placement import Placement
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.compare import Comparison, compare_runs
 from hvd_lb.report.compare_tensors import compare_tensors
+from hvd_lb.report.page.runs import runs_page
 from hvd_lb.training.checkpoint import CheckpointStore
 
 RECIPE = Recipe(data="digits", model="resnet8", num_classes=10)
@@ -344,3 +347,15 @@ def test_a_missing_environment_is_told_and_hinders_nothing(tmp_path: Path) -> No
     comparison = compare_runs(a, b)
     assert comparison.identical
     assert "environment.json" in comparison.notes[0]
+
+
+def test_variables_by_which_libraries_take_other_kernels_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments = []
+    for isa in ("", "AVX2"):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+        environments.append(describe_environment(Placement("cpu", 1, 1), []))
+    a, b = (make_run(tmp_path / f"{n}", environment=made) for n, made in enumerate(environments))
+    assert compare_runs(a, b).environment == ["ONEDNN_MAX_CPU_ISA: absent → AVX2"]
+    assert "environment: variables ONEDNN_MAX_CPU_ISA" in runs_page([a, b])
