@@ -215,6 +215,30 @@ def test_bars_over_a_logarithmic_axis(browser: Browser, tmp_path: Path) -> None:
     assert browser.errors == []
 
 
+def test_numbers_at_the_ends_of_what_a_number_holds(browser: Browser, tmp_path: Path) -> None:
+    """Neighbours among numbers, between which no tick can be; some of many without a neighbour; one step; a spike."""
+    every_third = [None if step % 3 else 2.0 for step in range(90)]
+    charts = [
+        Chart("near", "near", "epoch", "norm", [Series("a", [*range(8)], [1e16, 1e16 + 2] * 4)]),
+        Chart("few", "few", "epoch", "loss", [Series("a", [*range(90)], every_third)]),
+        Chart("one", "one", "epoch of one", "loss", [Series("a", [0.05], [1.0])]),
+        Chart("spike", "spike", "epoch", "loss", [Series("a", [0, 1, 2], [1.0, 1e37, 2.0])]),
+    ]
+    (tmp_path / "page.html").write_text(page("a run", charts=charts))
+    browser.open(tmp_path / "page.html")
+    near, few, one, spike = browser.value(DRAWN)
+    assert browser.errors == []
+    assert (near["lines"], near["dots"]) == (1, 8)
+    assert few["dots"] == 30
+    texts = browser.value(
+        "[...document.querySelectorAll('svg')].map((of) => [...of.querySelectorAll('text')].map((t) => t.textContent))"
+    )
+    assert not [text for text in texts[2] if text.startswith("-")]
+    assert "1e+37" in texts[3]
+    assert one["dots"]
+    assert spike["lines"]
+
+
 def test_an_open_page_follows_a_run(
     browser: Browser, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@
   const number = (value) => {
     if (value === null || value === undefined) return "–";
     const size = Math.abs(value);
+    if (size >= 1e10) return Number(value.toPrecision(4)).toExponential();
     if (size >= 1000) return Math.round(value).toLocaleString("en");
     return String(Number(value.toPrecision(size >= 100 ? 5 : 4)));
   };
@@ -81,7 +82,7 @@
       const xs = same.flatMap((other) => other.spec.series.flatMap((series) => series.x)).map(this.to);
       const low = xs.reduce((a, b) => Math.min(a, b), Infinity), high = xs.reduce((a, b) => Math.max(a, b), -Infinity);
       if (!(low <= high)) return [0, 1];
-      if (this.spec.log_x || low === high) return [low - .5, high + .5];
+      if (this.spec.log_x || high <= 0) return [low - .5, high + .5];
       return [Math.min(0, low), high];
     }
 
@@ -119,7 +120,8 @@
       }
       if (!(low <= high)) [low, high] = [0, 1];
       if (low >= 0 && low < high / 2) low = 0;
-      const room = (high - low || Math.abs(high) || 1) * .06;
+      // Numbers that differ in their last digits alone are a flat line: no axis has ticks between them.
+      const room = Math.max(high - low, Math.max(Math.abs(low), Math.abs(high)) * 1e-6 || 1) * .06;
       high += room;
       if (low !== 0) low -= room;
       const marks = ticks(low, high, height / 50), left = 14 + 7 * Math.max(...marks.map((of) => number(of).length), 2);
@@ -184,8 +186,9 @@
       });
       const dash = series.dashed ? ";stroke-dasharray:6 4" : "";
       make("path", { d: path, style: `fill:none;stroke:${series.paint};stroke-width:1.8;stroke-linejoin:round${dash}` }, plot);
-      if (x.length <= 60) {
-        x.forEach((at, i) => whole[i] && make("circle", { cx: at, cy: py(series.y[i]), r: 2.6, style: `fill:${series.paint}` }, plot));
+      const alone = (i) => whole[i] && !whole[i - 1] && !whole[i + 1];  // of which there is no line
+      if (x.length <= 60 || whole.some((_, i) => alone(i))) {
+        x.forEach((at, i) => (x.length <= 60 ? whole[i] : alone(i)) && make("circle", { cx: at, cy: py(series.y[i]), r: 2.6, style: `fill:${series.paint}` }, plot));
       }
     }
 
