@@ -87,7 +87,8 @@ def error_in_words(point: Point, error: float) -> str:
 
 def _counted(epochs: int, recipe: Recipe) -> str:
     of = min(epochs, recipe.epochs)
-    return f"the median of the last {of} epochs" if of > 1 else "that of the last epoch"
+    evaluated = "" if recipe.eval_every == "1epoch" else "evaluated "
+    return f"the median of the last {of} {evaluated}epochs" if of > 1 else "that of the last epoch"
 
 
 def results(sweep: Sweep, epochs: int = LAST_EPOCHS, only: Collection[str] | None = None) -> list[Result]:

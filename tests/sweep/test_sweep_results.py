@@ -142,12 +142,17 @@ def test_whose_errors_are_counted_is_said(tmp_path: Path, ema: tuple[float | Non
 
 
 @pytest.mark.parametrize(
-    ("epochs", "said"), [(1, "that of the last epoch"), (3, "median of the last 3 epochs")]
+    ("epochs", "every", "said"),
+    [
+        (1, "1epoch", "that of the last epoch"),
+        (3, "1epoch", "median of the last 3 epochs"),
+        (9, "2epochs", "median of the last 5 evaluated epochs"),
+    ],
 )
 def test_of_a_short_run_no_more_epochs_are_told(
-    hvd_lb: Callable[..., Any], tmp_path: Path, epochs: int, said: str
+    hvd_lb: Callable[..., Any], tmp_path: Path, epochs: int, every: str, said: str
 ) -> None:
-    short = BASE.model_copy(update={"epochs": epochs})
+    short = BASE.model_copy(update={"epochs": epochs, "eval_every": every})
     of = Sweep(tmp_path / "s", short, "simulate", (Grid({"gpus": (2,)}, 1),))
     of.folder.mkdir()
     of.save()
