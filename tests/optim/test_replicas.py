@@ -11,6 +11,7 @@ from together import Together, together
 from torch import nn
 
 from hvd_lb.optim.distributed import DistributedOptimizer
+from hvd_lb.optim.exchange.replicas import Replicas
 
 Change = Callable[[nn.Module, int], None]
 TOLD = "weights are no longer the same on all processes, as those of .* tell"
@@ -133,6 +134,47 @@ def test_frozen_weights_of_the_model_are_among_them() -> None:
 
     with pytest.raises(RuntimeError, match=TOLD.replace(".*", "0.weight")):
         together(2, run)
+
+
+def parted(weights: list[torch.Tensor], dtype: torch.dtype, steps: int = 100) -> list[bool]:
+    """Whether each process is told after some step, with these weights, and riders of this dtype."""
+    processes = [
+        Replicas(torch.optim.SGD([of], 0.1), rank, len(weights), 5) for rank, of in enumerate(weights)
+    ]
+    found = [False] * len(weights)
+    for step in range(steps):
+        riders = [torch.zeros(Replicas.riders, dtype=dtype) for _ in weights]
+        for process, of, own in zip(processes, weights, riders, strict=True):
+            process.note(step, [of])
+            process.say(own)
+        for rank, process in enumerate(processes):
+            process.hear(torch.stack(riders).sum(0))
+            found[rank] |= process.parted(True, str) is not None
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_all_elements_come_up(dtype: torch.dtype) -> None:
+    for place in ((0, 0, 0, 0), (1, 2, 0, 1), (1, 0, 1, 0)):
+        weights = [torch.ones(2, 3, 2, 2) for _ in range(3)]
+        weights[1][place] = 3
+        assert parted(weights, dtype, 400) == [True] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_elements_are_the_same_however_they_lie_in_memory(dtype: torch.dtype) -> None:
+    weights = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    others = [weights.contiguous(memory_format=torch.channels_last), weights.expand(2, 4, 3, 2, 2)[1]]
+    assert not any(parted([weights, *others, weights.transpose(0, 3).contiguous().transpose(0, 3)], dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_small_weights_and_zeros_are_no_difference(dtype: torch.dtype) -> None:
+    """Also where what is small beside the others is another number for each."""
+    weights = [torch.tensor([1.0, 2.0, 1e-9 * rank, -1e-8 * rank]) for rank in range(4)]
+    assert not any(parted(weights, dtype))
+    for size in (0.0, 5e-10, 1e-12):
+        assert not any(parted([torch.full((4,), size)] * 4, dtype))
 
 
 def test_two_alike_that_differ_from_the_others_are_found() -> None:
