@@ -14,7 +14,6 @@ from pathlib import Path
 
 from hvd_lb.errors import UserError
 from hvd_lb.machine.placement import NAME_MORE
-from hvd_lb.recipe_file import read_named
 
 #: Where the MPI operator of Kubernetes mounts the list of a job's worker pods.
 MPIJOB_HOSTFILE = Path("/etc/mpi/hostfile")
@@ -50,6 +49,8 @@ def read_hostfile(path: Path, where: str = "") -> list[Host]:
     In the form of Open MPI or Horovod, `h1 slots=8`, `h1:8` or `h1` a line, # for comments; in that of PBS, a host on
     as many lines as it has slots; in that of Grid Engine, `h1 8 queue processors`.
     """
+    from hvd_lb.recipe_file import read_named  # here: heads and agents need no YAML
+
     where = where or f"hostfile {path}"
     try:
         text = read_named(path).decode("utf-8-sig")
