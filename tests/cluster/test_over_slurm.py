@@ -152,9 +152,9 @@ def test_both_engines_and_one_process_end_at_the_same_bits(
 def test_the_network_between_the_nodes_of_a_job_is_measured(cluster: Cluster, tmp_path: Path) -> None:
     figures, runs = tmp_path / "figures.json", tmp_path / "runs"
     check = [*HVD_LB, "doctor", "--network", "--device", "cpu", "--output", runs, "--json", figures]
-    log = batch(
-        cluster, f"#!/bin/sh\nexec {shlex.join(map(str, check))}\n", tmp_path, "--nodes=3", "--ntasks=3"
-    )
+    own = "export SLURM_LABELIO=1 SLURM_EXCLUSIVE=1"  # for steps of the user's own
+    script = f"#!/bin/sh\n{own}\nexec {shlex.join(map(str, check))}\n"
+    log = batch(cluster, script, tmp_path, "--nodes=3", "--ntasks=3")
     assert "allreduce between 3 processes on cpu, float32:" in log
     found = json.loads(figures.read_text())
     assert [host["name"] for host in found["hosts"]] == ["h1", "h2", "h3"]

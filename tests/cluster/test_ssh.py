@@ -459,3 +459,16 @@ def test_doctor_examines_hosts_alone(hosts: list[Host], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     out, _ = hvd_lb(hosts[0], "doctor", "--hosts", "h1:2,h9:2", "--output", tmp_path, status=1)
     assert "wrong   h9  reached: no such host" in out
+
+
+def test_what_a_login_by_hand_gets_by_a_users_configuration_is_left_out(
+    hosts: list[Host], tmp_path: Path
+) -> None:
+    config = hosts[0].folder / "ssh_config"
+    before = config.read_text()
+    config.write_text(before + "RequestTTY force\nRemoteCommand tmux\n")
+    try:
+        out, _ = hvd_lb(hosts[0], "doctor", "--hosts", "h1:1,h2:1", "--output", tmp_path)
+    finally:
+        config.write_text(before)
+    assert "ready: h1:1, h2:1: 2 processes on cpu" in out

@@ -21,7 +21,9 @@ _UNSET = (
     *("SLURM_NTASKS_PER_NODE", "SLURM_NTASKS_PER_GPU", "SLURM_NTASKS_PER_TRES"),
     *("SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_SOCKET", "SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND"),
     *("SLURM_CPUS_PER_GPU", "SLURM_MEM_PER_GPU", "SLURM_GRES", "SLURM_STEP_GRES"),
-    *("SLURM_TRES_PER_TASK", "SLURM_TRES_BIND"),
+    *("SLURM_TRES_PER_TASK", "SLURM_TRES_BIND", "SLURM_EXCLUSIVE"),
+    # What a user may have set for steps of his own, and would hide or change what they say.
+    *("SLURM_LABELIO", "SLURM_STDOUTMODE", "SLURM_STDERRMODE", "SLURM_MULTI_PROG"),
 )
 # What an interpreter needs before it reads the job's file, which holds the rest; SLURM_* go along in any case.
 _EXPORTED = ("HOME", "PATH", "LD_LIBRARY_PATH", "PYTHONPATH")

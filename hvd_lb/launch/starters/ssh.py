@@ -29,7 +29,8 @@ _ANSWER_SECONDS = 90.0
 def ssh_command(options: LaunchOptions) -> list[str]:
     """ssh with what a run needs of it; a host's name and a command line for its shell follow."""
     command = [
-        *("ssh", "-o", "BatchMode=yes"),
+        # Whatever a login by hand gets by ~/.ssh/config: a terminal, and a command such as tmux.
+        *("ssh", "-T", "-o", "RemoteCommand=none", "-o", "BatchMode=yes"),
         *("-o", f"StrictHostKeyChecking={'yes' if options.strict_host_keys else 'accept-new'}"),
         *("-o", f"ConnectTimeout={_CONNECT_SECONDS}"),
         *("-o", f"ServerAliveInterval={_ALIVE_SECONDS}", "-o", f"ServerAliveCountMax={_ALIVE_COUNT}"),

@@ -172,6 +172,7 @@ def test_srun_fills_the_nodes_in_order() -> None:
     unset = command[1 : command.index("srun")]
     assert unset[::2] == ["-u"] * (len(unset) // 2)
     assert {"SLURM_HOSTFILE", "SLURM_NTASKS_PER_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_TASK"} < set(unset[1::2])
+    assert {"SLURM_LABELIO", "SLURM_EXCLUSIVE"} < set(unset[1::2])
 
 
 def test_a_step_is_given_all_gpus_of_its_nodes() -> None:

@@ -21,8 +21,8 @@ JOB = Path("/runs/a b;$(x)/logs/job.json")
 RANK = [sys.executable, "-P", "-m", "hvd_lb.launch.rank.entry", str(JOB)]
 HEAD = [sys.executable, "-P", "-m", "hvd_lb.launch.agent.head", str(JOB)]
 SSH = (
-    "ssh -o BatchMode=yes -o StrictHostKeyChecking=accept-new -o ConnectTimeout=10 -o ServerAliveInterval=15 "
-    "-o ServerAliveCountMax=4"
+    "ssh -T -o RemoteCommand=none -o BatchMode=yes -o StrictHostKeyChecking=accept-new -o ConnectTimeout=10 "
+    "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 )
 
 
