@@ -20,7 +20,8 @@ from hvd_lb.data.loading.open import open_loader
 from hvd_lb.data.options import LoaderKind
 from hvd_lb.doctor.trials import Photographs
 from hvd_lb.exact.digest import STATISTICS, tensor_digest
-from hvd_lb.exact.reproducible import deterministic_kernels, rounding_differences, rounding_environment
+from hvd_lb.exact.reproducible import deterministic_kernels, rounding_environment
+from hvd_lb.exact.rounding import rounding_differences
 from hvd_lb.plan.augment import Microbatch, RandomWindows
 from hvd_lb.training.models import build_model, sum_loss
 

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 
 from hvd_lb.errors import UserError
-from hvd_lb.machine.cpu import KERNEL_VARIABLES, cpu_features
+from hvd_lb.exact.rounding import SEEN_NOWHERE_ELSE
+from hvd_lb.machine.cpu import cpu_features
 from hvd_lb.machine.packages import COMPUTING, version
-
-# Those of which torch's capability does not tell.
-_VARIABLES = tuple(name for name in KERNEL_VARIABLES if name != "ATEN_CPU_CAPABILITY")
 
 
 @contextmanager
@@ -85,25 +83,5 @@ def rounding_environment(device: str) -> dict[str, Any]:
     environment["machine"] = platform.machine()
     environment["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     environment["cpu_features"] = cpu_features()
-    environment |= {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
+    environment |= {name: os.environ[name] for name in SEEN_NOWHERE_ELSE if os.environ.get(name)}
     return environment
-
-
-def rounding_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two `rounding_environment`s, in words.
-
-    Of what is None now, not known, nothing is said, nor of what was not recorded before, by an older version.
-    """
-    differences = []
-    for name in sorted(before.keys() | (now.keys() & {*_VARIABLES})):
-        old, new = before.get(name), now.get(name)
-        if name == "cpu_features":
-            old, new = set(old or ()), set(new or ())
-            changes = [f"without {item}" for item in sorted(old - new)]
-            changes += [f"with {item}" for item in sorted(new - old)]
-            differences += [f"CPU {', '.join(changes)}"] if changes else []
-        elif old != new and name in _VARIABLES:
-            differences.append(f"{name}: {old or 'not set'} → {new or 'not set'}")
-        elif old != new and new is not None:
-            differences.append(f"{name}: {old} → {new}")
-    return differences

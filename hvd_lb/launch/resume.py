@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_lb.errors import UserError
-from hvd_lb.exact.reproducible import rounding_differences
+from hvd_lb.exact.rounding import rounding_differences
 from hvd_lb.recipe import Recipe, differing_fields, make_recipe
 from hvd_lb.recipe_file import parse_values, read_text
 from hvd_lb.report.run_directory import FORECAST_FILES, PASSING, RunDirectory

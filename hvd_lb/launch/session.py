@@ -21,7 +21,8 @@ from rich.text import Text
 from hvd_lb.data.files.reading import retried
 from hvd_lb.data.images import fingerprint_note, refuse_other_images
 from hvd_lb.errors import UserError
-from hvd_lb.exact.reproducible import rounding_differences, rounding_environment
+from hvd_lb.exact.reproducible import rounding_environment
+from hvd_lb.exact.rounding import rounding_differences
 from hvd_lb.forecast.held import forecast_for, held_against
 from hvd_lb.launch.failure import RankFailure
 from hvd_lb.launch.hang.reports import HangReports

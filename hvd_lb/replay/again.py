@@ -19,7 +19,8 @@ from hvd_lb.data.images import Dataset
 from hvd_lb.errors import UserError
 from hvd_lb.exact.digest import PARTS, state_digests
 from hvd_lb.exact.fixed_point import FixedPointOverflow
-from hvd_lb.exact.reproducible import rounding_differences, rounding_environment
+from hvd_lb.exact.reproducible import rounding_environment
+from hvd_lb.exact.rounding import rounding_differences
 from hvd_lb.machine.cpu import usable_cores
 from hvd_lb.machine.placement import loader_threads
 from hvd_lb.recipe import FLOAT_FIELDS, differing_fields

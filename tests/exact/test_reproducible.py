@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hvd_lb.errors import UserError
-from hvd_lb.exact.reproducible import deterministic_kernels, rounding_differences, rounding_environment
+from hvd_lb.exact.reproducible import deterministic_kernels, rounding_environment
+from hvd_lb.exact.rounding import rounding_differences
 from hvd_lb.launch.resume import find_resume_point
 from hvd_lb.machine.cpu import cpu_features
 from hvd_lb.recipe import Recipe

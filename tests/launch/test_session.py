@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hvd_lb.errors import UserError
-from hvd_lb.exact.reproducible import rounding_differences
+from hvd_lb.exact.rounding import rounding_differences
 from hvd_lb.launch import session
 from hvd_lb.launch.launch_plan import cycles
 from hvd_lb.launch.resume import ResumePoint

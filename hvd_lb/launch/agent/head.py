@@ -221,7 +221,7 @@ class Head:
         self._changed = True
         match message["kind"]:
             case "there" if self._members and not self.failed:
-                self._members.host_is_there(host, message["life"])
+                self._members.host_is_there(host, message["life"], message["computes"])
             case "put":
                 self.values[message["key"]] = body
                 self.tell_agents("put", body, but=host, key=message["key"])

@@ -26,6 +26,9 @@ from hvd_lb.launch.agent.process import allow_open_files, end_predecessors
 from hvd_lb.launch.agent.ranks import HostRanks, RankEnd
 from hvd_lb.launch.agent.rendezvous import Rendezvous
 from hvd_lb.launch.rank.names import MEMBER, PIXELS, log_name
+from hvd_lb.machine.cpu import computes_by, describe_cpu
+from hvd_lb.machine.gpus import gpus
+from hvd_lb.machine.packages import COMPUTING, version
 from hvd_lb.machine.process import this_life
 from hvd_lb.machine.slurm import put_back_without_script
 from hvd_lb.world.launched import without_job
@@ -71,7 +74,7 @@ class Agent:
         """With the ranks that the job begins with on this host, or none; OSError where that cannot be."""
         job = json.loads(job_file.read_text("utf-8"))
         self._host, self._elastic = host, job.get("elastic", False)
-        self._connection.send("there", life=this_life())
+        self._connection.send("there", life=this_life(), computes=_computes(job))
         logs = Path(job["output"]) / "logs"
         # Empty until ranks give it a size. It is there for those that come later, and goes with the last of all.
         cached = self._elastic and job["recipe"]["cache"] == "memory"
@@ -195,6 +198,15 @@ class Agent:
             self._connection.send("delete", key=key)
         else:
             self._connection.send("put", zlib.compress(value, 1), key=key)
+
+
+def _computes(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the bits of ranks on this host depend on."""
+    there = gpus({**os.environ, **job["environment"]}) if job.get("device") == "cuda" else []
+    return {
+        "software": {name: version(name) for name in ("hvd-lb", "horovod", *COMPUTING)},
+        "hardware": computes_by(describe_cpu(), [gpu["name"] for gpu in there]),
+    }
 
 
 def _inflated(body: bytes) -> bytes:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from hvd_lb.exact.rounding import rounding_differences
 from hvd_lb.launch.agent.connection import Connection, Patience
 from hvd_lb.launch.agent.generations import Ask, Begin, Dismiss, Generations, GiveUp, Over, Wait
 from hvd_lb.launch.agent.places import numbered, ranks_by_host
@@ -52,7 +53,9 @@ class Host:
     # Of an elastic job:
     away: bool = False  #: lost, and tried again
     vacant: list[int] = field(default_factory=list)  #: places that are filled when it is back
+    refused: str = ""  #: why, when it was back
     life: str = ""  #: its boot, or the start of its container
+    computes: dict[str, dict[str, Any]] = field(default_factory=dict)  #: its software and hardware at first
     going: bool = False  #: it has notice to end; until it is back in another life
     noticed_at: float = 0.0
     settled: bool = False  #: one of its processes has joined since it was lost
@@ -85,6 +88,7 @@ class Members:
         where = {rank: host.name for host in head.hosts.values() for rank in sorted(host.ranks)}
         self._generations = Generations(where, job["min_processes"])
         places = ranks_by_host(job["hosts"])
+        self._reproducible = job.get("recipe", {}).get("reproducible", False)
         self._slots = {name: len(there) for name, there in places.items()}
         self._most = job.get("max_processes") or len(where)
         self._place = {rank: rank - there.start for there in places.values() for rank in there}
@@ -229,21 +233,36 @@ class Members:
         self._fill()
         self._go_on()
 
-    def host_is_there(self, host: Host, life: str) -> None:
+    def host_is_there(self, host: Host, life: str, computes: dict[str, dict[str, Any]]) -> None:
         """Its agent is connected; on a host that was away its ranks are started again.
 
-        Not while one that had notice is still the same: it may go at any moment, and is only tried again.
+        Not while one that had notice is still the same: it may go at any moment, and is only tried again. Nor where
+        another one has its name that `computes` by other software. Other hardware is told.
         """
         before, host.life = host.life, life
+        host.computes = host.computes or computes
         if not host.away:
             return
         if host.going and life == before and time.monotonic() < host.noticed_at + _NOTICE_SECONDS:
             self._head.lose(host, "it had notice to end, and has not been started anew")
             return
+        if other := rounding_differences(host.computes["software"], computes["software"]):
+            why = f"it has other software than before ({'; '.join(other)})"
+            if why != host.refused:
+                self._head.note(f"{host.name} does not join: {why}")
+            host.refused = why
+            self._head.lose(host, why)
+            return
         host.away = host.going = False
         self._generations.coming.discard(host.name)
         if self._generations.finished:
             return
+        other = rounding_differences(host.computes["hardware"], computes["hardware"])
+        if other and self._reproducible:
+            self._head.note(
+                f"{host.name} has other hardware than before ({'; '.join(other)}), which may compute other bits, and "
+                "then so does this run: `hvd-lb doctor --selftest --hosts …` tells"
+            )
         started = self._fill()
         self._head.note(
             f"{host.name} is {'back' if host.name in self._seen else 'there'}: {started:,} starting there"

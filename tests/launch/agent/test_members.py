@@ -11,6 +11,11 @@ import pytest
 from hvd_lb.launch.agent.generations import Generations
 from hvd_lb.launch.agent.members import Host, Members
 
+COMPUTES: dict[str, dict[str, Any]] = {
+    "software": {"torch": "2.14.1"},
+    "hardware": {"machine": "x86_64", "cpu_features": ["avx", "avx2"], "device": "cpu"},
+}
+
 
 class Connection:
     def __init__(self) -> None:
@@ -78,10 +83,10 @@ def members(head: Head) -> Members:
     return members_of(head)
 
 
-def members_of(head: Head, least: int = 1, hang_timeout: int = 0) -> Members:
+def members_of(head: Head, least: int = 1, hang_timeout: int = 0, **job: Any) -> Members:
     environment = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "600", "HVD_LB_HANG_TIMEOUT": str(hang_timeout)}
     hosts = [[host.name, len(host.ranks)] for host in head.hosts.values()]
-    return Members({"hosts": hosts, "min_processes": least, "environment": environment}, head)
+    return Members({"hosts": hosts, "min_processes": least, "environment": environment, **job}, head)
 
 
 def test_the_launching_process_knows_at_once_who_is_lost() -> None:
@@ -97,10 +102,34 @@ def test_the_launching_process_knows_at_once_who_is_lost() -> None:
     members.word(0, "awaits", {"generation": 0, "step": 5, "unfinished": False})
     members.word(2, "awaits", {"generation": 0, "step": 5, "unfinished": False})
     assert "2 of 3 processes are left" in head.notes[-1]
-    members.host_is_there(head.hosts["h2"], "another boot")
+    members.host_is_there(head.hosts["h2"], "another boot", COMPUTES)
     assert len(head.told) == 1
     members.word(3, "awaits", {"generation": -1, "step": -1, "unfinished": False})
     assert head.told[1:] == [{"members": {"0": "h1", "2": "h3", "3": "h2"}}]
+
+
+@pytest.mark.parametrize("reproducible", [True, False])
+def test_a_host_that_is_back_as_another_one_is_told_or_does_not_join(reproducible: bool) -> None:
+    head = Head(h1={0}, h2={1})
+    members = members_of(head, recipe={"reproducible": reproducible})
+    host = head.hosts["h2"]
+    members.host_is_there(host, "its boot", COMPUTES)
+    host.ranks.clear()
+    members.host_lost(host, [1], "its power went away")
+    before = len(head.notes)
+    newer = {**COMPUTES, "software": {"torch": "2.15.0"}}
+    for _ in range(2):
+        members.host_is_there(host, "another boot", newer)
+    assert head.lost == ["h2", "h2"]
+    assert head.notes[before:] == [
+        "h2 does not join: it has other software than before (torch: 2.14.1 → 2.15.0)"
+    ]
+    assert host.ranks == set()
+    older = {**COMPUTES["hardware"], "cpu_features": ["avx"]}
+    members.host_is_there(host, "a third boot", {**COMPUTES, "hardware": older})
+    assert host.ranks == {2}
+    told = [note for note in head.notes if "h2 has other hardware than before (CPU without avx2)" in note]
+    assert len(told) == reproducible
 
 
 class Clock:
@@ -135,7 +164,7 @@ def test_its_ranks_are_asked_once_and_its_places_are_kept_for_its_return(
     assert host.vacant == [0]
     assert sent(host) == ["end"]  # and nothing is started there
     members.host_lost(host, [], "it had notice to end")
-    members.host_is_there(host, "another boot")
+    members.host_is_there(host, "another boot", COMPUTES)
     assert not host.vacant
     assert sent(host)[-1] == "start"
 
@@ -144,15 +173,15 @@ def test_while_it_is_the_same_it_gets_no_ranks_for_an_hour(
     head: Head, members: Members, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = head.hosts["h2"]
-    members.host_is_there(host, "its boot")
+    members.host_is_there(host, "its boot", COMPUTES)
     members.go(host)
     head.end(members, 1)
     members.host_lost(host, [], "it had notice to end")
-    members.host_is_there(host, "its boot")
+    members.host_is_there(host, "its boot", COMPUTES)
     assert (host.away, head.lost) == (True, ["h2"])
     later = time.monotonic() + 3601
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    members.host_is_there(host, "its boot")
+    members.host_is_there(host, "its boot", COMPUTES)
     assert not host.away
     assert sent(host) == ["end", "start"]
 
@@ -168,13 +197,13 @@ def test_one_whose_ranks_are_told_by_others_gets_no_further_ones(head: Head, mem
 
 def test_one_that_is_named_again_stays(head: Head, members: Members) -> None:
     host = head.hosts["h2"]
-    members.host_is_there(host, "its boot")
+    members.host_is_there(host, "its boot", COMPUTES)
     members.go(host)
     head.end(members, 1)
     members.host_lost(host, [], "it had notice to end")
     members.release(host)
     members.add(host, 1)
-    members.host_is_there(host, "its boot")
+    members.host_is_there(host, "its boot", COMPUTES)
     assert sent(host)[-1] == "start"
 
 
