@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import Host
 from hvd_lb.launch.options import CYCLE_TIME, START_TIMEOUT
-from hvd_lb.machine.cpu import KERNEL_VARIABLES
+from hvd_lb.machine.cpu import kernel_variables
 from hvd_lb.world.build import joins_again
 from hvd_lb.world.engine import Engine
 
@@ -137,7 +137,7 @@ def cycles(launch: LaunchPlan, device: str, elastic: bool = False) -> dict[str, 
 def process_environment(threads: int) -> dict[str, str]:
     """What every process needs, however it is started."""
     return {
-        **{name: os.environ[name] for name in KERNEL_VARIABLES if name in os.environ},
+        **kernel_variables(),
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONUNBUFFERED": "1",

@@ -28,7 +28,7 @@ from hvd_lb.launch.rank.entry import write_to
 from hvd_lb.launch.rank.names import OF_OTHERS, log_name
 from hvd_lb.launch.starters.launched import cores_of
 from hvd_lb.launch.stopping import heeded_signals
-from hvd_lb.machine.cpu import KERNEL_VARIABLES, describe_cpu, usable_cores
+from hvd_lb.machine.cpu import describe_cpu, kernel_variables, usable_cores
 from hvd_lb.machine.gpus import gpus
 from hvd_lb.machine.pinning import pin
 from hvd_lb.world import World
@@ -133,7 +133,7 @@ def describe(world: World) -> dict[str, Any]:
         "cpu": {
             **describe_cpu(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            **{name: os.environ[name] for name in KERNEL_VARIABLES if name in os.environ},
+            **kernel_variables(),
         },
         "gpu": there[index] if index < len(there) else None,
         "arguments": hashlib.sha256("\0".join(sys.argv[1:]).encode("utf-8", "surrogateescape")).hexdigest(),
