@@ -175,9 +175,7 @@ def predict(run: Run, device: Device, cluster: ClusterProfile, algorithm: str | 
         scaling[how] = points
     here = next(point for point in scaling[name] if point.gpus == run.gpus)
     central = steps(run.gpus, name)[0]
-    same = [
-        _same_run(run, cluster, gpus, steps(gpus, name, -(-run.gpus // gpus))) for gpus in sizes(run.gpus)
-    ]
+    same = [_same_run(run, cluster, gpus, steps(gpus, name, -(-run.gpus // gpus))) for gpus in counted]
     total = here.step.times(run.steps)
     late = (
         central.compute

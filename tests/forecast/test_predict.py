@@ -110,6 +110,22 @@ def test_money_is_for_whole_hosts() -> None:
     assert forecast.price.value == pytest.approx(16 * 2.0 * forecast.total.value / 3600)
 
 
+@pytest.mark.parametrize("per_host", [3, 6, 10])
+def test_hosts_whose_gpus_are_no_power_of_two(per_host: int) -> None:
+    cluster = ClusterProfile.model_validate(
+        {
+            "name": "ours",
+            "gpus_per_host": per_host,
+            "between": {"latency_us": 20, "bandwidth_gbit_s": 100},
+            "inside": {"latency_us": 3, "bandwidth_gbit_s": 2400},
+        }
+    )
+    for gpus in (1, 2, per_host, 16, 4 * per_host):
+        forecast = predict(replace(RUN, gpus=gpus), DEVICE, cluster)
+        assert rows(forecast)[-1][0] == "recommended"
+        assert forecast.same_run[-1].gpus == gpus
+
+
 def test_failures_and_what_going_on_without_ranks_saves() -> None:
     forecast = predict(RUN, DEVICE, load_cluster("dgx-h100"))
     assert forecast.failures == pytest.approx(256 * forecast.total.value / 3600 / 50700)
