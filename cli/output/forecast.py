@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hvd_lb.forecast.predict import Device, Run, predict
 from hvd_lb.forecast.profile import ClusterProfile, DeviceProfile
 from hvd_lb.forecast.words import rows
 from hvd_lb.machine.cpu import usable_cores
-from hvd_lb.recipe import Recipe, period_in_steps
+from hvd_lb.recipe import Recipe, period_in_seconds, period_in_steps
 from hvd_lb.report.run_directory import replace_text
 from hvd_lb.report.text import count
 from hvd_lb.resolve import Resolved
@@ -41,6 +42,7 @@ def foretell(
     )
     loads, how = _host_loads(cluster, loader)
     device = replace(device, memory=memory, loader=loads)
+    seconds = period_in_seconds(recipe.checkpoint_every)
     run = Run(
         model=recipe.model,
         gpus=recipe.gpus,
@@ -48,6 +50,7 @@ def foretell(
         steps_per_epoch=plan.steps_per_epoch,
         steps=resolved.total_steps,
         checkpoint_every=period_in_steps(recipe.checkpoint_every, plan.steps_per_epoch) or None,
+        checkpoint_seconds=seconds if math.isfinite(seconds) else None,
     )
     forecast = predict(run, device, cluster)
     notes = [*how, *_notes(cluster, parts, recipe)]

@@ -112,7 +112,7 @@ class Forecast(_Record):
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be run. `checkpoint_seconds` is the time between two, None where there are none."""
+    """What is to be run. Checkpoints come every so many steps or seconds; both are None where there are none."""
 
     model: str
     gpus: int
@@ -120,6 +120,7 @@ class Run:
     steps_per_epoch: int
     steps: int
     checkpoint_every: int | None  #: steps
+    checkpoint_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ def predict(run: Run, device: Device, cluster: ClusterProfile, algorithm: str | 
     failures = cost = cost_elastic = None
     if cluster.gpu_hours_per_failure:
         failures = total.value * run.gpus / 3600 / cluster.gpu_hours_per_failure
-        lost = (run.checkpoint_every if run.checkpoint_every else run.steps) * here.step.value / 2
+        between = run.checkpoint_seconds or (run.checkpoint_every or run.steps) * here.step.value
+        lost = min(between, total.value) / 2
         cost = failures * (RESTART_SECONDS + lost)
         cost_elastic = failures * (ELASTIC_SECONDS + here.step.value)
     return Forecast(

@@ -135,6 +135,9 @@ def test_failures_and_what_going_on_without_ranks_saves() -> None:
     lost = RUN.checkpoint_every * forecast.step.value / 2  # on average
     assert forecast.failures_cost == pytest.approx(forecast.failures * (RESTART_SECONDS + lost))
     assert predict(RUN, DEVICE, slow()).failures is None
+    every_minute = replace(RUN, checkpoint_every=None, checkpoint_seconds=60.0)
+    often = predict(every_minute, DEVICE, load_cluster("dgx-h100"))
+    assert often.failures_cost == pytest.approx(forecast.failures * (RESTART_SECONDS + 30.0))
 
 
 def test_a_forecast_up_to_4096_gpus_counts_every_doubling() -> None:
