@@ -13,8 +13,7 @@ Point = tuple[int, dict[str, float]]
 # Names of numbers that do not tell their unit by themselves; errors are in per cent, times in seconds.
 _WITH_UNIT = {
     "lr": "learning_rate",
-    "top1_error": "top1_error_percent",
-    "top5_error": "top5_error_percent",
+    **{f"{of}{name}": f"{of}{name}_percent" for of in ("", "ema_") for name in ("top1_error", "top5_error")},
     "data_wait": "data_wait_share",
     "noise_scale": "noise_scale_images",
     "low": "low_images",

@@ -111,6 +111,10 @@ def test_a_missing_package_is_told_before_anything_is_written(
 def test_numbers_have_units() -> None:
     evaluation = {"kind": "eval", "epoch": 1, "step": 9, "top1_error": 25.0, "loss": None, "images": 100}
     assert numbers_of(evaluation) == {"eval/top1_error_percent": 25.0, "eval/images": 100.0}
+    averaged = {"kind": "eval", "step": 9, "ema_top1_error": 25.0, "ema_top5_error": 1.0, "ema_loss": 2.0}
+    assert {*numbers_of(averaged)} == {
+        *("eval/ema_top1_error_percent", "eval/ema_top5_error_percent", "eval/ema_loss")
+    }
     ranks = {
         "kind": "ranks",
         "step": 9,
