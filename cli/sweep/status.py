@@ -19,7 +19,7 @@ from hvd_lb_cli.sweep.argument import FOLDER
 def status(folder: Path, as_json: bool) -> None:
     """Tell of each run of a sweep whether it has ended, runs, waits or has failed, and how far it is."""
     from hvd_lb.sweep.plan import open_sweep
-    from hvd_lb.sweep.results import error_in_words, error_of, has_diverged
+    from hvd_lb.sweep.results import error_in_words, error_of, has_diverged, has_ended
     from hvd_lb.watch.state import is_run, look
 
     sweep = open_sweep(folder.expanduser())
@@ -34,6 +34,8 @@ def status(folder: Path, as_json: bool) -> None:
         word: str = state.state if state else "not begun"
         if word == "failed" and has_diverged(point):
             word = "diverged"
+        if word == "finished" and not has_ended(point):
+            word = "to go on"
         share = state.steps / state.total_steps if state and state.steps and state.total_steps else None
         told.append(
             {

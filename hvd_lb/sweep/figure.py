@@ -17,10 +17,9 @@ import numpy as np
 
 from hvd_lb.report.metrics import read_metrics
 from hvd_lb.report.page.chart import Chart, Mark, Series
-from hvd_lb.report.summary import ended_after
 from hvd_lb.report.text import printable
 from hvd_lb.sweep.plan import Setting, Sweep
-from hvd_lb.sweep.results import Result, whose_error, within_noise
+from hvd_lb.sweep.results import Result, has_ended, whose_error, within_noise
 from hvd_lb.training.saved_state import counted_error
 
 _AS_IT_IS = "the recipe as it is"  # but for its minibatch
@@ -105,7 +104,7 @@ def curve_charts(sweep: Sweep, settings: Sequence[Setting]) -> list[Chart]:
     loss = Chart("loss", "Training loss", "epoch", "loss")
     for setting in settings:
         begun = [point for point in sweep.points_of(setting) if point.run.metrics.exists()]
-        ended = [point for point in begun if ended_after(point.run)]
+        ended = [point for point in begun if has_ended(point)]
         records = [read_metrics(point.run.metrics) for point in ended or begun]
         for chart, kind, value_of in ((error, "eval", counted_error), (loss, "train", itemgetter("loss"))):
             by_epoch: dict[int, list[float]] = {}

@@ -226,6 +226,8 @@ def grown(folder: Path, base: Recipe, mode: Mode) -> Sweep:
         before, now = getattr(there.base, name), getattr(base, name)
         if before != now:
             differing.append(f"{name}: {before} → {now}")
+    if base.steps is not None and (there.base.steps is None or base.steps < there.base.steps):
+        differing.append(f"steps: {text_of(there.base.steps)} → {base.steps}")  # its runs have taken more
     if there.mode != mode:
         differing.append(f"{there.mode} → {mode}")
     if differing:

@@ -14,7 +14,8 @@ from typing import Any
 from hvd_lb.launch.failure import read_errors
 from hvd_lb.recipe import Recipe
 from hvd_lb.report.metrics import read_metrics
-from hvd_lb.report.summary import ended_after
+from hvd_lb.report.run_directory import read_json
+from hvd_lb.report.summary import FINISHED, ended_after
 from hvd_lb.schedule import scaled_learning_rate
 from hvd_lb.sweep.plan import Point, Setting, Sweep, text_of
 from hvd_lb.training.saved_state import counted_error
@@ -58,7 +59,7 @@ class Result:
 
 def error_of(point: Point, epochs: int = LAST_EPOCHS) -> float | None:
     """Median top-1 validation error of the last epochs of a finished run, in per cent; None before its end."""
-    if not ended_after(point.run):
+    if not has_ended(point):
         return None
     last: dict[int, float] = {}
     for record in read_metrics(point.run.metrics):
@@ -66,6 +67,13 @@ def error_of(point: Point, epochs: int = LAST_EPOCHS) -> float | None:
             last[record["epoch"]] = error
     newest = [last[epoch] for epoch in sorted(last)[-epochs:]]
     return statistics.median(newest) if newest else None
+
+
+def has_ended(point: Point) -> bool:
+    """Whether its run came to its end, or to --steps, which may be more by now, or none."""
+    if read_json(point.run.summary).get("exit_reason") == FINISHED:
+        return True
+    return point.recipe.steps is not None and ended_after(point.run) >= point.recipe.steps
 
 
 def has_diverged(point: Point) -> bool:
@@ -77,7 +85,7 @@ def has_diverged(point: Point) -> bool:
 
 def unfinished(points: Iterable[Point]) -> list[Point]:
     """Those that have neither come to their end nor diverged."""
-    return [point for point in points if not (ended_after(point.run) or has_diverged(point))]
+    return [point for point in points if not (has_ended(point) or has_diverged(point))]
 
 
 def error_in_words(point: Point, error: float) -> str:

@@ -90,7 +90,14 @@ def test_it_is_kept_and_grows(tmp_path: Path) -> None:
     assert more.with_grid(Grid({"gpus": (2,)}, 1)) == more
     free = BASE.model_copy(update={"eval_every": "never"})
     assert grown(tmp_path, free, "simulate").base == free
+    longer = BASE.model_copy(update={"steps": 9})
+    (tmp_path / "steps").mkdir()
+    Sweep(tmp_path / "steps", longer, "simulate").save()
+    assert grown(tmp_path / "steps", BASE, "simulate").base == BASE
+    with pytest.raises(UserError, match="steps: 9 → 8"):
+        grown(tmp_path / "steps", BASE.model_copy(update={"steps": 8}), "simulate")
     for base, mode, said in (
+        (longer, "simulate", "steps: none → 9"),
         (BASE.model_copy(update={"epochs": 4}), "simulate", "epochs: 3 → 4"),
         (BASE.model_copy(update={"data": "fashion-mnist"}), "simulate", "data: digits → fashion-mnist"),
         (BASE, "train", "simulate → train"),

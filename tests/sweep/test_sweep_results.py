@@ -71,6 +71,24 @@ def test_errors_are_counted_as_in_the_paper(sweep: Sweep) -> None:
     assert [point.name for point in unfinished(sweep.points())] == ["gpus=8,seed=1", "gpus=16,seed=1"]
 
 
+def test_runs_that_ended_at_steps_go_on_where_there_are_more(
+    hvd_lb: Callable[..., Any], tmp_path: Path
+) -> None:
+    """What they came to with fewer is no result of this sweep."""
+    grids = (Grid({"gpus": (2, 4)}, 1),)
+    short = Sweep(tmp_path / "s", BASE.model_copy(update={"steps": 4}), "simulate", grids)
+    short.folder.mkdir()
+    write(short.points()[0].run, [50, 40], reason="stopped at --steps")
+    write(short.points()[1].run, [50, 40, 30, 20, 10, 5])
+    for steps, left in ((4, 0), (6, 1), (None, 1)):
+        longer = replace(short, base=BASE.model_copy(update={"steps": steps}))
+        longer.save()
+        assert len(unfinished(longer.points())) == left
+        assert [len(one.errors) for one in results(longer)] == [1 - left, 1]
+        told = hvd_lb("sweep", "status", short.folder).out
+        assert ("gpus=2,seed=0  to go on" in told) == bool(left)
+
+
 def test_tables(hvd_lb: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> None:
     text = hvd_lb("sweep", "table", sweep.folder)
     assert (text.status, text.err) == (0, "")
