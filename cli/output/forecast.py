@@ -133,6 +133,14 @@ def _notes(cluster: ClusterProfile, parts: MeasuredCompute, recipe: Recipe) -> l
             f"{parts.microbatches} microbatches of {size} in parts, {count(len(parts.compute.buckets), 'bucket')}",
         )
     ]
+    if parts.images < recipe.per_gpu_batch:
+        found.append(
+            (
+                "note",
+                f"times are those of {count(parts.images, 'image')}, in proportion, and too long where n images keep a "
+                "device busier: give a longer --budget",
+            )
+        )
     if recipe.gpus > (cluster.most_gpus or recipe.gpus):
         found.append(("note", f"{cluster.name} has {cluster.most_gpus} GPUs: this is beyond it"))
     return found

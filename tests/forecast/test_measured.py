@@ -125,6 +125,16 @@ def test_simulate_foretells_and_keeps_it(hvd_lb: Run, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "there" / "step-trace.json").read_text())["traceEvents"]
 
 
+def test_fewer_images_than_n_are_told(hvd_lb: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2 of 32 images, a small network's times are many times too long in proportion."""
+    monkeypatch.setattr("hvd_lb.simulate._probe", lambda *_: 1.0)  # more than the budget
+    words = ("simulate", "--data", "digits", "--device", "cpu", "--gpus", 2, "--budget", "1s")
+    said = hvd_lb(*words, "--cluster", "dgx-h100")
+    assert said.status == 0, said.err
+    assert "of 2 of 32 images in parts" in said.out
+    assert "note: times are those of 2 images, in proportion, and too long where" in said.out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
