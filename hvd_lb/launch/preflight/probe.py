@@ -140,7 +140,12 @@ def interface(wanted: str | None, peers: list[str], for_nccl: str | None = None)
             unreached[peer] = f"{peer} cannot be reached from it ({error.strerror or error})"
         else:
             if peers and own[peer].startswith("127."):
-                unreached[peer] = f"{peer} is a loopback address there: see its /etc/hosts"
+                why = (
+                    "see its /etc/hosts"
+                    if peer not in _OWN_NAMES
+                    else "name that host as the others reach it"
+                )
+                unreached[peer] = f"{peer} is a loopback address there: {why}"
     own_choice = wanted is None
     if wanted is None:
         towards = next((address for peer, address in own.items() if peer not in unreached), "127.0.0.1")

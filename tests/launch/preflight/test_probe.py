@@ -52,6 +52,8 @@ def test_the_interface_that_reaches_others() -> None:
 
 def test_another_host_that_is_a_loopback_address_here_is_found() -> None:
     assert "loopback" in probe.interface(None, ["127.0.1.1"])["unreached"]["127.0.1.1"]
+    said = probe.interface(None, ["localhost"])["unreached"]["localhost"]
+    assert said.endswith("name that host as the others reach it")
 
 
 def test_whom_a_machine_has_to_reach() -> None:
