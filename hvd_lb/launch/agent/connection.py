@@ -21,6 +21,7 @@ from typing import Any, Self
 
 HANDSHAKE_SECONDS = 10.0  #: for who connects to prove who he is
 _CLOSE_SECONDS = 5.0
+_LOOKS = 10  # at how long it has been silent
 _LEAST_SILENCE = 6.0  # each side speaks once a second, and a loaded machine keeps it from that
 _BYTES = 32  # of a nonce, and of an HMAC-SHA256
 _LENGTHS = struct.Struct("!II")
@@ -87,14 +88,25 @@ class Connection:
         """The next message, of which `alive` is none. `ConnectionLost` at the end, after silence, for a wrong HMAC."""
         while True:
             try:
-                async with asyncio.timeout(self._silence):
-                    header, body = await self._message()
+                header, body = await self._within_silence()
             except TimeoutError:
                 raise ConnectionLost(f"no word from it for {self._silence:.0f} s") from None
             except (asyncio.IncompleteReadError, OSError):
                 raise ConnectionLost("its connection ended") from None
             if header["kind"] != "alive":
                 return header, body
+
+    async def _within_silence(self) -> tuple[dict[str, Any], bytes]:
+        """TimeoutError after silence. Time in which this process was stopped, as the other side may be, is none."""
+        task = asyncio.create_task(self._message())
+        try:
+            for _ in range(_LOOKS):
+                await asyncio.wait({task}, timeout=self._silence / _LOOKS)
+                if task.done():
+                    return task.result()
+            raise TimeoutError
+        finally:
+            task.cancel()
 
     async def _message(self) -> tuple[dict[str, Any], bytes]:
         lengths = await self._reader.readexactly(_LENGTHS.size)

@@ -47,6 +47,7 @@ _GRACE_SECONDS = 5.0  # for ranks that are asked to end
 _LAST_SECONDS = 3.0  # for agents to tell that they have
 _FILES_PER_HOST, _FILES = 6, 64
 _QUIET_SECONDS = 10.0  # of waiting for ranks before that is told, and between two tellings
+_STOPPED_SECONDS = 5.0  # no machine is so busy
 _PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds before a lost host is tried again, twice as long each time
 _NOTICE_PAUSE = (
     10.0  # the first one after notice: whatever takes the host away may wait for who logs in there
@@ -305,10 +306,16 @@ class Head:
         first: float | None = None
         told, told_at, rounds = "", began, 0
         everyone = len(self.waited_for)
+        now = began
         while True:
             await asyncio.sleep(1.0)
             rounds += 1
-            now = time.monotonic()
+            before, now = now, time.monotonic()
+            if (stopped := now - before - 1.0) > _STOPPED_SECONDS:  # as by Slurm, with all others of the job
+                began += stopped
+                first = first and first + stopped
+                if self._members:
+                    self._members.were_stopped(stopped)
             if self._members:
                 self._members.look()
             if rounds % self._patience.alive == 0:

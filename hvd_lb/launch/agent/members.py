@@ -361,6 +361,15 @@ class Members:
                 started += 1
         return started
 
+    def were_stopped(self, seconds: float) -> None:
+        """The head did not run for so long, and nobody did anything for which he is waited for."""
+        self._since += seconds
+        self._waits_until += seconds
+        for times in (self._heard_at, self._started_at):
+            times.update({member: at + seconds for member, at in times.items()})
+        for failed in self._failed.values():
+            failed.again_at += seconds
+
     def look(self) -> None:
         """Now and then: whether somebody is waited for who will not come."""
         now = time.monotonic()

@@ -50,9 +50,14 @@ def _watch(run: RunDirectory, rank: int, stages: Stages, timeout: float, over: t
     began, position = time.monotonic(), -1
     # Of an elastic job this process may have been another program, which has left a report.
     reported, renewed, hung = True, -math.inf, None
-    while not over.wait(min(_LOOK_SECONDS, timeout / 10)):
+    every = min(_LOOK_SECONDS, timeout / 10)
+    looked, resumed = began, -math.inf
+    while not over.wait(every):
         faulthandler.dump_traceback_later(timeout)  # anew: this thread can run
         now, (stage, since) = time.monotonic(), stages.now
+        if now - looked > every + timeout / 2:  # this process was stopped, and most likely all others
+            resumed = began = now
+        looked, since = now, max(since, resumed)
         if stage == Stage.BETWEEN:
             since = began = now
         if position != stages.taken:

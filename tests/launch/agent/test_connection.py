@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -132,6 +133,25 @@ def test_silence_ends_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
 
     heads, _ = connected(head, lambda port: call("127.0.0.1", port, SECRET, "h1"))
     assert "no word from it" in str(heads)
+
+
+def test_the_time_in_which_both_sides_are_stopped_is_no_silence() -> None:
+    async def head(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Any:
+        _, connection = await answer(reader, writer, SECRET, 1.0)
+        heard = await connection.receive()
+        await connection.close()
+        return heard
+
+    async def agent(port: int) -> Any:
+        connection = await call("127.0.0.1", port, SECRET, "h1")
+        await asyncio.sleep(0.2)
+        time.sleep(2.0)  # noqa: ASYNC251: nobody runs, as when a job is suspended
+        await asyncio.sleep(0.2)
+        connection.send("put", b"1")
+        return connection
+
+    heads, _ = connected(head, agent)
+    assert heads == ({"kind": "put"}, b"1")
 
 
 def tampered(change: Callable[[list[bytes]], list[bytes]]) -> Any:

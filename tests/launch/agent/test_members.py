@@ -327,6 +327,10 @@ def test_when_all_that_have_the_state_stand_still_the_job_ends_after_five_times_
     clock.now += 299
     members.look()
     assert head.signalled == []
+    clock.now += 10_000
+    members.were_stopped(10_000)  # with all others, as by Slurm
+    members.look()
+    assert head.signalled == []
     clock.now += 2
     members.look()
     assert head.signalled == [(0, signal.SIGKILL), (1, signal.SIGKILL)]

@@ -92,6 +92,20 @@ def test_who_waits_for_a_generation_does_not_hang(tmp_path: Path) -> None:
         until(run.hang(0).exists)
 
 
+def test_who_was_stopped_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "logs").mkdir()
+    run, stages, real, stopped = RunDirectory(tmp_path), Stages(), time.monotonic, 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: real() + stopped)
+    stages.taken = 3
+    with watched(run, 0, stages, 4.0):
+        stages.enter(Stage.NETWORK)
+        time.sleep(1.0)
+        stopped = 1000.0
+        time.sleep(1.5)
+        assert not run.hang(0).exists()
+        until(run.hang(0).exists)
+
+
 def test_what_this_process_has_reported_as_another_program_is_taken_back(tmp_path: Path) -> None:
     """By that the others would be waited for, for ever."""
     (tmp_path / "logs").mkdir()
