@@ -31,6 +31,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
+def short_numbers(text: str) -> str:
+    """With 1e+30 for a one and thirty zeros, as pydantic writes a limit."""
+    return re.sub(r"\b10{9,}\b", lambda number: f"{float(number.group()):g}", text)
+
+
 def one_of(name: str, value: Any, known: Collection[str]) -> None:
     """UserError for a value that is not one of the `known` words."""
     if value not in known:

@@ -30,7 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from hvd_lb.data.options import MAX_PIXELS, MOST_PIXELS, CacheKind, LoaderKind, OnBadImage
-from hvd_lb.errors import UserError, nearest, renamed
+from hvd_lb.errors import UserError, nearest, renamed, short_numbers
 from hvd_lb.plan.samples import LastBatch, SamplePlan
 from hvd_lb.plan.sizes import ImageSizes
 from hvd_lb.recipe_file import dump_values, parse_values, read_text
@@ -767,7 +767,7 @@ def check_fields(values: Mapping[str, Any], source: str) -> None:
             name = str(first["loc"][0])
             message = first["msg"].removeprefix("Value error, ")
             message = _EXPECTED.get(first["type"], message[0].lower() + message[1:])
-            raise UserError(f"{_said(name, values[name], source)}: {message}") from None
+            raise UserError(f"{_said(name, values[name], source)}: {short_numbers(message)}") from None
 
 
 def _said(name: str, value: Any, source: str) -> str:

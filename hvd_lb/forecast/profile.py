@@ -14,13 +14,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from hvd_lb.errors import UserError, nearest
+from hvd_lb.errors import UserError, nearest, short_numbers
 from hvd_lb.forecast.collectives import ALGORITHMS, Hierarchy, Link
 from hvd_lb.recipe_file import dump_values, parse_values, read_text
 
 Profile = TypeVar("Profile", bound=BaseModel)
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -170,7 +170,7 @@ def make_profile(kind: type[Profile], values: Mapping[str, Any], source: str) ->
         if first["type"] == "missing":
             raise UserError(f"{source}: {name} is missing") from None
         said = f"{name} = {str(first['input'])[:60]}: " if name else ""
-        raise UserError(f"{source}: {said}{message}") from None
+        raise UserError(f"{source}: {said}{short_numbers(message)}") from None
 
 
 def _nearest_field(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:

@@ -57,6 +57,10 @@ def test_a_profile_is_written_as_it_is_read(tmp_path: Path) -> None:
             "between.bandwidth_gbit_s = inf: expected a finite number",
         ),
         (
+            "name: x\ngpus_per_host: 1\nbetween: {latency_us: 1e300, bandwidth_gbit_s: 1}",
+            "between.latency_us = 1e+300: expected a value less than or equal to 1e+30",
+        ),
+        (
             "name: x\ngpus_per_host: 1\nalgorithm: rings\nbetween: {latency_us: 1, bandwidth_gbit_s: 1}",
             "algorithm = rings: unknown algorithm: expected ring, halving-doubling, tree; did you mean 'ring'?",
         ),

@@ -145,7 +145,7 @@ def test_the_time_in_which_both_sides_are_stopped_is_no_silence() -> None:
     async def agent(port: int) -> Any:
         connection = await call("127.0.0.1", port, SECRET, "h1")
         await asyncio.sleep(0.2)
-        time.sleep(2.0)  # noqa: ASYNC251: nobody runs, as when a job is suspended
+        time.sleep(2.0)  # nobody runs, as when a job is suspended
         await asyncio.sleep(0.2)
         connection.send("put", b"1")
         return connection
