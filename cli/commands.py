@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from contextlib import suppress
 
 import rich_click as click
@@ -21,6 +22,7 @@ from hvd_lb_cli.output.terminal import to_nowhere, tolerate_any_letter
 # slower. Read when torch is loaded, here and in the ranks.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+_RANK_0_SECONDS = 10.0
 _LOOP = "{}: a link that leads to itself: remove it, or give another path"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
@@ -108,6 +110,7 @@ def _check_start(arguments: list[str]) -> None:
 def _failed(message: str, status: int) -> int:
     place = launched(os.environ)
     if status == 2 and place and place.rank:  # rank 0 was given the same, and says so
+        time.sleep(_RANK_0_SECONDS)  # launchers end all where one has ended, and it may not have said it yet
         return 2
     with suppress(OSError):
         print(f"hvd-lb: error: {' '.join(message.split())}", file=sys.stderr)

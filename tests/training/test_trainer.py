@@ -317,7 +317,7 @@ def test_dropout_belongs_to_the_virtual_worker_and_step() -> None:
 
 
 def test_a_loss_that_is_no_number_ends_the_run() -> None:
-    trainer = make_trainer(small_recipe(learning_rate=1e200, zero_gamma=False))
+    trainer = make_trainer(small_recipe(learning_rate=1e30, zero_gamma=False))
     with pytest.raises(Diverged, match="lower --learning-rate"):
         trainer.fit()
 
@@ -351,7 +351,7 @@ def test_a_step_that_overflows_is_taken_again(of: str) -> None:
     def sabotaged(batches: Any) -> bool:
         if trainer.step == 2 and not trainer.observer.repeats:  # type: ignore[attr-defined]
             if of != "statistics":
-                for _, (bucket, slot) in trainer.state.optimizer._numbered():
+                for _, (bucket, slot) in trainer.state.optimizer._places.numbered():
                     bucket.set_exponent(slot, bucket.exponent(slot) + 20)  # type: ignore[attr-defined]
             if of != "gradients":
                 trainer.state.statistics.exponents = [e + 20 for e in trainer.state.statistics.exponents]  # type: ignore[attr-defined]

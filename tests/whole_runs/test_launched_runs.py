@@ -148,8 +148,19 @@ def test_a_killed_rank_ends_all(launch: Launch, hvd_lb: Callable, tmp_path: Path
     ids=["when-met", "before"],
 )
 def test_what_is_wrong_is_said_once(
-    options: tuple[object, ...], error: str, launch: Launch, tmp_path: Path
+    options: tuple[object, ...],
+    error: str,
+    launch: Launch,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """By rank 0, for which the others wait, as torchrun ends all when one has ended."""
+    late = tmp_path_factory.mktemp("late")
+    (late / "sitecustomize.py").write_text(
+        "import os, time\nif os.environ.get('LOCAL_RANK') == '0': time.sleep(3)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{late}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     process = launch("torchrun", *RECIPE, *options)
     said, _ = process.communicate(timeout=300)
     assert said.count("hvd-lb: error: ") == 1, said
