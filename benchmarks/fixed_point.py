@@ -38,7 +38,7 @@ def main(name: str) -> None:
         return [Microbatch(i, windows.windows(0, i, train.widths[i], train.heights[i])) for i in ids]
 
     pixels = Preprocessing(16, (0.3, 0.3, 0.3), (0.4, 0.4, 0.4), True)
-    fixed = FixedPointSum([p.detach() for p in parameters], WORKERS, "gradients")
+    fixed = FixedPointSum([p.detach() for p in parameters], WORKERS, "gradients", Solo())
     loader = open_loader(
         "dali", train, microbatches(), pixels, batch_size=IMAGES, device=torch.device("cpu"), threads=1
     )

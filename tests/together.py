@@ -76,6 +76,9 @@ class Together:
         self._meeting.give(key, self.rank, tensor)
         return Exchange(self._meeting, key, tensor, combine)
 
+    def room(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros(count, dtype=dtype, device=device)
+
     def allreduce_async(self, tensor: Tensor, name: str) -> Exchange:
         return self._start(tensor, name, torch.add)
 

@@ -73,7 +73,13 @@ class FixedPointSum:
     """
 
     def __init__(
-        self, like: Sequence[Tensor], terms: int, name: str, riders: int = 0, room: Tensor | None = None
+        self,
+        like: Sequence[Tensor],
+        terms: int,
+        name: str,
+        world: World,
+        riders: int = 0,
+        room: Tensor | None = None,
     ) -> None:
         if terms < 1:
             raise ValueError(f"{name}: a sum of {terms} terms; expected at least 1")
@@ -85,9 +91,9 @@ class FixedPointSum:
         offsets = offsets_of(like)
         # The sums of all tensors, followed by the number of terms of each, are exchanged as one tensor.
         end = offsets[-1] + len(like)
-        exact = first.dtype if terms <= _FEW_TERMS else torch.int64
+        exact = first.dtype if formed_in_place(terms) else torch.int64
         if room is None or room.dtype != exact:
-            room = torch.zeros(end + riders, dtype=exact, device=first.device)
+            room = world.room(f"{name}.exact", end + riders, exact, first.device)
         self._total = room
         self._counts, self.riders = self._total[offsets[-1] : end], self._total[end:]
         self._parts = [
@@ -297,6 +303,11 @@ class FixedPointSum:
             laid_out = torch.empty_strided(term.shape, strides, dtype=self._dtype, device=term.device)
             term = laid_out.copy_(term)
         return term.as_strided((count,), (1,))
+
+
+def formed_in_place(terms: int) -> bool:
+    """Whether sums of so many terms are formed in the terms' own dtype, in the room that is given."""
+    return terms <= _FEW_TERMS
 
 
 def offsets_of(tensors: Sequence[Tensor]) -> list[int]:

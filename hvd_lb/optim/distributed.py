@@ -185,7 +185,7 @@ class DistributedOptimizer(Optimizer):
             model,
             self.world,
             self._name,
-            make=partial(_bucket, terms=reproducible_terms, compress=compressed),
+            make=partial(_bucket, world=self.world, terms=reproducible_terms, compress=compressed),
             bucket_bytes=bucket_bytes,
             riders=Replicas.riders + (riders.count if riders else 0),
             options=[
@@ -852,11 +852,17 @@ class DistributedOptimizer(Optimizer):
 
 
 def _bucket(
-    parameters: list[Tensor], name: str, riders: int, *, terms: int | None, compress: Half | None
+    parameters: list[Tensor],
+    name: str,
+    riders: int,
+    *,
+    world: World,
+    terms: int | None,
+    compress: Half | None,
 ) -> Bucket:
     if terms is None:
-        return Bucket(parameters, name, riders, compress)
-    return FixedPointBucket(parameters, name, terms, riders)
+        return Bucket(parameters, name, world, riders, compress)
+    return FixedPointBucket(parameters, name, world, terms, riders)
 
 
 def _check_model(model: nn.Module, *, alone: bool) -> None:

@@ -525,7 +525,7 @@ class ReproducibleStatistics(RunningStatistics):
                 flat[at : at + total.numel()].view_as(total)
                 for at, total in zip(offsets, self._sums, strict=True)
             ]
-        self._sum = FixedPointSum(self._sums, terms, "hvd_lb.batch_norm")
+        self._sum = FixedPointSum(self._sums, terms, "hvd_lb.batch_norm", world)
 
     @property
     def exponents(self) -> list[int]:

@@ -27,6 +27,11 @@ class Handle(Protocol):
         """Blocks until the result is in the tensor and returns it; later calls return at once."""
         ...
 
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return, or raise an error, at once."""
+        ...
+
 
 class World(Protocol):
     """`size` processes with ranks 0 … size − 1; `local_rank` of `local_size` counts those of one host."""
@@ -39,6 +44,10 @@ class World(Protocol):
     def local_rank(self) -> int: ...
     @property
     def local_size(self) -> int: ...
+
+    def room(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """So many zeros, where this world adds up fastest: all processes make it, by the same name, for one sum."""
+        ...
 
     def allreduce_async(self, tensor: Tensor, name: str) -> Handle:
         """Starts summing a contiguous tensor, in place; `name` is unique among what is under way."""
@@ -113,12 +122,16 @@ def init(
             _current = Solo()
         elif choose_engine(engine, place)[0] == "horovod":
             from hvd_lb.world.horovod import HorovodWorld
+            from hvd_lb.world.shared.world import through_memory
 
-            _current = HorovodWorld(watched=watched)
+            _current = through_memory(HorovodWorld(watched=watched))
         else:
+            from hvd_lb.world.shared.world import through_memory
             from hvd_lb.world.torch_distributed import TorchWorld
 
-            _current = TorchWorld(place, may_be_cut=may_be_cut, device=device, watched=watched)
+            _current = through_memory(
+                TorchWorld(place, may_be_cut=may_be_cut, device=device, watched=watched)
+            )
     return _current
 
 

@@ -4,6 +4,7 @@ Horovod is imported when a `HorovodWorld` is made, not before: `simulate` works 
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,13 +24,17 @@ class HorovodHandle:
         self, hvd: Any, handle: int, tensor: Tensor, lines: Lines, patience: Patience | None
     ) -> None:
         self._hvd, self._handle, self._tensor, self._lines = hvd, handle, tensor, lines
-        self._patience, self._done = patience, False
+        self._patience, self._over = patience, False
+
+    @property
+    def done(self) -> bool:
+        return self._over or bool(self._hvd.poll(self._handle))
 
     def wait(self) -> Tensor:
         """Sleeps between looks: `hvd.synchronize` alone looks without a pause, for which it takes a whole core."""
-        if not self._done:
-            self._lines.wait_for(lambda: bool(self._hvd.poll(self._handle)), self._patience)
-            self._done = True
+        if not self._over:
+            self._lines.wait_for(lambda: self.done, self._patience)
+            self._over = True
             # It raises what went wrong, but has nothing of a handle that `abandon` has cleared meanwhile.
             if self._hvd.synchronize(self._handle) is None:
                 raise ExchangeError("the connections were cut")
@@ -62,6 +67,9 @@ class HorovodWorld:
                 f"start them with horovodrun, or {HOW_TO_BUILD} with MPI"
             )
 
+    def room(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros(count, dtype=dtype, device=device)
+
     def allreduce_async(self, tensor: Tensor, name: str) -> HorovodHandle:
         return self._start(tensor, name, self._hvd.Sum)
 
@@ -82,8 +90,14 @@ class HorovodWorld:
         return self._handle(handle, tensor, name).wait()
 
     def _handle(self, handle: int, tensor: Tensor, name: str) -> HorovodHandle:
-        patience = None if self._watched else Patience(self.rank, name)
-        return HorovodHandle(self._hvd, handle, tensor, self._lines, patience)
+        return HorovodHandle(self._hvd, handle, tensor, self._lines, self._patience(name))
+
+    def _patience(self, name: str) -> Patience | None:
+        return None if self._watched else Patience(self.rank, name)
+
+    def wait_for(self, done: Callable[[], bool], name: str) -> None:
+        """Sleep until something is done that others have a part in; ExchangeError where connections are cut."""
+        self._lines.wait_for(done, self._patience(name))
 
     def broadcast_bytes(self, data: bytes, name: str) -> bytes:
         return broadcast_bytes(self, data, name)

@@ -101,6 +101,10 @@ class StagedHandle:
         with self._stages.waiting_for(self._tensor):
             return self._handle.wait()
 
+    @property
+    def done(self) -> bool:
+        return self._handle.done
+
 
 class Staged:
     """A world that says when this process waits for others."""
@@ -109,6 +113,9 @@ class Staged:
         self._world, self._stages = world, stages
         self.rank, self.size = world.rank, world.size
         self.local_rank, self.local_size = world.local_rank, world.local_size
+
+    def room(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self._world.room(name, count, dtype, device)
 
     def allreduce_async(self, tensor: Tensor, name: str) -> StagedHandle:
         return StagedHandle(self._world.allreduce_async(tensor, name), self._stages, tensor)

@@ -228,6 +228,9 @@ class TorchWorld:
                 self.abandon()
                 raise
 
+    def room(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros(count, dtype=dtype, device=device)
+
     def allreduce_async(self, tensor: Tensor, name: str) -> TorchHandle:
         return self._reduce(tensor, name, ReduceOp.SUM)
 
@@ -263,6 +266,13 @@ class TorchWorld:
             self.barrier()
         self.abandon()
 
+    def wait_for(self, done: Callable[[], bool], name: str) -> None:
+        """Sleep until something is done that others have a part in; ExchangeError where connections are cut."""
+        self._lines.wait_for(done, self._patience(name))
+
+    def _patience(self, name: str) -> Patience | None:
+        return None if self._watched else Patience(self.rank, name)
+
     def cut(self) -> None:
         """From any thread, and at once: NCCL is aborted in another one."""
         self._lines.cut()
@@ -295,7 +305,7 @@ class TorchWorld:
             name,
             self._lines if self._may_be_cut else None,
             aborted=nccl is not None,
-            patience=None if self._watched else Patience(self.rank, name),
+            patience=self._patience(name),
         )
         if not tensor.numel():
             handle.begin(None)

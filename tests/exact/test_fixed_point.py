@@ -58,7 +58,7 @@ def summed(
     """The sum of all terms, on each process: process r adds `parts[r]` one after the other."""
     like = next(term for part in parts for term in part)
     team = Team(len(parts))
-    sums = sums or [FixedPointSum([like], terms, "sum") for _ in parts]
+    sums = sums or [FixedPointSum([like], terms, "sum", Solo()) for _ in parts]
     for mine, part, world in zip(sums, parts, team.members, strict=True):
         for term in part:
             mine.add(0, term)
@@ -101,7 +101,7 @@ def test_floating_point_would_not_do() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_accuracy(dtype: torch.dtype) -> None:
     """Each of 256 terms is off by half a unit of 2^-43 of the largest, and the sum is rounded once."""
-    sums = [FixedPointSum([torch.zeros(1000, dtype=dtype)], 256, "sum")]
+    sums = [FixedPointSum([torch.zeros(1000, dtype=dtype)], 256, "sum", Solo())]
     summed([random_terms(2, 256, 1000, dtype)], 256, sums)
     terms = random_terms(3, 256, 1000, dtype)
     (result,) = summed([terms], 256, sums)
@@ -126,7 +126,7 @@ def test_what_is_not_finite_stays_so_on_every_process(poison: float, where: int)
 def test_terms_that_are_too_large_are_found_and_fit_the_second_time(large: float) -> None:
     """1e30 and NaN both become the smallest int64: nothing after the conversion could tell."""
     parts = [[torch.ones(3)], [torch.full((3,), large)]]
-    sums = [FixedPointSum([torch.zeros(3)], 2, "sum") for _ in parts]
+    sums = [FixedPointSum([torch.zeros(3)], 2, "sum", Solo()) for _ in parts]
     with pytest.raises(OverflowError):
         summed(parts, 2, sums)
     for other in sums[1:]:  # the second process was not asked above
@@ -141,7 +141,7 @@ def test_terms_that_are_too_large_are_found_and_fit_the_second_time(large: float
 def test_of_several_tensors_at_once_each_has_its_largest_term(sign: int) -> None:
     """Also where that is below zero."""
     terms = [torch.tensor([1.0, -2.0]), sign * torch.tensor([1e30, 0.5, 3.0]), torch.tensor([0.25])]
-    exact, out = FixedPointSum(terms, 4, "sum"), [torch.zeros_like(term) for term in terms]
+    exact, out = FixedPointSum(terms, 4, "sum", Solo()), [torch.zeros_like(term) for term in terms]
     exact.add_to_each(terms)
     exact.start(Solo())
     assert exact.finish(out)[1] == [1]
@@ -155,7 +155,7 @@ def test_of_several_tensors_at_once_each_has_its_largest_term(sign: int) -> None
 
 
 def test_growth_up_to_the_promised_factor_fits() -> None:
-    (one,) = sums = [FixedPointSum([torch.zeros(1)], 8, "sum")]
+    (one,) = sums = [FixedPointSum([torch.zeros(1)], 8, "sum", Solo())]
     summed([[torch.ones(1)] * 8], 8, sums)
     exponents = list(one.exponents)
     (result,) = summed([[torch.full((1,), 2.0**GROWTH_BITS)] * 8], 8, sums)
@@ -167,14 +167,14 @@ def test_growth_up_to_the_promised_factor_fits() -> None:
 
 def test_the_largest_sum_does_not_overflow() -> None:
     """All terms at the very limit: 2^62 and no more."""
-    (one,) = sums = [FixedPointSum([torch.zeros(1, dtype=torch.float64)], 256, "sum")]
+    (one,) = sums = [FixedPointSum([torch.zeros(1, dtype=torch.float64)], 256, "sum", Solo())]
     limit = 2.0 ** (62 - 8 - one.exponents[0])
     (result,) = summed([[torch.full((1,), limit, dtype=torch.float64)] * 256], 256, sums)
     assert result.item() == 256 * limit
 
 
 def test_zeros_tell_nothing_about_the_next_terms() -> None:
-    (one,) = sums = [FixedPointSum([torch.zeros(2)], 2, "sum")]
+    (one,) = sums = [FixedPointSum([torch.zeros(2)], 2, "sum", Solo())]
     before = list(one.exponents)
     (result,) = summed([[torch.zeros(2)]], 2, sums)
     assert result.tolist() == [0, 0]
@@ -187,7 +187,7 @@ def test_a_zero_has_no_sign(value: float, terms: int) -> None:
     """An integer has none: where a term is 0 may not show by the sign of the sum."""
     term = torch.full((3,), value)
     for add in (lambda exact: exact.add(0, term), lambda exact: exact.add_to_each([term])):
-        exact, out = FixedPointSum([term], terms, "sum"), torch.ones(3)
+        exact, out = FixedPointSum([term], terms, "sum", Solo()), torch.ones(3)
         for _ in range(terms):
             add(exact)
         exact.start(Solo())
@@ -198,7 +198,7 @@ def test_a_zero_has_no_sign(value: float, terms: int) -> None:
 
 def test_tiny_terms_keep_their_bits() -> None:
     tiny = [torch.tensor([1.25e-38, -3e-39])]
-    (one,) = sums = [FixedPointSum([torch.zeros(2)], 1, "sum")]
+    (one,) = sums = [FixedPointSum([torch.zeros(2)], 1, "sum", Solo())]
     summed([[torch.full((2,), 1e-30)]], 1, sums)
     (result,) = summed([tiny], 1, sums)
     assert result.isfinite().all()
@@ -209,13 +209,13 @@ def test_more_terms_than_announced_are_an_error() -> None:
     with pytest.raises(RuntimeError, match="a sum of 3 terms, announced were 2"):
         summed([[torch.ones(1)] * 2, [torch.ones(1)]], 2)
     with pytest.raises(ValueError, match="expected at least 1"):
-        FixedPointSum([torch.zeros(1)], 0, "sum")
+        FixedPointSum([torch.zeros(1)], 0, "sum", Solo())
 
 
 def test_any_layout_and_half_precision() -> None:
     like = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
     term = torch.randn(2, 3, 4, 5)
-    one = FixedPointSum([like, torch.zeros(0), torch.zeros(3)], 4, "sum")
+    one = FixedPointSum([like, torch.zeros(0), torch.zeros(3)], 4, "sum", Solo())
     (world,) = Team(1).members
     one.add(0, term)
     one.add(0, term.to(memory_format=torch.channels_last))
@@ -229,7 +229,7 @@ def test_any_layout_and_half_precision() -> None:
 
 
 def test_what_was_discarded_is_gone() -> None:
-    one = FixedPointSum([torch.zeros(1)], 4, "sum")
+    one = FixedPointSum([torch.zeros(1)], 4, "sum", Solo())
     one.add(0, torch.full((1,), 7.0))
     one.discard()
     assert one.empty
@@ -254,7 +254,7 @@ def test_sums_of_few_terms_have_the_bits_of_integers(dtype: torch.dtype, terms: 
     values[0][10:20], values[-1][10:20] = 1.5, -1.5
     like = torch.zeros(70_001, dtype=dtype)
     parts = [values[:1], [], values[1:]]
-    sums = [FixedPointSum([like], terms, "sum") for _ in parts]
+    sums = [FixedPointSum([like], terms, "sum", Solo()) for _ in parts]
     summed(parts, terms, sums)  # now exponents are those of such terms
     exponent = sums[0].exponents[0]
     results = summed(parts, terms, sums)
@@ -267,7 +267,7 @@ def test_sums_of_few_terms_have_the_bits_of_integers(dtype: torch.dtype, terms: 
 
 def test_a_sum_that_was_given_up_on_its_way_is_not_the_next_one() -> None:
     """A process that has added nothing itself has nothing to forget, and the sum of the others was there already."""
-    mine, other = (FixedPointSum([torch.zeros(2)], 3, "sum") for _ in range(2))
+    mine, other = (FixedPointSum([torch.zeros(2)], 3, "sum", Solo()) for _ in range(2))
     for value in (1.0, 2.0):
         other.add(0, torch.full((2,), value))
         for each, world in zip((mine, other), Team(2).members, strict=True):

@@ -41,7 +41,7 @@ def test_views_do_not_overlap_are_aligned_and_strided_like_the_parameters() -> N
         torch.zeros(0),
         torch.zeros(3, 2, dtype=torch.bfloat16),
     ]
-    bucket = Bucket(parameters, "b")
+    bucket = Bucket(parameters, "b", Solo())
     for i, slot in enumerate(bucket.slots):
         assert slot.view.data_ptr() % 64 == bucket.flat.data_ptr() % 64
         assert slot.view.stride() == slot.parameter.stride()
@@ -54,7 +54,7 @@ def test_views_do_not_overlap_are_aligned_and_strided_like_the_parameters() -> N
 
 def test_exchange_tells_who_had_a_gradient() -> None:
     here, nowhere = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
-    bucket = Bucket([here, nowhere], "b")
+    bucket = Bucket([here, nowhere], "b", Solo())
     here.grad = torch.tensor([2.0, 4.0])
     bucket.start(Solo())
     bucket.finish()
@@ -74,7 +74,7 @@ def test_the_squared_norm_of_many_tensors_may_be_beyond_single_precision() -> No
 def test_what_is_put_in_place_of_a_sum_is_what_is_divided(dtype: torch.dtype) -> None:
     """As somebody who clips or unscales may do, with a tensor of their own or in ours."""
     replaced, edited = (nn.Parameter(torch.zeros(2, dtype=dtype)) for _ in range(2))
-    bucket = Bucket([replaced, edited], "b")
+    bucket = Bucket([replaced, edited], "b", Solo())
     for p in (replaced, edited):
         p.grad = torch.tensor([2.0, 4.0], dtype=dtype)
     bucket.start(Solo())

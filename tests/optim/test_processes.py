@@ -3,7 +3,7 @@
 import ast
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,15 +31,20 @@ def run(launcher: Callable, processes: int) -> tuple[dict[str, int], str]:
 @pytest.fixture(
     scope="module",
     params=[
-        ("horovodrun", 3),
-        ("torchrun", 2),
-        *(pytest.param(job, marks=pytest.mark.long) for job in (("horovodrun", 2), ("torchrun", 3))),
+        ("horovodrun", 3, "memory"),
+        ("torchrun", 2, "engine"),
+        *(
+            pytest.param(job, marks=pytest.mark.long)
+            for job in (("horovodrun", 2, "engine"), ("torchrun", 3, "memory"))
+        ),
     ],
-    ids=lambda param: f"{param[0]} of {param[1]}",
+    ids=lambda param: "{} of {}, sums by {}".format(*param),
 )
-def job(request: pytest.FixtureRequest) -> tuple[dict[str, int], str]:
-    launcher, processes = request.param
-    return run(request.getfixturevalue(launcher), processes)
+def job(request: pytest.FixtureRequest) -> Iterator[tuple[dict[str, int], str]]:
+    launcher, processes, sums = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HVD_LB_SHARED_MEMORY", "1" if sums == "memory" else "0")
+        yield run(request.getfixturevalue(launcher), processes)
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def test_a_sum_in_fixed_point_is_that_of_the_cpu_and_gathered_without_waiting(de
     terms = [[torch.randn_like(of) * 10.0**number for of in like] for number in range(3)]
     sums = []
     for place in (device, torch.device("cpu")):
-        gathered = FixedPointSum([of.to(place) for of in like], 3, "sum")
+        gathered = FixedPointSum([of.to(place) for of in like], 3, "sum", Solo())
         there = [[of.to(place) for of in term] for term in terms]
         with without_waiting(place):
             for term in there:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from hvd_lb.exact.digest import integer_digest
-from hvd_lb.exact.fixed_point import FixedPointSum, offsets_of
+from hvd_lb.exact.fixed_point import FixedPointSum, formed_in_place, offsets_of
 from hvd_lb.optim.exchange.watched import gathering, gradient, set_gradient
 from hvd_lb.world import Handle, World
 from hvd_lb.world.arriving import Arriving
+from hvd_lb.world.solo import Solo
 
 HALF = (torch.float16, torch.bfloat16)
 _SPARSE = "DistributedOptimizer was given a sparse gradient; make the embedding with sparse=False"
@@ -226,16 +227,19 @@ class Bucket:
     """
 
     def __init__(
-        self, parameters: list[Tensor], name: str, riders: int = 0, compress: Half | None = None
+        self,
+        parameters: list[Tensor],
+        name: str,
+        world: World,
+        riders: int = 0,
+        compress: Half | None = None,
     ) -> None:
         self.name, self._compress = name, compress
         *offsets, end = offsets_of(parameters)
         first, flags = parameters[0], len(parameters)
-        self.flat = torch.zeros(
-            end + flags + riders, dtype=_of_sums(gradient_dtype(first)), device=first.device
-        )
+        self.flat = world.room(name, end + flags + riders, _of_sums(gradient_dtype(first)), first.device)
         self.gradients, self.flags, self.riders = self.flat.split([end, flags, riders])
-        self._wire = torch.zeros_like(self.gradients, dtype=compress.dtype) if compress else None
+        self._wire = world.room(f"{name}.wire", end, compress.dtype, first.device) if compress else None
         self.slots = [Slot(p, self.flat, offset) for p, offset in zip(parameters, offsets, strict=True)]
         self.rounded = [slot for slot in self.slots if slot.rounded]
         self.handles: list[Handle] = []
@@ -452,9 +456,12 @@ class FixedPointBucket(Bucket):
     raises an error when it is used. Then the flat bucket and its views hold the sums, as in `Bucket`.
     """
 
-    def __init__(self, parameters: list[Tensor], name: str, terms: int, riders: int = 0) -> None:
-        super().__init__(parameters, name, riders)
-        self.sum = FixedPointSum([slot.view for slot in self.slots], terms, name, riders, self.flat)
+    def __init__(
+        self, parameters: list[Tensor], name: str, world: World, terms: int, riders: int = 0
+    ) -> None:
+        # Integers are exchanged in a room of their own.
+        super().__init__(parameters, name, world if formed_in_place(terms) else Solo(), riders)
+        self.sum = FixedPointSum([slot.view for slot in self.slots], terms, name, world, riders, self.flat)
         self.riders = self.sum.riders
         self._index = {slot: index for index, slot in enumerate(self.slots)}
         self._stand_ins = [gathering(parameter, gradient_dtype(parameter)) for parameter in parameters]

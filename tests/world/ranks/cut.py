@@ -12,6 +12,7 @@ import torch
 from hvd_lb.errors import ExchangeError
 from hvd_lb.world import abandon, cut, init
 
+os.environ["HVD_LB_SHARED_MEMORY"] = "0"  # the engine's own world
 engine, seconds = sys.argv[1], float(sys.argv[2])
 world = init(engine, may_be_cut=True)
 root = float(world.rank == 0)

@@ -1,0 +1,199 @@
+"""Run by test_shared_memory.py in every process of a job. Arguments: engine, and what to try."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hvd_lb
+from hvd_lb.errors import ExchangeError
+from hvd_lb.world import World, abandon
+from hvd_lb.world.shared import world as shared
+from hvd_lb.world.shared.segment import Segment
+from hvd_lb.world.shared.world import SharedMemoryWorld
+
+CPU = torch.device("cpu")
+
+
+def sums(world: Any) -> None:
+    """Of all types and sizes, begun and awaited in another order on each process, several times each."""
+    started: list[str] = []
+    through_the_engine = world._engine.allreduce_async
+    world._engine.allreduce_async = lambda tensor, name: (
+        started.append(name),
+        through_the_engine(tensor, name),
+    )[1]
+    kinds = list(itertools.product(shared._DTYPES, (1, 17, 300_001)))
+    rooms = [world.room(f"room {kind}", count, dtype, CPU) for kind, (dtype, count) in enumerate(kinds)]
+    for turn in range(3):
+        order = torch.randperm(
+            len(kinds), generator=torch.Generator().manual_seed(7 * turn + world.rank)
+        ).tolist()
+        handles = {}
+        for kind in order:
+            rooms[kind].copy_(terms(*kinds[kind], turn, world.rank))
+            handles[kind] = world.allreduce_async(rooms[kind], f"sum {kind}")
+        for kind in reversed(order):
+            found = handles[kind].wait()
+            assert found is rooms[kind]
+            assert handles[kind].done
+            assert found.equal(expected(world, *kinds[kind], turn)), (kinds[kind], turn)
+            assert handles[kind].wait() is found
+    assert sorted(started) == sorted(f"room {kind}.places" for kind in range(len(kinds)))
+    # What lies elsewhere, or is a part of a room, is summed by the engine.
+    beside, part = torch.ones(5), rooms[2][:7]
+    part.fill_(2)
+    assert world.allreduce(beside, "beside").tolist() == [world.size] * 5
+    assert world.allreduce(part, "part").tolist() == [2 * world.size] * 7
+
+
+def terms(dtype: torch.dtype, count: int, turn: int, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * turn + rank)
+    return (torch.randn(count, dtype=torch.float64, generator=generator) * 1000).to(dtype)
+
+
+def expected(world: World, dtype: torch.dtype, count: int, turn: int) -> Tensor:
+    """In the order of ranks; in half precision rounded once."""
+    each = [terms(dtype, count, turn, rank) for rank in range(world.size)]
+    total = each[0].float() if dtype.itemsize == 2 else each[0]
+    for term in each[1:]:
+        total = total + term
+    return total.to(dtype)
+
+
+def memory_is_given_back(world: Any) -> None:
+    def there() -> tuple[int, int, int]:
+        gc.collect()
+        maps = Path("/proc/self/maps").read_text().count("memfd:hvd-lb")
+        return maps, len(world._rooms), len(os.listdir("/proc/self/fd"))
+
+    def use(name: str) -> Tensor:
+        room = world.room(name, 1000, torch.float32, CPU)
+        room.fill_(1)
+        assert bool((world.allreduce(room, name) == world.size).all())
+        return room[10:].data  # as a gradient that somebody keeps
+
+    use("first")
+    world.barrier()
+    before = there()
+    for number in range(3):
+        use(f"room {number}")
+    world.barrier()
+    assert there() == before
+    kept = use("kept")
+    assert there() == (before[0] + 1, *before[1:]), (before, there())  # its own, and no other's
+    assert bool((kept == world.size).all())
+
+
+def elsewhere(world: Any) -> None:
+    """One process waits for a sum before it does what the others do first."""
+    room = world.room("room", 100_000, torch.float32, CPU)
+    for number in range(3):
+        room.fill_(1)
+        begun = world.allreduce_async(room, "sum")
+        if world.rank == number % world.size:
+            begun.wait()
+        world.barrier()
+        assert bool((begun.wait() == world.size).all())
+
+
+def late(world: Any) -> None:
+    """Who has not begun yet may be late."""
+    room = world.room("room", 1000, torch.int64, CPU)
+    if world.rank == 1:
+        time.sleep(1)
+    room.fill_(2**40)
+    assert bool((world.allreduce(room, "sum") == world.size * 2**40).all())
+
+
+def killed(world: Any) -> None:
+    room = world.room("room", 1000, torch.float32, CPU)
+    world.allreduce(room, "sum")
+    begun = world.allreduce_async(room, "sum")
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begun.wait()
+
+
+def killed_before_it_is_found(world: Any) -> None:
+    room = world.room("room", 1000, torch.float32, CPU)
+    begun = world.allreduce_async(room, "sum")
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begun.wait()
+
+
+def left(world: Any) -> None:
+    """A process leaves the job, and lives on."""
+    room = world.room("room", 1000, torch.float32, CPU)
+    world.allreduce(room, "sum")
+    if world.rank == 1:
+        abandon()
+        time.sleep(3)
+    else:
+        world.allreduce(room, "the sum of those who stay")
+
+
+def raises(world: Any) -> None:
+    room = world.room("room", 1000, torch.float32, CPU)
+    world.allreduce(room, "sum")
+    if world.rank == 1:
+        raise RuntimeError("mine")
+    world.allreduce(room, "sum")
+
+
+def unequal(world: Any) -> None:
+    room = world.room("room", 1000 + world.rank, torch.float32, CPU)
+    try:
+        world.allreduce(room, "sum")
+    except ValueError as error:
+        print(f"rank {world.rank}: {error}", flush=True)
+    world.barrier()
+
+
+def again(world: World) -> None:
+    gc.disable()  # what a world has opened goes with it, and not some time
+    descriptors, kept = [], []
+    for _ in range(4):
+        room = world.room("room", 1000, torch.float32, CPU)
+        kept.append(world.allreduce_async(room.fill_(1), "sum"))
+        assert bool((kept[-1].wait() == world.size).all())
+        world.barrier()
+        abandon()
+        world = hvd_lb.init(sys.argv[1])  # type: ignore[arg-type]
+        assert isinstance(world, SharedMemoryWorld)
+        descriptors.append(len(os.listdir("/proc/self/fd")))
+    assert len(set(descriptors)) == 1, descriptors
+
+
+def blind(world: World) -> None:
+    """It is for all of them that one of them cannot look into the others."""
+    print(f"rank {world.rank} has a {type(world).__name__}", flush=True)
+    room = world.room("room", 10, torch.float32, CPU)
+    assert world.allreduce(room.fill_(1), "sum").tolist() == [world.size] * 10
+
+
+if sys.argv[2] == "blind" and (os.environ.get("HOROVOD_RANK") or os.environ["RANK"]) == "1":
+
+    def refused(*_: Any) -> Segment:
+        raise PermissionError("not into others")
+
+    Segment.of_process = refused  # type: ignore[method-assign, assignment]
+what: Callable[[Any], None] = globals()[sys.argv[2]]
+joined = hvd_lb.init(sys.argv[1])  # type: ignore[arg-type]
+assert what is blind or isinstance(joined, SharedMemoryWorld), joined
+what(joined)
+with suppress(ExchangeError):
+    hvd_lb.shutdown()
+print("ended as it should", flush=True)
