@@ -10,6 +10,9 @@ from hvd_lb.launch.options import AllreduceName
 from hvd_lb.world.build import built_with, import_horovod
 from hvd_lb.world.engine import Engine
 
+# Whoever asks for an algorithm has it on one machine, too.
+_BY_ENGINE = {"HVD_LB_SHARED_MEMORY": "0"}
+
 
 @dataclass(frozen=True)
 class HorovodBuild:
@@ -63,7 +66,7 @@ def allreduce_environment(
     if name == "hierarchical":
         if not several_hosts:
             raise UserError(refuse + "it needs more than one host: use --allreduce ring")
-        return {"HOROVOD_HIERARCHICAL_ALLREDUCE": "1", "HOROVOD_CPU_OPERATIONS": "MPI"}
+        return {"HOROVOD_HIERARCHICAL_ALLREDUCE": "1", "HOROVOD_CPU_OPERATIONS": "MPI", **_BY_ENGINE}
     if name == "halving-doubling":
         if device == "cuda":
             raise UserError(
@@ -75,8 +78,9 @@ def allreduce_environment(
             "HOROVOD_CPU_OPERATIONS": "MPI",
             "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
             "OMPI_MCA_coll_tuned_allreduce_algorithm": "6",  # Rabenseifner: recursive halving, recursive doubling
+            **_BY_ENGINE,
         }
-    variables = {"HOROVOD_CPU_OPERATIONS": "GLOO"}
+    variables = {"HOROVOD_CPU_OPERATIONS": "GLOO"} | ({} if name == "auto" else _BY_ENGINE)
     if name == "ring" and device == "cuda":
         variables["NCCL_ALGO"] = "Ring"
     return variables

@@ -27,7 +27,7 @@ def time_allreduces(
     for size in sizes:
         if found and found[-1][1] * size / found[-1][0] > _LONGEST:
             break
-        tensor = torch.zeros(size // 4, device=device)
+        tensor = world.room(f"network.{size}", size // 4, torch.float32, device)
         first = _slowest(world, [_seconds(world, tensor, f"warm.{size}")], size)[0]
         repetitions = max(1, min(_MOST_REPETITIONS, int(_SECONDS / first)))
         seconds = [_seconds(world, tensor, f"timed.{size}") for _ in range(repetitions)]
@@ -43,7 +43,8 @@ def time_beside_computing(world: World, measured: Sequence[tuple[int, float]]) -
     """
     size, seconds = max((one for one in measured if one[1] <= _SECONDS / 2), default=measured[0])
     repetitions = max(1, int(_SECONDS / 2 / seconds))
-    tensor, matrix = torch.zeros(size // 4), torch.zeros(_WORK, _WORK)
+    tensor = world.room("network.beside", size // 4, torch.float32, torch.device("cpu"))
+    matrix = torch.zeros(_WORK, _WORK)
 
     def exchange() -> float:
         world.barrier()

@@ -110,6 +110,9 @@ def init(
     rendezvous says that they will not. Its connections `may_be_cut`: somebody may call `cut`. Processes that exchange
     tensors of a `device` are connected for that when this returns, as far as the engine can. A process that waits for
     others for long says so on stderr, once per wait; not where somebody has it `watched`.
+
+    Where all processes are on one machine, what lies in `World.room` on the CPU is added up in memory that all of them
+    see, without the engine; not with HVD_LB_SHARED_MEMORY=0, or variables of Horovod that are about its own sums.
     """
     global _current
     one_of("engine", engine, get_args(EngineName))
@@ -121,17 +124,16 @@ def init(
 
             _current = Solo()
         elif choose_engine(engine, place)[0] == "horovod":
-            from hvd_lb.world.horovod import HorovodWorld
+            from hvd_lb.world.horovod import HorovodWorld, is_to_add_up
             from hvd_lb.world.shared.world import through_memory
 
-            _current = through_memory(HorovodWorld(watched=watched))
+            _current = through_memory(HorovodWorld(watched=watched), wanted=not is_to_add_up(os.environ))
         else:
             from hvd_lb.world.shared.world import through_memory
             from hvd_lb.world.torch_distributed import TorchWorld
 
-            _current = through_memory(
-                TorchWorld(place, may_be_cut=may_be_cut, device=device, watched=watched)
-            )
+            by_torch = TorchWorld(place, may_be_cut=may_be_cut, device=device, watched=watched)
+            _current = through_memory(by_torch, wanted=True)
     return _current
 
 

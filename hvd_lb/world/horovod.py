@@ -4,7 +4,7 @@ Horovod is imported when a `HorovodWorld` is made, not before: `simulate` works 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,14 @@ from hvd_lb.world.build import HOW_TO_BUILD, import_horovod
 from hvd_lb.world.gather import broadcast_bytes
 from hvd_lb.world.launched import launched
 from hvd_lb.world.lines import Lines, Patience
+
+# With any of these somebody wants to see, or to change, how Horovod adds up.
+_OF_ITS_SUMS = ("HOROVOD_TIMELINE", "HOROVOD_AUTOTUNE", "HOROVOD_FUSION_THRESHOLD")
+
+
+def is_to_add_up(environment: Mapping[str, str]) -> bool:
+    """Whether its variables ask for something that it does in sums of its own."""
+    return any(environment.get(name, "0") not in ("", "0") for name in _OF_ITS_SUMS)
 
 
 class HorovodHandle:

@@ -76,7 +76,8 @@ def test_allreduce_variables() -> None:
     def variables(name: str, device: str) -> dict[str, str]:
         return allreduce_environment(name, device, several_hosts=True, mpirun=True, build=FULL)  # type: ignore[arg-type]
 
-    assert variables("auto", "cpu") == variables("ring", "cpu") == {"HOROVOD_CPU_OPERATIONS": "GLOO"}
+    assert variables("auto", "cpu") == {"HOROVOD_CPU_OPERATIONS": "GLOO"}
+    assert variables("ring", "cpu") == {"HOROVOD_CPU_OPERATIONS": "GLOO", "HVD_LB_SHARED_MEMORY": "0"}
     assert variables("auto", "cuda") == {"HOROVOD_CPU_OPERATIONS": "GLOO"}
     assert variables("ring", "cuda")["NCCL_ALGO"] == "Ring"
     assert variables("hierarchical", "cuda")["HOROVOD_HIERARCHICAL_ALLREDUCE"] == "1"

@@ -25,6 +25,8 @@ LAUNCHERS = {"horovod": "horovodrun", "torch": "torchrun"}
         ("torch", "sums", 2),
         ("torch", "sums", 5),
         ("torch", "memory_is_given_back", 2),
+        ("torch", "threads", 2),
+        ("torch", "forked", 2),
         ("horovod", "elsewhere", 3),
         ("torch", "elsewhere", 2),
         ("torch", "late", 3),
@@ -52,7 +54,7 @@ def test_sums_of_unequal_numbers_are_refused_on_all(torchrun: Callable) -> None:
 def test_where_one_cannot_look_into_others_all_take_the_engine(
     request: pytest.FixtureRequest, engine: str
 ) -> None:
-    job = request.getfixturevalue(LAUNCHERS[engine])(RANK, 3, engine, "blind")
+    job = request.getfixturevalue(LAUNCHERS[engine])(RANK, 3, engine, "by_engine", "blind")
     assert job.returncode == 0, job.output
     for rank in range(3):
         assert f"rank {rank} has a {engine.title()}World" in job.output
@@ -62,8 +64,31 @@ def test_where_one_cannot_look_into_others_all_take_the_engine(
 
 def test_where_one_is_not_to_all_take_the_engine(rendezvous: Any) -> None:
     environments = [{"HVD_LB_SHARED_MEMORY": "0"} if rank == 1 else {} for rank in range(3)]
-    for rank, (status, said) in enumerate(ended(start("blind", rendezvous, environments))):
+    for rank, (status, said) in enumerate(ended(start("by_engine", rendezvous, environments))):
         assert (status, said) == (0, f"rank {rank} has a TorchWorld\nended as it should\n")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "name"),
+    [
+        ("HOROVOD_TIMELINE", "{folder}/timeline.json", "HorovodWorld"),
+        ("HOROVOD_AUTOTUNE", "1", "HorovodWorld"),
+        ("HOROVOD_FUSION_THRESHOLD", "1000000", "HorovodWorld"),
+        ("HOROVOD_FUSION_THRESHOLD", "0", "SharedMemoryWorld"),
+    ],
+)
+def test_who_looks_at_the_sums_of_horovod_sees_them(
+    horovodrun: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    variable: str,
+    value: str,
+    name: str,
+) -> None:
+    monkeypatch.setenv(variable, value.format(folder=tmp_path))
+    job = horovodrun(RANK, 2, "horovod", "by_engine")
+    assert job.returncode == 0, job.output
+    assert all(f"rank {rank} has a {name}" in job.output for rank in range(2))
 
 
 @pytest.mark.parametrize("what", ["killed", "killed_before_it_is_found", "left", "raises"])

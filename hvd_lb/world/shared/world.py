@@ -41,8 +41,8 @@ _BROUGHT, _ADDED = 0, 1
 _WHO, _WAITS, _LEFT = 0, 1, 2
 _DTYPES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.float16, torch.bfloat16)
 _HALF = (torch.float16, torch.bfloat16)
-# Of each process's terms, added up at once by a thread of a CPU: what stays in a core's cache.
-_CHUNK_BYTES = 1 << 18
+# Terms of all processes that a thread of a CPU adds up at once: what stays in a core's cache.
+_CHUNK_BYTES = 1 << 19
 # Elements that torch does not divide among threads: a thread of ours would be given as many more.
 _CHUNK_ALONE = 1 << 14
 # The thread looks so often whether there is something to do.
@@ -153,7 +153,7 @@ class SharedMemoryWorld:
         self._under_way: list[SharedSum] = []
         self._working, self._order = threading.Lock(), threading.Lock()
         self._begun = threading.Event()
-        self._left = False
+        self._pid, self._left = os.getpid(), False
         self._helper: threading.Thread | None = None
 
     def room(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -185,7 +185,7 @@ class SharedMemoryWorld:
 
     def complete(self, awaited: SharedSum) -> None:
         """Wait for a sum, and meanwhile do what there is to be done for any."""
-        chunk = _CHUNK_BYTES // awaited.room.dtype.itemsize * torch.get_num_threads()
+        chunk = _CHUNK_BYTES // (awaited.room.dtype.itemsize * self.size) * torch.get_num_threads()
         looked = time.monotonic()
 
         def done() -> bool:
@@ -254,6 +254,8 @@ class SharedMemoryWorld:
 
     def _leave(self) -> None:
         """Nothing is added here any more."""
+        if os.getpid() != self._pid:  # a fork's end
+            return
         atexit.unregister(self._leave)
         self._signs[self.rank].marks[_LEFT] = self._left = True
         self._begun.set()
@@ -310,10 +312,10 @@ class _Processes:
             os.close(self._descriptors.pop())
 
 
-def through_memory(engine: Engine) -> Joined:
+def through_memory(engine: Engine, *, wanted: bool) -> Joined:
     """A world whose sums go through the memory of its machine; the engine itself where its processes have several.
 
-    Also where one of them is not to, or cannot look into another, which is told. Collective.
+    Also where it is not `wanted` by one of them, or one cannot look into another, which is told. Collective.
     """
     if engine.size == 1 or engine.local_size != engine.size:
         return engine
@@ -321,7 +323,7 @@ def through_memory(engine: Engine) -> Joined:
     signs = list[Segment]()
     row, own = torch.zeros(3, dtype=torch.int64), None
     try:
-        if os.environ.get(VARIABLE) != "0":
+        if wanted and os.environ.get(VARIABLE) != "0":
             own = OwnSegment(0, torch.int64)
             own.marks[_WHO] = who = secrets.randbits(62)
             row = torch.tensor([os.getpid(), own.descriptor, who])
@@ -330,7 +332,7 @@ def through_memory(engine: Engine) -> Joined:
     rows = torch.zeros(engine.size, 3, dtype=torch.int64)
     rows[engine.rank] = row
     engine.allreduce(rows, "hvd_lb.shared.signs")
-    if wanted := bool(rows[:, 0].all()):
+    if wanted := bool(rows[:, 0].all()):  # by all
         try:
             for rank, (pid, descriptor, who) in enumerate(rows.tolist()):
                 if rank == engine.rank and own:

@@ -177,14 +177,34 @@ def again(world: World) -> None:
     assert len(set(descriptors)) == 1, descriptors
 
 
-def blind(world: World) -> None:
-    """It is for all of them that one of them cannot look into the others."""
+def forked(world: Any) -> None:
+    """A child that has its parent's functions called at its end is not its parent."""
+    room = world.room("room", 1000, torch.float32, CPU)
+    world.allreduce(room, "sum")
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+        world.barrier()
+        world.allreduce(room.fill_(1), "sum")
+        assert bool((room == world.size).all())
+    else:
+        world._leave()
+        os._exit(0)
+
+
+def threads(world: Any) -> None:
+    """By several of them, as many a chunk longer."""
+    torch.set_num_threads(2)
+    sums(world)
+
+
+def by_engine(world: World) -> None:
+    """Why it may be that, for all of them: the tests know."""
     print(f"rank {world.rank} has a {type(world).__name__}", flush=True)
     room = world.room("room", 10, torch.float32, CPU)
     assert world.allreduce(room.fill_(1), "sum").tolist() == [world.size] * 10
 
 
-if sys.argv[2] == "blind" and (os.environ.get("HOROVOD_RANK") or os.environ["RANK"]) == "1":
+if "blind" in sys.argv[3:] and (os.environ.get("HOROVOD_RANK") or os.environ["RANK"]) == "1":
 
     def refused(*_: Any) -> Segment:
         raise PermissionError("not into others")
@@ -192,7 +212,7 @@ if sys.argv[2] == "blind" and (os.environ.get("HOROVOD_RANK") or os.environ["RAN
     Segment.of_process = refused  # type: ignore[method-assign, assignment]
 what: Callable[[Any], None] = globals()[sys.argv[2]]
 joined = hvd_lb.init(sys.argv[1])  # type: ignore[arg-type]
-assert what is blind or isinstance(joined, SharedMemoryWorld), joined
+assert what is by_engine or isinstance(joined, SharedMemoryWorld), joined
 what(joined)
 with suppress(ExchangeError):
     hvd_lb.shutdown()
