@@ -35,6 +35,7 @@ BENCHMARKS: list[tuple[str, list[str], float]] = [
     ("shuffle", ["--rounds", "3"], 60),
     ("latency", ["--seconds", "2"], 120),
     ("buckets", ["resnet50", "efficientnet_b0", "vit_b_16"], 60),
+    ("sums", [], 60),
     ("waiting", [], 60),
     ("startup", ["--ranks", "16"], 60),
     ("remote", ["--seconds", "2", "--images", "1024"], 60),

@@ -20,12 +20,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hvd_lb.world import Handle, World
 from hvd_lb.world.arriving import Arriving
+from hvd_lb.world.shared.adding import add
 
 GROWTH_BITS = 10
 # Before the first sum nothing is known: terms up to 2^14 are expected, more than gradients of a summed loss have.
@@ -197,7 +197,7 @@ class FixedPointSum:
         elif first:
             total.copy_(scaled)
         else:
-            add_integers(total, self._integer[: total.numel()].copy_(scaled))
+            add(total, self._integer[: total.numel()].copy_(scaled))
 
     @torch.no_grad()
     def start(self, world: World) -> None:
@@ -304,14 +304,6 @@ class FixedPointSum:
             laid_out = torch.empty_strided(term.shape, strides, dtype=self._dtype, device=term.device)
             term = laid_out.copy_(term)
         return term.as_strided((count,), (1,))
-
-
-def add_integers(total: Tensor, term: Tensor) -> None:
-    """In place. On CPUs by NumPy: torch also multiplies each by 1, for which processors have no fast way in 64 bits."""
-    if total.is_cuda:
-        total.add_(term)
-    else:
-        np.add(total.numpy(), term.numpy(), out=total.numpy())
 
 
 def formed_in_place(terms: int) -> bool:

@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hvd_lb.errors import UserError
-from hvd_lb.launch.options import AllreduceName
+from hvd_lb.launch.options import SUMS_OF_ENGINE, AllreduceName
 from hvd_lb.world.build import built_with, import_horovod
 from hvd_lb.world.engine import Engine
-
-# Whoever asks for an algorithm has it on one machine, too.
-_BY_ENGINE = {"HVD_LB_SHARED_MEMORY": "0"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,8 @@ def allreduce_environment(
 ) -> dict[str, str]:
     """The variables that select an allreduce (paper section 4); UserError with the reason where it cannot be had.
 
+    Whoever asks for an algorithm has it on one machine, too.
+
     `mpirun`: whether Open MPI is there to start processes with. HOROVOD_CPU_OPERATIONS is "MPI" exactly when the job
     has to be started by mpirun. `build` is the installed one if not given.
     """
@@ -66,7 +65,7 @@ def allreduce_environment(
     if name == "hierarchical":
         if not several_hosts:
             raise UserError(refuse + "it needs more than one host: use --allreduce ring")
-        return {"HOROVOD_HIERARCHICAL_ALLREDUCE": "1", "HOROVOD_CPU_OPERATIONS": "MPI", **_BY_ENGINE}
+        return {"HOROVOD_HIERARCHICAL_ALLREDUCE": "1", "HOROVOD_CPU_OPERATIONS": "MPI", **SUMS_OF_ENGINE}
     if name == "halving-doubling":
         if device == "cuda":
             raise UserError(
@@ -78,9 +77,9 @@ def allreduce_environment(
             "HOROVOD_CPU_OPERATIONS": "MPI",
             "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
             "OMPI_MCA_coll_tuned_allreduce_algorithm": "6",  # Rabenseifner: recursive halving, recursive doubling
-            **_BY_ENGINE,
+            **SUMS_OF_ENGINE,
         }
-    variables = {"HOROVOD_CPU_OPERATIONS": "GLOO"} | ({} if name == "auto" else _BY_ENGINE)
+    variables = {"HOROVOD_CPU_OPERATIONS": "GLOO"} | ({} if name == "auto" else SUMS_OF_ENGINE)
     if name == "ring" and device == "cuda":
         variables["NCCL_ALGO"] = "Ring"
     return variables

@@ -21,6 +21,8 @@ START_TIMEOUT = "HOROVOD_GLOO_TIMEOUT_SECONDS"
 #: The variable with the milliseconds of its cycles.
 CYCLE_TIME = "HOROVOD_CYCLE_TIME"
 FUSION_THRESHOLD = "HOROVOD_FUSION_THRESHOLD"
+#: With this the engine adds up what processes of one machine else do in shared memory.
+SUMS_OF_ENGINE = {"HVD_LB_SHARED_MEMORY": "0"}
 #: The variable with the seconds after which a rank reports that it does not go on; 0: never.
 HANG_TIMEOUT = "HVD_LB_HANG_TIMEOUT"
 # Long enough for the slowest step, short enough that a hang does not last the night (off by default in Horovod).
@@ -101,6 +103,7 @@ def environment(options: LaunchOptions, here: Mapping[str, str]) -> dict[str, st
     variables = {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": f"{stall:.0f}"} | carried_environment(here)
     if options.fusion_threshold is not None:
         variables[FUSION_THRESHOLD] = str(round(options.fusion_threshold * 2**20))
+        variables |= SUMS_OF_ENGINE if options.fusion_threshold else {}
     if options.cycle_time is not None:
         variables[CYCLE_TIME] = f"{options.cycle_time:g}"
     if options.autotune:

@@ -16,8 +16,8 @@ from hvd_lb.world.gather import broadcast_bytes
 from hvd_lb.world.launched import launched
 from hvd_lb.world.lines import Lines, Patience
 
-# With any of these somebody wants to see, or to change, how Horovod adds up.
-_OF_ITS_SUMS = ("HOROVOD_TIMELINE", "HOROVOD_AUTOTUNE", "HOROVOD_FUSION_THRESHOLD")
+# With either of these somebody wants to see how Horovod adds up.
+_OF_ITS_SUMS = ("HOROVOD_TIMELINE", "HOROVOD_AUTOTUNE")
 
 
 def is_to_add_up(environment: Mapping[str, str]) -> bool:

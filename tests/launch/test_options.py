@@ -24,6 +24,7 @@ def test_options_become_horovods_variables() -> None:
     here = {"NCCL_DEBUG": "WARN", "NCCL_IB_HCA": "mlx5", "AWS_SECRET_ACCESS_KEY": "s", "PATH": "/bin"}
     assert environment(options, here) == PATIENCE | {
         "HOROVOD_FUSION_THRESHOLD": str(64 * 2**20),
+        "HVD_LB_SHARED_MEMORY": "0",
         "HOROVOD_CYCLE_TIME": "2.5",
         "HOROVOD_AUTOTUNE": "1",
         "HOROVOD_TIMELINE": "/runs/t.json",

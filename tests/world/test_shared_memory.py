@@ -73,8 +73,8 @@ def test_where_one_is_not_to_all_take_the_engine(rendezvous: Any) -> None:
     [
         ("HOROVOD_TIMELINE", "{folder}/timeline.json", "HorovodWorld"),
         ("HOROVOD_AUTOTUNE", "1", "HorovodWorld"),
-        ("HOROVOD_FUSION_THRESHOLD", "1000000", "HorovodWorld"),
-        ("HOROVOD_FUSION_THRESHOLD", "0", "SharedMemoryWorld"),
+        ("HOROVOD_TIMELINE", "", "SharedMemoryWorld"),
+        ("HOROVOD_FUSION_THRESHOLD", "1000000", "SharedMemoryWorld"),  # for sums of the caller's own
     ],
 )
 def test_who_looks_at_the_sums_of_horovod_sees_them(

@@ -30,6 +30,7 @@ from torch import Tensor
 from hvd_lb.errors import ExchangeError
 from hvd_lb.world import Handle, Joined
 from hvd_lb.world.gather import gather_bytes
+from hvd_lb.world.shared.adding import add
 from hvd_lb.world.shared.segment import OwnSegment, Segment
 
 #: 0 in the environment of any of the processes: all sums are the engine's.
@@ -133,7 +134,7 @@ class SharedSum:
             pieces = [each[start : min(start + chunk, end)] for each in terms]
             total = pieces[0].float() if self.room.dtype in _HALF else pieces[0]  # rounded once
             for piece in pieces[1:]:
-                total.add_(piece)
+                add(total, piece)
             for piece in pieces:
                 if piece is not total:
                     piece.copy_(total)
