@@ -197,7 +197,7 @@ class FixedPointSum:
         elif first:
             total.copy_(scaled)
         else:
-            add(total, self._integer[: total.numel()].copy_(scaled))
+            add(total, self._integer[: total.numel()].copy_(scaled), total)
 
     @torch.no_grad()
     def start(self, world: World) -> None:

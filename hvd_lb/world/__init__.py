@@ -9,6 +9,7 @@ int32, int64, fp16, fp32 and fp64, and of bf16 where the engine is torch.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, get_args
 
 from hvd_lb.errors import one_of
@@ -90,6 +91,14 @@ class Joined(World, Protocol):
         ...
 
 
+class ByEngine(Joined, Protocol):
+    """A world of a library that exchanges tensors."""
+
+    def wait_for(self, done: Callable[[], bool], name: str) -> None:
+        """Sleep until something is done that others have a part in; ExchangeError where connections are cut."""
+        ...
+
+
 _current: Joined | None = None
 
 
@@ -125,16 +134,26 @@ def init(
             _current = Solo()
         elif choose_engine(engine, place)[0] == "horovod":
             from hvd_lb.world.horovod import HorovodWorld, is_to_add_up
-            from hvd_lb.world.shared.world import through_memory
 
-            _current = through_memory(HorovodWorld(watched=watched), wanted=not is_to_add_up(os.environ))
+            _add_up_in_memory(HorovodWorld(watched=watched), wanted=not is_to_add_up(os.environ))
         else:
-            from hvd_lb.world.shared.world import through_memory
             from hvd_lb.world.torch_distributed import TorchWorld
 
-            by_torch = TorchWorld(place, may_be_cut=may_be_cut, device=device, watched=watched)
-            _current = through_memory(by_torch, wanted=True)
-    return _current
+            _add_up_in_memory(TorchWorld(place, may_be_cut=may_be_cut, device=device, watched=watched))
+    return current()
+
+
+def _add_up_in_memory(engine: ByEngine, *, wanted: bool = True) -> None:
+    """The current world is the engine's, or one around it; while that is found out it may be cut."""
+    global _current
+    from hvd_lb.world.shared.world import through_memory
+
+    _current = engine
+    try:
+        _current = through_memory(engine, wanted=wanted)
+    except BaseException:
+        abandon()
+        raise
 
 
 def current() -> World:

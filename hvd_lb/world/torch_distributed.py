@@ -219,6 +219,7 @@ class TorchWorld:
         self._turn: int | None = None  # the key of what rank 0 has started and this process has not come to
         self._asking = False
         self._last: list[TorchHandle] = []
+        self._pid = os.getpid()
         atexit.register(self._end)
         if device and device.type == "cuda":
             try:
@@ -374,6 +375,8 @@ class TorchWorld:
         The others wait for it, and Gloo's threads here for them: none would end. Else those threads end here, before
         the interpreter: it ends a thread that comes back to Python after it, by what C++ takes for a crash (SIGABRT).
         """
+        if os.getpid() != self._pid:  # a fork, where none of Gloo's threads are
+            return
         if any(not handle.done for handle in self._last):
             print(f"rank {self.rank} ends in the middle of an exchange with the others", file=sys.stderr)
             sys.stdout.flush()

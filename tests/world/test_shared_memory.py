@@ -30,6 +30,11 @@ LAUNCHERS = {"horovod": "horovodrun", "torch": "torchrun"}
         ("horovod", "elsewhere", 3),
         ("torch", "elsewhere", 2),
         ("torch", "late", 3),
+        ("torch", "found_by_two_threads", 3),
+        ("torch", "interrupted", 2),
+        ("torch", "waiting_threads", 2),
+        ("horovod", "nobody_waits", 2),
+        ("torch", "sent_to_others", 2),
         ("torch", "again", 2),
         ("horovod", "again", 2),
     ],
@@ -48,6 +53,19 @@ def test_sums_of_unequal_numbers_are_refused_on_all(torchrun: Callable) -> None:
             f"rank {rank}: room: rank {1 - rank} adds up {other:,} numbers of torch.float32, rank {rank} {own:,} of "
             "torch.float32" in job.output
         )
+
+
+def test_where_descriptors_are_few(torchrun: Callable) -> None:
+    job = torchrun(RANK, 2, "torch", "few_descriptors")
+    assert job.returncode == 0, job.output
+    told = "no memory in common for 10 numbers ([Errno 24] Too many open files): raise the limit (ulimit), or set"
+    assert job.output.count(told) == 2
+
+
+def test_who_ends_in_the_middle_of_an_exchange_says_so(rendezvous: Any) -> None:
+    (status, said), (other, _) = ended(start("ends_early", rendezvous, [{}] * 2))
+    assert (status, other) == (1, 0)
+    assert said == "rank 0 ends in the middle of an exchange with the others\n"
 
 
 @pytest.mark.parametrize("engine", LAUNCHERS)

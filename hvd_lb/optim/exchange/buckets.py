@@ -237,7 +237,9 @@ class Bucket:
         self.name, self._compress = name, compress
         *offsets, end = offsets_of(parameters)
         first, flags = parameters[0], len(parameters)
-        self.flat = world.room(name, end + flags + riders, _of_sums(gradient_dtype(first)), first.device)
+        # In half precision it is `_wire` that is summed.
+        place: World = Solo() if compress else world
+        self.flat = place.room(name, end + flags + riders, _of_sums(gradient_dtype(first)), first.device)
         self.gradients, self.flags, self.riders = self.flat.split([end, flags, riders])
         self._wire = world.room(f"{name}.wire", end, compress.dtype, first.device) if compress else None
         self.slots = [Slot(p, self.flat, offset) for p, offset in zip(parameters, offsets, strict=True)]

@@ -21,14 +21,13 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from typing import Protocol
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from hvd_lb.errors import ExchangeError
-from hvd_lb.world import Handle, Joined
+from hvd_lb.errors import ExchangeError, UserError
+from hvd_lb.world import ByEngine, Handle, Joined
 from hvd_lb.world.gather import gather_bytes
 from hvd_lb.world.shared.adding import add
 from hvd_lb.world.shared.segment import OwnSegment, Segment
@@ -48,16 +47,10 @@ _CHUNK_BYTES = 1 << 19
 _CHUNK_ALONE = 1 << 14
 # The thread looks so often whether there is something to do.
 _PAUSE = 10e-3
+# After so long a sum is taken for one that nobody will wait for.
+_GIVEN_UP_SECONDS = 5.0
 # A process that waits looks so often whether the others are alive.
 _ALIVE_SECONDS = 0.1
-
-
-class Engine(Joined, Protocol):
-    """What a world has to have to be the engine of this one."""
-
-    def wait_for(self, done: Callable[[], bool], name: str) -> None:
-        """Sleep until that is `done`; ExchangeError where connections are cut."""
-        ...
 
 
 class _Room:
@@ -70,30 +63,37 @@ class _Room:
         self.sums = 0  # that this process has begun
         self._key = _DTYPES.index(dtype)
 
-    def ask(self, engine: Engine) -> None:
+    def ask(self, engine: ByEngine) -> None:
         places = torch.zeros(engine.size, 4, dtype=torch.int64)
         places[engine.rank] = torch.tensor([os.getpid(), self.own.descriptor or 0, self.count, self._key])
         self.asked = engine.allreduce_async(places, f"{self.name}.places")
 
     def found(self, rank: int) -> bool:
         """Whether it is known where all are; ExchangeError where one has ended, ValueError where they do not fit."""
-        if not self.all:
-            assert self.asked
-            if not self.asked.done:
-                return False
-            for other, (pid, descriptor, count, key) in enumerate(self.asked.wait().tolist()):
-                if (count, key) != (self.count, self._key):
-                    raise ValueError(
-                        f"{self.name}: rank {other} adds up {count:,} numbers of {_DTYPES[key]}, rank {rank} "
-                        f"{self.count:,} of {self.dtype}"
-                    )
-                try:
-                    self.all.append(
-                        self.own if other == rank else Segment.of_process(pid, descriptor, count, self.dtype)
-                    )
-                except OSError as error:
-                    self.all = []
-                    raise ExchangeError(f"{self.name}: rank {other} has ended ({error})") from None
+        if self.all:
+            return True
+        assert self.asked
+        if not self.asked.done:
+            return False
+        rows, found = self.asked.wait().tolist(), list[Segment]()
+        for other, (_, _, count, key) in enumerate(rows):
+            if (count, key) != (self.count, self._key):
+                raise ValueError(
+                    f"{self.name}: rank {other} adds up {count:,} numbers of {_DTYPES[key]}, rank {rank} "
+                    f"{self.count:,} of {self.dtype}"
+                )
+        for other, (pid, descriptor, count, _) in enumerate(rows):
+            try:
+                found.append(
+                    self.own if other == rank else Segment.of_process(pid, descriptor, count, self.dtype)
+                )
+            except FileNotFoundError:
+                raise ExchangeError(f"{self.name}: rank {other} has ended") from None
+            except OSError as error:
+                raise ExchangeError(
+                    f"{self.name}: rank {rank} has no part in rank {other}'s memory: {error}"
+                ) from None
+        self.all = found  # by then all of them: another thread may look
         return True
 
     def marked(self, mark: int, number: int) -> bool:
@@ -109,16 +109,21 @@ class SharedSum:
         self.room, self._tensor, self.name = room, tensor, name
         room.sums += 1
         self.number = room.sums
+        self.began = time.monotonic()
         self.error: Exception | None = None
+        # Where the part that is left begins, and its first sum where that is known.
+        self._reached: tuple[int, Tensor | None] | None = None
 
     @property
     def done(self) -> bool:
-        room = self.room
-        return (
-            self._world is None
-            or self.error is not None
-            or bool(room.all and room.marked(_ADDED, self.number))
-        )
+        if self._world:
+            self._world.advance()
+        return self._world is None or self.formed
+
+    @property
+    def formed(self) -> bool:
+        """Whether it is there, or never will be."""
+        return self.error is not None or bool(self.room.all and self.room.marked(_ADDED, self.number))
 
     def wait(self) -> Tensor:
         if self._world:
@@ -127,17 +132,32 @@ class SharedSum:
         return self._tensor
 
     def add_part(self, rank: int, chunk: int) -> None:
-        """Once all terms are there: the sum over all processes, in the order of ranks, of this one's part."""
+        """Once all terms are there: the sum over all processes, in the order of ranks, of this one's part.
+
+        An exception of a signal's handler may end it anywhere; called again, it goes on there.
+        """
         terms, size = [segment.numbers() for segment in self.room.all], len(self.room.all)
-        begin, end = (_begin(part, size, self.room.count) for part in (rank, rank + 1))
-        for start in range(begin, end, chunk):
-            pieces = [each[start : min(start + chunk, end)] for each in terms]
-            total = pieces[0].float() if self.room.dtype in _HALF else pieces[0]  # rounded once
-            for piece in pieces[1:]:
-                add(total, piece)
+        end = _begin(rank + 1, size, self.room.count)
+        start, total = self._reached or (_begin(rank, size, self.room.count), None)
+        while start < end:
+            stop = start + total.numel() if total is not None else min(start + chunk, end)
+            pieces = [each[start:stop] for each in terms]
+            if total is None:
+                total = _total(pieces)
+                self._reached = start, total  # from here on terms are overwritten
             for piece in pieces:
-                if piece is not total:
-                    piece.copy_(total)
+                piece.copy_(total)
+            start, total = self._reached = stop, None
+
+
+def _total(pieces: list[Tensor]) -> Tensor:
+    """In a tensor of its own; of half precision rounded once, where it is written to."""
+    first, second, *others = pieces
+    wide = torch.float32 if first.dtype in _HALF else first.dtype
+    total = add(first.to(wide), second.to(wide), torch.empty_like(first, dtype=wide))
+    for other in others:
+        add(total, other.to(wide), total)
+    return total
 
 
 class SharedMemoryWorld:
@@ -146,7 +166,7 @@ class SharedMemoryWorld:
     Sums of what lies in a `room` are formed there, all else is the engine's.
     """
 
-    def __init__(self, engine: Engine, signs: list[Segment], others: _Processes) -> None:
+    def __init__(self, engine: ByEngine, signs: list[Segment], others: _Processes) -> None:
         self._engine, self._signs, self._others = engine, signs, others
         self.rank, self.size = engine.rank, engine.size
         self.local_rank, self.local_size = engine.local_rank, engine.local_size
@@ -154,13 +174,20 @@ class SharedMemoryWorld:
         self._under_way: list[SharedSum] = []
         self._working, self._order = threading.Lock(), threading.Lock()
         self._begun = threading.Event()
-        self._pid, self._left = os.getpid(), False
+        self._pid, self._left, self._failed = os.getpid(), False, False
         self._helper: threading.Thread | None = None
 
     def room(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if device.type != "cpu" or not count:
             return self._engine.room(name, count, dtype, device)
-        own = OwnSegment(count, dtype)
+        self.advance()  # sums that nobody waits for, as of optimizers that are gone
+        try:
+            own = OwnSegment(count, dtype)
+        except OSError as error:
+            raise UserError(
+                f"{name}: no memory in common for {count:,} numbers ({error}): raise the limit (ulimit), or set "
+                f"{VARIABLE}=0 to add up by the engine"
+            ) from None
         numbers = own.numbers()
         address = numbers.data_ptr()
         self._rooms[address] = _Room(name, own, count, dtype)
@@ -168,6 +195,10 @@ class SharedMemoryWorld:
         return numbers
 
     def allreduce_async(self, tensor: Tensor, name: str) -> Handle:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"{name}: this process was forked from one of a job, and has no part in its sums"
+            )
         room = None if tensor.is_cuda else self._rooms.get(tensor.data_ptr())
         if room is None or tensor.numel() != room.count or not tensor.is_contiguous():
             return self._engine.allreduce_async(tensor, name)
@@ -181,55 +212,64 @@ class SharedMemoryWorld:
         if self._helper is None:
             self._helper = threading.Thread(target=self._help, name="sums", daemon=True)
             self._helper.start()
-            atexit.register(self._leave)
+            atexit.register(self._end)
         return begun
 
     def complete(self, awaited: SharedSum) -> None:
         """Wait for a sum, and meanwhile do what there is to be done for any."""
-        chunk = _CHUNK_BYTES // (awaited.room.dtype.itemsize * self.size) * torch.get_num_threads()
         looked = time.monotonic()
 
         def done() -> bool:
             nonlocal looked
-            self._advance(chunk)
-            if awaited.done:
+            self.advance()
+            if awaited.formed:
                 return True
             if time.monotonic() - looked > _ALIVE_SECONDS:
                 looked = time.monotonic()
                 # Who has ended may have done its part before.
-                if (self._others.any_ended() or self._any(_LEFT)) and not awaited.done:
+                if (self._others.any_ended() or self._any(_LEFT)) and not awaited.formed:
                     raise ExchangeError(f"{awaited.name}: another process has ended")
             return False
 
-        own = self._signs[self.rank].marks
-        own[_WAITS] = True
+        self._wait(1)
         try:
             self._engine.wait_for(done, awaited.name)
+        except ExchangeError:
+            self._failed = True
+            raise
         finally:
-            own[_WAITS] = False
+            self._wait(-1)
         self._keep_order()
         if awaited.error:
             raise awaited.error
         awaited.room.own.close()  # all have found it
 
-    def _advance(self, chunk: int) -> None:
-        """Add this process's part of all sums of which all terms are there; not while another thread does."""
-        if not self._working.acquire(blocking=False):
-            return
-        try:
+    def _wait(self, more: int) -> None:
+        """So many more threads of this process do."""
+        with self._order:
+            self._signs[self.rank].marks[_WAITS] += more
+
+    def advance(self, *, alone: bool = False) -> None:
+        """Add this process's part of all sums of which all terms are there, with torch's threads or `alone`."""
+        with self._working:
             for one in list(self._under_way):
                 try:
-                    if not (one.room.found(self.rank) and one.room.marked(_BROUGHT, one.number)):
+                    if not one.room.found(self.rank):
                         continue
-                    self._keep_order()
-                    one.add_part(self.rank, chunk)
-                    self._keep_order()
-                    one.room.own.marks[_ADDED] = one.number
                 except Exception as error:
                     one.error = error
+                else:
+                    if not one.room.marked(_BROUGHT, one.number):
+                        continue
+                    self._keep_order()
+                    bytes_of_all = one.room.dtype.itemsize * self.size
+                    one.add_part(
+                        self.rank,
+                        _CHUNK_ALONE if alone else _CHUNK_BYTES // bytes_of_all * torch.get_num_threads(),
+                    )
+                    self._keep_order()
+                    one.room.own.marks[_ADDED] = one.number
                 self._under_way.remove(one)
-        finally:
-            self._working.release()
 
     def _help(self) -> None:
         while not self._left:
@@ -237,8 +277,18 @@ class SharedMemoryWorld:
             self._begun.clear()
             while self._under_way and not self._left:
                 time.sleep(_PAUSE)
-                if self._any(_WAITS) and not self._signs[self.rank].marks[_WAITS]:
-                    self._advance(_CHUNK_ALONE)
+                if self._is_asked_for():
+                    with suppress(Exception):  # whoever waits will have it, too
+                        self.advance(alone=True)
+
+    def _is_asked_for(self) -> bool:
+        """Whether another process waits for this one, which does not wait; or nobody does, as for sums given up."""
+        if self._signs[self.rank].marks[_WAITS]:
+            return False
+        oldest = next(iter(self._under_way), None)
+        return self._any(_WAITS) or (
+            oldest is not None and time.monotonic() - oldest.began > _GIVEN_UP_SECONDS
+        )
 
     def _any(self, mark: int) -> bool:
         """Whether any process has it set."""
@@ -253,11 +303,24 @@ class SharedMemoryWorld:
             with self._order:
                 pass
 
+    def _end(self) -> None:
+        """At the end of the program: one that leaves in the middle of an exchange says so, and by its exit code."""
+        if os.getpid() != self._pid:
+            return
+        self.advance()
+        if self._under_way and not self._failed:
+            print(f"rank {self.rank} ends in the middle of an exchange with the others", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+        self._leave()
+
     def _leave(self) -> None:
         """Nothing is added here any more."""
         if os.getpid() != self._pid:  # a fork's end
             return
-        atexit.unregister(self._leave)
+        atexit.unregister(self._end)
+        self.advance()  # what others may still wait for
         self._signs[self.rank].marks[_LEFT] = self._left = True
         self._begun.set()
         if self._helper:
@@ -283,6 +346,7 @@ class SharedMemoryWorld:
         self._engine.barrier()
 
     def shutdown(self) -> None:
+        self.advance()  # what others may still wait for
         self._engine.shutdown()
         self._leave()
 
@@ -299,13 +363,15 @@ class _Processes:
 
     def __init__(self) -> None:
         self._poll, self._descriptors = select.poll(), list[int]()
+        self._asking = threading.Lock()  # threads cannot ask at once
 
     def add(self, pid: int) -> None:
         self._descriptors.append(os.pidfd_open(pid))
         self._poll.register(self._descriptors[-1], select.POLLIN)
 
     def any_ended(self) -> bool:
-        return bool(self._poll.poll(0))
+        with self._asking:
+            return bool(self._poll.poll(0))
 
     def close(self) -> None:
         self._poll = select.poll()
@@ -313,7 +379,7 @@ class _Processes:
             os.close(self._descriptors.pop())
 
 
-def through_memory(engine: Engine, *, wanted: bool) -> Joined:
+def through_memory(engine: ByEngine, *, wanted: bool) -> Joined:
     """A world whose sums go through the memory of its machine; the engine itself where its processes have several.
 
     Also where it is not `wanted` by one of them, or one cannot look into another, which is told. Collective.

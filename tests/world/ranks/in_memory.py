@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 import hvd_lb
-from hvd_lb.errors import ExchangeError
+from hvd_lb.errors import ExchangeError, UserError
 from hvd_lb.world import World, abandon
 from hvd_lb.world.shared import world as shared
 from hvd_lb.world.shared.segment import Segment
@@ -195,6 +197,127 @@ def threads(world: Any) -> None:
     """By several of them, as many a chunk longer."""
     torch.set_num_threads(2)
     sums(world)
+
+
+def found_by_two_threads(world: Any) -> None:
+    """The helper of the last rank still looks for the others' memory when the main thread begins to wait."""
+    found = Segment.of_process
+
+    def slowly(*place: Any) -> Segment:
+        time.sleep(0.02)
+        return found(*place)
+
+    if world.rank == world.size - 1:
+        Segment.of_process = slowly  # type: ignore[method-assign]
+    for number in range(5):
+        room = world.room(f"room {number}", 30_000, torch.float32, CPU)
+        world.barrier()
+        begun = world.allreduce_async(room.fill_(1), "sum")
+        if world.rank == world.size - 1:
+            time.sleep(0.025)
+        assert bool((begun.wait() == world.size).all()), number
+
+
+def interrupted(world: Any) -> None:
+    """By an exception out of a signal's handler, at any moment: whoever waits again has the sum."""
+
+    class Alarm(KeyboardInterrupt):
+        pass
+
+    class Late(Exception):
+        pass
+
+    def ring(*_: Any) -> None:
+        raise kind
+
+    signal.signal(signal.SIGALRM, ring)
+    room, interruptions = world.room("room", 3_000_000, torch.float32, CPU), 0
+    for number in range(40):
+        kind = (Alarm, Late)[number % 2]
+        room.fill_(1)
+        world.barrier()
+        begun = world.allreduce_async(room, "sum")
+        if world.rank == 0:
+            signal.setitimer(signal.ITIMER_REAL, 0.0002 * (1 + number % 20))
+        while True:
+            try:
+                begun.wait()
+                break
+            except (Alarm, Late):
+                interruptions += 1
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except (Alarm, Late):
+            interruptions += 1
+        assert bool((room == world.size).all()), number
+    assert interruptions or world.rank
+
+
+def waiting_threads(world: Any) -> None:
+    """Many of a process at once, for another one that is late."""
+    rooms = [world.room(f"room {number}", 1000, torch.float32, CPU) for number in range(12)]
+    if world.rank == 1:
+        time.sleep(1)
+    with ThreadPoolExecutor(len(rooms)) as pool:
+        waits = [pool.submit(world.allreduce, room.fill_(1), f"sum {at}") for at, room in enumerate(rooms)]
+        assert all(bool((wait.result() == world.size).all()) for wait in waits)
+    assert world._signs[world.rank].marks[shared._WAITS] == 0
+
+
+def nobody_waits(world: Any) -> None:
+    """For sums that are looked at only, or given up with all that belongs to them."""
+    room = world.room("room", 1000, torch.float32, CPU)
+    begun = world.allreduce_async(room.fill_(1), "sum")
+    while not begun.done:
+        time.sleep(0.001)
+    assert bool((room == world.size).all())
+    most = 0
+    for number in range(20):
+        model = torch.nn.Linear(30, 30)
+        opt = hvd_lb.DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model)
+        model(torch.ones(2, 30)).sum().backward()
+        del model, opt
+        gc.collect()
+        most = max(most, len(world._rooms))
+        assert number < 2 or most < 8, most
+
+
+def sent_to_others(world: Any) -> None:
+    """A gradient is pickled as any other tensor is."""
+    model = torch.nn.Linear(3, 3)
+    opt = hvd_lb.DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model)
+    model(torch.ones(2, 3)).sum().backward()
+    opt.synchronize()
+    grad = model.weight.grad
+    assert grad is not None
+    assert not grad.is_shared()
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    queue.put(grad)
+    assert queue.get().equal(grad)
+    opt.step()
+
+
+def few_descriptors(world: Any) -> None:
+    """Those of rooms are closed when all have found them; where there is none left, what to do is said."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    for number in range(100):
+        room = world.room(f"room {number}", 10, torch.float32, CPU)
+        world.allreduce(room.fill_(1), "sum")
+    try:
+        rooms = [world.room(f"one of many {number}", 10, torch.float32, CPU) for number in range(100)]
+    except UserError as error:
+        print(error, flush=True)
+    else:
+        raise AssertionError(len(rooms))
+
+
+def ends_early(world: Any) -> None:
+    """The last one has not begun when another one ends."""
+    room = world.room("room", 10, torch.float32, CPU)
+    if world.rank == 0:
+        world.allreduce_async(room, "sum")
+        sys.exit(0)
+    time.sleep(1)
 
 
 def by_engine(world: World) -> None:
