@@ -61,8 +61,9 @@ _OPTIONS = (
         type=click.Choice(get_args(AllreduceName)),
         default="auto",
         show_default=True,
-        help="auto: NCCL's choice on GPUs, Gloo's ring on CPUs; ring; hierarchical: NCCL inside a host and MPI between "
-        "them; halving-doubling: Open MPI's Rabenseifner algorithm, on CPUs.",
+        help="auto: NCCL's choice on GPUs, on CPUs shared memory within one machine and Gloo's ring between several; "
+        "ring; hierarchical: NCCL inside a host and MPI between them; halving-doubling: Open MPI's Rabenseifner "
+        "algorithm, on CPUs.",
     ),
     _option("--fusion-threshold", type=Finite(0, 1e6), metavar="MB", help="Horovod's fusion buffer [0]"),
     _option(
