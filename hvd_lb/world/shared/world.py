@@ -64,8 +64,9 @@ class _Room:
         self._key = _DTYPES.index(dtype)
 
     def ask(self, engine: ByEngine) -> None:
-        places = torch.zeros(engine.size, 4, dtype=torch.int64)
-        places[engine.rank] = torch.tensor([os.getpid(), self.own.descriptor or 0, self.count, self._key])
+        places = torch.zeros(engine.size, 4, dtype=torch.int64, device="cpu")
+        for at, number in enumerate((os.getpid(), self.own.descriptor or 0, self.count, self._key)):
+            places[engine.rank, at] = number
         self.asked = engine.allreduce_async(places, f"{self.name}.places")
 
     def found(self, rank: int) -> bool:
@@ -110,7 +111,7 @@ class SharedSum:
         room.sums += 1
         self.number = room.sums
         self.began = time.monotonic()
-        self.error: Exception | None = None
+        self.error: RuntimeError | ValueError | None = None
         # Where the part that is left begins, and its first sum where that is known.
         self._reached: tuple[int, Tensor | None] | None = None
 
@@ -256,7 +257,7 @@ class SharedMemoryWorld:
                 try:
                     if not one.room.found(self.rank):
                         continue
-                except Exception as error:
+                except (RuntimeError, ValueError) as error:  # not those of a signal's handler
                     one.error = error
                 else:
                     if not one.room.marked(_BROUGHT, one.number):
@@ -386,18 +387,17 @@ def through_memory(engine: ByEngine, *, wanted: bool) -> Joined:
     """
     if engine.size == 1 or engine.local_size != engine.size:
         return engine
-    others, reason = _Processes(), ""
+    others, reason, own = _Processes(), "", None
     signs = list[Segment]()
-    row, own = torch.zeros(3, dtype=torch.int64), None
+    rows = torch.zeros(engine.size, 3, dtype=torch.int64, device="cpu")
     try:
         if wanted and os.environ.get(VARIABLE) != "0":
             own = OwnSegment(0, torch.int64)
-            own.marks[_WHO] = who = secrets.randbits(62)
-            row = torch.tensor([os.getpid(), own.descriptor, who])
+            own.marks[_WHO] = secrets.randbits(62)
+            for at, number in enumerate((os.getpid(), own.descriptor or 0, int(own.marks[_WHO]))):
+                rows[engine.rank, at] = number
     except (OSError, AttributeError) as error:  # of a kernel, or a Python, that has none
         reason = str(error)
-    rows = torch.zeros(engine.size, 3, dtype=torch.int64)
-    rows[engine.rank] = row
     engine.allreduce(rows, "hvd_lb.shared.signs")
     if wanted := bool(rows[:, 0].all()):  # by all
         try:
