@@ -8,21 +8,23 @@ import sys
 from contextlib import suppress
 from types import FrameType
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
 
 class Interrupted(KeyboardInterrupt):
     """By one of the signals below. A class of its own: Python ends itself by SIGINT once it saw the plain one."""
 
 
 class _Signals:
-    """SIGINT, SIGTERM and SIGHUP, which nohup may have ignored, end a command by Interrupted.
+    """What would end a command ends it by Interrupted; not what nohup has set to be ignored, or a library handles.
 
     While modules are loaded they end it at once: what loads them may take any exception for one of its own.
     """
 
     def __init__(self) -> None:
         self.number, self.loading = 0, True
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
+        for number in _ENDING:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
@@ -66,8 +68,8 @@ def tell_interrupted(number: int) -> None:
 
 def _end_by_signals() -> None:
     """What is left needs no word: a signal ends it as it would any program."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
+    for number in _ENDING:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
             signal.signal(number, signal.SIG_DFL)
 
 

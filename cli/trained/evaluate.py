@@ -9,7 +9,7 @@ import rich_click as click
 from rich.text import Text
 
 from hvd_lb.report.run_directory import strict_json
-from hvd_lb.report.text import count, figure, printable
+from hvd_lb.report.text import figure, printable
 from hvd_lb_cli.options.splits import split_options
 from hvd_lb_cli.output.progress import long_progress
 from hvd_lb_cli.output.show import print_rows
@@ -79,8 +79,15 @@ def evaluate(
         )
     for note in notes:
         console.print(Text(printable(note)), soft_wrap=True)
-    with console.status(Text(f"evaluating {count(len(images), 'image')}")):
-        found = evaluate_weights(trained, images, what, device=use.device, threads=use.loader_threads)
+    with long_progress(console) as on_progress:
+        found = evaluate_weights(
+            trained,
+            images,
+            what,
+            device=use.device,
+            threads=use.loader_threads,
+            on_progress=lambda done: on_progress("images evaluated", done, len(images)),
+        )
     figures = found.figures
     if as_json:
         told = {"weights": str(trained.file), "data": what, **asdict(figures), "left_out": len(found.bad)}

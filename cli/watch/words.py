@@ -23,6 +23,8 @@ def _figures(state: RunState) -> list[str]:
     if state.epochs:
         parts.append(f"epoch {state.epochs:.1f}")
     if state.state in AT_WORK:
+        if state.doing:
+            parts.append(f"{printable(state.doing['what'])} {100 * state.doing['share']:.0f} %")
         if state.images_per_second is not None:
             parts.append(speed(state.images_per_second))
         if state.seconds_left is not None:
@@ -55,6 +57,8 @@ def rows(state: RunState) -> list[tuple[str, str]]:
         )
         epoch = f", epoch {state.epochs:.1f}" if state.epochs else ""
         found.append(("steps", f"{state.steps:,}{of}{epoch}"))
+    if state.doing:
+        found.append(("now", f"{printable(state.doing['what'])}, {100 * state.doing['share']:.0f} % done"))
     if state.images_per_second is not None:
         found.append(("speed", speed(state.images_per_second)))
     if state.seconds_left is not None:

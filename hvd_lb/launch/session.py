@@ -226,8 +226,8 @@ def run_job(
     else is told of the run.
 
     The exit status: 0 at the end, and for a run that has come to it before; 1 when a rank failed, 128 + signal when
-    interrupted. The first SIGINT, SIGTERM or SIGHUP ends the run with a checkpoint after the present step, a second one
-    ends it at once.
+    interrupted. The first of `heeded_signals` ends the run with a checkpoint after the present step, a second one ends
+    it at once.
     """
     run = run_directory(output, resolved.recipe)
     foretold = forecast_for(forecast, resolved.recipe, placement.processes) if forecast else None
@@ -340,7 +340,7 @@ def _watch(
                     if hung := _hopeless(job, processes, hangs, display):
                         break
                     _heed(read_wish(run.stop), received)
-                    if received:
+                    if len(received) == 1:
                         asked.to_stop(received[0])
                     for note in (*identity.restored(), *processes.notes(), *tracking.update()):
                         display.note(note)

@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# The last two are what schedulers send, where they are asked to, some minutes before they end a job.
+_ALWAYS = (signal.SIGINT, signal.SIGTERM)
+_UNLESS_TAKEN = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 #: In the file: end now, without a checkpoint.
 AT_ONCE = "at once"
 _LOOK_SECONDS = 0.25
@@ -24,9 +26,19 @@ _SAME_SECONDS = 1.0
 
 
 def heeded_signals() -> tuple[signal.Signals, ...]:
-    """The signals that end a run. A terminal that is closed is none under nohup, which ignores it."""
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return tuple(number for number in _SIGNALS if number is not signal.SIGHUP or not ignored)
+    """The signals that end a run: not those that nohup, say, has set to be ignored, or a library handles."""
+    return (*_ALWAYS, *(number for number in _UNLESS_TAKEN if not _taken(number)))
+
+
+def _taken(number: int) -> bool:
+    handler = signal.getsignal(number)
+    if handler is not signal.SIG_DFL:
+        return handler in (signal.SIG_IGN, None)
+    try:  # one that Python knows nothing of, such as faulthandler's
+        status = Path("/proc/self/status").read_text("utf-8", "replace")
+        return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
+    except (OSError, ValueError, IndexError):  # macOS
+        return False
 
 
 def read_wish(file: Path) -> str:

@@ -23,7 +23,7 @@ def put_back_without_script(job: str) -> None:
     """
     end = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < end:
-        said = _said("scontrol", "show", "job", "--oneliner", job)
+        said = line_of_job(_said("scontrol", "show", "job", "--oneliner", job), job)
         fields = dict(re.findall(r"(?<!\S)(\w+)=(\S*)", said))
         if said and (fields.get("JobState") != "RUNNING" or fields.get("BatchFlag") != "1"):
             return
@@ -36,6 +36,14 @@ def put_back_without_script(job: str) -> None:
             _said(*(("scontrol", "requeue") if fields.get("Requeue") == "1" else ("scancel",)), job)
             return
         time.sleep(_PAUSE_SECONDS)
+
+
+def line_of_job(said: str, job: str) -> str:
+    """Of what `scontrol --oneliner show job` said, the line of this job.
+
+    One task of an array has the array's own number, and for that all tasks are shown.
+    """
+    return next((line for line in said.splitlines() if line.startswith(f"JobId={job} ")), said)
 
 
 def _said(*command: str) -> str:

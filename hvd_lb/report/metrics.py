@@ -223,10 +223,16 @@ class RunObserver:
         self._later(self._write_bad_images, records)
 
     def microbatch(self, step: int, done: int, of: int) -> None:
+        self._tell(step, done, of, {})
+
+    def evaluating(self, step: int, done: int, of: int, what: str = "evaluation") -> None:
+        self._tell(step, done, of, {"doing": what})
+
+    def _tell(self, step: int, done: int, of: int, doing: dict[str, str]) -> None:
         now = time.monotonic()
         if now - self._beat >= _HEARTBEAT_SECONDS and self._last.done():
             self._beat = now
-            self._later(self._write_heartbeat, step, done, of)
+            self._later(self._write_heartbeat, step, done, of, doing)
 
     def flush(self) -> None:
         """Waits until what was said is written, or could not be; any thread may ask."""
@@ -304,9 +310,9 @@ class RunObserver:
         with self._told_of(self._run.bad_images):
             self._bad_images.write(sync=True)
 
-    def _write_heartbeat(self, step: int, done: int, of: int) -> None:
+    def _write_heartbeat(self, step: int, done: int, of: int, doing: dict[str, str]) -> None:
         self._step = step
-        text = strict_json({"step": step, "microbatch": done, "microbatches": of})
+        text = strict_json({"step": step, "microbatch": done, "microbatches": of, **doing})
         with self._told_of(self._run.heartbeat):
             replace_text(self._run.heartbeat, text, sync=False)
 
@@ -405,6 +411,9 @@ class SilentObserver:
         pass
 
     def microbatch(self, step: int, done: int, of: int) -> None:
+        pass
+
+    def evaluating(self, step: int, done: int, of: int, what: str = "evaluation") -> None:
         pass
 
     def flush(self) -> None:

@@ -31,7 +31,10 @@ _QUIET_SECONDS = 60.0
 
 
 class Display(Protocol):
-    """Shows records as they come; `beat` says how far a step is: (step, microbatch, of how many)."""
+    """Shows records as they come; `beat` says how far a step is: (step, microbatch, of how many).
+
+    Where rank 0 is `doing` something else after a step, such as its evaluation, it says how far that is.
+    """
 
     def train(self, record: dict[str, Any]) -> None: ...
 
@@ -41,7 +44,7 @@ class Display(Protocol):
 
     def rescale(self, record: dict[str, Any]) -> None: ...
 
-    def beat(self, step: int, microbatch: int, microbatches: int) -> None: ...
+    def beat(self, step: int, microbatch: int, microbatches: int, doing: str = "") -> None: ...
 
     def close(self) -> None: ...
 
@@ -117,7 +120,7 @@ class RunView:
             step, done, of = (int(beat[name]) for name in ("step", "microbatch", "microbatches"))
         except (OSError, ValueError, LookupError, TypeError):
             return
-        self._display.beat(step, done, max(of, 1))
+        self._display.beat(step, done, max(of, 1), str(beat.get("doing", "")))
 
 
 class LiveDisplay:
@@ -157,20 +160,21 @@ class LiveDisplay:
         self._rate.total = record["total_steps"]
         self._progress.update(self._task, total=record["total_steps"])
 
-    def beat(self, step: int, microbatch: int, microbatches: int) -> None:
-        part = f" ({microbatch}/{microbatches})" if microbatches > 1 else ""
+    def beat(self, step: int, microbatch: int, microbatches: int, doing: str = "") -> None:
+        if doing:
+            self._move(step, step + 1, doing_in_words(doing, microbatch, microbatches))
+            return
+        part = f"({microbatch}/{microbatches})" if microbatches > 1 else ""
         self._move(step, step + microbatch / microbatches, part)
 
     def _move(self, step: int, done: float, part: str = "") -> None:
-        if done <= self._done:  # records and signs of life come on different ways
-            return
+        if done < self._done or (done == self._done and not part):
+            return  # records and signs of life come on different ways
+        words = f"epoch {(step - self._offset) // self._steps_per_epoch} step {step} {part}".rstrip()
+        # Of steps: what follows one takes none of them further.
+        left = self._rate.left(done) if done > self._done else self._progress.tasks[0].fields["left"]
         self._done = done
-        self._progress.update(
-            self._task,
-            completed=done,
-            description=f"epoch {(step - self._offset) // self._steps_per_epoch} step {step}{part}",
-            left=self._rate.left(done),
-        )
+        self._progress.update(self._task, completed=done, description=words, left=left)
 
     def close(self) -> None:
         self._progress.stop()
@@ -207,9 +211,11 @@ class PlainDisplay:
     def rescale(self, record: dict[str, Any]) -> None:
         self._rate.total = record["total_steps"]
 
-    def beat(self, step: int, microbatch: int, microbatches: int) -> None:
+    def beat(self, step: int, microbatch: int, microbatches: int, doing: str = "") -> None:
         if self._silent_for(_QUIET_SECONDS):
-            self._line(f"step {step}/{self._rate.total}: microbatch {microbatch} of {microbatches}")
+            here = f"microbatch {microbatch} of {microbatches}"
+            how_far = doing_in_words(doing, microbatch, microbatches) if doing else here
+            self._line(f"step {step}/{self._rate.total}: {how_far}")
 
     def close(self) -> None:
         pass
@@ -239,6 +245,11 @@ class _Rate:
         if steps <= 0 or seconds <= 0:
             return "time left unknown"
         return f"{duration((self.total - done) * seconds / steps)} left"
+
+
+def doing_in_words(what: str, done: int, of: int) -> str:
+    """`evaluation, 24 % done`."""
+    return f"{printable(what)}, {100 * done // of} % done"
 
 
 def _metrics(record: dict[str, Any]) -> str:

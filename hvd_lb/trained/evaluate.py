@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,8 +119,19 @@ def _refuse_unnamed(classes: list[str], trained: Trained) -> None:
         )
 
 
-def evaluate(trained: Trained, images: Images, what: str, *, device: torch.device, threads: int) -> Evaluated:
-    """As training does it on one process: the same batches, pixels, kernels and sums, and so the same bits."""
+def evaluate(
+    trained: Trained,
+    images: Images,
+    what: str,
+    *,
+    device: torch.device,
+    threads: int,
+    on_progress: Callable[[int], object] = lambda images: None,
+) -> Evaluated:
+    """As training does it on one process: the same batches, pixels, kernels and sums, and so the same bits.
+
+    `on_progress` is told of how many images have gone through.
+    """
     recipe, world = trained.recipe, Solo()
     bad: list[Record] = []
     accounts = BadImages(world, recipe.on_bad_image == "skip", 1.0, bad.extend)  # how many they are is told
@@ -130,6 +142,14 @@ def evaluate(trained: Trained, images: Images, what: str, *, device: torch.devic
         freeze_backbone(model)
     forward = arithmetic.compiled(model) if recipe.compile else model
     step = max(0, trained.checkpoint.step - 1) if trained.checkpoint else 0
+
+    def before_batch(done: int, of: int) -> int:
+        on_progress(done * recipe.per_gpu_batch)
+        return 0
+
     with arithmetic.kernels(recipe):
-        figures = evaluator(forward, world, arithmetic.autocast(recipe, device), Origin("eval", 0, step, 0))
+        figures = evaluator(
+            forward, world, arithmetic.autocast(recipe, device), Origin("eval", 0, step, 0), before_batch
+        )
+    on_progress(len(images))
     return Evaluated(what, figures, bad)

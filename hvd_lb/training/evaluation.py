@@ -133,11 +133,12 @@ class Evaluator:
         world: World,
         autocast: AbstractContextManager[None],
         origin: Origin,
-        stop_requested: Callable[[], int] = lambda: 0,
+        before_batch: Callable[[int, int], int] = lambda done, of: 0,
     ) -> Evaluation:
         """Collective; `forward` is a model in evaluation mode, `origin` says after which step.
 
-        `stop_requested` is asked before each batch: when it gives a signal's number on any process, `Stopped`.
+        `before_batch` is told how many of this process's batches are done, and of how many: when it gives a signal's
+        number on any process, `Stopped`.
         """
         own = self.own(world.rank, world.size)
         # What is asked before a batch is answered before the next; by all processes, so only while all have batches.
@@ -148,7 +149,7 @@ class Evaluator:
         with autocast, self.loaders.open(self.batches(world.rank, world.size, origin)) as loader:
             for done, (batch, (x, y)) in enumerate(zip(own, loader, strict=True)):
                 self._heed(asked)
-                wish = torch.tensor([stop_requested()])
+                wish = torch.tensor([before_batch(done, len(own))])
                 asked = world.maximum_async(wish, "hvd_lb.evaluation.stop") if done < rounds else None
                 bad = [of.position for of in self.bad_images.found if of.origin and of.origin.number == batch]
                 if bad:

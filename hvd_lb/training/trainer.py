@@ -120,6 +120,9 @@ class Observer(Protocol):
     def microbatch(self, step: int, done: int, of: int) -> None:
         """`done` of this process's `of` microbatches of step `step` have gone through."""
 
+    def evaluating(self, step: int, done: int, of: int, what: str = "evaluation") -> None:
+        """After step `step`, `done` of this process's `of` batches of `what` have gone through."""
+
     def flush(self) -> None:
         """Returns when all that was told is where it shall be; called in another thread, before a checkpoint is there.
 
@@ -799,6 +802,9 @@ class Trainer:
         with loaders.open(anew.microbatches(epoch, self.step, mine)) as loader:
             for number, (images, _) in zip(mine, loader, strict=True):
                 self.stages.enter(Stage.EVALUATION)
+                self.observer.evaluating(
+                    self.step - 1, number - mine.start, len(mine), "batch norm's statistics"
+                )
                 self.forward.logits([images], [anew.seed(self.step, number)])
                 self.state.statistics.after_forward(len(images) / full)
         try:
@@ -821,10 +827,10 @@ class Trainer:
         origin = Origin("eval", **self._position(), number=0)
         evaluate = partial(self.evaluator, self.forward.network, self.world)
         try:
-            evaluation = evaluate(self.forward.autocast(), origin, self._ask_evaluating)
+            evaluation = evaluate(self.forward.autocast(), origin, partial(self._evaluating, 0))
             if self.state.average:
                 with self.state.averaged(), self.state.bad_images.untold():
-                    averaged = evaluate(self.forward.autocast(), origin, self._ask_evaluating)
+                    averaged = evaluate(self.forward.autocast(), origin, partial(self._evaluating, 1))
                 evaluation = evaluation.with_averaged(averaged)
         except Stopped as stopped:
             self.stopped_by = stopped.number
@@ -848,8 +854,11 @@ class Trainer:
         elif self.writer:
             self.writer.conclude(self.step, self.state.evaluated(), best=best)
 
-    def _ask_evaluating(self) -> int:
+    def _evaluating(self, passed: int, done: int, of: int) -> int:
+        """Before a batch, `passed` passes over all images after the first: the signal by which the run shall end."""
         self.stages.enter(Stage.EVALUATION)
+        passes = 2 if self.state.average else 1
+        self.observer.evaluating(self.step - 1, passed * of + done, passes * of)
         return self.stop_requested()
 
     def _digest(self) -> None:

@@ -42,6 +42,7 @@ class RunState:
     epochs: float | None = None
     images_per_second: float | None = None
     seconds_left: float | None = None
+    doing: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
     slowest: dict[str, Any] | None = None
     last_warning: str | None = None
@@ -131,7 +132,8 @@ class _Seen:
     def state(self) -> RunState:
         summary, facts = read_json(self._run.summary), self._launching
         records = last_records(self._run.metrics)
-        steps = summary.get("steps") if summary else _steps_done(records, read_json(self._run.heartbeat))
+        progress = read_json(self._run.heartbeat)
+        steps = summary.get("steps") if summary else _steps_done(records, progress)
         rescaled = _last(records, "rescale")
         total = rescaled.get("total_steps") or facts.get("total_steps") or summary.get("total_steps")
         rate = _last(records, "train").get("images_per_second")
@@ -152,6 +154,7 @@ class _Seen:
             epochs=summary.get("epochs") if summary else epochs,
             images_per_second=rate if word in AT_WORK else summary.get("images_per_second"),
             seconds_left=left,
+            doing=_doing(progress, steps) if word in AT_WORK else None,
             evaluation=_last(records, "eval") or None,
             slowest=_slowest(_last(records, "ranks")),
             last_warning=_last(records, "warning").get("message"),
@@ -212,5 +215,15 @@ def _steps_done(records: Sequence[dict[str, Any]], progress: dict[str, Any]) -> 
     """By the record and the sign of life that are newest."""
     steps = [record["step"] + 1 for record in records if record.get("kind") in ("train", "eval")][-1:]
     if isinstance(progress.get("step"), int):
-        steps.append(progress["step"])
+        steps.append(progress["step"] + ("doing" in progress))
     return max(steps, default=None)
+
+
+def _doing(progress: dict[str, Any], steps: int | None) -> dict[str, Any] | None:
+    """What rank 0 does after the last step, such as its evaluation, and how much of that is done, from 0 to 1."""
+    try:
+        if progress["step"] + 1 != steps:
+            return None
+        return {"what": str(progress["doing"]), "share": progress["microbatch"] / progress["microbatches"]}
+    except (LookupError, TypeError, ArithmeticError):
+        return None

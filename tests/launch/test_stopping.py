@@ -1,6 +1,7 @@
 """By which signals and by which file a run is asked to end."""
 
 import errno
+import faulthandler
 import signal
 import threading
 import time
@@ -12,22 +13,37 @@ import pytest
 
 from hvd_lb.launch.stopping import StopRequests, heeded_signals
 
+ALWAYS = (signal.SIGINT, signal.SIGTERM)
+UNLESS_TAKEN = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
     """As they were."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (*ALWAYS, *UNLESS_TAKEN)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def test_a_closed_terminal_ends_a_run_unless_nohup_ignores_it() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    assert heeded_signals() == (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    assert heeded_signals() == (signal.SIGINT, signal.SIGTERM)
+@pytest.mark.parametrize("number", UNLESS_TAKEN)
+def test_a_closed_terminal_or_a_scheduler_ends_a_run_unless_it_is_ignored_or_a_library_listens(
+    number: signal.Signals,
+) -> None:
+    """nohup ignores SIGHUP, and some have stacks printed at SIGUSR1, by a handler that is not Python's."""
+    for other in UNLESS_TAKEN:
+        signal.signal(other, signal.SIG_DFL)
+    assert heeded_signals() == (*ALWAYS, *UNLESS_TAKEN)
+    rest = (*ALWAYS, *(other for other in UNLESS_TAKEN if other is not number))
+    signal.signal(number, signal.SIG_IGN)
+    assert heeded_signals() == rest
+    signal.signal(number, signal.SIG_DFL)
+    faulthandler.register(number)
+    try:
+        assert heeded_signals() == rest
+    finally:
+        faulthandler.unregister(number)
 
 
 def test_a_rank_under_nohup_goes_on(tmp_path: Path) -> None:
@@ -37,9 +53,10 @@ def test_a_rank_under_nohup_goes_on(tmp_path: Path) -> None:
     assert requested() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [*ALWAYS, *UNLESS_TAKEN])
 def test_a_signal_to_a_rank(tmp_path: Path, number: int) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for other in UNLESS_TAKEN:
+        signal.signal(other, signal.SIG_DFL)
     requested = StopRequests(tmp_path / "stop")
     assert requested() == 0
     signal.raise_signal(number)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hvd_lb.report import progress
 from hvd_lb.report.progress import RunView, open_display, together_line
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.report.text import audit_in_words
@@ -103,6 +104,31 @@ def test_half_a_sign_of_life(run: RunDirectory, text: str) -> None:
 def test_a_sign_of_life_of_no_microbatches(run: RunDirectory) -> None:
     run.heartbeat.write_text('{"step": 1, "microbatch": 0, "microbatches": 0}')
     view(run, Console(file=io.StringIO(), force_terminal=True)).update()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_how_far_an_evaluation_is(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    """Also after the last step, and on pipes where nothing was said for a minute."""
+    monkeypatch.setenv("TERM", "xterm")
+    now = 1000.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    shown = io.StringIO()
+    watching = view(run, Console(file=shown, force_terminal=terminal, width=120))
+    records = [{**RECORDS[3], "kind": "train", "step": step} for step in range(4)]
+    run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    watching.update()
+    for share in (25, 50):
+        now += 61.0
+        run.heartbeat.write_text(
+            json.dumps({"step": 3, "microbatch": share, "microbatches": 100, "doing": "evaluation"})
+        )
+        watching.update()
+    watching._display.close()
+    text = shown.getvalue()
+    if terminal:
+        assert "epoch 0 step 3 evaluation, 50 % done" in text
+    else:
+        assert text.splitlines()[-2:] == [f"step 3/4: evaluation, {share} % done" for share in (25, 50)]
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])

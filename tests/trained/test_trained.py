@@ -83,7 +83,7 @@ def test_equal_weights_are_equal_files_that_name_classes_and_recipe(run: Path, t
 
 @pytest.mark.parametrize("named", [".", "checkpoints/last", "model.safetensors"])
 def test_evaluate_counts_what_training_counted(
-    hvd_lb: Callable[..., Any], run: Path, tmp_path: Path, named: str
+    hvd_lb: Callable[..., Any], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
 ) -> None:
     weights, more = run / named, ()
     if named == "model.safetensors":  # which is enough by itself
@@ -101,7 +101,10 @@ def test_evaluate_counts_what_training_counted(
     assert {name: found[name] for name in ("top1_error", "top5_error", "loss", "images")} == {
         name: expected[name] for name in ("top1_error", "top5_error", "loss", "images")
     }
+    monkeypatch.setattr("hvd_lb_cli.output.progress._LINE_SECONDS", 0.0)
     table = hvd_lb("evaluate", weights, *more).out
+    assert "images evaluated: 0 of 359 (0 %)\n" in table
+    assert "images evaluated: 359 of 359 (100 %)\n" in table
     assert f"top-1 error: {expected['top1_error']:.2f} %\n" in table
     of_training = json.loads(hvd_lb("evaluate", weights, *more, "--json", "--split", "train").out)
     assert of_training["images"] == 1438

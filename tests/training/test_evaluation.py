@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -41,7 +42,13 @@ def table_of(count: int, classes: int) -> torch.Tensor:
     return torch.randn(count, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3
 
 
-def evaluate(images: ArrayImages, table: torch.Tensor, batch_size: int, world: World) -> Evaluation:
+def evaluate(
+    images: ArrayImages,
+    table: torch.Tensor,
+    batch_size: int,
+    world: World,
+    before_batch: Callable[[int, int], int] = lambda done, of: 0,
+) -> Evaluation:
     """Of a model that gives for each image its line of the table."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -52,7 +59,7 @@ def evaluate(images: ArrayImages, table: torch.Tensor, batch_size: int, world: W
     evaluator = Evaluator(
         loaders, CentreWindows(1.0), CPU, torch.float64, torch.contiguous_format, bad_images
     )
-    return evaluator(forward, world, nullcontext(), Origin("eval", 0, 0, 0))
+    return evaluator(forward, world, nullcontext(), Origin("eval", 0, 0, 0), before_batch)
 
 
 def plain(labels: list[int], table: list[list[float]]) -> Evaluation:
@@ -126,15 +133,48 @@ class Dropping(nn.Module):
 class Evaluations(SilentObserver):
     def __init__(self) -> None:
         self.of: list[dict[str, Any]] = []
+        self.how_far: list[tuple[int, int, int, str]] = []
+
+    def evaluating(self, step: int, done: int, of: int, what: str = "evaluation") -> None:
+        self.how_far.append((step, done, of, what))
 
     def evaluation(self, record: dict[str, Any]) -> None:
         self.of.append(record)
 
 
-def noise(count: int, seed: int) -> ArrayImages:
+@pytest.mark.parametrize(
+    ("changes", "before", "passes"), [({"recompute_bn": 16}, 2, 1), ({"ema": 0.5}, 0, 2)], ids=str
+)
+def test_how_far_it_is_is_told_before_each_batch(changes: dict[str, Any], before: int, passes: int) -> None:
+    """Also of what comes before it, and over both passes where there are averaged weights."""
+    recipe = Recipe(
+        model="resnet8", image_size=8, gpus=2, per_gpu_batch=8, epochs=1, precision="fp32", warmup="none",
+        **changes,
+    )  # fmt: skip
+    train, val = noise(32, 0, 8), noise(29, 1, 8)
+    told = Evaluations()
+    Trainer(recipe, Dataset("noise", train, val), Solo(), device=CPU, threads=1, observer=told).fit()
+    assert told.how_far == [
+        *((1, done, before, "batch norm's statistics") for done in range(before)),
+        *((1, done, 4 * passes, "evaluation") for done in range(4 * passes)),
+    ]
+
+
+def test_each_process_tells_of_its_own_batches() -> None:
+    shares = together(2, lambda world: asked(world))
+    assert shares == [[(0, 1)], [(0, 2), (1, 2)]]
+
+
+def asked(world: World) -> list[tuple[int, int]]:
+    told: list[tuple[int, int]] = []
+    evaluate(numbered(10, 4), table_of(10, 4), 4, world, lambda done, of: told.append((done, of)) or 0)  # type: ignore[func-returns-value]
+    return told
+
+
+def noise(count: int, seed: int, size: int = 4) -> ArrayImages:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 12, count)
-    pixels = rng.integers(0, 100, (count, 4, 4, 3)) + 12 * labels[:, None, None, None]
+    pixels = rng.integers(0, 100, (count, size, size, 3)) + 12 * labels[:, None, None, None]
     return ArrayImages(pixels.astype(np.uint8), labels, [f"{number:02d}" for number in range(12)], "noise")
 
 

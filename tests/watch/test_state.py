@@ -15,6 +15,7 @@ from hvd_lb.machine.process import this_process
 from hvd_lb.report.run_directory import RunDirectory
 from hvd_lb.watch import state as states
 from hvd_lb.watch.state import find_runs, look
+from hvd_lb_cli.watch.words import one_line, rows
 
 FACTS = {
     "processes": 2,
@@ -65,6 +66,13 @@ def test_a_run_at_work(run: RunDirectory) -> None:
     assert (now.state, now.steps, now.total_steps, now.epochs) == ("running", 12, 100, 0.6)
     assert (now.images_per_second, now.seconds_left) == (128.0, 44.0)
     assert (now.launched_on, now.pid) == (this_process()["host"], os.getpid())
+    assert now.doing is None
+    run.heartbeat.write_text('{"step": 12, "microbatch": 3, "microbatches": 4, "doing": "evaluation"}')
+    assert (state(run).steps, state(run).doing) == (13, {"what": "evaluation", "share": 0.75})
+    assert ("now", "evaluation, 75 % done") in rows(state(run))
+    assert "evaluation 75 %" in one_line(state(run), 10)
+    run.heartbeat.write_text('{"step": 12, "microbatch": 3, "microbatches": 0, "doing": []}')
+    assert state(run).doing is None
     run.stop.write_text("2")
     assert state(run).state == "stopping"
 

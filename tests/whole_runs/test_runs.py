@@ -255,14 +255,37 @@ def test_a_second_signal_does_not_wait_for_the_step(start: Start, tmp_path: Path
     assert not list((run / "checkpoints").glob("step-*"))
 
 
-def test_a_signal_to_one_worker_ends_the_run_with_a_checkpoint(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.long)],
+    ids=lambda number: number.name,
+)
+def test_a_signal_to_one_worker_ends_the_run_with_a_checkpoint(
+    start: Start, tmp_path: Path, number: signal.Signals
+) -> None:
     """As schedulers send it: not to the launching process, and not to rank 0."""
     run = tmp_path / "run"
     process = start(*a_run(run, "--epochs", 3000, "--steps", 60_000))
     until(lambda: trained_steps(run) > 3)
-    os.kill(worker_of_rank(run, 1), signal.SIGTERM)
-    out, _ = finish(process, 128 + signal.SIGTERM)
+    os.kill(worker_of_rank(run, 1), number)
+    out, _ = finish(process, 128 + number)
     assert "with a checkpoint; the same command goes on there" in out
+    assert (run / "checkpoints" / "last" / "state.json").exists()
+
+
+def test_a_signal_to_all_processes_of_a_run_ends_it_with_a_checkpoint(start: Start, tmp_path: Path) -> None:
+    """As Slurm sends SIGUSR1 before the time limit: to whoever launches, the head, the agent and the ranks."""
+    run = tmp_path / "run"
+    process = start(*a_run(run, "--epochs", 3000, "--steps", 60_000))
+    until(lambda: trained_steps(run) > 3)
+    everyone = {process.pid, *processes_of(run)}
+    assert len(everyone) > 3
+    for pid in everyone:
+        os.kill(pid, signal.SIGUSR1)
+    out, err = finish(process, 128 + signal.SIGUSR1)
+    assert "SIGUSR1: finishing this step, then a checkpoint" in out
+    assert "with a checkpoint; the same command goes on there" in out
+    assert (err, summary(run)["exit_reason"]) == ("", "interrupted by SIGUSR1")
     assert (run / "checkpoints" / "last" / "state.json").exists()
 
 

@@ -123,7 +123,7 @@ def test_what_is_wrong_is_said_before_the_terminal_is_left(start: Start, run: Pa
     assert not run.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_interrupted_checks_leave_nothing(start: Start, run: Path, tmp_path: Path, number: int) -> None:
     """Hosts that never answer: no run directory, and no ssh."""
     ssh = tmp_path / "bin" / "ssh"

@@ -354,7 +354,7 @@ class Head:
     def _controlled(self) -> list[Any]:
         loop = asyncio.get_running_loop()
         number = os.environ.pop(CONTROL, None)
-        for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             loop.add_signal_handler(sign, self.stop if number is None else lambda: None)
         return [] if number is None else [self._obey(socket.socket(fileno=int(number)))]
 

@@ -104,7 +104,7 @@ class Agent:
     async def run(self) -> int:
         """Until the ranks have ended, or the head says so. `ConnectionLost` where it says no more."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             loop.add_signal_handler(number, lambda: None)
         loop.add_signal_handler(signal.SIGTERM, self._notice)
         listening = asyncio.create_task(self._listen())

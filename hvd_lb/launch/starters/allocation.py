@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hvd_lb.errors import UserError
+from hvd_lb.machine.slurm import line_of_job
 
 # What sbatch and salloc leave in the environment for srun, and would change what is asked for here: one task per rank
 # in our order, each with all cores and GPUs that the job has on its node.
@@ -86,7 +87,7 @@ def allocation(
         job = environ["SLURM_JOB_ID"]
         # The controller knows which nodes the job still has, and the GPUs on each: variables tell the batch script of
         # its own node, and other processes what was asked for.
-        details = _scontrol("show", "job", "--details", "--oneliner", job)
+        details = line_of_job(_scontrol("show", "job", "--details", "--oneliner", job), job)
         still = re.search(r"(?<!\S)NodeList=(\S+)", details)
         there = _names(still[1]) if still else names
         left = [name for name in names if name in there]

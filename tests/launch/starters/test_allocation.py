@@ -78,6 +78,15 @@ def test_a_node_that_slurm_has_taken_out_is_left_out(scontrol: dict[str, str]) -
     assert allocation("cpu", {**JOB, "SLURM_TASKS_PER_NODE": "3,2"}) == Allocation([("h2", 2)], 0)
 
 
+def test_of_an_array_the_task_with_the_arrays_number_reads_its_own_line(scontrol: dict[str, str]) -> None:
+    """For that number scontrol shows all tasks of the array."""
+    other = "JobId=8 ArrayJobId=7 ArrayTaskId=1 NodeList=h9 Nodes=h9 CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:0-1)"
+    scontrol["show job"] = f"{other}\n{scontrol['show job'].replace('JobId=7', 'JobId=7 ArrayJobId=7')}\n"
+    assert allocation("cuda", {**JOB, "SLURM_TASKS_PER_NODE": "2(x2)"}) == Allocation(
+        [("h1", 2), ("h2", 2)], 0
+    )
+
+
 def test_nodes_with_different_numbers_of_gpus_are_refused_in_slurms_words(scontrol: dict[str, str]) -> None:
     scontrol["show job"] = (
         "Nodes=h1 CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:0-1) Nodes=h2 CPU_IDs=0 Mem=0 GRES=gpu:1(IDX:0)"

@@ -48,7 +48,7 @@ class Interrupted(Exception):
 class DockerContainers:
     """UserError on entry when a container cannot be started, with a line for each; then none is left.
 
-    SIGINT, SIGTERM and SIGHUP are passed on to the command while it runs, and raise Interrupted before.
+    The signals that end a run are passed on to the command while it runs, and raise Interrupted before.
     """
 
     def __init__(self, submission: Submission, hosts: Sequence[str], reach: Reach):
@@ -166,7 +166,7 @@ class DockerContainers:
 
 @dataclass(frozen=True)
 class Signalled:
-    """This process got SIGINT, SIGTERM or SIGHUP."""
+    """This process got one of the signals that end a run."""
 
     number: int
 

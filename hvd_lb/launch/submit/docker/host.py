@@ -32,7 +32,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SILENCE_SECONDS = 120.0  #: a launcher that says nothing for so long is gone
 GRACE_SECONDS = 60.0  #: for a command to end by itself
 _START_SECONDS = 20.0

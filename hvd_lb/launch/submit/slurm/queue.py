@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hvd_lb.errors import UserError
 from hvd_lb.launch.submit.slurm.script import log_file
+from hvd_lb.machine.slurm import line_of_job
 from hvd_lb.report.run_directory import RunDirectory, write_json
 
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESV_DEL_HOLD"}
@@ -43,11 +44,10 @@ def job_state(job: str, log: Path | None = None) -> dict[str, str] | None:
         errors="surrogateescape",  # of names of files
         check=False,
     )
-    if "Invalid job id" in done.stderr or (
-        log and done.stdout and f" StdOut={log} " not in f"{done.stdout} "
-    ):
+    said = line_of_job(done.stdout, job)
+    if "Invalid job id" in done.stderr or (log and said and f" StdOut={log} " not in f"{said} "):
         return None
-    return dict(re.findall(r"(\w+)=(\S*)", done.stdout))
+    return dict(re.findall(r"(\w+)=(\S*)", said))
 
 
 def waiting(run: RunDirectory) -> str | None:

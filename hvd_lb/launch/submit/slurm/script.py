@@ -20,7 +20,8 @@ from hvd_lb.launch.submit.command import Submission
 SIGNAL_SECONDS = 120
 
 # The signal before the time limit is sent to this shell alone, those of scancel and of a preemption reach the run by
-# themselves, and a second one would end it without a checkpoint. 143 is what a run ends with that was asked to end.
+# themselves, and a second one would end it without a checkpoint. A run ends with 143 that was asked to end, with 138 or
+# 140 by USR1 or USR2 to its processes, which is how other scripts have Slurm tell of the time limit.
 _REQUEUE = """
 trap 'kill -TERM "$run"' USR1
 trap : TERM
@@ -28,7 +29,7 @@ trap : TERM
 run=$!
 while wait "$run"; status=$?; kill -0 "$run" 2>/dev/null; do :; done
 # It has stopped with a checkpoint: before the time limit or for a more urgent job, unless it was cancelled.
-if [ "$status" = 143 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+if [[ $status =~ ^(143|138|140)$ ]] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
   trap - TERM
   # Until Slurm ends this script: its own exit might count for the next start.
   scontrol requeue "$SLURM_JOB_ID" && sleep 300

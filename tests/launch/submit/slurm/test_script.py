@@ -50,7 +50,7 @@ hvd-lb train --data /data/imagenet --gpus 256 --output /runs/imagenet --launcher
 run=$!
 while wait "$run"; status=$?; kill -0 "$run" 2>/dev/null; do :; done
 # It has stopped with a checkpoint: before the time limit or for a more urgent job, unless it was cancelled.
-if [ "$status" = 143 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+if [[ $status =~ ^(143|138|140)$ ]] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
   trap - TERM
   # Until Slurm ends this script: its own exit might count for the next start.
   scontrol requeue "$SLURM_JOB_ID" && sleep 300
