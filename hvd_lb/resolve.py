@@ -23,6 +23,7 @@ from hvd_lb.machine.cpu import describe_cpu, is_slow_in
 from hvd_lb.machine.packages import untried
 from hvd_lb.machine.placement import Placement
 from hvd_lb.networks import check_input, check_model_name
+from hvd_lb.plan.classes import class_weights, drawn_of_classes
 from hvd_lb.plan.run_plan import RunPlan, Scale
 from hvd_lb.plan.samples import SamplePlan
 from hvd_lb.recipe import OPTIONS, Recipe, check_fields, load_values, merged_recipe, preset_names
@@ -148,6 +149,8 @@ def check_with_data(recipe: Recipe, dataset: Dataset) -> tuple[SamplePlan, Sched
             f"class_weights has {len(weights)} numbers, but {dataset.name} has {len(classes)} classes: "
             "expected one for each, in their order"
         )
+    elif weights is not None:
+        class_weights(weights, drawn_of_classes(dataset.train.labels, len(classes), recipe.sampling))
     if recipe.on_bad_image == "fail":
         for split in (dataset.train, dataset.val):
             refuse_large(split, recipe.max_pixels)

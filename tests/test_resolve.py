@@ -4,16 +4,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from hvd_lb.data.images import ArrayImages, Dataset
 from hvd_lb.data.spec import absolute_spec
 from hvd_lb.errors import UserError
 from hvd_lb.machine.cpu import describe_cpu, is_slow_in
 from hvd_lb.machine.placement import DeviceName, Placement
-from hvd_lb.recipe import load_values, make_recipe, preset_names
-from hvd_lb.resolve import check_options, explain, resolve
+from hvd_lb.recipe import Recipe, load_values, make_recipe, preset_names
+from hvd_lb.resolve import check_options, check_with_data, explain, resolve
 
 DIGITS = {"data": "digits", "gpus": 2}
 CPU = Placement("cpu", 1, 1)
@@ -235,3 +237,17 @@ def test_which_cpus_have_them_is_what_torch_says_of_this_one() -> None:
 def test_a_recipe_that_names_its_precision_has_chosen_it() -> None:
     resolved = resolve(DIGITS, recipe=written("precision: fp32"), default_gpus=1)
     assert "tensor cores" not in str(explain(resolved, Placement("cuda", 1, 1)))
+
+
+def test_weights_of_classes_without_images() -> None:
+    """Told before anything is started, and not by the ranks."""
+    pixels = np.zeros((8, 8, 8, 3), np.uint8)
+    images = ArrayImages(pixels, np.arange(8) % 2, ["a", "b", "none"], "made")
+    recipe = Recipe(
+        model="resnet8", image_size=8, gpus=1, per_gpu_batch=2, class_weights=(0.0, 0.0, 1.0), epochs=1
+    )
+    with pytest.raises(UserError, match="all images are of classes of weight 0"):
+        check_with_data(recipe, Dataset("made", images, images))
+    check_with_data(
+        recipe.model_copy(update={"class_weights": (0.0, 1.0, 1.0)}), Dataset("made", images, images)
+    )

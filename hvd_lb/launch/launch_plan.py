@@ -15,6 +15,7 @@ from hvd_lb.errors import UserError
 from hvd_lb.launch.hosts import Host
 from hvd_lb.launch.options import CYCLE_TIME, START_TIMEOUT
 from hvd_lb.machine.cpu import kernel_variables
+from hvd_lb.machine.process import memory_variables
 from hvd_lb.world.build import joins_again
 from hvd_lb.world.engine import Engine
 
@@ -134,10 +135,11 @@ def cycles(launch: LaunchPlan, device: str, elastic: bool = False) -> dict[str, 
     return {CYCLE_TIME: "10"}
 
 
-def process_environment(threads: int) -> dict[str, str]:
+def process_environment(threads: int, device: str) -> dict[str, str]:
     """What every process needs, however it is started."""
     return {
         **kernel_variables(),
+        **(memory_variables() if device == "cpu" else {}),
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONUNBUFFERED": "1",

@@ -146,7 +146,7 @@ def make_job(
         hosts=[(host.name, host.slots or 1) for host in launch.hosts],
         interfaces=dict(launch.interfaces),
         environment={
-            **process_environment(placement.threads),
+            **process_environment(placement.threads, placement.device),
             **cycles(launch, placement.device, elastic is not None),
             **launch.environment,
         },

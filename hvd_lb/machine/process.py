@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 # glibc's mallopt (malloc.h)
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_MAX, _MXFAST = -1, -4, 1
+_NO_TCACHE = "glibc.malloc.tcache_count=0"
 
 
 def this_process() -> dict[str, Any]:
@@ -89,11 +90,31 @@ def keep_memory() -> None:
 
     A step needs the same memory as the last one, and each page that comes anew costs a fault and 4,096 zeros written.
     What the user has set of this (MALLOC_MMAP_MAX_, GLIBC_TUNABLES) stays. Nothing happens where malloc is not glibc's.
+
+    What is kept must not fall to pieces: an aligned tensor leaves some bytes before and after it. If these do not go
+    back to their neighbours when all are freed, the next tensor of that size has no room there. So small pieces are not
+    set aside for small requests, here and, as only variables can say that to a process, by `memory_variables`.
     """
-    set_by_user = re.compile(r"(MALLOC_|glibc\.malloc\.)(mmap_|trim_)", re.IGNORECASE)
-    if any(map(set_by_user.match, (*os.environ, *os.environ.get("GLIBC_TUNABLES", "").split(":")))):
+    if _set_by_user("mmap_", "trim_"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, -1)
+        mallopt(_MXFAST, 0)
+
+
+def memory_variables() -> dict[str, str]:
+    """What a process has to be started with for `keep_memory` to keep no more than it has to."""
+    if _set_by_user("mmap_", "trim_", "tcache_"):
+        return {}
+    present = os.environ.get("GLIBC_TUNABLES")
+    return {"GLIBC_TUNABLES": f"{present}:{_NO_TCACHE}" if present else _NO_TCACHE}
+
+
+def _set_by_user(*settings: str) -> bool:
+    """Whether any of malloc's settings that begin so is in the environment."""
+    words = (*os.environ, *os.environ.get("GLIBC_TUNABLES", "").split(":"))
+    return any(
+        re.match(rf"(MALLOC_|glibc\.malloc\.)({'|'.join(settings)})", word, re.IGNORECASE) for word in words
+    )

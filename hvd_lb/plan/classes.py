@@ -15,6 +15,12 @@ from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.shuffle import Permutation
 
 
+def drawn_of_classes(labels: np.ndarray, classes: int, sampling: str) -> np.ndarray:
+    """How often each class is drawn, to a factor, int64 (classes,)."""
+    drawn = np.bincount(labels, minlength=classes)
+    return (drawn > 0).astype(np.int64) if sampling == "balanced" else drawn
+
+
 def class_weights(
     given: str | tuple[float, ...], drawn: np.ndarray, outputs: int | None = None
 ) -> np.ndarray:

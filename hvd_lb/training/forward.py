@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from hvd_lb.errors import HostError, UserError
 from hvd_lb.exact.reproducible import fast_kernels
 from hvd_lb.kernels.batch_norm import proved_batch_norm
 from hvd_lb.machine.graphs import GraphRecorder, Recorder, Recording, Recordings, Trial
-from hvd_lb.plan.classes import class_weights
+from hvd_lb.plan.classes import class_weights, drawn_of_classes
 from hvd_lb.plan.counter import generator_seed
 from hvd_lb.plan.mixing import Mixing, Targets
 from hvd_lb.recipe import Recipe
@@ -97,9 +96,7 @@ class Forward:
         if recipe.class_weights is None:
             return None
         classes = len(train.classes)
-        drawn = np.bincount(train.labels, minlength=classes)
-        if recipe.sampling == "balanced":
-            drawn = (drawn > 0).astype(np.int64)
+        drawn = drawn_of_classes(train.labels, classes, recipe.sampling)
         weights = class_weights(recipe.class_weights, drawn, recipe.num_classes or classes)
         return torch.from_numpy(weights).to(self.device, self.dtype)
 

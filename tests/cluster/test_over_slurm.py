@@ -287,6 +287,18 @@ def test_what_an_allocation_is_taken_for(
     idle(cluster)
 
 
+def test_each_task_of_an_array_has_its_own_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    """One of them has the array's number, by which Slurm tells of all."""
+    script = tmp_path / "shown"
+    script.write_text(SHOWN.format(python=sys.executable).replace("exec ", "") + "sleep 10\n")
+    script.chmod(0o700)
+    options = ["--array=0-2", "--nodes=1", "--exclusive", "--wait", f"--output={tmp_path}/%a"]
+    cluster.run(["sbatch", *options, script], env={"PYTHONPATH": CODE}, timeout=120)
+    said = [(tmp_path / str(task)).read_text() for task in range(3)]
+    assert [text.split()[:2] for text in said] == [["SHOWN", "local"]] * 3, said
+    idle(cluster)
+
+
 def test_a_cancelled_run_goes_on_and_one_out_of_time_puts_itself_back_into_the_queue(
     cluster: Cluster, submit: Submit, simulated: Path, tmp_path: Path
 ) -> None:
@@ -310,10 +322,14 @@ def test_a_cancelled_run_goes_on_and_one_out_of_time_puts_itself_back_into_the_q
     # What Slurm does before the time limit, by the script's --signal.
     cluster.run(["scancel", "--batch", "--signal=USR1", job])
     restarted(cluster, job, 1)
+    until(lambda: trained_steps(run) >= stopped + 24)
+    # And by that of others, to all processes of its steps.
+    cluster.run(["scancel", "--signal=USR1", job])
+    restarted(cluster, job, 2)
     out, _ = finish(second)
     assert f"going on from step {stopped} " in out
-    assert out.count("going on from step") == 2
-    assert f"job {job}: completed, start 2" in out
+    assert out.count("going on from step") == 3
+    assert f"job {job}: completed, start 3" in out
     assert trained_steps(run) == STEPS
     assert_same(cluster.controller, simulated, run)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from hvd_lb.machine.process import is_running, started, this_life, this_process
+from hvd_lb.launch.launch_plan import process_environment
+from hvd_lb.machine.process import is_running, memory_variables, started, this_life, this_process
 
 
 def test_this_process_is_running() -> None:
@@ -85,6 +86,38 @@ def _page_faults(**settings: str) -> int:
 def test_memory_of_one_step_serves_the_next() -> None:
     assert _page_faults() < 1000
     assert _page_faults(MALLOC_ARENA_MAX="2", GLIBC_TUNABLES="glibc.malloc.arena_test=2") < 1000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_with_what_processes_of_a_run_are_started_with_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert _page_faults(**memory_variables()) < 1000
+
+
+@pytest.mark.parametrize(
+    ("present", "expected"),
+    [
+        ({}, {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}),
+        ({"GLIBC_TUNABLES": ""}, {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}),
+        (
+            {"GLIBC_TUNABLES": "glibc.rtld.nns=5"},
+            {"GLIBC_TUNABLES": "glibc.rtld.nns=5:glibc.malloc.tcache_count=0"},
+        ),
+        ({"GLIBC_TUNABLES": "glibc.malloc.tcache_max=100"}, {}),
+        ({"MALLOC_TRIM_THRESHOLD_": "1"}, {}),
+    ],
+)
+def test_small_pieces_are_not_set_aside_unless_the_user_has_them(
+    monkeypatch: pytest.MonkeyPatch, present: dict[str, str], expected: dict[str, str]
+) -> None:
+    for name in [*os.environ]:
+        if name.startswith(("MALLOC_", "GLIBC_")):
+            monkeypatch.delenv(name)
+    for name, value in present.items():
+        monkeypatch.setenv(name, value)
+    assert memory_variables() == expected
+    assert process_environment(1, "cpu").items() >= expected.items()
+    assert "GLIBC_TUNABLES" not in process_environment(1, "cuda")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")

@@ -71,7 +71,11 @@ def _measured(
             starter=launch.starter,
             hosts=[(host.name, host.slots or 1) for host in launch.hosts],
             interfaces=dict(launch.interfaces),
-            environment={**process_environment(placement.threads), **launch.environment, **environment},
+            environment={
+                **process_environment(placement.threads, placement.device),
+                **launch.environment,
+                **environment,
+            },
         )
         processes = RankProcesses(job, launch, run, lock.descriptor)
         try:
