@@ -270,13 +270,14 @@ def test_an_open_page_follows_a_run(
         "JSON.parse(document.getElementById('data').textContent).find((c) => c.key == 'loss').series[0].x.length"
     )
     until(lambda: browser.value(points))
-    first = browser.value(points)
+    first = browser.value(points) or 0
     until(lambda: (browser.value(points) or 0) > first)
     training.terminate()
     training.communicate(timeout=60)
     said, _ = watching.communicate(timeout=60)
     assert (watching.returncode, said.splitlines()[-1]) == (0, f"1 run: {file}")
-    until(lambda: "interrupted by SIGTERM" in browser.value("document.body.innerText"))
+    # While it loads itself again there may be no body for a moment.
+    until(lambda: "interrupted by SIGTERM" in browser.value("document.body?.innerText ?? ''"))
     time.sleep(2.5)
     # What has ended is not loaded again.
     asked = len(browser.asked)
