@@ -67,6 +67,13 @@ class StopRequests:
     def __call__(self) -> int:
         return self._signal
 
+    def taken_back(self, number: int) -> bool:
+        """Whether it was this signal; then the run shall not end any more."""
+        if self._signal != number:
+            return False
+        self._signal = 0
+        return True
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Inside, a thread looks for the file: a file system that hangs keeps no step waiting."""
@@ -93,3 +100,13 @@ class StopRequests:
             self._end(128 + number)
         if not self._signal:
             self._signal, self._since = number, time.monotonic()
+
+
+_present: StopRequests | None = None
+
+
+def stop_requests(file: Path, end: Callable[[int], object] = os._exit) -> StopRequests:
+    """Those of this process, which may hear signals already: a rank does before it loads torch."""
+    global _present
+    _present = _present or StopRequests(file, end)
+    return _present

@@ -31,8 +31,8 @@ from hvd_lb.training.saved_state import AVERAGED, LOSSES
 
 Verdict = Literal["holds", "does not hold", "cannot be told"]
 
-# In float mode on other hardware or processes: losses this far apart soon after a checkpoint are no rounding.
-_FAR, _SOON = 0.05, 20
+# In float mode on other hardware or processes: losses that are `FAR` so soon after a checkpoint are no rounding.
+_SOON = 20
 
 
 @dataclass(frozen=True)
@@ -235,11 +235,10 @@ def execute(
     elif expected.bits:
         done.problem = str(compared.first)
     elif not compared.to_rounding:
-        soon = compared.first.step - stretch.start < _SOON
         if expected.half:
             done.untold = f"losses differ by up to {compared.largest:.2g} of their size: {expected.why}"
-        elif compared.largest > _FAR and soon:
-            done.problem = f"{compared.first}, far more than rounding does in {_SOON} steps"
+        elif compared.far and compared.far.step - stretch.start < _SOON:
+            done.problem = f"{compared.far}, far more than rounding does in {_SOON} steps"
         else:
             done.untold = (
                 f"losses differ by up to {compared.largest:.2g} of their size; rounding alone does {ROUNDING:g} at "

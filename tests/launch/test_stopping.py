@@ -2,7 +2,11 @@
 
 import errno
 import faulthandler
+import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -61,6 +65,15 @@ def test_a_signal_to_a_rank(tmp_path: Path, number: int) -> None:
     assert requested() == 0
     signal.raise_signal(number)
     assert requested() == number
+
+
+def test_what_another_one_takes_over_ends_no_run(tmp_path: Path) -> None:
+    requested = StopRequests(tmp_path / "stop")
+    assert not requested.taken_back(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert not requested.taken_back(signal.SIGINT)
+    assert requested.taken_back(signal.SIGTERM)
+    assert requested() == 0
 
 
 def test_a_second_signal_ends_a_rank_unless_it_is_the_first_passed_on(
@@ -148,3 +161,27 @@ def test_a_file_that_cannot_be_read_just_now_is_looked_at_again(
         assert requested() == 0
         monkeypatch.undo()
         assert heard(requested) == 15
+
+
+EARLY = """
+import json, os, signal, sys, types
+from hvd_lb.launch import rank
+from hvd_lb.launch.rank import entry
+from hvd_lb.launch.stopping import stop_requests
+rank.train = sys.modules["hvd_lb.launch.rank.train"] = types.ModuleType("train")
+rank.train.main = lambda *given: print("asked by", stop_requests(None)(), "torch" in sys.modules)
+entry.open_line = lambda: os.kill(os.getpid(), signal.SIGTERM)
+entry.write_to = lambda log: None
+entry.main(sys.argv[1])
+"""
+
+
+def test_a_rank_hears_a_signal_before_torch_is_loaded(tmp_path: Path) -> None:
+    """Its loading takes seconds, in which a job that Slurm preempts was ended without a checkpoint."""
+    job = {"environment": {}, "starter": "local", "hosts": [["localhost", 1]], "interfaces": {}, "pin": False}
+    (tmp_path / "job.json").write_text(json.dumps({**job, "output": str(tmp_path), "device": "cpu"}))
+    command = [sys.executable, "-c", EARLY, str(tmp_path / "job.json")]
+    said = subprocess.run(
+        command, env={**os.environ, "HOROVOD_RANK": "0"}, capture_output=True, text=True, check=True
+    )
+    assert said.stdout == "asked by 15 False\n"

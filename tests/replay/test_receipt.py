@@ -14,7 +14,7 @@ import pytest
 import torch
 from metrics_lines import lines, rewrite, sealed_anew
 
-from hvd_lb.replay.again import expectation
+from hvd_lb.replay.again import Compared, Difference, expectation
 from hvd_lb.replay.recorded import RecordedRun, open_run
 from hvd_lb.replay.verify import Stretch, choose, stretches
 from hvd_lb.training.checkpoint import CheckpointStore, open_checkpoint
@@ -173,6 +173,42 @@ def test_it_cannot_be_told_on_other_hardware(
     assert "torch: 1.0 → " in said.out.splitlines()[-1]
     forge(run, 11, lambda loss: 2 * loss)
     assert "far more than rounding does" in wrong(hvd_lb("verify", run, *ALL))
+
+
+def test_rounding_that_grows_in_a_long_stretch_is_not_taken_for_wrong() -> None:
+    """The first bit that differs comes soon; what counts is a loss that is far off soon."""
+    compared = Compared()
+    compared.number(2, "loss", 2.0, 2.0000001)
+    compared.number(3, "evaluation's top1 error", 2.7, 5.4)
+    assert compared.far is None
+    compared.number(25, "loss", 2.0, 2.2)
+    compared.number(30, "evaluation's loss", 2.0, 3.0)
+    assert (compared.first, compared.far) == (
+        Difference(2, "loss", 2.0, 2.0000001),
+        Difference(25, "loss", 2.0, 2.2),
+    )
+
+
+def test_a_loss_that_is_far_off_late_cannot_be_told(
+    hvd_lb: Run, recorded: Path, copied: Copied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On other hardware, where something else is a little off from the beginning on."""
+    monkeypatch.setattr("hvd_lb.replay.verify._SOON", 4)
+    run = copied(recorded)
+    records = lines(run)
+    for record in records:
+        if record["kind"] == "environment":
+            record["rounding"]["torch"] = "1.0"
+    rewrite(run, records)
+    forge(run, 9, lambda loss: 1.00001 * loss)
+    forge(run, 15, lambda loss: 2 * loss)
+    said = hvd_lb("verify", run, *ALL)
+    assert said.status == 2
+    assert said.out.splitlines()[-1].startswith(
+        "cannot be told: steps 8 to 15: losses differ by up to 0.5 of"
+    )
+    forge(run, 11, lambda loss: 2 * loss)
+    assert "step 11: loss recorded" in wrong(hvd_lb("verify", run, *ALL))
 
 
 def test_sums_in_half_precision_are_not_taken_for_wrong(recorded: Path) -> None:

@@ -289,6 +289,31 @@ def test_a_signal_to_all_processes_of_a_run_ends_it_with_a_checkpoint(start: Sta
     assert (run / "checkpoints" / "last" / "state.json").exists()
 
 
+@pytest.mark.parametrize("more", [(), ("--elastic",)], ids=["fixed", "elastic"])
+def test_processes_that_still_load_hear_that_they_are_to_end(
+    start: Start, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """A job of Slurm that is preempted while torch is loaded: SIGTERM to all; it has to be able to go on."""
+    run = tmp_path / "run"
+    process = start(*a_run(run, "--epochs", 3000, "--steps", 60_000, *more))
+
+    def ranks() -> list[Path]:
+        folders = (Path(f"/proc/{pid}") for pid in processes_of(run))
+        return [folder for folder in folders if "launch.rank.entry" in (folder / "cmdline").read_text()]
+
+    def listens(rank: Path) -> bool:
+        caught = (rank / "status").read_text().partition("SigCgt:")[2].split()[0]
+        return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+    until(lambda: len(ranks()) == 2 and all(map(listens, ranks())), every=0.02)
+    for rank in ranks():
+        os.kill(int(rank.name), signal.SIGTERM)
+    out, err = finish(process, 128 + signal.SIGTERM)
+    assert (err, summary(run)["exit_reason"]) == ("", "interrupted by SIGTERM"), out
+    assert (run / "checkpoints" / "last" / "state.json").exists()
+    assert trained_steps(run) <= 2
+
+
 def test_a_killed_launcher_takes_its_workers_along(start: Start, tmp_path: Path) -> None:
     run = tmp_path / "run"
     launcher = start(*a_run(run))

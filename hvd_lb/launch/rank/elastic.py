@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -49,6 +50,8 @@ from hvd_lb.world.stages import Stage, Stages
 def take_part(job: Job, number: int, cores: int, stop_requested: StopRequests, stages: Stages) -> None:
     """Be member `number` until the end of the run, or until this process is asked to leave."""
     member = Member(number, RunDirectory(job.output).job)  # who is asked to leave from here on
+    if stop_requested.taken_back(signal.SIGTERM):  # or was it while torch was loaded
+        member.leave()
     newcomer = MEMBER in os.environ
     # Who comes later has the state of others: the checkpoint that the job began with may have made room for new ones.
     checkpoint = open_checkpoint(job.checkpoint) if job.checkpoint and not newcomer else None

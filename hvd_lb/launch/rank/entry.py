@@ -2,7 +2,8 @@
 
 Before torch or Horovod are loaded it sets the environment (from the job's file, as command lines can be read by
 others), finds out which rank it is, takes its share of the cores, and sends its output to a file of its own. It ends
-the process when the launcher that started it is gone.
+the process when the launcher that started it is gone. A signal that asks it to end while torch is loaded, which takes
+seconds, counts when it trains.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from typing import Any
 from hvd_lb.launch.agent.channel import open_line
 from hvd_lb.launch.hosts import Host, place_of_rank
 from hvd_lb.launch.rank.names import MEMBER, log_name, this_rank
+from hvd_lb.launch.stopping import stop_requests
 from hvd_lb.machine import nccl
 from hvd_lb.machine.cpu import KERNEL_VARIABLES, usable_cores
 from hvd_lb.machine.gpus import gpus
 from hvd_lb.machine.pinning import pin
+from hvd_lb.report.run_directory import RunDirectory
 
 
 def main(job_file: str) -> None:
     text = Path(job_file).read_text("utf-8")
     job: dict[str, Any] = json.loads(text)
+    stop_requests(RunDirectory(Path(job["output"])).stop)
     for name in KERNEL_VARIABLES:  # what this host has set for itself would be another run's bits
         os.environ.pop(name, None)
     os.environ.update(job["environment"])

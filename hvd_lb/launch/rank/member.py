@@ -93,7 +93,7 @@ class Member:
             return None
         self.generation, step, descriptor, leaving = map(int, found.split())
         if leaving:
-            self._leave(signal.SIGTERM, None)
+            self.leave()
         with os.fdopen(descriptor, "rb") as file:
             file.seek(0)
             return Carried.from_bytes(file.read(), step)
@@ -165,6 +165,10 @@ class Member:
                 self.asked = True
             case "begin" | "dismiss":
                 self._begun.put(message)
+
+    def leave(self) -> None:
+        """Ask this process to go, as SIGTERM does."""
+        self._leave(signal.SIGTERM, None)
 
     def _leave(self, number: int, _: Any) -> None:
         """The first SIGTERM; a second one ends this process at once."""

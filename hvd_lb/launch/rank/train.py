@@ -30,7 +30,7 @@ from hvd_lb.launch.rank.training import (
     samples_of,
     trainer_of,
 )
-from hvd_lb.launch.stopping import StopRequests
+from hvd_lb.launch.stopping import StopRequests, stop_requests
 from hvd_lb.report.run_directory import RunDirectory, write_json
 from hvd_lb.training.checkpoint import open_checkpoint
 from hvd_lb.training.trainer import Diverged
@@ -75,7 +75,7 @@ def main(job_text: str, rank: int, host: str, cores: int, end: Callable[[int], o
     """
     job = Job.from_json(job_text)
     directory, stages = RunDirectory(job.output), Stages()
-    stop_requested = StopRequests(directory.stop, end)
+    stop_requested = stop_requests(directory.stop, end)
     watch = watched(directory, rank, stages, float(os.environ.get(HANG_TIMEOUT, 0)))
     try:
         tell("arrived")

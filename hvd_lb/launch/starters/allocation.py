@@ -68,13 +68,13 @@ def allocation(
     one task of several, in a heterogeneous job, and where nodes have different numbers of GPUs.
     """
     nodes = environ.get("SLURM_JOB_NODELIST")
-    if not nodes:
-        return None
-    if "SLURM_HET_SIZE" in environ:
+    if "SLURM_HET_SIZE" in environ:  # salloc gives each component a list of its own
         raise UserError(
             f"this is a heterogeneous Slurm job of {environ['SLURM_HET_SIZE']} components, and the ranks of a run are "
             f"alike: submit it as one component; {MORE_GPUS}"
         )
+    if not nodes:
+        return None
     tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks.isdecimal() and int(tasks) > 1:
         raise UserError(

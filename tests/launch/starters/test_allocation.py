@@ -132,6 +132,9 @@ def test_a_step_of_one_task_has_its_node_alone(scontrol: dict[str, str]) -> None
 def test_a_heterogeneous_job_is_refused(scontrol: dict[str, str]) -> None:
     with pytest.raises(UserError, match="heterogeneous Slurm job of 2 components.*one component"):
         allocation("cpu", {**JOB, "SLURM_HET_SIZE": "2"})
+    # Under salloc each component has a list of its own, and there is none of all.
+    with pytest.raises(UserError, match="heterogeneous Slurm job of 2 components"):
+        allocation("cpu", {"SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "h1"})
 
 
 def test_outside_of_a_job_there_is_no_allocation() -> None:
