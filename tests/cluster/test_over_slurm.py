@@ -334,6 +334,23 @@ def test_a_cancelled_run_goes_on_and_one_out_of_time_puts_itself_back_into_the_q
     assert_same(cluster.controller, simulated, run)
 
 
+@pytest.mark.parametrize("more", [(), ("--elastic",)], ids=["fixed", "elastic"])
+def test_a_job_that_is_preempted_while_its_processes_load_goes_back_into_the_queue(
+    cluster: Cluster, submit: Submit, simulated: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    run = tmp_path / "loading"
+    process = submit(run, *more)
+    until(lambda: len([*(run / "logs").glob("rank-*.log")]) == 4, every=0.05)
+    time.sleep(1)  # for Python, which then loads torch
+    job = job_of(cluster, run)
+    urgent = ["sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null"]
+    cluster.run(urgent, input="#!/bin/sh\nsleep 1\n")
+    restarted(cluster, job, 1)
+    out, _ = finish(process)
+    assert f"job {job}: completed, start 2" in out
+    assert_same(cluster.controller, simulated, run)
+
+
 def test_preempted_and_its_nodes_lost_a_run_ends_at_the_same_bits(
     cluster: Cluster, hosts: list[Host], submit: Submit, simulated: Path, tmp_path: Path
 ) -> None:
@@ -387,6 +404,7 @@ def test_what_cannot_be_submitted_is_said_in_one_line(
         assert "sbatch refuses the job: " in err
         assert reason in err
         assert err.count("\n") == 1
+        assert not (tmp_path / "run").exists()
 
 
 def test_whoever_follows_a_job_may_leave_it_at_any_time_or_at_once(

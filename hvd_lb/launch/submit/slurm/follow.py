@@ -36,10 +36,18 @@ def submit(
 
     `environment` are variables for the job, beside those of this process. Ctrl-C leaves the job as it is (130), and
     without `follow` it is left at once (0).
-    UserError where there is no sbatch, or it refuses the script.
+    UserError where there is no sbatch, or it refuses the script; then no folder is left.
     """
-    log_file(output, "%j").parent.mkdir(parents=True, exist_ok=True)
-    job = _sbatch(script, environment)
+    logs = log_file(output, "%j").parent
+    made = [folder for folder in (logs, *logs.parents) if not folder.exists()]
+    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        job = _sbatch(script, environment)
+    except UserError:
+        for folder in made:
+            with suppress(OSError):  # somebody has put something there
+                folder.rmdir()
+        raise
     note(output, job)
     log = log_file(output, job)
     say(f"job {job} submitted; its log is {log}")

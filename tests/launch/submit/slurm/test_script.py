@@ -124,7 +124,8 @@ def test_bash_takes_the_script_and_leaves_arguments_as_they_are(tmp_path: Path, 
 def test_without_sbatch_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="needs sbatch, and there is none on PATH.*login node"):
-        submit(script(RUN, OPTIONS), tmp_path, {})
+        submit(script(RUN, OPTIONS), tmp_path / "runs" / "one", {})
+    assert list(tmp_path.iterdir()) == []
     assert log_file(tmp_path, "12") == tmp_path / "logs" / "slurm-12.out"
 
 
