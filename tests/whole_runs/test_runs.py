@@ -289,7 +289,9 @@ def test_a_signal_to_all_processes_of_a_run_ends_it_with_a_checkpoint(start: Sta
     assert (run / "checkpoints" / "last" / "state.json").exists()
 
 
-@pytest.mark.parametrize("more", [(), ("--elastic",)], ids=["fixed", "elastic"])
+@pytest.mark.parametrize(
+    "more", [pytest.param((), marks=pytest.mark.long), ("--elastic",)], ids=["fixed", "elastic"]
+)
 def test_processes_that_still_load_hear_that_they_are_to_end(
     start: Start, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
